@@ -1,0 +1,69 @@
+# Every target sets itself up: a virtual environment in .venv, torch on its own, then this package with its test tools.
+# The second call does nothing until pyproject.toml changes. Needs Python >= 3.11 and nothing else.
+#
+#   make demo PYTHON=python3.12                                    choose the interpreter
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     torch without CUDA (on Linux, PyPI's torch brings CUDA)
+#   make demo TORCH_SPEC='torch>=2.9,<3'                           another torch
+
+VENV        ?= .venv
+PYTHON      ?=
+TORCH_SPEC  ?= torch==2.13.0
+TORCH_INDEX ?=
+PY          := $(VENV)/bin/python
+INSTALLED   := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench protos clean
+
+help:
+	@echo "make demo    answer questions about a synthetic video with the bundled model"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    ruff"
+	@echo "make bench   benchmarks: engine, accuracy (quick)"
+	@echo "make protos  regenerate code from protos/"
+	@echo "make clean   remove caches and build products (the environment stays)"
+
+demo: setup
+	@$(VENV)/bin/sparsevila demo
+
+test: setup
+	@$(PY) -m pytest
+
+lint: setup
+	@$(PY) -m ruff check .
+
+bench: setup
+	$(PY) -m benchmarks.engine
+	$(PY) -m benchmarks.accuracy --quick
+
+protos: setup
+	@files=$$(find protos -name '*.proto' 2>/dev/null); \
+	if [ -z "$$files" ]; then echo "protos/ holds no .proto file: nothing to generate"; exit 0; fi; \
+	mkdir -p sparsevila_cluster/pb && \
+	$(PY) -m grpc_tools.protoc -I protos --python_out=sparsevila_cluster/pb --grpc_python_out=sparsevila_cluster/pb $$files
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis out
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml | $(PY)
+	$(PY) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH_SPEC)'
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@
+
+$(PY):
+	@found=; \
+	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
+		if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found=$$python; break; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "No usable Python: need Python >= 3.11 with venv (Debian and Ubuntu: apt install python3-venv)." >&2; \
+		echo "Point to one with: make PYTHON=/path/to/python3.12 ..." >&2; \
+		exit 1; \
+	fi; \
+	echo "$$($$found --version) -> $(VENV)"; \
+	$$found -m venv $(VENV)
