@@ -1,0 +1,109 @@
+"""Attention in plain torch over KV that lies in spans: the prefix (or its packed part) and the conversation's tail.
+
+Knows: shapes, grouped heads (query head h reads KV head h // G), causality and the softmax weights that retrieval scores with.
+Does not know: arenas, turns, policies or models.
+
+    keys of one sequence:   [ body: media prefix or packed KV ][ tail: earlier turns | this turn's rows ]
+    new rows see:             all of it                          up to and including themselves
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Keys and values of consecutive rows, head-major: two views [Hkv, rows, D].
+Span = tuple[Tensor, Tensor]
+
+# Most softmax weights held at once while question rows attend: 64 Mi floats = 256 MiB.
+MAX_WEIGHTS = 64 * 1024 * 1024
+
+
+@dataclass
+class Capture:
+    """Which softmax weights to keep from question rows: mean over heads and over rows [first_row, stop_row), per layer.
+
+    visual_index i64 [n]: body rows that are visual. normalise "full_row" divides by the whole causal row, "visual" by its visual
+    part. After a step, `scores` holds one f32 [n] per layer (SparseVILA, arXiv 2510.17777, decode-stage retrieval).
+    """
+
+    visual_index: Tensor
+    first_row: int
+    stop_row: int
+    normalise: Literal["full_row", "visual"] = "full_row"
+    scores: list[Tensor] = field(default_factory=list)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Rows attend to themselves and all earlier ones. q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+
+
+def attend_spans(q: Tensor, body: Span, tail: Span, scale: float) -> Tensor:
+    """One new row against both spans, the row itself being the last of `tail`. q [Hq, D] -> [Hq, D]."""
+    num_heads, dim = q.shape
+    q = q.view(body[0].shape[0], -1, dim)
+    if q.device.type != "cpu":
+        return _attend_weights(q, body, tail, scale, None)[0].reshape(num_heads, dim)
+    # Two fused calls joined by their log-sum-exps: no copy of the prefix, 10-15 % faster than explicit weights from 4k keys on.
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q = q[None]
+    body_out, body_lse = flash(q, body[0][None], body[1][None], scale=scale)
+    tail_out, tail_lse = flash(q, tail[0][None], tail[1][None], scale=scale)
+    weight = torch.sigmoid(body_lse - tail_lse).unsqueeze(-1).to(q.dtype)
+    return torch.lerp(tail_out, body_out, weight).reshape(num_heads, dim)
+
+
+def attend_question(q: Tensor, body: Span, tail: Span, scale: float, capture: Capture | None) -> Tensor:
+    """Several new rows against both spans, causally; fills `capture`.
+
+    q [n, Hq, D], the last n rows of `tail` being the new ones -> [n, Hq, D].
+    """
+    num_rows, num_heads, dim = q.shape
+    num_kv_heads, num_tail = tail[0].shape[:2]
+    num_keys = body[0].shape[1] + num_tail
+    chunk = max(1, MAX_WEIGHTS // (num_heads * num_keys))
+    out = torch.empty_like(q)
+    total = None if capture is None else torch.zeros(len(capture.visual_index), dtype=torch.float32, device=q.device)
+    column = torch.arange(num_tail, device=q.device)
+    row = torch.arange(num_tail - num_rows, num_tail, device=q.device)[:, None]
+    for start in range(0, num_rows, chunk):
+        stop = min(start + chunk, num_rows)
+        rows = q[start:stop].view(stop - start, num_kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)
+        attended, weights = _attend_weights(rows, body, tail, scale, column > row[start:stop])
+        out[start:stop] = attended.view(num_heads, stop - start, dim).transpose(0, 1)
+        if total is not None:
+            total += _visual_sum(weights.view(num_heads, stop - start, num_keys), capture, start)
+    if total is not None:
+        capture.scores.append(total / (num_heads * (capture.stop_row - capture.first_row)))
+    return out
+
+
+def _attend_weights(q: Tensor, body: Span, tail: Span, scale: float, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [Hkv, m, D] -> attended [Hkv, m, D] and float32 weights [Hkv, m, S + t]; `hidden` [rows, t] repeats over m / rows."""
+    to_body = torch.matmul(q, body[0].transpose(1, 2))
+    to_tail = torch.matmul(q, tail[0].transpose(1, 2))
+    if hidden is not None:
+        to_tail.view(len(to_tail), -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
+    weights = torch.softmax(torch.cat([to_body, to_tail], -1).float() * scale, -1)
+    cast, split = weights.to(q.dtype), body[0].shape[1]
+    return torch.matmul(cast[..., :split], body[1]) + torch.matmul(cast[..., split:], tail[1]), weights
+
+
+def _visual_sum(weights: Tensor, capture: Capture, start: int) -> Tensor:
+    """Sum over heads and captured rows of weights [H, rows, keys] at the visual columns -> f32 [n]."""
+    first, stop = max(capture.first_row - start, 0), min(capture.stop_row - start, weights.shape[1])
+    if first >= stop:
+        return weights.new_zeros(len(capture.visual_index))
+    visual = weights[:, first:stop].index_select(-1, capture.visual_index)
+    if capture.normalise == "visual":
+        visual = visual / visual.sum(-1, keepdim=True).clamp_min(torch.finfo(visual.dtype).tiny)
+    return visual.sum((0, 1))

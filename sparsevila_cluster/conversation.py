@@ -1,0 +1,181 @@
+"""Conversations on media prefixes: the KV of their text, and who may keep it in the arena.
+
+Knows: tails (the KV of a conversation's own text), the budget of running turns, idle conversations. Does not know: media
+prefixes beyond their key, models, steps or text.
+
+The tail is stored once: packed KV never contains it. When running turns need room, the tails of idle conversations are parked
+outside the arena, least recently used first, and come back unchanged with their next turn.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sparsevila_cluster.kv import Arena, Extent
+
+# Tails grow in steps of this many slots, so that a turn that needs a few more rows rarely has to move.
+ROUND_SLOTS = 32
+
+
+@dataclass(eq=False)
+class Conversation:
+    """Text of one user on one media prefix.
+
+    length: rows of the tail that hold KV; next_pos: position of the next row; pending: the last sampled token, which has no KV
+    yet and is prefilled with the next question. A turn changes them only when it ends well, so that a turn that is aborted or
+    fails leaves the conversation as it was.
+    """
+
+    conversation_id: str
+    media_id: str
+    next_pos: int
+    length: int = 0
+    pending: int | None = None
+    num_turns: int = 0
+    extent: Extent | None = None
+    parked: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a running turn may write to: its conversation's tail, and packed KV (None when it attends to the whole prefix)."""
+
+    tail: Extent
+    packed: Extent | None
+
+
+def _rounded(rows: int) -> int:
+    return -(-rows // ROUND_SLOTS) * ROUND_SLOTS
+
+
+class ConversationStore:
+    """All conversations of one engine and the arena of running turns (tails and packed KV). Not thread-safe."""
+
+    def __init__(self, arena: Arena, max_conversations: int):
+        self.arena = arena
+        self.max_conversations = max_conversations
+        self._all: OrderedDict[str, Conversation] = OrderedDict()
+        self._busy: dict[str, int] = {}
+        self._packed: set[Extent] = set()
+        self.num_parked = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def get(self, conversation_id: str) -> Conversation | None:
+        conversation = self._all.get(conversation_id)
+        if conversation is not None:
+            self._all.move_to_end(conversation_id)
+        return conversation
+
+    def open(self, conversation_id: str, media_id: str, next_pos: int) -> Conversation:
+        """A new conversation; the least recently used idle one is closed if there are too many."""
+        assert conversation_id not in self._all, conversation_id
+        idle = (c for c in list(self._all) if not self._busy.get(c))
+        while len(self._all) >= self.max_conversations and (victim := next(idle, None)) is not None:
+            self.close(victim)
+        conversation = Conversation(conversation_id, media_id, next_pos)
+        self._all[conversation_id] = conversation
+        return conversation
+
+    def close(self, conversation_id: str) -> bool:
+        """Forget a conversation and free its tail. False if it is unknown or a turn of it is still there."""
+        if self._busy.get(conversation_id) or conversation_id not in self._all:
+            return False
+        conversation = self._all.pop(conversation_id)
+        if conversation.extent is not None:
+            self.arena.free(conversation.extent)
+        return True
+
+    def enter(self, conversation: Conversation) -> None:
+        """A turn waits or runs: the conversation may not be closed until it leaves."""
+        self._busy[conversation.conversation_id] = self._busy.get(conversation.conversation_id, 0) + 1
+
+    def leave(self, conversation: Conversation) -> None:
+        count = self._busy[conversation.conversation_id] - 1
+        if count:
+            self._busy[conversation.conversation_id] = count
+        else:
+            del self._busy[conversation.conversation_id]
+
+    def fits_ever(self, tail_rows: int, packed_rows: int) -> bool:
+        """Whether a turn of this size could run if it were alone."""
+        return _rounded(tail_rows) + packed_rows <= self.arena.num_slots
+
+    def take(self, conversation: Conversation, tail_rows: int, packed_rows: int, running: set[str]) -> Room | None:
+        """Room for a turn: a tail of at least `tail_rows` and packed KV of `packed_rows` (0 = none).
+
+        Parks idle tails as needed; those of the conversations in `running` stay. None when there is no room now.
+        """
+        room = self._try_take(conversation, tail_rows, packed_rows, running)
+        if room is None:
+            # Idle tails, the conversation's own among them, may lie where they leave no run that is long enough.
+            for idle in self._all.values():
+                if idle.extent is not None and idle.conversation_id not in running:
+                    self._park(idle)
+            room = self._try_take(conversation, tail_rows, packed_rows, running)
+        return room
+
+    def _try_take(self, conversation: Conversation, tail_rows: int, packed_rows: int, running: set[str]) -> Room | None:
+        keep = running | {conversation.conversation_id}
+        packed = self._alloc(packed_rows, keep) if packed_rows else None
+        if packed_rows and packed is None:
+            return None
+        if conversation.extent is None or conversation.extent.length < tail_rows:
+            extent = self._alloc(_rounded(tail_rows), keep)
+            if extent is None:
+                if packed is not None:
+                    self.arena.free(packed)
+                return None
+            self._move(conversation, extent)
+        if packed is not None:
+            self._packed.add(packed)
+        return Room(conversation.extent, packed)
+
+    def give_back(self, packed: Extent | None) -> None:
+        """Free packed KV. Harmless when repeated."""
+        if packed in self._packed:
+            self._packed.discard(packed)
+            self.arena.free(packed)
+
+    def _alloc(self, rows: int, keep: set[str]) -> Extent | None:
+        extent = self.arena.alloc(rows)
+        for victim in list(self._all.values()):
+            if extent is not None:
+                break
+            if victim.extent is not None and victim.conversation_id not in keep:
+                self._park(victim)
+                extent = self.arena.alloc(rows)
+        return extent
+
+    def _park(self, conversation: Conversation) -> None:
+        """Move a tail out of the arena; rows beyond `length` are nobody's and are dropped."""
+        extent, length = conversation.extent, conversation.length
+        layers = range(self.arena.spec.num_layers)
+        conversation.parked = [(k[:length].clone(), v[:length].clone()) for k, v in map(extent.rows, layers)]
+        conversation.extent = None
+        self.arena.free(extent)
+        self.num_parked += 1
+
+    def _move(self, conversation: Conversation, extent: Extent) -> None:
+        """Copy the tail, from its old extent or from where it is parked, into a larger extent."""
+        old = conversation.extent
+        for layer in range(self.arena.spec.num_layers):
+            source = old.rows(layer) if old is not None else conversation.parked[layer] if conversation.parked else None
+            if source is not None:
+                for target, rows in zip(extent.rows(layer), source, strict=True):
+                    target[: conversation.length].copy_(rows[: conversation.length])
+        if old is not None:
+            self.arena.free(old)
+        conversation.extent, conversation.parked = extent, None
+
+    def check_integrity(self) -> None:
+        """Assert that every used slot of the arena is a tail or packed KV."""
+        self.arena.check_integrity()
+        extents = [c.extent for c in self._all.values() if c.extent is not None] + list(self._packed)
+        assert len({id(e) for e in extents}) == len(extents)
+        assert sum(e.length for e in extents) == self.arena.num_slots - self.arena.free_slots, "arena slots without an owner"
+        assert set(self._busy) <= set(self._all), "a turn without its conversation"

@@ -1,0 +1,219 @@
+"""The decode loop: many conversations on shared media prefixes, one batch.
+
+Knows: the life of a turn, its KV and its tokens. Does not know: media, encoders, pruning, threads or transport.
+
+    submit -> waiting -> [question prefill over the FULL prefix + tail: scores, first token]
+                              -> retrieve + pack (per layer) -> [step]* over packed KV + tail -> done
+
+Question rows and decode rows share one step. Everything runs in the thread that calls `step`; nothing here is thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from sparsevila_cluster.config import EngineConfig
+from sparsevila_cluster.conversation import ConversationStore
+from sparsevila_cluster.errors import (
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    QueueFull,
+    SparseVilaError,
+    TooLarge,
+)
+from sparsevila_cluster.kv import Arena, PrefixStore
+from sparsevila_cluster.models.adapter import Model
+from sparsevila_cluster.request import Turn, TurnEvent
+from sparsevila_cluster.running_turn import RunningTurn, Sink
+from sparsevila_cluster.sampling import choose
+from sparsevila_cluster.scheduler import Scheduler
+from sparsevila_cluster.step_batch import Segment, TurnBatch
+
+log = logging.getLogger(__name__)
+
+
+class DecodeEngine:
+    """Holds media prefixes and conversations and generates answers."""
+
+    def __init__(self, model: Model, config: EngineConfig):
+        self.model = model
+        self.config = config
+        per_token = model.spec.bytes_per_token
+        self.prefixes = PrefixStore(Arena(model.spec, config.prefix_bytes // per_token, model.device))
+        self.conversations = ConversationStore(
+            Arena(model.spec, config.turn_bytes // per_token, model.device), config.max_conversations
+        )
+        self.scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.max_waiting)
+        self.turns: dict[str, RunningTurn] = {}
+        self.num_steps = 0
+
+    # ---- the outside's view ------------------------------------------------------------------------------------------------
+
+    def submit(self, turn: Turn, sink: Sink) -> None:
+        """Queue a turn; its events, or one error, go to `sink`.
+
+        Raises:
+            NotFound: unknown media. BadRequest, TooLarge: illegal or over-long question. QueueFull: too many turns wait.
+        """
+        if turn.turn_id in self.turns:
+            raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
+        if self.scheduler.full:
+            raise QueueFull(f"{self.scheduler.num_waiting} turns wait already; the limit is {self.config.max_waiting}")
+        prefix = self.prefixes.get(turn.media_id)
+        if prefix is None:
+            raise NotFound(f"media {turn.media_id!r} is not resident; prepare it first")
+        conversation = self.conversations.get(turn.conversation_id)
+        if conversation is not None and conversation.media_id != turn.media_id:
+            raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")
+        words = len(self.model.chat.question_ids(turn.question, first=True, pending=None)[0])
+        if words > self.config.max_question_tokens:
+            raise TooLarge(f"the question has {words} tokens; the limit is {self.config.max_question_tokens}")
+        if conversation is None:
+            conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.next_pos)
+        self.prefixes.hold(prefix.key)
+        self.conversations.enter(conversation)
+        self.turns[turn.turn_id] = RunningTurn(turn, conversation, prefix, self.model, self.config, sink)
+        self.scheduler.add(turn.turn_id, turn.conversation_id)
+        sink(TurnEvent("accepted", turn.turn_id))
+
+    def abort(self, turn_id: str, error: SparseVilaError | None = None) -> bool:
+        """End a turn in any phase; its conversation stays as it was before it. False if the turn is unknown."""
+        running = self.turns.get(turn_id)
+        if running is None:
+            return False
+        self._release(running)
+        running.sink(error or Cancelled(f"turn {turn_id} was aborted"))
+        return True
+
+    def close_conversation(self, conversation_id: str) -> bool:
+        """Abort the conversation's turns and free its KV. False if it is unknown."""
+        for running in [t for t in self.turns.values() if t.conversation.conversation_id == conversation_id]:
+            self.abort(running.turn.turn_id)
+        return self.conversations.close(conversation_id)
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    def check_integrity(self) -> None:
+        """Assert that every slot of both arenas has exactly one owner, and that no reference is left over when idle."""
+        self.prefixes.check_integrity()
+        self.conversations.check_integrity()
+        held = sum(self.prefixes.holders(p.key) for p in self.prefixes)
+        assert held == len(self.turns), "a prefix is held by a turn that is gone"
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admit what fits, then run one step over all running turns."""
+        self._expire(time.perf_counter())
+        self.scheduler.admit(self._try_admit)
+        batch = [self.turns[turn_id] for turn_id, _ in self.scheduler.step()]
+        if not batch:
+            return
+        try:
+            tokens = self._forward(batch)
+        except Exception as error:
+            self._fail(batch, error)
+            return
+        for running, token in zip(batch, tokens, strict=True):
+            try:
+                self._advance(running, token)
+            except Exception as error:
+                self._fail([running], error)
+        self.num_steps += 1
+
+    def _forward(self, batch: list[RunningTurn]) -> list[int]:
+        """One pass of the text model; the next token of every turn."""
+        device = self.model.device
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        for running in batch:
+            segment = running.segment(first=len(ids))
+            ids += running.input_ids
+            positions += range(running.input_pos, running.input_pos + segment.num)
+            segments.append(segment)
+        text = self.model.text
+        hidden = text.forward(
+            text.embed(torch.tensor(ids, device=device)),
+            torch.tensor(positions, device=device).expand(text.num_position_rows, -1),
+            TurnBatch(segments, self.conversations.arena),
+        )
+        if len(ids) > len(segments):
+            hidden = hidden[torch.tensor([s.first + s.num - 1 for s in segments], device=device)]
+        return choose(text.logits(hidden), [running.sampler for running in batch])
+
+    def _advance(self, running: RunningTurn, token: int) -> None:
+        """Take one more token: retrieve and pack after the question, show text, finish."""
+        question = running.phase == "question"
+        running.take_rows()
+        if question:
+            running.timeline.mark("answered")
+            running.retrieve(last=running.is_last(token))
+            self.scheduler.answered(running.turn.turn_id)
+        running.accept(token)
+        if running.finish_reason is not None:
+            self._finish(running)
+
+    def _finish(self, running: RunningTurn) -> None:
+        running.commit()
+        self._release(running)
+        running.send_rest()
+
+    # ---- admission and endings ---------------------------------------------------------------------------------------------
+
+    def _try_admit(self, turn_id: str) -> int | None:
+        """Take the bytes of a waiting turn; its question rows, or None if there is no room now or it failed."""
+        running = self.turns[turn_id]
+        try:
+            running.prepare_question()
+            tail_rows, packed_rows = running.rows_needed()
+            if not self.conversations.fits_ever(tail_rows, packed_rows):
+                size = self.model.spec.bytes_per_token
+                raise TooLarge(
+                    f"the turn needs {(tail_rows + packed_rows) * size} bytes of KV (text tail of {tail_rows} and packed KV of "
+                    f"{packed_rows} tokens); turn_bytes allows {self.conversations.arena.num_slots * size}"
+                )
+            busy = {t.conversation.conversation_id for t in self.turns.values() if t.room is not None}
+            running.room = self.conversations.take(running.conversation, tail_rows, packed_rows, busy)
+        except SparseVilaError as error:
+            self.abort(turn_id, error)
+            return None
+        except Exception as error:
+            self._fail([running], error)
+            return None
+        if running.room is None:
+            return None
+        running.timeline.mark("admitted")
+        running.phase = "question"
+        return len(running.input_ids)
+
+    def _expire(self, now_s: float) -> None:
+        for running in [t for t in self.turns.values() if now_s > t.deadline_at_s]:
+            waited = f"{running.deadline_s:g} s"
+            self.abort(running.turn.turn_id, DeadlineExceeded(f"turn {running.turn.turn_id} took longer than {waited}"))
+
+    def _fail(self, batch: list[RunningTurn], error: Exception) -> None:
+        """End turns on an error: known errors as they are, unknown ones logged once and turned into Internal."""
+        if not isinstance(error, SparseVilaError):
+            log.exception("step failed for turns %s", [t.turn.turn_id for t in batch])
+            error = Internal(f"{type(error).__name__}: {error}")
+        for running in batch:
+            self.abort(running.turn.turn_id, error)
+
+    def _release(self, running: RunningTurn) -> None:
+        """Give back everything that a turn holds, in any phase."""
+        del self.turns[running.turn.turn_id]
+        self.scheduler.remove(running.turn.turn_id)
+        if running.room is not None:
+            self.conversations.give_back(running.room.packed)
+        self.conversations.leave(running.conversation)
+        self.prefixes.release(running.prefix.key)

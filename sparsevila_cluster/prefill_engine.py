@@ -1,0 +1,213 @@
+"""From media to a media prefix: decode, encode, prune, prefill. No question is known here.
+
+Knows: the order of the stages, the content key, where the KV rows go. Does not know: conversations, retrieval, who asked, or
+who owns the arena that it writes to.
+
+    sources -> frames -> patches -> visual tokens + salience -> keep -> [system + kept tokens] -> KV rows in an extent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparsevila_cluster.config import EngineConfig
+from sparsevila_cluster.content_key import content_key
+from sparsevila_cluster.errors import BadRequest, TooLarge
+from sparsevila_cluster.kv import Extent, MediaPrefix
+from sparsevila_cluster.media import Media, identify, open_media
+from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
+from sparsevila_cluster.pruning import PruningPolicy, build_pruning
+from sparsevila_cluster.request import PrepareRequest, Timeline
+from sparsevila_cluster.step_batch import MediaBatch
+
+# Called with the stage's name, how much is done and of how much. It may raise, which ends the preparation.
+Progress = Callable[[str, int, int], None]
+
+DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
+DEFAULT_SCOPE = {"video": "per_group", "image": "global"}
+STAGES = ("decode", "encode", "prune", "prefill")
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass
+class Preparation:
+    """One media prefix in the making."""
+
+    request: PrepareRequest
+    progress: Progress = _silent
+    timeline: Timeline = field(default_factory=Timeline)
+
+    def stage(self, name: str) -> None:
+        self.timeline.mark(name)
+        self.progress(name, 0, 1)
+
+    def stage_ms(self) -> dict[str, float]:
+        """Milliseconds of each stage that ran."""
+        ends = dict(zip(STAGES, (*STAGES[1:], "ready"), strict=True))
+        spans = {name: self.timeline.ms(name, end) for name, end in ends.items()}
+        return {name: round(ms, 3) for name, ms in spans.items() if ms is not None}
+
+
+class PrefillEngine:
+    """Makes media prefixes. Needs the parts vision, embed and llm. Its methods may be called from one thread at a time."""
+
+    def __init__(self, model: Model, config: EngineConfig):
+        self.model = model
+        self.config = config
+        self.num_prefills = 0
+
+    def key_of(self, request: PrepareRequest) -> str:
+        """The content key of the prefix that `prefill` would make, from one pass over the source bytes and no decoding.
+
+        Raises:
+            BadMedia, BadRequest, TooLarge, DeadlineExceeded.
+        """
+        limits = self.config.limits
+        if len(request.sources) > limits.max_images:
+            raise BadRequest(f"{len(request.sources)} media in one request; the limit is {limits.max_images}")
+        known = [identify(source, limits=limits, **self._sampling(request)) for source in request.sources]
+        kinds = [kind for _, kind in known]
+        return content_key(
+            media_hashes=[media_hash for media_hash, _ in known],
+            processor_hash=self.model.processor_hash,
+            spec=self.model.spec,
+            pruning=self.pruning(request, kinds[0]),
+            positions=self.config.positions,
+            video_text_pos=self.config.video_text_pos,
+            prefix_ids=self.model.chat.prefix_ids(kinds, self.config.system_prompt),
+        )
+
+    def load(self, request: PrepareRequest) -> list[Media]:
+        """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded."""
+        return [open_media(source, limits=self.config.limits, **self._sampling(request)) for source in request.sources]
+
+    def _sampling(self, request: PrepareRequest) -> dict[str, float]:
+        fps = self.config.fps if request.fps is None else request.fps
+        cap = self.config.max_frames if request.max_frames is None else request.max_frames
+        if cap > self.config.limits.max_frames:
+            raise TooLarge(f"max_frames={cap} is over the limit of {self.config.limits.max_frames}")
+        return {"fps": float(fps), "max_frames": cap}
+
+    def pruning(self, request: PrepareRequest, kind: str) -> PruningPolicy:
+        """The pruning policy for media of this kind."""
+        sparsity = self.config.sparsity
+        keep = next(k for k in (request.prune_keep, sparsity.prune_keep, DEFAULT_PRUNE_KEEP[kind]) if k is not None)
+        scope = DEFAULT_SCOPE[kind] if sparsity.prune_scope == "auto" else sparsity.prune_scope
+        return build_pruning(sparsity.prune, keep, scope, sparsity.seed)
+
+    @torch.inference_mode()
+    def prefill(
+        self, preparation: Preparation, medias: list[Media], key: str, reserve: Callable[[int], Extent]
+    ) -> MediaPrefix:
+        """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives.
+
+        Raises:
+            BadMedia, TooLarge: media that the model cannot take. Whatever `reserve` or the progress callback raises.
+        """
+        preparation.stage("encode")
+        inputs = [self.model.family.patchify(media) for media in medias]
+        plan = self.plan(inputs, medias)
+        tokens = self.model.family.encode(inputs)
+        preparation.stage("prune")
+        keep = self.pruning(preparation.request, medias[0].kind).keep(tokens.salience, tokens.group)
+        preparation.stage("prefill")
+        kept_rows = kept_prompt_rows(plan, keep)
+        extent = reserve(len(kept_rows))
+        prefix = self._describe(key, plan, inputs, medias, tokens, keep, kept_rows, extent)
+        self._run_text(preparation, plan, tokens, keep, kept_rows, prefix)
+        preparation.timeline.mark("ready")
+        preparation.progress("prefill", 1, 1)
+        self.num_prefills += 1
+        return prefix
+
+    def plan(self, inputs: list[VisualInputs], medias: list[Media]) -> PromptPlan:
+        """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
+        ids = self.model.chat.prefix_ids([media.kind for media in medias], self.config.system_prompt)
+        plan = self.model.family.plan(ids, inputs, self.config.video_text_pos)
+        if plan.question_start_pos >= self.model.max_position:
+            raise TooLarge(
+                f"the media reach position {plan.question_start_pos}; the model has {self.model.max_position}. "
+                f"Fewer frames (max_frames) make them fit"
+            )
+        return plan
+
+    def _run_text(
+        self, preparation: Preparation, plan: PromptPlan, tokens: VisualTokens, keep: Tensor, rows: Tensor, prefix: MediaPrefix
+    ) -> None:
+        text, total = self.model.text, self.model.spec.num_layers
+        hidden = text.embed(plan.ids[rows])
+        visual_rows = prefix.visual_index
+        hidden[visual_rows] = tokens.embeds[keep].to(hidden.dtype)
+        batch = MediaBatch(prefix.extent, check=lambda layer: preparation.progress("prefill", layer, total))
+        deepstack = [level[keep].to(hidden.dtype) for level in tokens.deepstack]
+        text.forward(hidden, prefix.positions, batch, deepstack, visual_rows, kv_only=True)
+
+    def _describe(
+        self,
+        key: str,
+        plan: PromptPlan,
+        inputs: list[VisualInputs],
+        medias: list[Media],
+        tokens: VisualTokens,
+        keep: Tensor,
+        rows: Tensor,
+        extent: Extent,
+    ) -> MediaPrefix:
+        is_visual = plan.visual_mask[rows]
+        token_map = torch.full((len(rows), 3), -1, dtype=torch.int32, device=rows.device)
+        token_map[is_visual] = torch.cat([tokens.group[keep, None], tokens.cell[keep]], 1).to(torch.int32)
+        positions, next_pos = plan.positions[:, rows], plan.question_start_pos
+        if self.config.positions == "compact":
+            positions, next_pos = close_gaps(positions, is_visual)
+        frames = [frame for one in inputs for frame in one.frame_of_group]
+        times = [float(media.times_s[f]) for one, media in zip(inputs, medias, strict=True) for f in one.frame_of_group]
+        return MediaPrefix(
+            key=key,
+            spec=self.model.spec,
+            extent=extent,
+            is_visual=is_visual,
+            positions=positions,
+            token_map=token_map,
+            next_pos=next_pos,
+            generation_floor=plan.generation_floor,
+            grids=tuple((one.grid[1], one.grid[2]) for one in inputs for _ in one.frame_of_group),
+            frames=tuple(frames),
+            times_s=tuple(times),
+            kind=medias[0].kind,
+            num_frames=sum(len(media.frames) for media in medias),
+            duration_s=sum(media.duration_s for media in medias),
+            num_visual=int(plan.visual_mask.sum()),
+        )
+
+
+def kept_prompt_rows(plan: PromptPlan, keep: Tensor) -> Tensor:
+    """Rows of the unpruned prompt that stay: all text, and visual tokens `keep` (ascending). i64, ascending."""
+    stays = ~plan.visual_mask
+    stays[plan.visual_mask.nonzero()[:, 0][keep]] = True
+    return stays.nonzero()[:, 0]
+
+
+def close_gaps(positions: Tensor, is_visual: Tensor) -> tuple[Tensor, int]:
+    """Positions [R, n] closed up after pruning, and the next free one.
+
+    Each run of visual tokens gets its minimal grid (the distinct values of every row of positions, renumbered without gaps); the
+    text after it goes on at the largest position plus one.
+    """
+    closed = torch.empty_like(positions)
+    bounds = (is_visual[1:] != is_visual[:-1]).nonzero()[:, 0].add(1).tolist()
+    offset = 0
+    for start, stop in zip([0, *bounds], [*bounds, len(is_visual)], strict=True):
+        run = positions[:, start:stop]
+        if is_visual[start]:
+            closed[:, start:stop] = offset + torch.stack([row.unique(return_inverse=True)[1] for row in run])
+        else:
+            closed[:, start:stop] = offset + torch.arange(stop - start, device=run.device)
+        offset = int(closed[:, start:stop].max()) + 1
+    return closed, offset

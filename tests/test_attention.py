@@ -1,0 +1,69 @@
+"""Attention over spans equals one softmax over all keys, written out. Knows the definition; does not know the engines."""
+
+import pytest
+import torch
+
+from sparsevila_cluster import attention
+from sparsevila_cluster.attention import Capture, attend_causal, attend_question, attend_spans
+
+
+def random_case(num_rows, body, past, heads, kv_heads, dim, seed):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(num_rows, heads, dim, generator=g)
+    k = torch.randn(body + past + num_rows, kv_heads, dim, generator=g)
+    v = torch.randn(body + past + num_rows, kv_heads, dim, generator=g)
+    return q, k, v
+
+
+def reference(q, k, v, scale):
+    """Row i of n sees all keys but the last n - 1 - i. Returns outputs [n, H, D] and weights [H, n, S], in float64."""
+    n, heads, _ = q.shape
+    repeat = heads // k.shape[1]
+    k, v = k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
+    logits = torch.einsum("nhd,shd->hns", q.double(), k) * scale
+    future = torch.arange(len(k))[None] > (len(k) - n + torch.arange(n))[:, None]
+    weights = logits.masked_fill(future, float("-inf")).softmax(-1)
+    return torch.einsum("hns,shd->nhd", weights, v), weights
+
+
+def spans(k, v, body):
+    heads = lambda x: x.transpose(0, 1)  # noqa: E731
+    return (heads(k[:body]), heads(v[:body])), (heads(k[body:]), heads(v[body:]))
+
+
+CASES = [(1, 13, 0, 4, 2, 32), (1, 700, 5, 7, 1, 64), (1, 1, 0, 3, 3, 16), (1, 31, 97, 8, 2, 80)]
+
+
+@pytest.mark.parametrize("num_rows, body, past, heads, kv_heads, dim", CASES)
+def test_one_row_over_two_spans(num_rows, body, past, heads, kv_heads, dim):
+    q, k, v = random_case(num_rows, body, past, heads, kv_heads, dim, seed=body)
+    want, _ = reference(q, k, v, dim**-0.5)
+    got = attend_spans(q[0], *spans(k, v, body), dim**-0.5)
+    torch.testing.assert_close(got.double(), want[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows, body, past", [(1, 5, 0), (9, 40, 0), (17, 129, 23)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (7, 1)])
+@pytest.mark.parametrize("normalise", ["full_row", "visual"])
+@pytest.mark.parametrize("max_weights", [10, 10**9])
+def test_question_rows_and_their_scores(monkeypatch, num_rows, body, past, heads, kv_heads, normalise, max_weights):
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", max_weights)  # 10: one row at a time
+    q, k, v = random_case(num_rows, body, past, heads, kv_heads, 24, seed=num_rows + heads)
+    want, weights = reference(q, k, v, 0.3)
+    visual = torch.arange(1, body, 2)
+    for rows in {(0, num_rows), (num_rows - 1, num_rows), (num_rows // 3, num_rows // 2 + 1)}:
+        capture = Capture(visual, *rows, normalise)
+        got = attend_question(q, *spans(k, v, body), 0.3, capture)
+        torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+        share = weights[..., visual]
+        if normalise == "visual":
+            share = share / share.sum(-1, keepdim=True)
+        expected = share[:, rows[0] : rows[1]].mean((0, 1))
+        torch.testing.assert_close(capture.scores[0].double(), expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+def test_causal_prefill(heads, kv_heads):
+    q, k, v = random_case(37, 0, 0, heads, kv_heads, 16, seed=1)
+    want, _ = reference(q, k, v, 0.25)
+    torch.testing.assert_close(attend_causal(q, k, v, 0.25).double(), want, atol=2e-6, rtol=1e-5)
