@@ -1,0 +1,81 @@
+"""The door of this folder: a source in, `Media` out.
+
+Knows: the order of the work (open, hash, decode) and the legal range of the sampling parameters.
+Does not know: how a source is read (`source`), how pictures (`image`) and videos (`video`) are decoded, or any model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sparsevila_cluster.config import MediaLimits
+from sparsevila_cluster.errors import BadRequest
+from sparsevila_cluster.media.image import decode_image
+from sparsevila_cluster.media.source import Deadline, hash_blob, open_source
+from sparsevila_cluster.media.video import decode_video
+from sparsevila_cluster.request import MediaSource
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """Sampled frames of one video or image.
+
+    frames: u8 [F, H, W, 3], RGB, upright, square pixels, F >= 1.
+    times_s: f64 [F], ascending: each frame's start, in seconds after the file's first frame (0 for an image).
+    media_hash: BLAKE2b-256 (64 hex digits) of the source bytes and the sampling.
+    duration_s: from the first frame's start to the last frame's end (0 for an image).
+    """
+
+    frames: np.ndarray
+    times_s: np.ndarray
+    kind: Literal["video", "image"]
+    media_hash: str
+    duration_s: float
+
+
+def open_media(source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits) -> Media:
+    """Decode at most `max_frames` frames of a source, `fps` per second of video.
+
+    Raises:
+        BadMedia: nothing readable, no picture and no video, or more than a small part of it is broken.
+        TooLarge: over one of `limits` (bytes, duration, pixels), or frames that would not fit into memory.
+        DeadlineExceeded: not done within `limits.decode_timeout_s`.
+        BadRequest: `fps` or `max_frames` outside its legal range.
+    """
+    cap = _check_sampling(fps, max_frames, limits)
+    deadline = Deadline(limits.decode_timeout_s)
+    with open_source(source, limits) as blob:
+        media_hash = hash_blob(blob, fps=fps, max_frames=cap, limits=limits, deadline=deadline)
+        if blob.kind == "image":
+            return Media(decode_image(blob.file, blob.name, limits), np.zeros(1), "image", media_hash, 0.0)
+        frames, times_s, duration_s = decode_video(
+            blob.file, blob.name, fps=fps, max_frames=cap, limits=limits, deadline=deadline
+        )
+        return Media(frames, times_s, "video", media_hash, duration_s)
+
+
+def identify(source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits) -> tuple[str, Literal["video", "image"]]:
+    """The `media_hash` and the kind that `open_media` would give, without decoding: one pass over the bytes.
+
+    A hash says nothing about whether the bytes decode.
+
+    Raises:
+        BadMedia, TooLarge (bytes), DeadlineExceeded, BadRequest: as `open_media`, for what shows without decoding.
+    """
+    cap = _check_sampling(fps, max_frames, limits)
+    with open_source(source, limits) as blob:
+        deadline = Deadline(limits.decode_timeout_s)
+        return hash_blob(blob, fps=fps, max_frames=cap, limits=limits, deadline=deadline), blob.kind
+
+
+def _check_sampling(fps: float, max_frames: int, limits: MediaLimits) -> int:
+    """The cap on frames that counts: the caller's or the limit's, whichever is smaller."""
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not (math.isfinite(fps) and 0 < fps <= 240):
+        raise BadRequest(f"fps must be in (0, 240], got {fps!r}")
+    if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
+        raise BadRequest(f"max_frames must be an integer >= 1, got {max_frames!r}")
+    return min(max_frames, limits.max_frames)
