@@ -29,8 +29,8 @@ class VisualInputs:
     """One media, preprocessed for the vision tower.
 
     pixels: uint8 [num_patches, patch_dim] in the family's own patch order, normalised by `encode`; grid: (groups, rows, cols)
-    of visual tokens after merging, so groups * rows * cols = num_tokens; frame_of_group: index of each group's first sampled frame; seconds_per_group:
-    time between two groups (0 for an image); kind: "video" or "image".
+    of visual tokens after merging, so groups * rows * cols = num_tokens; frame_of_group: index of each group's first sampled
+    frame; seconds_per_group: time between two groups (0 for an image); kind: "video" or "image".
     """
 
     pixels: Tensor
@@ -131,8 +131,8 @@ class TextBackend(Protocol):
         """hidden [T, D], positions i64 [R, T] -> hidden after the final norm [T, D].
 
         kv_only: the caller wants the KV rows that `batch` receives and not the result, so that the last layer may stop after
-        its keys and values and give them to `batch.write`; the return value is then undefined. deepstack level i is added to rows
-        `visual_rows` i64 after layer i.
+        its keys and values and give them to `batch.write`; the return value is then undefined. deepstack level i is added to
+        rows `visual_rows` i64 after layer i.
         """
         ...
 

@@ -1,0 +1,183 @@
+"""The checkpoint's chat template and tokenizer, cut where media prefixes, questions and answers meet.
+
+Knows: templates, control tokens, text <-> token ids. Does not know: visual tokens, positions, KV.
+
+    <system> <user> <media> | question <end of user> <assistant> | answer ... | <end of turn> <user> question <assistant> | ...
+    |<---- prefix_ids ----->|<------- question_ids(first) ------>|<- model -->|<------------- question_ids ------------->|
+
+Every cut stands at a control token, so that tokenising the pieces equals tokenising the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparsevila_cluster.errors import BadCheckpoint, BadRequest
+from sparsevila_cluster.models.checkpoint import Checkpoint, one_line
+
+# Sentinels: letters only, so that no template or trimming rule can touch them.
+_QUESTION, _ANSWER, _NEXT = "QxSentinelOneQx", "QxSentinelTwoQx", "QxSentinelThreeQx"
+
+
+class TemplateChat:
+    """ChatFormat over a Hugging Face tokenizer and its Jinja template."""
+
+    def __init__(self, files: Checkpoint, visual_ids: dict[str, int], default_eos: Any = None):
+        """visual_ids: placeholder token per kind ("video", "image"); default_eos: the model config's eos_token_id.
+
+        Raises:
+            BadCheckpoint: no tokenizer, no chat template, no end-of-turn token, or a template that cannot be cut.
+        """
+        self._tokenizer = _load_tokenizer(files)
+        self._template = _load_template(files, self._tokenizer)
+        # The Rust tokenizer itself: no per-call padding state, so threads may share it.
+        self._core = self._tokenizer.backend_tokenizer
+        self._core.no_padding()
+        self._core.no_truncation()
+        self._visual_ids = visual_ids
+        self._control = {
+            token.content: i
+            for i, token in self._tokenizer.added_tokens_decoder.items()
+            if token.special or i in visual_ids.values()
+        }
+        self.vocab_size = len(self._tokenizer)
+        self.eos_ids = self._find_eos(files, default_eos)
+        self._learn_cuts()
+
+    def prefix_ids(self, kinds: Sequence[str], system_prompt: str | None) -> list[int]:
+        """Everything before the question: system message (the template's own if None), one placeholder per media, in order.
+
+        Raises:
+            BadRequest: the system prompt contains a control token, or there is no media.
+        """
+        if not kinds:
+            raise BadRequest("a media prefix needs at least one media")
+        if system_prompt is not None:
+            self._refuse_control(system_prompt, "system prompt")
+        prefix, _ = self._cut_at_media(self._render_first(kinds, system_prompt).split(_QUESTION)[0])
+        ids = self._encode(prefix)
+        placed = [i for i in ids if i in self._visual_ids.values()]
+        if placed != [self._visual_ids[kind] for kind in kinds]:
+            raise BadCheckpoint(f"the chat template does not place one placeholder for each of {list(kinds)}")
+        return ids
+
+    def question_ids(self, question: str, first: bool, pending: int | None) -> tuple[list[int], int, int]:
+        """(ids, start, stop): tokens from the end of the KV to the opening of the answer; [start, stop) are the question's own.
+
+        `pending` is the previous answer's last token, which has no KV yet. An end-of-turn token is written as the template
+        writes it; any other token is followed by the template's closing.
+
+        Raises:
+            BadRequest: the question contains a control token.
+        """
+        self._refuse_control(question, "question")
+        if self._trims:
+            question = question.strip()
+        before = self._opening if first else self._closing
+        text = before + question + self._answer_opening
+        encoding = self._core.encode(text, add_special_tokens=False)
+        start, stop = len(before), len(before) + len(question)
+        own = [i for i, (a, b) in enumerate(encoding.offsets) if a < stop and b > start and a < b]
+        head = [] if first or pending is None or pending in self.eos_ids else [pending]
+        if not own:
+            at = sum(b <= start for _, b in encoding.offsets)
+            return head + encoding.ids, len(head) + at, len(head) + at
+        return head + encoding.ids, len(head) + own[0], len(head) + own[-1] + 1
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of answer tokens, control tokens left out. An unfinished UTF-8 character at the end reads as U+FFFD."""
+        return self._core.decode(list(ids), skip_special_tokens=True)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._core.encode(text, add_special_tokens=False).ids
+
+    def _refuse_control(self, text: str, what: str) -> None:
+        for token in self._control:
+            if token in text:
+                raise BadRequest(f"the {what} contains the control token {token!r}; control tokens are not allowed in text")
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates raise whatever Jinja and their own macros raise
+            raise BadCheckpoint(f"the chat template cannot be rendered: {one_line(error)}") from error
+
+    def _render_first(self, kinds: Sequence[str], system_prompt: str | None, more: Sequence[tuple[str, str]] = ()) -> str:
+        messages = [] if system_prompt is None else [_message("system", system_prompt)]
+        messages.append({"role": "user", "content": [{"type": k} for k in kinds] + [{"type": "text", "text": _QUESTION}]})
+        return self._render(messages + [_message(role, text) for role, text in more])
+
+    def _cut_at_media(self, text: str) -> tuple[str, str]:
+        """`text` up to and including its last control token, and the rest: it is tokenised with the question."""
+        end = max((text.rfind(token) + len(token) for token in self._control if token in text), default=-1)
+        if end < 0:
+            raise BadCheckpoint("the chat template puts no control token before the question")
+        return text[:end], text[end:]
+
+    def _learn_cuts(self) -> None:
+        openings, endings = set(), set()
+        for kind in self._visual_ids:
+            parts = self._render_first([kind], None).split(_QUESTION)
+            if len(parts) != 2:
+                raise BadCheckpoint("the chat template does not repeat the user's text exactly once")
+            openings.add(self._cut_at_media(parts[0])[1])
+            endings.add(parts[1])
+        if len(openings) != 1 or len(endings) != 1:
+            raise BadCheckpoint("the chat template surrounds a question differently after a video and after an image")
+        self._opening, self._answer_opening = openings.pop(), endings.pop()
+        kind = next(iter(self._visual_ids))
+        whole = self._render_first([kind], None, [("assistant", _ANSWER), ("user", f" {_NEXT} ")])
+        self._trims = f" {_NEXT} " not in whole
+        after = whole.partition(_ANSWER)[2]
+        self._closing, found, ending = after.partition(_NEXT if self._trims else f" {_NEXT} ")
+        if not found or ending != self._answer_opening:
+            raise BadCheckpoint("the chat template does not repeat answers and later questions as it writes the first")
+
+    def _find_eos(self, files: Checkpoint, default: Any) -> frozenset[int]:
+        generation = files.json("generation_config.json") or {}
+        found = {self._tokenizer.eos_token_id}
+        for value in (generation.get("eos_token_id"), default):
+            found.update(value if isinstance(value, list) else [value])
+        found.discard(None)
+        if not found or not all(isinstance(i, int) for i in found):
+            values = ", ".join(sorted(map(str, found))) or "none"
+            raise BadCheckpoint(f"no usable eos_token_id in generation_config.json, tokenizer or config.json: {values}")
+        return frozenset(found)
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _load_tokenizer(files: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    directory = files.directory
+    if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
+        raise BadCheckpoint(f"{str(directory)!r} has no tokenizer: neither tokenizer.json nor vocab.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for broken files
+        raise BadCheckpoint(f"{str(directory)!r}: tokenizer cannot be loaded: {one_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadCheckpoint(f"{str(directory)!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizer.json) form")
+    return tokenizer
+
+
+def _load_template(files: Checkpoint, tokenizer: Any) -> str:
+    """The processor's template comes before the tokenizer's: only it is sure to know media."""
+    path = files.directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = (files.json(name) or {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    raise BadCheckpoint(
+        f"{str(files.directory)!r} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+    )
