@@ -71,7 +71,8 @@ class DecodeEngine:
         conversation = self.conversations.get(turn.conversation_id)
         if conversation is not None and conversation.media_id != turn.media_id:
             raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")
-        words = len(self.model.chat.question_ids(turn.question, first=True, pending=None)[0])
+        _, start, stop = self.model.chat.question_ids(turn.question, first=True, pending=None)
+        words = stop - start
         if words > self.config.max_question_tokens:
             raise TooLarge(f"the question has {words} tokens; the limit is {self.config.max_question_tokens}")
         if conversation is None:

@@ -1,0 +1,119 @@
+"""The trip of one media through the system in a few numbers: as one line for people, as JSON for machines.
+
+Knows: media handles, answers and configuration as data. Does not know: engines, tensors, terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparsevila_cluster.config import EngineConfig
+from sparsevila_cluster.request import Answer, Evidence, MediaHandle
+
+PREPARE_STAGES = ("decode", "encode", "prune", "prefill", "transfer")
+TURN_STAGES = ("question", "retrieve")
+
+
+def make_trip(media: MediaHandle, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Counts, bytes and milliseconds of one media and the turns on it.
+
+    `visual_tokens_retrieved` is per layer, of the last turn. `ms` holds the media's stages, the mean per turn of question and
+    retrieve, and the mean per token of step; 0 is a stage that did not happen (reused media, one process, one-token answers).
+    """
+    ms = {stage: media.ms.get(stage, 0.0) for stage in PREPARE_STAGES}
+    for stage in TURN_STAGES:
+        ms[stage] = _mean([(answer.timeline.get(stage, 0.0), 1) for answer in answers])
+    # The first token comes from the question's prefill, so an answer of n tokens is n - 1 steps.
+    steps = [(a.timeline["step"], a.usage.completion_tokens - 1) for a in answers if "step" in a.timeline]
+    ms["step"] = _mean(steps)
+    return {
+        "num_frames": media.num_frames,
+        "visual_tokens": media.visual_tokens,
+        "visual_tokens_kept": media.visual_tokens_kept,
+        "visual_tokens_retrieved": answers[-1].usage.visual_tokens_retrieved if answers else 0,
+        "kv_bytes": media.kv_bytes,
+        "dense_kv_bytes": media.dense_kv_bytes,
+        "ms": {stage: round(spent, 3) for stage, spent in ms.items()},
+    }
+
+
+def trip_card(trip: dict[str, Any], answer: str) -> str:
+    """`64 frames -> 4096 visual tokens -> 1024 kept -> 12.6 MB KV -> 102 packed -> "a red star"`."""
+    stops = [
+        _count(trip["num_frames"], "frame"),
+        _count(trip["visual_tokens"], "visual token"),
+        f"{trip['visual_tokens_kept']} kept",
+        f"{megabytes(trip['kv_bytes'])} KV",
+    ]
+    if trip["ms"]["transfer"]:
+        stops.append(f"{trip['ms']['transfer']:.0f} ms wire")
+    if trip["visual_tokens_retrieved"]:
+        stops.append(f"{trip['visual_tokens_retrieved']} packed")
+    return " -> ".join([*stops, f'"{" ".join(answer.split())}"'])
+
+
+def answer_document(question: str, answer: Answer) -> dict[str, Any]:
+    """One turn as JSON. `evidence` holds every frame that was looked at, the most looked-at first."""
+    return {
+        "question": question,
+        "answer": answer.text,
+        "num_tokens": len(answer.token_ids),
+        "finish_reason": str(answer.finish_reason),
+        "evidence": [
+            {"frame": frame, "time_s": round(time_s, 3), "share": round(share, 6)}
+            for frame, time_s, share in top_frames(answer.evidence)
+        ],
+        "ms": answer.timeline,
+    }
+
+
+def top_frames(evidence: Evidence) -> list[tuple[int, float, float]]:
+    """(frame, time_s, share) of the frames with a share, the largest first."""
+    looked_at = [(frame.frame, frame.time_s, frame.share) for frame in evidence if frame.share > 0]
+    return sorted(looked_at, key=lambda seen: -seen[2])
+
+
+def ask_document(config: EngineConfig, media: MediaHandle, turns: Sequence[tuple[str, Answer]]) -> dict[str, Any]:
+    """The one JSON document of `sparsevila ask --json`."""
+    return {
+        "answers": [answer_document(question, answer) for question, answer in turns],
+        "trip": make_trip(media, [answer for _, answer in turns]),
+        "model": config.model,
+        "sparsity": resolved_sparsity(config, media.kind),
+    }
+
+
+def resolved_sparsity(config: EngineConfig, kind: str) -> dict[str, Any]:
+    """The sparsity that media of this kind get, with every default filled in. Ratios are the fraction kept."""
+    from sparsevila_cluster.prefill_engine import DEFAULT_PRUNE_KEEP, DEFAULT_SCOPE
+    from sparsevila_cluster.running_turn import DEFAULT_RETRIEVE_KEEP
+
+    fields = config.sparsity.model_dump()
+    if fields["prune_keep"] is None:
+        fields["prune_keep"] = DEFAULT_PRUNE_KEEP[kind]
+    if fields["retrieve_keep"] is None:
+        fields["retrieve_keep"] = DEFAULT_RETRIEVE_KEEP[kind]
+    if fields["prune_scope"] == "auto":
+        fields["prune_scope"] = DEFAULT_SCOPE[kind]
+    if fields["prune"] == "keep_all":
+        fields["prune_keep"] = 1.0
+    if fields["retrieve"] == "retrieve_all":
+        fields["retrieve_keep"] = 1.0
+    return fields
+
+
+def megabytes(num_bytes: int) -> str:
+    """`263 MB`, `12.6 MB`, `0.26 MB`: decimal megabytes."""
+    size = num_bytes / 1e6
+    digits = f"{size:.0f}" if size >= 100 else f"{size:.1f}" if size >= 1 else f"{size:.2g}"
+    return f"{digits} MB"
+
+
+def _count(num: int, noun: str) -> str:
+    return f"{num} {noun}{'' if num == 1 else 's'}"
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float:
+    total = sum(weight for _, weight in weighted)
+    return sum(spent * weight for spent, weight in weighted) / total if total else 0.0

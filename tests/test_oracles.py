@@ -1,0 +1,167 @@
+"""The engine against stock transformers: dense, pruned, packed, several turns, image and video; and that faults are noticed.
+
+Teacher-forced logits in float32, not only tokens: greedy equality survives small damage to KV.
+"""
+
+import pytest
+import torch
+
+from sparsevila_cluster.config import build_config
+from sparsevila_cluster.models import load_model
+from tests.oracle import Bench, Judge, kept_of, random_media, stock_inputs, worst
+from tests.tiny import hf_model, make_qwen2_5_vl
+
+ATOL = 1e-4
+QUESTIONS = [("What happens first?", 9), ("And then, what colour is it?", 6), ("Where?", 7)]
+MEDIA = {"video": ("video", 6, 84, 112), "odd video": ("video", 5, 56, 140), "image": ("image", 1, 112, 84)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_qwen2_5_vl(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint):
+    return hf_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return endless(load_model(checkpoint))
+
+
+def endless(model):
+    """Random weights would end answers by chance; the oracles need answers of known length."""
+    model.chat.eos_ids = frozenset()
+    return model
+
+
+def bench(model, **fields):
+    return Bench(model, build_config(model="unused", prefix_bytes=2**24, turn_bytes=2**24, **fields))
+
+
+def converse(bench, prefix, **options):
+    return [bench.say(prefix.key, "talk", q, n, **options) for q, n in QUESTIONS]
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+@pytest.mark.parametrize("backend", ["lean", "hf"])
+def test_dense_equals_generate(kind, backend, checkpoint, stock, model):
+    if backend == "hf":
+        model = endless(load_model(checkpoint, text_backend="hf"))
+    b = bench(model, prune="keep_all", retrieve="retrieve_all", video_text_pos="hf5")
+    media = random_media(*MEDIA[kind], seed=1)
+    inputs, plan = b.unpruned(media)
+    spoken = b.say(b.prefix(media).key, "talk", QUESTIONS[0][0], 12)
+    ids = torch.tensor([plan.ids.tolist() + spoken.question_ids])
+    types = torch.zeros_like(ids)
+    types[0, : len(plan.ids)][plan.visual_mask] = 1 if kind == "image" else 2
+    seconds = {} if kind == "image" else {"second_per_grid_ts": [inputs[0].seconds_per_group]}
+    stock.set_attn_implementation("sdpa")
+    want = stock.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **stock_inputs(model, inputs), **seconds,
+        max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert spoken.tokens == want.sequences[0, ids.shape[1] :].tolist()
+    assert worst([spoken], [torch.cat(want.logits)]) < ATOL
+    assert len(set(spoken.tokens)) > 1, "an answer of one repeated token proves little"
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        {"prune": "keep_all", "retrieve": "retrieve_all"},
+        {"prune": "salience", "prune_keep": 0.4, "retrieve": "retrieve_all"},
+        {"prune": "keep_all", "retrieve": "query_topk", "retrieve_keep": 0.3},
+        {"prune": "salience", "prune_keep": 0.5, "retrieve": "query_topk", "retrieve_keep": 0.2},
+        {"prune": "random", "prune_keep": 0.3, "prune_scope": "global", "retrieve": "query_topk", "retrieve_keep": 0.5},
+    ],
+    ids=["dense", "pruned", "packed", "pruned+packed", "random+packed"],
+)
+def test_conversation_equals_masked_transformers(kind, sparsity, stock, model):
+    b = bench(model, **sparsity)
+    media = random_media(*MEDIA[kind], seed=2)
+    prefix = b.prefix(media)
+    judge = Judge(stock, model, *b.unpruned(media), kept_of(prefix), sparsity.get("retrieve_keep", 1.0))
+    turns = converse(b, prefix)
+    wanted = judge.logits(turns)
+    assert worst(turns, wanted) < ATOL
+    assert [t.tokens for t in turns] == [w.argmax(-1).tolist() for w in wanted]
+    b.decode.check_integrity()
+
+
+def test_two_conversations_on_one_prefix_do_not_mix(stock, model):
+    b = bench(model, prune_keep=0.5, retrieve_keep=0.3)
+    media = random_media(*MEDIA["video"], seed=3)
+    prefix = b.prefix(media)
+    judge = Judge(stock, model, *b.unpruned(media), kept_of(prefix), 0.3)
+    told = {name: [] for name in "ab"}
+    for question, count in QUESTIONS:
+        for name in "ab":
+            told[name].append(b.say(prefix.key, name, f"{question} {name}", count))
+    for turns in told.values():
+        assert worst(turns, judge.logits(turns)) < ATOL
+
+
+def damage_one_row(b, prefix, plan):
+    prefix.extent.rows(1)[0][int(prefix.visual_index[3])] = 0.0
+
+
+def damage_one_position(b, prefix, plan):
+    plan.positions[1, int(plan.visual_mask.nonzero()[kept_of(prefix)[5], 0])] += 1
+
+
+def damage_one_index(b, prefix, plan):
+    row = int(prefix.visual_index[2])
+    prefix.token_map[row, 2] = (prefix.token_map[row, 2] + 1) % prefix.grids[0][1]
+
+
+@pytest.mark.parametrize("retrieve_keep", [1.0, 0.5])
+@pytest.mark.parametrize("damage", [damage_one_row, damage_one_position, damage_one_index])
+def test_the_oracle_notices(damage, retrieve_keep, stock, model):
+    """One KV row, one position or one kept index is enough to fail the comparison that the tests above pass."""
+    b = bench(model, prune_keep=0.5, retrieve_keep=retrieve_keep)
+    media = random_media(*MEDIA["video"], seed=4)
+    prefix = b.prefix(media)
+    inputs, plan = b.unpruned(media)
+    sound = Judge(stock, model, inputs, plan, kept_of(prefix), retrieve_keep)
+    turns = converse(b, prefix)
+    assert worst(turns, sound.logits(turns)) < ATOL
+    with torch.inference_mode():
+        damage(b, prefix, plan)
+    judge = Judge(stock, model, inputs, plan, kept_of(prefix), retrieve_keep)
+    if damage is damage_one_row:
+        turns = [b.say(prefix.key, "again", q, n) for q, n in QUESTIONS]
+    assert worst(turns, judge.logits(turns)) > 3 * ATOL
+
+
+def test_compact_positions_change_positions_only(model):
+    media = random_media(*MEDIA["video"], seed=5)
+    keep, compact = (bench(model, prune_keep=0.3, positions=p).prefix(media) for p in ("keep", "compact"))
+    assert torch.equal(keep.token_map, compact.token_map)
+    assert compact.next_pos <= keep.next_pos
+    for row in compact.positions:
+        assert row.unique().tolist() == list(range(int(row.max()) + 1)) or row.max() < compact.next_pos
+    order = lambda row: row.unique(return_inverse=True)[1]  # noqa: E731
+    for before, after in zip(keep.positions[:, keep.is_visual], compact.positions[:, compact.is_visual], strict=True):
+        assert torch.equal(order(before), order(after)), "the grid keeps its order"
+
+
+def test_salience_keeps_every_frame_and_maps_back(model):
+    b = bench(model, prune_keep=0.25)
+    media = random_media("video", 8, 112, 112, seed=6)
+    prefix = b.prefix(media)
+    inputs, plan = b.unpruned(media)
+    groups, rows, cols = inputs[0].grid
+    counts = torch.bincount(prefix.token_map[prefix.visual_index, 0].long(), minlength=groups)
+    assert counts.tolist() == [kept_count_of(rows * cols)] * groups
+    ordinals = kept_of(prefix)
+    assert torch.equal(ordinals, ordinals.sort().values)
+    placed = plan.positions[:, plan.visual_mask][:, ordinals]
+    assert torch.equal(prefix.positions[:, prefix.is_visual], placed), "original positions, gaps kept"
+
+
+def kept_count_of(total):
+    return max(1, int(0.25 * total + 0.5))
