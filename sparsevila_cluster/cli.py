@@ -14,16 +14,16 @@ import json
 import logging
 import os
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from sparsevila_cluster.config import EngineConfig, SparsityConfig, build_config, load_config
-from sparsevila_cluster.errors import BadRequest, Cancelled, Internal, SparseVilaError, UserError
+from sparsevila_cluster.errors import BadRequest, Internal, SparseVilaError, UserError
+from sparsevila_cluster.progress import ProgressLine, interruptible
 from sparsevila_cluster.request import SamplingParams, Turn, check_ratio, with_defaults
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,9 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
     parser = _Parser(
-        prog="sparsevila", allow_abbrev=False, description="Questions about videos, with tokens pruned before the question."
+        prog="sparsevila",
+        allow_abbrev=False,
+        description="Questions about videos, with tokens pruned before the question.",
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -115,17 +117,27 @@ def build_parser() -> argparse.ArgumentParser:
     _add_engine_options(ask)
     sampling = ask.add_argument_group("answers")
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="longest answer in tokens (256)")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 (the default) always takes the likeliest token")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this probability (1)")
+    sampling.add_argument(
+        "--temperature", type=float, metavar="T", help="0 (the default) always takes the likeliest token"
+    )
+    sampling.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this probability (1)"
+    )
     sampling.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (0 = all)")
     sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answers")
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end an answer before this text; may be repeated")
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end an answer before this text; may be repeated"
+    )
     _add_output_options(ask)
     ask.add_argument("--heatmap", metavar="OUT.png", help="save a picture of where each question looked")
     ask.set_defaults(run=_ask)
 
-    demo = commands.add_parser("demo", allow_abbrev=False, help="answer questions about videos that the bundled model never saw")
-    demo.add_argument("--out", default="sparsevila-demo", metavar="DIR", help="where videos and heat map go (%(default)s)")
+    demo = commands.add_parser(
+        "demo", allow_abbrev=False, help="answer questions about videos that the bundled model never saw"
+    )
+    demo.add_argument(
+        "--out", default="sparsevila-demo", metavar="DIR", help="where videos and heat map go (%(default)s)"
+    )
     demo.add_argument("--model", metavar="DIR", help="another checkpoint of the demo world")
     _add_output_options(demo)
     demo.set_defaults(run=_demo)
@@ -146,14 +158,20 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--config", metavar="FILE", help="YAML file of settings; options override it")
     engine.add_argument("--device", help=fields["device"].description)
     engine.add_argument("--system-prompt", metavar="TEXT", help=fields["system_prompt"].description)
-    engine.add_argument("--fps", type=float, metavar="F", help=f"{fields['fps'].description} ({fields['fps'].default:g})")
+    engine.add_argument(
+        "--fps", type=float, metavar="F", help=f"{fields['fps'].description} ({fields['fps'].default:g})"
+    )
     frames = fields["max_frames"]
     engine.add_argument("--max-frames", type=int, metavar="N", help=f"{frames.description} ({frames.default})")
     knobs = parser.add_argument_group("sparsity", "Ratios are the fraction kept, in (0, 1].")
     for side, kept in (("prune", "0.25 for video, 0.4 for images"), ("retrieve", "0.10 for video, 0.25 for images")):
         policies = get_args(sparsity[side].annotation)
-        knobs.add_argument(f"--{side}-keep", type=_ratio, metavar="KEEP", help=f"{sparsity[f'{side}_keep'].description} ({kept})")
-        knobs.add_argument(f"--{side}", choices=policies, help=f"{sparsity[side].description} ({sparsity[side].default})")
+        knobs.add_argument(
+            f"--{side}-keep", type=_ratio, metavar="KEEP", help=f"{sparsity[f'{side}_keep'].description} ({kept})"
+        )
+        knobs.add_argument(
+            f"--{side}", choices=policies, help=f"{sparsity[side].description} ({sparsity[side].default})"
+        )
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -192,13 +210,13 @@ def _config_check(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int:
     config, sampling = _read_options(args)
     _check_before_loading(args, config, sampling)
-    with _Progress() as progress:
+    with ProgressLine() as progress:
         log.info("loading the model in %s", config.model_dir)
         progress.stage("load model", 0, 1)
         from sparsevila_cluster.video_qa import VideoQA
 
         with VideoQA(config=config) as qa:
-            media = _interruptible(lambda report: qa.prepare(args.video, progress=report), progress)
+            media = interruptible(lambda report: qa.prepare(args.video, progress=report), progress)
             progress.clear()  # reused media have no stages
             chat = qa.conversation(media)
             for question in args.questions:
@@ -268,60 +286,5 @@ def _report(args: argparse.Namespace, config: EngineConfig, chat: Any) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from sparsevila_cluster.demo.tour import run_tour
 
-    with _Progress() as progress:
-        return _interruptible(lambda report: run_tour(Path(args.out), args.model or "demo", args.json, report), progress)
-
-
-# ---- progress --------------------------------------------------------------------------------------------------------------
-
-
-class _Progress(AbstractContextManager):
-    """A line on stderr that says what is going on, when stderr is a terminal."""
-
-    def __init__(self) -> None:
-        self._line: Any = None
-
-    def stage(self, name: str, done: int, total: int) -> None:
-        """Show how far a stage is. Its end clears the line, so that results can follow."""
-        if done >= total:
-            self.clear()
-        elif sys.stderr.isatty():
-            self._show(name, done, total)
-
-    def _show(self, name: str, done: int, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        if self._line is None:
-            columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn()
-            # Not redirected: what is printed on stdout in the meantime belongs there.
-            options = {"transient": True, "refresh_per_second": 5, "redirect_stdout": False, "redirect_stderr": False}
-            self._line = Progress(*columns, console=Console(stderr=True), **options)
-            self._line.add_task(name)
-            self._line.start()
-        # A stage in one step has no measure: the bar only moves.
-        self._line.update(self._line.task_ids[0], description=name, completed=done, total=total if total > 1 else None)
-
-    def clear(self) -> None:
-        if self._line is not None:
-            self._line.stop()
-            self._line = None
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.clear()
-
-
-def _interruptible(work: Callable[[Callable[[str, int, int], None]], Any], progress: _Progress) -> Any:
-    """`work(report)`; after Ctrl-C the next report ends it, so that no thread goes on preparing for nobody."""
-    interrupted = threading.Event()
-
-    def report(stage: str, done: int, total: int) -> None:
-        if interrupted.is_set():
-            raise Cancelled("interrupted")
-        progress.stage(stage, done, total)
-
-    try:
-        return work(report)
-    except KeyboardInterrupt:
-        interrupted.set()
-        raise
+    with ProgressLine() as progress:
+        return interruptible(lambda report: run_tour(Path(args.out), args.model or "demo", args.json, report), progress)

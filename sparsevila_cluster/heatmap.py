@@ -49,7 +49,9 @@ def ramp(level: float | np.ndarray) -> np.ndarray:
     return RAMP[low] * (1 - part) + RAMP[low + 1] * part
 
 
-def save_heatmap(path: str | Path, source: str | Path, config: EngineConfig, turns: Sequence[tuple[str, Answer]]) -> None:
+def save_heatmap(
+    path: str | Path, source: str | Path, config: EngineConfig, turns: Sequence[tuple[str, Answer]]
+) -> None:
     """Decode `source` as an engine with this configuration does, and write the picture of a conversation about it as PNG.
 
     Raises:
@@ -78,7 +80,9 @@ def draw_heatmap(
     num_cols = max((frame.grid[1] for evidence in evidences for frame in evidence), default=1)
     chosen = choose_moments(evidences, len(moments), _max_columns(*media_frames.shape[1:3], num_cols))
     tile = _tile_size(media_frames.shape[2], media_frames.shape[1], len(chosen))
-    tiles = [np.asarray(Image.fromarray(media_frames[moments[g]]).resize(tile, Image.Resampling.LANCZOS)) for g in chosen]
+    tiles = [
+        np.asarray(Image.fromarray(media_frames[moments[g]]).resize(tile, Image.Resampling.LANCZOS)) for g in chosen
+    ]
     page = _Page(len(chosen), tile)
 
     page.write(title, TITLE_PT, INK, max_lines=1)
@@ -104,7 +108,10 @@ def shade(picture: np.ndarray, evidence: FrameEvidence, most: float) -> np.ndarr
     """u8 [h, w, 3]: `picture` with pruned cells dark and grey, and retrieved cells tinted and framed by their share of `most`."""
     height, width = picture.shape[:2]
     num_rows, num_cols = evidence.grid
-    top, left = np.linspace(0, height, num_rows + 1).round().astype(int), np.linspace(0, width, num_cols + 1).round().astype(int)
+    top, left = (
+        np.linspace(0, height, num_rows + 1).round().astype(int),
+        np.linspace(0, width, num_cols + 1).round().astype(int),
+    )
     kept = np.zeros(evidence.grid, bool)
     for row, col in evidence.kept:
         kept[row, col] = True
@@ -152,9 +159,15 @@ def _moments(media_frames: np.ndarray, rows: Sequence[Row]) -> list[int]:
 def _caption(num_shown: int, num_moments: int, num_frames: int) -> str:
     if num_frames == 1:
         return "Top: the picture. Below, for each question: which patches it looked at."
-    which = f"{num_moments} moments" if num_shown == num_moments else f"The {num_shown} most looked-at of {num_moments} moments"
+    which = (
+        f"{num_moments} moments"
+        if num_shown == num_moments
+        else f"The {num_shown} most looked-at of {num_moments} moments"
+    )
     frames = "" if num_frames == num_moments else f" of {num_frames} sampled frames"
-    return f"{which}{frames}. For each question: the patches that it looked at, and each moment's share of its attention."
+    return (
+        f"{which}{frames}. For each question: the patches that it looked at, and each moment's share of its attention."
+    )
 
 
 def _max_columns(height: int, width: int, num_cols: int) -> int:
@@ -202,7 +215,9 @@ class _Page:
         self.draw.line([(MARGIN_PX, self.y), (MARGIN_PX + self.width, self.y)], fill=RULE, width=2)
         self.skip(18)
 
-    def write(self, text: str, size: int, fill: tuple[int, int, int], width: int | None = None, max_lines: int = 2) -> None:
+    def write(
+        self, text: str, size: int, fill: tuple[int, int, int], width: int | None = None, max_lines: int = 2
+    ) -> None:
         font = _font(size)
         for line in wrap(text, font, width or self.width, max_lines):
             self.room(size)
@@ -280,7 +295,9 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) ->
 
     def fitting(parts: Sequence[str], glue: str, end: str = "") -> int:
         """How many of the first parts fit into a line, by bisection: measuring text is slow."""
-        return bisect_right(range(1, len(parts) + 1), width, key=lambda num: font.getlength(glue.join(parts[:num]) + end))
+        return bisect_right(
+            range(1, len(parts) + 1), width, key=lambda num: font.getlength(glue.join(parts[:num]) + end)
+        )
 
     lines, words = [], text.split() or [""]
     while words and len(lines) < max_lines:

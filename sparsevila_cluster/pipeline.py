@@ -180,18 +180,18 @@ class LocalPipeline:
 
         await self._submit(turn, sink)
         deadline_s = self.config.turn_timeout_s if turn.deadline_s is None else turn.deadline_s
-        give_up_at_s = time.perf_counter() + deadline_s + GRACE_S
+        late = DeadlineExceeded(f"turn {turn.turn_id} took longer than {deadline_s:g} s")
+        timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
         finished = False
         try:
             while not finished:
-                event = await asyncio.wait_for(events.get(), max(0.0, give_up_at_s - time.perf_counter()))
-                finished = isinstance(event, Exception) or event.kind == "done"
+                event = await events.get()
+                finished = event is not late and (isinstance(event, Exception) or event.kind == "done")
                 if isinstance(event, Exception):
                     raise event
                 yield event
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"turn {turn.turn_id} took longer than {deadline_s:g} s") from error
         finally:
+            timer.cancel()
             if not finished:
                 self._decode_thread.post(lambda engine: engine.abort(turn.turn_id))
 
@@ -240,7 +240,11 @@ class LocalPipeline:
     # ---- threads -----------------------------------------------------------------------------------------------------------
 
     async def _on_decode(self, call: Callable[[DecodeEngine], Any]) -> Any:
-        return await asyncio.wrap_future(self._decode_thread.post(call))
+        future = asyncio.wrap_future(self._decode_thread.post(call))
+        try:
+            return await asyncio.wait_for(future, self.config.turn_timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the decode engine did not answer within {self.config.turn_timeout_s:g} s") from error
 
     async def _in_prefill(self, call: Callable[..., Any], *args: Any) -> Any:
         try:

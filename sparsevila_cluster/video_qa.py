@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import closing
 from os import PathLike, fspath
 from typing import Any, TypeVar
 
@@ -145,30 +146,30 @@ class Chat:
         Raises:
             BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
         """
-        events = list(self._ask(question, options))
-        answer = Answer.from_events(events)
-        self.turns.append((question, answer))
-        return answer
+        events = self._qa._run(_collect(self._qa.pipeline.ask(self._turn(question, options))))
+        self.turns.append((question, Answer.from_events(events)))
+        return self.turns[-1][1]
 
     def stream(self, question: str, **options: Any) -> Iterator[str]:
         """The answer's text in pieces. Options and errors as for `ask`. Leaving early aborts the turn and forgets it; after the
         last piece the whole answer is the last of `turns`."""
         events = []
-        for event in self._ask(question, options):
-            events.append(event)
-            if event.text:
-                yield event.text
+        with closing(self._qa._events(self._turn(question, options))) as arriving:
+            for event in arriving:
+                events.append(event)
+                if event.text:
+                    yield event.text
         self.turns.append((question, Answer.from_events(events)))
 
     def close(self) -> None:
         """Free the conversation's KV; its media stays."""
         self._qa._run(self._qa.pipeline.close_conversation(self.conversation_id))
 
-    def _ask(self, question: str, options: dict[str, Any]) -> Iterator[TurnEvent]:
+    def _turn(self, question: str, options: dict[str, Any]) -> Turn:
         retrieve_keep = options.pop("retrieve_keep", None)
         evidence = options.pop("evidence", True)
         timeout_s = options.pop("timeout_s", None)
-        turn = Turn(
+        return Turn(
             turn_id=uuid.uuid4().hex,
             conversation_id=self.conversation_id,
             media_id=self.media.media_id,
@@ -178,12 +179,15 @@ class Chat:
             want_evidence=evidence,
             deadline_s=timeout_s,
         )
-        return self._qa._events(turn)
 
 
 async def _create(config: EngineConfig) -> LocalPipeline:
     return LocalPipeline(config)
 
 
-async def _next(events: Any) -> TurnEvent | None:
+async def _collect(events: AsyncIterator[TurnEvent]) -> list[TurnEvent]:
+    return [event async for event in events]
+
+
+async def _next(events: AsyncIterator[TurnEvent]) -> TurnEvent | None:
     return await anext(events, None)

@@ -18,7 +18,7 @@ from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import Model
-from sparsevila_cluster.prefill_engine import Preparation, PrefillEngine
+from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn, TurnEvent, kept_count
 
 

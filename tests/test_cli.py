@@ -16,6 +16,7 @@ import sparsevila_cluster.demo as demo
 from sparsevila_cluster import cli
 from sparsevila_cluster.config import EngineConfig, load_config
 from sparsevila_cluster.errors import Cancelled, Internal, QueueFull
+from sparsevila_cluster.progress import ProgressLine, interruptible
 from tests.house import ROOT
 from tests.media.media_files import audio_bytes, picture_bytes, video_bytes
 from tests.tiny import make_qwen2_5_vl
@@ -107,7 +108,11 @@ def test_text_ends_with_the_trip_card(run):
 def test_options_change_the_trip(run):
     base = ("ask", "good.mp4", "What?", "{model}", "--json", "--max-tokens", "2")
     dense = json.loads(run(*base, "--prune", "keep_all", "--retrieve", "retrieve_all")[1])
-    assert dense["trip"]["visual_tokens"] == dense["trip"]["visual_tokens_kept"] == dense["trip"]["visual_tokens_retrieved"]
+    assert (
+        dense["trip"]["visual_tokens"]
+        == dense["trip"]["visual_tokens_kept"]
+        == dense["trip"]["visual_tokens_retrieved"]
+    )
     assert dense["sparsity"]["prune_keep"] == dense["sparsity"]["retrieve_keep"] == 1
     fewer = json.loads(run(*base, "--max-frames", "4", "--prune-keep", "0.5", "--retrieve-keep", "0.5")[1])
     assert fewer["trip"]["num_frames"] == 4
@@ -297,7 +302,7 @@ def test_interrupted_work_ends_at_its_next_report():
         report("encode", 0, 1)
         raise KeyboardInterrupt
 
-    with cli._Progress() as progress, pytest.raises(KeyboardInterrupt):
-        cli._interruptible(work, progress)
+    with ProgressLine() as line, pytest.raises(KeyboardInterrupt):
+        interruptible(work, line)
     with pytest.raises(Cancelled):
         reports[0]("prefill", 0, 4)

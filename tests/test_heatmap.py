@@ -66,7 +66,10 @@ def evidence(shares, **options):
 
 
 def test_a_page_holds_frames_and_a_row_per_question():
-    rows = [("Where is the star?", "at the top left", evidence((0.1, 0.7, 0.2, 0.0))), ("And?", "", evidence((1, 0, 0, 0)))]
+    rows = [
+        ("Where is the star?", "at the top left", evidence((0.1, 0.7, 0.2, 0.0))),
+        ("And?", "", evidence((1, 0, 0, 0))),
+    ]
     one, two = draw_heatmap(frames(), [0.0, 1.0, 2.0, 3.0], rows[:1]), draw_heatmap(frames(), [0, 1, 2, 3], rows)
     assert one.mode == "RGB" and one.width == two.width and two.height > one.height + 100
     pixels = np.asarray(two).reshape(-1, 3)
@@ -77,7 +80,9 @@ def test_a_page_holds_frames_and_a_row_per_question():
 
 
 def test_small_frames_grow_and_large_ones_shrink():
-    small, large = (draw_heatmap(frames(2, size, size), [0, 1], [("q", "a", evidence((0.5, 0.5)))]) for size in (16, 2000))
+    small, large = (
+        draw_heatmap(frames(2, size, size), [0, 1], [("q", "a", evidence((0.5, 0.5)))]) for size in (16, 2000)
+    )
     assert small.size == large.size
 
 

@@ -12,7 +12,14 @@ import pytest
 from sparsevila_cluster import VideoQA
 from sparsevila_cluster.config import build_config
 from sparsevila_cluster.errors import (
-    BadCheckpoint, BadConfig, BadMedia, BadRequest, DeadlineExceeded, NotFound, SparseVilaError, Unavailable,
+    BadCheckpoint,
+    BadConfig,
+    BadMedia,
+    BadRequest,
+    DeadlineExceeded,
+    NotFound,
+    SparseVilaError,
+    Unavailable,
 )  # fmt: skip
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.pipeline import LocalPipeline
@@ -185,7 +192,8 @@ def test_bad_sources_and_parameters_leave_the_engine_well(qa, clips, tmp_path):
 
 
 def test_bad_configuration_and_checkpoints(tmp_path):
-    for fields, words in (({"prune_keep": 0.0}, "prune_keep"), ({"colour": 1}, "legal keys"), ({"retrieve": "magic"}, "query_topk")):
+    cases = (({"prune_keep": 0.0}, "prune_keep"), ({"colour": 1}, "legal keys"), ({"retrieve": "magic"}, "query_topk"))
+    for fields, words in cases:
         with pytest.raises(BadConfig, match=words):
             VideoQA("demo", **fields)
     with pytest.raises(BadCheckpoint):

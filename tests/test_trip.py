@@ -6,7 +6,9 @@ from sparsevila_cluster.config import build_config
 from sparsevila_cluster.request import Answer, FinishReason, FrameEvidence, MediaHandle, Usage
 from sparsevila_cluster.trip import answer_document, ask_document, make_trip, megabytes, trip_card
 
-MEDIA = MediaHandle("key", "video", 64, 32.0, 4096, 1024, 1040, 12_600_000, 50_000_000, ms={"decode": 10.0, "encode": 20.0})
+MEDIA = MediaHandle(
+    "key", "video", 64, 32.0, 4096, 1024, 1040, 12_600_000, 50_000_000, ms={"decode": 10.0, "encode": 20.0}
+)
 
 
 def answer(text="a red star", tokens=4, **ms):
@@ -31,7 +33,9 @@ def test_the_card_is_one_line():
 
 
 def test_turns_are_averaged_and_steps_are_weighted():
-    ms = make_trip(MEDIA, [answer(step=2.0, tokens=4), answer(step=5.0, tokens=2, question=8.0), answer(tokens=1)])["ms"]
+    ms = make_trip(MEDIA, [answer(step=2.0, tokens=4), answer(step=5.0, tokens=2, question=8.0), answer(tokens=1)])[
+        "ms"
+    ]
     assert ms["step"] == pytest.approx((3 * 2 + 1 * 5) / 4)
     assert ms["question"] == pytest.approx((4 + 8 + 4) / 3, abs=1e-3)
     assert (ms["decode"], ms["prune"], ms["transfer"]) == (10.0, 0.0, 0.0)
