@@ -57,9 +57,7 @@ class TemplateChat:
             self._refuse_control(system_prompt, "system prompt")
         prefix, _ = self._cut_at_media(self._render_first(kinds, system_prompt).split(_QUESTION)[0])
         ids = self._encode(prefix)
-        placed = [i for i in ids if i in self._visual_ids.values()]
-        if placed != [self._visual_ids[kind] for kind in kinds]:
-            raise BadCheckpoint(f"the chat template does not place one placeholder for each of {list(kinds)}")
+        self._check_placed(ids, kinds)
         return ids
 
     def question_ids(self, question: str, first: bool, pending: int | None) -> tuple[list[int], int, int]:
@@ -92,6 +90,10 @@ class TemplateChat:
     def _encode(self, text: str) -> list[int]:
         return self._core.encode(text, add_special_tokens=False).ids
 
+    def _check_placed(self, ids: Sequence[int], kinds: Sequence[str]) -> None:
+        if [i for i in ids if i in self._visual_ids.values()] != [self._visual_ids[kind] for kind in kinds]:
+            raise BadCheckpoint(f"the chat template does not place one placeholder for each of: {', '.join(kinds)}")
+
     def _refuse_control(self, text: str, what: str) -> None:
         for token in self._control:
             if token in text:
@@ -123,7 +125,9 @@ class TemplateChat:
             parts = self._render_first([kind], None).split(_QUESTION)
             if len(parts) != 2:
                 raise BadCheckpoint("the chat template does not repeat the user's text exactly once")
-            openings.add(self._cut_at_media(parts[0])[1])
+            before, opening = self._cut_at_media(parts[0])
+            self._check_placed(self._encode(before), [kind])
+            openings.add(opening)
             endings.add(parts[1])
         if len(openings) != 1 or len(endings) != 1:
             raise BadCheckpoint("the chat template surrounds a question differently after a video and after an image")
