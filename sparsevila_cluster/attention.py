@@ -62,6 +62,17 @@ def attend_spans(q: Tensor, body: Span, tail: Span, scale: float) -> Tensor:
     return torch.lerp(tail_out, body_out, weight).reshape(num_heads, dim)
 
 
+def attend_gathered(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """One new row per sequence, all in one call, against KV that was gathered and padded to one length.
+
+    q [B, Hq, D]; k and v [B, S, Hkv, D]; visible bool [B, 1, 1, S], False for padding -> [B, Hq, D].
+    """
+    num, num_heads, dim = q.shape
+    grouped = q.view(num, k.shape[2], -1, dim)
+    out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale)
+    return out.reshape(num, num_heads, dim)
+
+
 def attend_question(q: Tensor, body: Span, tail: Span, scale: float, capture: Capture | None) -> Tensor:
     """Several new rows against both spans, causally; fills `capture`.
 

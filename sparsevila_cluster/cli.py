@@ -3,8 +3,8 @@
 Knows: options, exit codes, what goes to stdout (results) and what to stderr (progress, logs, errors).
 Does not know: how answers are made. torch is imported only once a command has checked all that it can without it.
 
-Exit codes: 0 done; 1 an error of ours or of the machine, or a demo that scores too low; 2 the user's mistake, told in one
-line that begins with `error:`; 130 interrupted; 141 the reader of stdout went away.
+Exit codes: 0 done; 1 an error of ours or of the machine, or a demo that scores too low; 2 the user's mistake, told in
+one line that begins with `error:`; 130 interrupted; 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _logging(verbose: bool) -> Iterator[None]:
         ours.propagate = before[1]
 
 
-# ---- what can be typed -----------------------------------------------------------------------------------------------------
+# ---- what can be typed -----------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,7 +193,7 @@ def _version() -> str:
         return "sparsevila (not installed)"
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------------
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def _config_check(args: argparse.Namespace) -> int:

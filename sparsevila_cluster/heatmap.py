@@ -5,7 +5,7 @@ Does not know: models, engines or tensors.
 
     title                         video.mp4: where each question looked
     the frames with their times   [0.0 s] [1.0 s] [2.0 s] ...
-    one row per question          pruned patches dark and grey, kept ones as they are, retrieved ones tinted yellow to red
+    one row per question          pruned patches dark and grey, kept ones as they are, retrieved ones yellow to red
     legend
 """
 
@@ -52,7 +52,7 @@ def ramp(level: float | np.ndarray) -> np.ndarray:
 def save_heatmap(
     path: str | Path, source: str | Path, config: EngineConfig, turns: Sequence[tuple[str, Answer]]
 ) -> None:
-    """Decode `source` as an engine with this configuration does, and write the picture of a conversation about it as PNG.
+    """Decode `source` as an engine with this configuration does; write the picture of a conversation about it as PNG.
 
     Raises:
         BadRequest: `path` cannot be written. BadMedia, TooLarge, DeadlineExceeded: the source, as `open_media`.
@@ -72,8 +72,9 @@ def draw_heatmap(
 ) -> Image.Image:
     """One picture for a conversation about one video or image.
 
-    media_frames: u8 [F, H, W, 3], the sampled frames; times_s: [F]; rows: (question, answer, evidence) of each turn. Grids of the
-    evidence are laid over the frames proportionally. Of more moments than fit, the most looked-at are shown.
+    media_frames: u8 [F, H, W, 3], the sampled frames; times_s: [F]; rows: (question, answer, evidence) of each turn.
+    Grids of the evidence are laid over the frames proportionally. Of more moments than fit, the most looked-at are
+    shown.
     """
     moments = _moments(media_frames, rows)
     evidences = [evidence for _, _, evidence in rows]
@@ -105,7 +106,7 @@ def draw_heatmap(
 
 
 def shade(picture: np.ndarray, evidence: FrameEvidence, most: float) -> np.ndarray:
-    """u8 [h, w, 3]: `picture` with pruned cells dark and grey, and retrieved cells tinted and framed by their share of `most`."""
+    """u8 [h, w, 3]: `picture` with pruned cells dark and grey, retrieved ones tinted and framed by share / `most`."""
     height, width = picture.shape[:2]
     num_rows, num_cols = evidence.grid
     top, left = (

@@ -55,7 +55,7 @@ class RunningTurn:
         self._rows = 0
         self._prompt_rows = 0
         self._words = (0, 0)
-        self._first = conversation.num_turns == 0
+        self._prepared_at: int | None = None
         self._capture: Capture | None = None
         self._body: list[Span] = []
         self._tail: list[Span] = []
@@ -74,8 +74,9 @@ class RunningTurn:
     def prepare_question(self) -> None:
         """Tokenise the question on the conversation as it is now. Raises TooLarge if the answer cannot fit the model."""
         conversation = self.conversation
-        self._first = conversation.num_turns == 0
-        ids, start, stop = self._model.chat.question_ids(self.turn.question, self._first, conversation.pending)
+        if self._prepared_at == conversation.num_turns:
+            return  # a turn that waits for room is asked again before every step
+        ids, start, stop = self._model.chat.question_ids(self.turn.question, conversation.num_turns == 0, conversation.pending)
         self.input_ids, self._words = ids, (start, stop)
         self._prompt_rows = len(ids)
         last = conversation.next_pos + len(ids) + self.turn.sampling.max_tokens
@@ -84,6 +85,7 @@ class RunningTurn:
                 f"position {last} of the last possible token (conversation at {conversation.next_pos}, question of {len(ids)}, "
                 f"max_tokens={self.turn.sampling.max_tokens}) is over the model's {self._model.max_position}"
             )
+        self._prepared_at = conversation.num_turns
 
     def rows_needed(self) -> tuple[int, int]:
         """(rows of the tail at its longest, rows of packed KV). The last token of an answer needs no row."""
@@ -111,9 +113,10 @@ class RunningTurn:
             first=first,
             num=len(self.input_ids),
             body=self._body,
+            packed=self.room.packed if self.phase == "decode" else None,
             tail=self._tail,
+            tail_start=self.room.tail.start,
             past=past,
-            first_slot=self.room.tail.start + past,
             capture=self._capture if self.phase == "question" else None,
             phase=self.phase,
         )

@@ -18,8 +18,9 @@ TURN_STAGES = ("question", "retrieve")
 def make_trip(media: MediaHandle, answers: Sequence[Answer]) -> dict[str, Any]:
     """Counts, bytes and milliseconds of one media and the turns on it.
 
-    `visual_tokens_retrieved` is per layer, of the last turn. `ms` holds the media's stages, the mean per turn of question and
-    retrieve, and the mean per token of step; 0 is a stage that did not happen (reused media, one process, one-token answers).
+    `visual_tokens_retrieved` is per layer, of the last turn. `ms` holds the media's stages, the mean per turn of
+    question and retrieve, and the mean per token of step; 0 is a stage that did not happen (reused media, one process,
+    answers of one token).
     """
     ms = {stage: media.ms.get(stage, 0.0) for stage in PREPARE_STAGES}
     for stage in TURN_STAGES:

@@ -67,3 +67,16 @@ def test_causal_prefill(heads, kv_heads):
     q, k, v = random_case(37, 0, 0, heads, kv_heads, 16, seed=1)
     want, _ = reference(q, k, v, 0.25)
     torch.testing.assert_close(attend_causal(q, k, v, 0.25).double(), want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 16), (7, 1, 80), (6, 2, 24)])
+def test_rows_of_unequal_length_in_one_call(heads, kv_heads, dim):
+    lengths = [1, 13, 7, 40]
+    cases = [random_case(1, n - 1, 0, heads, kv_heads, dim, seed=n) for n in lengths]
+    k, v = (torch.full((4, 40, kv_heads, dim), 1e4) for _ in range(2))  # padding that would show
+    for i, (_, keys, values) in enumerate(cases):
+        k[i, : lengths[i]], v[i, : lengths[i]] = keys, values
+    visible = (torch.arange(40) < torch.tensor(lengths)[:, None])[:, None, None]
+    got = attend_gathered(torch.cat([q for q, _, _ in cases]), k, v, visible, 0.3)
+    for row, (q, keys, values) in zip(got, cases, strict=True):
+        torch.testing.assert_close(row.double(), reference(q, keys, values, 0.3)[0][0], atol=2e-6, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The heat map, pixel by pixel where it matters: what is dark, what is tinted, what is left alone, what is shown at all."""
+"""The heat map, pixel by pixel where it matters: what is dark, what is tinted, what is left alone, what is shown."""
 
 import numpy as np
 import pytest
