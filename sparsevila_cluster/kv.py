@@ -59,8 +59,8 @@ class Extent:
         return self.arena.k[layer][self.start : self.stop], self.arena.v[layer][self.start : self.stop]
 
     def spans(self) -> list[tuple[Tensor, Tensor]]:
-        """Head-major views [Hkv, length, D] of keys and values, one pair per layer."""
-        return [(k.transpose(0, 1), v.transpose(0, 1)) for k, v in map(self.rows, range(self.arena.spec.num_layers))]
+        """Head-major views [1, Hkv, length, D] of keys and values, one pair per layer."""
+        return [(k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in map(self.rows, range(self.arena.spec.num_layers))]
 
 
 class Arena:

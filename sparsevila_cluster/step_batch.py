@@ -37,7 +37,7 @@ class MediaBatch:
         return attend_causal(q, k, v, scale)
 
 
-@dataclass
+@dataclass(eq=False)
 class Segment:
     """The rows [first, first + num) of a step that belong to one turn.
 
@@ -56,6 +56,12 @@ class Segment:
     capture: Capture | None = None
     phase: str = "decode"
 
+    def tail_span(self, layer: int) -> Span:
+        """The tail up to and including this step's rows."""
+        k, v = self.tail[layer]
+        stop = self.past + self.num
+        return k[:, :, :stop], v[:, :, :stop]
+
 
 # Gathering copies the KV of a step, looping launches a dozen small operations for each turn: up to this many elements of K per
 # layer (1 MiB in float32) the copy is the cheaper one on a CPU.
@@ -69,9 +75,13 @@ class TurnBatch:
         self._arena = arena
         slots = [slot for s in segments for slot in range(s.tail_start + s.past, s.tail_start + s.past + s.num)]
         self._slots = torch.tensor(slots, dtype=torch.int64, device=arena.k[0].device)
-        gathered = _gatherable(segments, arena)
-        self._gathered = _Gather(gathered, arena) if gathered else None
-        self._segments = segments[len(gathered) :]
+        decode = [s for s in segments if s.phase == "decode"]
+        assert decode == segments[: len(decode)], "decode rows come first"
+        gathers = _worth_gathering(decode, arena)
+        self._gather = _Gather(decode, arena) if gathers else None
+        self._loop = [] if gathers else decode
+        self._questions = segments[len(decode) :]
+        self._num_decode = len(decode)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         self._arena.k[layer].index_copy_(0, self._slots, k)
@@ -79,32 +89,28 @@ class TurnBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.write(layer, k, v)
-        if self._gathered is not None and not self._segments:
-            return self._gathered.attend(layer, q, scale)
+        if not self._questions:
+            return self._attend_decode(layer, q, scale)
         out = torch.empty_like(q)
-        if self._gathered is not None:
-            out[: self._gathered.num] = self._gathered.attend(layer, q[: self._gathered.num], scale)
-        for s in self._segments:
-            tail_k, tail_v = s.tail[layer]
-            tail = tail_k[:, : s.past + s.num], tail_v[:, : s.past + s.num]
-            if s.phase == "decode":
-                out[s.first] = attend_spans(q[s.first], s.body[layer], tail, scale)
-            else:
-                rows = slice(s.first, s.first + s.num)
-                out[rows] = attend_question(q[rows], s.body[layer], tail, scale, s.capture)
+        if self._num_decode:
+            out[: self._num_decode] = self._attend_decode(layer, q[: self._num_decode], scale)
+        for s in self._questions:
+            rows = slice(s.first, s.first + s.num)
+            out[rows] = attend_question(q[rows], s.body[layer], s.tail_span(layer), scale, s.capture)
         return out
 
+    def _attend_decode(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        if self._gather is not None:
+            return self._gather.attend(layer, q, scale)
+        return attend_spans(q, [(s.body[layer], s.tail_span(layer)) for s in self._loop], scale)
 
-def _gatherable(segments: list[Segment], arena: Arena) -> list[Segment]:
-    """The leading decode rows, if there are several, all over packed KV, and little enough to copy."""
-    leading = []
-    for s in segments:
-        if s.phase != "decode" or s.packed is None:
-            break
-        leading.append(s)
-    longest = max((s.packed.length + s.past + s.num for s in leading), default=0)
-    row = arena.spec.num_kv_heads * arena.spec.head_dim
-    return leading if len(leading) > 1 and len(leading) * longest * row <= GATHER_ELEMENTS else []
+
+def _worth_gathering(decode: list[Segment], arena: Arena) -> bool:
+    """Whether there are several decode rows, all over packed KV, and little enough of it to copy."""
+    if len(decode) < 2 or any(s.packed is None for s in decode):
+        return False
+    longest = max(s.packed.length + s.past + s.num for s in decode)
+    return len(decode) * longest * arena.spec.num_kv_heads * arena.spec.head_dim <= GATHER_ELEMENTS
 
 
 class _Gather:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsevila_cluster import attention
-from sparsevila_cluster.attention import Capture, attend_causal, attend_question, attend_spans
+from sparsevila_cluster.attention import Capture, attend_causal, attend_gathered, attend_question, attend_spans
 
 
 def random_case(num_rows, body, past, heads, kv_heads, dim, seed):
@@ -27,7 +27,7 @@ def reference(q, k, v, scale):
 
 
 def spans(k, v, body):
-    heads = lambda x: x.transpose(0, 1)  # noqa: E731
+    heads = lambda x: x.transpose(0, 1)[None]  # noqa: E731
     return (heads(k[:body]), heads(v[:body])), (heads(k[body:]), heads(v[body:]))
 
 
@@ -38,8 +38,15 @@ CASES = [(1, 13, 0, 4, 2, 32), (1, 700, 5, 7, 1, 64), (1, 1, 0, 3, 3, 16), (1, 3
 def test_one_row_over_two_spans(num_rows, body, past, heads, kv_heads, dim):
     q, k, v = random_case(num_rows, body, past, heads, kv_heads, dim, seed=body)
     want, _ = reference(q, k, v, dim**-0.5)
-    got = attend_spans(q[0], *spans(k, v, body), dim**-0.5)
-    torch.testing.assert_close(got.double(), want[0], atol=2e-6, rtol=1e-5)
+    got = attend_spans(q, [spans(k, v, body)], dim**-0.5)
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+
+
+def test_several_sequences_over_their_own_spans():
+    cases = [(random_case(1, body, past, 6, 2, 24, seed=body), body) for body, past in ((5, 0), (300, 7), (1, 90))]
+    got = attend_spans(torch.cat([q for (q, _, _), _ in cases]), [spans(k, v, body) for (_, k, v), body in cases], 0.2)
+    for row, ((q, k, v), _) in zip(got, cases, strict=True):
+        torch.testing.assert_close(row.double(), reference(q, k, v, 0.2)[0][0], atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows, body, past", [(1, 5, 0), (9, 40, 0), (17, 129, 23)])
