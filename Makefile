@@ -43,7 +43,7 @@ protos: setup
 	$(PY) -m grpc_tools.protoc -I protos --python_out=sparsevila_cluster/pb --grpc_python_out=sparsevila_cluster/pb $$files
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis out
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis out sparsevila-demo
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 setup: $(INSTALLED)

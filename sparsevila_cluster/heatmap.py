@@ -35,7 +35,7 @@ MARGIN_PX, GAP_PX = 28, 8
 PAPER, INK, FAINT, RULE, ANSWER = (255, 255, 255), (28, 32, 38), (112, 118, 126), (222, 225, 229), (176, 12, 38)
 # Share of attention from little to most, in even steps: yellow, orange, red, dark red.
 RAMP = np.array([(255, 236, 110), (254, 178, 60), (245, 82, 38), (178, 0, 38)], np.float32)
-MIN_TINT, MAX_TINT = 0.25, 0.50  # opacity: the frame must stay readable below
+MIN_TINT, MAX_TINT = 0.18, 0.38  # opacity: the frame must stay readable below
 PRUNED_LIGHT = 0.32
 
 TITLE_PT, QUESTION_PT, NOTE_PT = 26, 21, 15
@@ -119,7 +119,7 @@ def shade(picture: np.ndarray, evidence: FrameEvidence, most: float) -> np.ndarr
     stays = np.repeat(np.repeat(kept, np.diff(top), 0), np.diff(left), 1)[..., None]
     grey = picture @ np.array([0.299, 0.587, 0.114], np.float32)
     shaded = np.where(stays, picture, PRUNED_LIGHT * grey[..., None]).astype(np.float32)
-    edge = min(MAX_EDGE_PX, max(1, min(height // num_rows, width // num_cols) // 10))
+    edge = min(MAX_EDGE_PX, max(1, min(height // num_rows, width // num_cols) // 8))
     for row, col, share in evidence.cells:
         level = share / most if most > 0 else 0.0
         cell = shaded[top[row] : top[row + 1], left[col] : left[col + 1]]

@@ -22,7 +22,7 @@ FLOORS = {
     3: "scheduler step_batch running_turn evidence prefill_engine decode_engine detokenize conversation content_key "
     "engine_thread pipeline video_qa",
     4: "cluster gateway",
-    5: "app cli demo heatmap",
+    5: "app cli demo heatmap progress trip __main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 SIDE = {"client"}  # floor 0 only; the command line may use it
@@ -31,7 +31,7 @@ NEIGHBOURS = {
     1: {"pruning": {"kv"}, "retrieval": {"kv"}, "models": {"media", "kv", "awq"}},
     2: {"transport": {"wire"}},
     4: {},
-    5: {"cli": {"app", "demo", "heatmap"}, "demo": {"heatmap"}},
+    5: {"cli": {"app", "demo", "heatmap", "progress", "trip"}, "demo": {"heatmap", "trip"}, "__main__": {"cli"}},
 }
 MAY_USE_KERNELS = {"pruning", "retrieval", "awq"} | {room for room, floor in FLOOR.items() if floor in (2, 3)}
 # Who may import what from outside.
