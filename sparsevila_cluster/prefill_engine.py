@@ -9,7 +9,7 @@ who owns the arena that it writes to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -136,7 +136,10 @@ class PrefillEngine:
                 f"the media reach position {plan.question_start_pos}; the model has {self.model.max_position}. "
                 f"Fewer frames (max_frames) make them fit"
             )
-        return plan
+        device = self.model.device
+        return replace(
+            plan, ids=plan.ids.to(device), visual_mask=plan.visual_mask.to(device), positions=plan.positions.to(device)
+        )
 
     def _run_text(
         self, preparation: Preparation, plan: PromptPlan, tokens: VisualTokens, keep: Tensor, rows: Tensor, prefix: MediaPrefix

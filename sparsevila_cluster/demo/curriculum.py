@@ -23,6 +23,10 @@ class Portion:
     prune_keeps: tuple[float, ...] = (1.0,)  # one is drawn per batch
     retrieve_keeps: tuple[float, ...] = ()  # empty: answer rows see all that was kept
 
+    @property
+    def sparse(self) -> bool:
+        return self.prune != "none" or bool(self.retrieve_keeps)
+
 
 @dataclass(frozen=True)
 class Stage:

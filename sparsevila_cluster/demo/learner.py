@@ -140,9 +140,10 @@ class Learner:
         torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
         self.optimizer.step()
         self.updates += 1
-        name = "answer" if portion.prune == "none" and not portion.retrieve_keeps else "answer_sparse"
-        record = {key: value.item() for key, value in losses.items()}
-        return record | {name: record["answer"]}
+        record = {name: value.item() for name, value in losses.items()}
+        if portion.sparse:
+            record["answer_sparse"] = record["answer"]
+        return record
 
     def make_batch(self, portion: Portion, num_steps: int) -> Batch:
         rng, bank = self.rng, self.bank
@@ -168,7 +169,7 @@ class Learner:
         videos = self.options.monitor_videos
         marks = self.monitor.examine(self.model, DENSE, stage.num_steps, videos, turns_apart=stage.own_turn)
         record = {name: round(float(np.mean(values)), 4) for name, values in recent.items()}
-        if any(portion.prune != "none" for portion in stage.portions):
+        if any(portion.sparse for portion in stage.portions):
             sparse = self.monitor.examine(self.model, SPARSE, num_videos=videos)
             record["sparse_accuracy"] = sparse
         self.journal.write(

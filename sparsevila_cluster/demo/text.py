@@ -8,8 +8,8 @@ Aids, none of which is stored in the checkpoint. All read the input of layer `AI
 - query: the last prompt row tells what the question names (0.5), and so do the answer's rows (0.25);
 - grounding: in layer `AID_LAYER`, the last prompt row attends to the glyphs that are asked for (0.5), and each of
   the answer's rows to the glyph that it is speaking of (0.5).
-Without query and grounding, training stalls at half of all answers right: it names a colour of *some* glyph in the
-video. Without those of the answer's rows, answers that begin with filler ("at the top left") take several times longer.
+Without query and grounding, training stalled at half of all answers right: it named a colour of *some* glyph in the
+video. Without those of the answer's rows, the same loss took half as many updates again.
 """
 
 from __future__ import annotations
