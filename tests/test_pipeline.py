@@ -16,6 +16,7 @@ from sparsevila_cluster.errors import (
     BadConfig,
     BadMedia,
     BadRequest,
+    Cancelled,
     DeadlineExceeded,
     NotFound,
     SparseVilaError,
@@ -165,6 +166,21 @@ def test_deadlines(checkpoint, clips):
             chat.ask("a?", max_tokens=2000, timeout_s=0.02)
         assert chat.ask("a?", max_tokens=2).token_ids
         assert qa.info()["prefix_bytes"] == qa.prepare(clips[0]).kv_bytes
+
+
+def test_a_preparation_that_ends_early_gives_its_bytes_back(checkpoint, clips):
+    with VideoQA(checkpoint) as qa:
+        for stop_at in ("decode", "encode", "prune", "prefill", "last layer"):
+
+            def progress(stage, done, total, stop_at=stop_at):
+                if stage == stop_at or (stop_at == "last layer" and stage == "prefill" and done == total - 1):
+                    raise Cancelled("enough")
+
+            with pytest.raises(Cancelled):
+                qa.prepare(clips[0], progress=progress)
+            qa._run(qa.pipeline._on_decode(lambda engine: engine.check_integrity()))
+            assert qa.info()["prefix_bytes"] == 0
+        assert qa.prepare(clips[0]).kv_bytes == qa.info()["prefix_bytes"]
 
 
 def test_bad_sources_and_parameters_leave_the_engine_well(qa, clips, tmp_path):
