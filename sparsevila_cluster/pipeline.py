@@ -106,17 +106,12 @@ class LocalPipeline:
                 # Shielded: one impatient caller must not cancel the work that the others wait for.
                 handle = await asyncio.shield(self._making[key])
                 return _as_reused(handle)
-            except Cancelled:
-                continue  # its maker gave up; make it ourselves
-        resident = await self._on_decode(lambda engine: engine.prefixes.get(key))
-        if resident is not None:
-            self._remember(key, request)
-            return _handle(resident, reused=True, ms={})
+            except (Cancelled, DeadlineExceeded):
+                continue  # its maker gave up or ran out of its own time; make it ourselves
+        # No await stands between the look above and this entry: two callers can not both become the maker.
         making = self._making[key] = asyncio.get_running_loop().create_future()
         try:
-            prefix = await self._in_prefill(self._make, preparation, key)
-            self._remember(key, request)
-            handle = _handle(prefix, reused=False, ms=preparation.stage_ms())
+            handle = await self._find_or_make(preparation, key)
             making.set_result(handle)
             return handle
         except BaseException as error:
@@ -126,6 +121,14 @@ class LocalPipeline:
             raise
         finally:
             del self._making[key]
+
+    async def _find_or_make(self, preparation: Preparation, key: str) -> MediaHandle:
+        prefix = await self._on_decode(lambda engine: engine.prefixes.get(key))
+        reused = prefix is not None
+        if not reused:
+            prefix = await self._in_prefill(self._make, preparation, key)
+        self._remember(key, preparation.request)
+        return _handle(prefix, reused, {} if reused else preparation.stage_ms())
 
     def _make(self, preparation: Preparation, key: str) -> MediaPrefix:
         """Runs in the prefill thread: decode the sources, prefill into an extent of the decode engine, publish it."""
@@ -255,6 +258,8 @@ class LocalPipeline:
             return await asyncio.wrap_future(future)
         except (SparseVilaError, asyncio.CancelledError):
             raise
+        except TimeoutError as error:
+            raise DeadlineExceeded("the decode engine did not answer the preparation in time") from error
         except Exception as error:
             log.exception("preparation failed")
             raise Internal(f"{type(error).__name__}: {error}") from error
