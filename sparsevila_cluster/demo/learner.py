@@ -38,7 +38,7 @@ WARM_UP = 100  # updates
 @dataclass(frozen=True)
 class Options:
     out: Path
-    minutes: float = 42.0
+    minutes: float = 58.0
     seed: int = 0
     threads: int = 1
     device: str = "cpu"
