@@ -187,7 +187,7 @@ def _place_glyphs(step: tuple, rng: np.random.Generator, owner: np.ndarray) -> l
         size = GLYPH_SIZES_PX[rng.integers(len(GLYPH_SIZES_PX))]
         turn = GLYPH_TURNS_DEG[rng.integers(len(GLYPH_TURNS_DEG))]
         slack = (CELL_PX - size) / 2
-        # one pixel of margin lets every later frame shake by one pixel within the picture
+        # one pixel of margin lets later frames shake by one pixel within the picture
         y, x = (
             int(np.clip(cell * CELL_PX + slack + rng.choice((-0.5, 0.5)), 1, FRAME_PX - size - 1))
             for cell in (row, col)
@@ -219,7 +219,8 @@ def render_labelled(scene: Scene, rng: np.random.Generator, *, held_out: bool = 
             for y, x, size, color in specks:
                 picture[y : y + size, x : x + size] = np.array(RGB[color], np.float32) * 0.8 + 20
             for sprite in sprites:
-                shake = rng.integers(-1, 2, 2) if frame else (0, 0)
+                # Still for half a second, then shaking: of the two frames that a model sees, the first is the steady one.
+                shake = rng.integers(-1, 2, 2) if frame >= FPS // 2 else (0, 0)
                 y, x, size = sprite.row_px + shake[0], sprite.col_px + shake[1], len(sprite.mask)
                 under = picture[y : y + size, x : x + size]
                 picture[y : y + size, x : x + size] = under * (1 - sprite.mask) + sprite.mask * sprite.rgb

@@ -1,0 +1,97 @@
+"""Every time that was measured, as rows of plain data; figures and tables are read from it.
+
+Knows: what identifies a time (model, frames, batch, stage, variant) and how two of them compare. Does not know: how they came
+about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.bounds import Work
+from benchmarks.machine import Ceilings
+from benchmarks.stopwatch import Times
+
+Row = dict[str, Any]
+HEAD = (
+    "frames", "batch", "stage", "dense ms", "sparse ms", "hf ms", "dense/sparse", "hf/dense", "spread",
+    "dense bound", "of it", "sparse bound", "of it",
+)  # fmt: skip
+
+
+@dataclass
+class Ledger:
+    ceilings: Ceilings
+    rows: list[Row] = field(default_factory=list)
+
+    def add(
+        self,
+        model: str,
+        frames: int,
+        stage: str,
+        variant: str,
+        times: Times,
+        *,
+        batch: int = 1,
+        work: Work | None = None,
+        **more: Any,
+    ) -> None:
+        """ms is the median; spread: distance of the quartiles over the median; share_of_bound: bound / ms."""
+        row: Row = {"model": model, "frames": frames, "batch": batch, "stage": stage, "variant": variant}
+        row |= {
+            "ms": round(times.median_ms, 4),
+            "best_ms": round(times.best_ms, 4),
+            "spread": round(times.spread, 4),
+            "samples": times.num,
+        }
+        if work is not None:
+            bound_ms = work.bound_ms(self.ceilings)
+            row |= {
+                "flop": work.flop,
+                "bytes": work.bytes,
+                "bound_ms": round(bound_ms, 4),
+                "share_of_bound": round(bound_ms / times.median_ms, 4),
+            }
+        self.rows.append(row | more)
+
+    def find(self, model: str, frames: int, stage: str, variant: str, batch: int = 1) -> Row | None:
+        wanted = (model, frames, stage, variant, batch)
+        names = ("model", "frames", "stage", "variant", "batch")
+        return next((row for row in self.rows if tuple(row.get(name) for name in names) == wanted), None)
+
+    def ratio(
+        self, model: str, frames: int, stage: str, over: str, under: str, batch: int = 1, under_stage: str | None = None
+    ) -> float | None:
+        """Time of `over` / time of `under`; None where one was not measured."""
+        a = self.find(model, frames, stage, over, batch)
+        b = self.find(model, frames, under_stage or stage, under, batch)
+        return None if a is None or b is None else round(a["ms"] / b["ms"], 4)
+
+    def table(self, model: str) -> list[list[Any]]:
+        """Lines under HEAD: variants side by side."""
+        mine = [row for row in self.rows if row["model"] == model and row["variant"] in ("dense", "sparse", "hf") and "ms" in row]
+        keys = dict.fromkeys((row["frames"], row["batch"], row["stage"]) for row in mine)
+        return [self._line(model, *key) for key in keys]
+
+    def _line(self, model: str, frames: int, batch: int, stage: str) -> list[Any]:
+        dense, sparse, hf = (self.find(model, frames, stage, variant, batch) for variant in ("dense", "sparse", "hf"))
+        present = [row for row in (dense, sparse, hf) if row is not None]
+        line: list[Any] = [frames, batch, stage, *(row and row["ms"] for row in (dense, sparse, hf))]
+        line += [
+            self.ratio(model, frames, stage, "dense", "sparse", batch),
+            self.ratio(model, frames, stage, "hf", "dense", batch),
+            percent(max(row["spread"] for row in present)),
+        ]
+        for row in (dense, sparse):
+            line += [(row or {}).get("bound_ms"), percent((row or {}).get("share_of_bound"))]
+        return line
+
+
+def percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.0f} %"
+
+
+def columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:
+    return [[row.get(name) for name in names] for row in rows]

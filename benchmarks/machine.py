@@ -1,0 +1,126 @@
+"""What the measurements run on: its card, its own ceilings, its memory.
+
+Knows: the processor, its cores, how fast it multiplies and reads when it does nothing else. Does not know: what is measured.
+Shares of a ceiling are only as good as the ceiling: it is measured in the same run, with the same threads, on the same load.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """float32, all threads of the run. read: one pass over memory far larger than any processor cache; copy counts both ways."""
+
+    matmul_gflops: float
+    read_gb_s: float
+    copy_gb_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return max(self.read_gb_s, self.copy_gb_s) * 1e9
+
+
+def measure_ceilings(side: int = 2048, mib: int = 256, repeats: int = 7) -> Ceilings:
+    a, b, c = (torch.rand(side, side) for _ in range(3))
+    source, target = torch.rand(mib << 18), torch.empty(mib << 18)
+    row = torch.rand(1, 4096)
+    return Ceilings(
+        matmul_gflops=round(2 * side**3 / _best_s(lambda: torch.mm(a, b, out=c), repeats) / 1e9, 1),
+        # A row times a matrix: what decoding one token asks of memory.
+        read_gb_s=round(source.nbytes / _best_s(lambda: torch.mm(row, source.view(-1, 4096).t()), repeats) / 1e9, 1),
+        copy_gb_s=round(2 * source.nbytes / _best_s(lambda: target.copy_(source), repeats) / 1e9, 1),
+    )
+
+
+def _best_s(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def card(ceilings: Ceilings | None = None) -> dict[str, Any]:
+    """The machine and the software as plain data."""
+    return {
+        "cpu": cpu_name(),
+        "cores": physical_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(_meminfo("MemTotal") / 2**30, 1),
+        "load_at_start": load(),
+        **(asdict(ceilings) if ceilings else {}),
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "version": _version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def load() -> float:
+    """Threads that wanted a core in the last minute; when nothing else runs, about as many as this process has."""
+    return round(os.getloadavg()[0], 2)
+
+
+def cpu_name() -> str:
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return re.sub(r"\((R|TM)\)|\bCPU\b|@.*", "", found[1]).strip()
+    return platform.processor() or platform.machine()
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, without their second hardware threads."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in usable:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text().strip() if path.exists() else str(cpu))
+    return len(siblings)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes() -> int:
+    """Memory that may be taken without hurting others."""
+    gc.collect()
+    return _meminfo("MemAvailable")
+
+
+def _meminfo(name: str) -> int:
+    path = Path("/proc/meminfo")
+    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _version() -> str:
+    """The commit, with a + when the tree differs from it; "" outside a checkout."""
+    here = Path(__file__).parent
+    call = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
