@@ -27,7 +27,7 @@ from sparsevila_cluster.models import Model, load_model
 
 QUICK_VIDEOS, FULL_VIDEOS = 32, 128
 PRUNE_KEEP, RETRIEVE_KEEP = 0.25, 0.10
-CURVE = (1.0, 0.5, 0.25, 0.10, 0.05, 0.02)
+CURVE = (1.0, 0.5, 0.25, 0.10, 0.05, 0.02, 0.01)
 RANDOM_SEEDS = 4
 
 DENSE = {"prune": "keep_all", "retrieve": "retrieve_all"}
@@ -183,7 +183,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             show(report, "Dense-only twin", SHOWN_TWIN, twin)
         else:
             report.say(f"no twin at {twin_directory}")
-    report.machine["load_at_end"] = machine.load()
     report.figures = figures(found, twin)
     report.show_figures()
     report.finish(options.save)

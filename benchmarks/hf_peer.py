@@ -86,20 +86,24 @@ class Generation:
 class _Clock:
     """A streamer, which `generate` calls with the prompt and then with every token, that looks at the time.
 
-    The first step after a pause warms the processor's caches and is left out of `steps`.
+    Time runs from its creation, not from the prompt: `generate` encodes the media before it hands out the prompt. The first step
+    after a pause warms the processor's caches and is left out of `steps`.
     """
 
     def __init__(self, between: Callable[[], None] | None, block: int):
         self.steps = Times()
         self.first_ms = self.total_ms = 0.0
         self._between, self._block = between, block
-        self._last_s: float | None = None
+        self._prompt = True
+        self._last_s = time.perf_counter()
         self._since_pause = -1
 
     def put(self, value: Tensor) -> None:
         now_s = time.perf_counter()
-        if self._last_s is not None:
-            self._take((now_s - self._last_s) * 1e3)
+        if self._prompt:
+            self._prompt = False
+            return
+        self._take((now_s - self._last_s) * 1e3)
         self._last_s = time.perf_counter()
 
     def _take(self, ms: float) -> None:

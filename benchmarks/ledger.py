@@ -23,7 +23,6 @@ HEAD = (
 
 @dataclass
 class Ledger:
-    ceilings: Ceilings
     rows: list[Row] = field(default_factory=list)
 
     def add(
@@ -38,7 +37,7 @@ class Ledger:
         work: Work | None = None,
         **more: Any,
     ) -> None:
-        """ms is the median; spread: distance of the quartiles over the median; share_of_bound: bound / ms."""
+        """ms is the median; spread: distance of the quartiles over the median."""
         row: Row = {"model": model, "frames": frames, "batch": batch, "stage": stage, "variant": variant}
         row |= {
             "ms": round(times.median_ms, 4),
@@ -47,14 +46,15 @@ class Ledger:
             "samples": times.num,
         }
         if work is not None:
-            bound_ms = work.bound_ms(self.ceilings)
-            row |= {
-                "flop": work.flop,
-                "bytes": work.bytes,
-                "bound_ms": round(bound_ms, 4),
-                "share_of_bound": round(bound_ms / times.median_ms, 4),
-            }
+            row |= {"flop": work.flop, "bytes": work.bytes}
         self.rows.append(row | more)
+
+    def settle(self, ceilings: Ceilings) -> None:
+        """Put bounds beside the times, and the share bound / ms."""
+        for row in self.rows:
+            if "flop" in row:
+                bound_ms = Work(row["flop"], row["bytes"]).bound_ms(ceilings)
+                row |= {"bound_ms": round(bound_ms, 4), "share_of_bound": round(bound_ms / row["ms"], 4)}
 
     def find(self, model: str, frames: int, stage: str, variant: str, batch: int = 1) -> Row | None:
         wanted = (model, frames, stage, variant, batch)
@@ -62,12 +62,21 @@ class Ledger:
         return next((row for row in self.rows if tuple(row.get(name) for name in names) == wanted), None)
 
     def ratio(
-        self, model: str, frames: int, stage: str, over: str, under: str, batch: int = 1, under_stage: str | None = None
+        self,
+        model: str,
+        frames: int,
+        stage: str,
+        over: str,
+        under: str,
+        batch: int = 1,
+        *,
+        under_stage: str | None = None,
+        by: str = "ms",
     ) -> float | None:
-        """Time of `over` / time of `under`; None where one was not measured."""
+        """Time of `over` / time of `under`, both `by` median (ms) or best_ms; None where one was not measured."""
         a = self.find(model, frames, stage, over, batch)
         b = self.find(model, frames, under_stage or stage, under, batch)
-        return None if a is None or b is None else round(a["ms"] / b["ms"], 4)
+        return None if a is None or b is None else round(a[by] / b[by], 4)
 
     def table(self, model: str) -> list[list[Any]]:
         """Lines under HEAD: variants side by side."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class Ceilings:
     @property
     def bytes_per_s(self) -> float:
         return max(self.read_gb_s, self.copy_gb_s) * 1e9
+
+    def __or__(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements, each: a ceiling that was found low was disturbed."""
+        return Ceilings(*map(max, astuple(self), astuple(other)))
 
 
 def measure_ceilings(side: int = 2048, mib: int = 256, repeats: int = 7) -> Ceilings:
@@ -57,6 +61,28 @@ def _best_s(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+class Neighbours:
+    """How many cores other processes have kept busy, on average, since this was made. None where the system does not say."""
+
+    def __init__(self) -> None:
+        self._start = self._look()
+
+    def cores(self) -> float | None:
+        if self._start is None:
+            return None
+        busy_s, own_s, at_s = (now - then for now, then in zip(self._look(), self._start, strict=True))
+        return round(max(0.0, busy_s - own_s) / at_s, 2)
+
+    @staticmethod
+    def _look() -> tuple[float, float, float] | None:
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, path.read_text().split(maxsplit=9)[1:9])
+        busy_s = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy_s, time.process_time(), time.perf_counter()
+
+
 def card(ceilings: Ceilings | None = None) -> dict[str, Any]:
     """The machine and the software as plain data."""
     return {
@@ -64,7 +90,6 @@ def card(ceilings: Ceilings | None = None) -> dict[str, Any]:
         "cores": physical_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_meminfo("MemTotal") / 2**30, 1),
-        "load_at_start": load(),
         **(asdict(ceilings) if ceilings else {}),
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -73,11 +98,6 @@ def card(ceilings: Ceilings | None = None) -> dict[str, Any]:
         "version": _version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def load() -> float:
-    """Threads that wanted a core in the last minute; when nothing else runs, about as many as this process has."""
-    return round(os.getloadavg()[0], 2)
 
 
 def cpu_name() -> str:
