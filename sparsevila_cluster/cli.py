@@ -55,15 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Python flushes stdout once more when it exits; let it do so where nobody complains.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
-        except UserError as error:
-            return _fail(USAGE, f"error: {error}")
-        except Internal as error:  # the engine has logged its cause
-            return _fail(FAILED, f"internal error: {error} (-v shows where)")
-        except SparseVilaError as error:
-            return _fail(FAILED, f"error: {error}")
         except Exception as error:
-            log.exception("unexpected error")
-            return _fail(FAILED, f"internal error: {type(error).__name__}: {error} (-v shows where)")
+            return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """One line for an error, and its exit code."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):  # a library that was interrupted while it was imported wraps it
+            return _fail(INTERRUPTED, "interrupted")
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, UserError):
+        return _fail(USAGE, f"error: {error}")
+    if isinstance(error, Internal):  # the engine has logged its cause
+        return _fail(FAILED, f"internal error: {error} (-v shows where)")
+    if isinstance(error, SparseVilaError):
+        return _fail(FAILED, f"error: {error}")
+    log.error("unexpected error", exc_info=error)
+    return _fail(FAILED, f"internal error: {type(error).__name__}: {error} (-v shows where)")
 
 
 def _fail(code: int, message: str) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -262,9 +263,11 @@ def test_help_and_config_check_load_no_heavy_library(files):
 
 
 def test_a_closed_pipe_is_no_traceback(files):
-    child = spawn("config", "check", str(files / "good.yaml"))
-    child.stdout.close()
-    assert child.wait() == 141 and child.stderr.read() == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = spawn("config", "check", str(files / "good.yaml"), stdout=writer)
+    os.close(writer)
+    assert child.wait(timeout=120) == 141 and child.stderr.read() == ""
     child.stderr.close()
 
 
@@ -274,8 +277,9 @@ def test_control_c_ends_in_one_line(files, checkpoint):
     time.sleep(0.5)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=120)
-    # 0: somebody's destructor swallowed the interrupt, which Python allows.
-    assert child.returncode in (0, 130) and "Traceback" not in err
+    # 0: somebody's destructor swallowed the interrupt, which Python allows. -SIGINT: it hit code that C was running, and then
+    # Python ends itself by the signal however well the interrupt was handled; a shell shows 130 for that, too.
+    assert child.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in err, err
     assert child.returncode == 0 or err.splitlines()[-1] == "interrupted"
 
 
