@@ -132,7 +132,7 @@ class LocalPipeline:
 
     def _make(self, preparation: Preparation, key: str) -> MediaPrefix:
         """Runs in the prefill thread: decode the sources, prefill into an extent of the decode engine, publish it."""
-        resident = self._decode_thread.post(lambda engine: engine.prefixes.get(key)).result(GRACE_S)
+        resident = self._decode_thread.post(lambda engine: engine.prefixes.get(key)).result(self.config.prepare_timeout_s)
         if resident is not None:
             return resident
         preparation.stage("decode")
