@@ -18,7 +18,7 @@ def content_key(
     media_hashes: Sequence[str],
     processor_hash: str,
     spec: KVSpec,
-    pruning: object,
+    pruning: Sequence[object],
     positions: str,
     video_text_pos: str,
     prefix_ids: Sequence[int],
@@ -27,9 +27,9 @@ def content_key(
 ) -> str:
     """BLAKE2b-256, 64 hex digits, over a canonical msgpack of its arguments.
 
-    media_hashes: source bytes and sampling of each media, in prompt order; pruning: the policy, whose repr names its parameters;
-    prefix_ids: the template's tokens with one placeholder per media, so system prompt and chat template count; salt: the tenant;
-    wire: quantization on the wire.
+    media_hashes: source bytes and sampling of each media, in prompt order; pruning: each media's policy, whose repr names its
+    parameters; prefix_ids: the template's tokens with one placeholder per media, so system prompt and chat template count; salt:
+    the tenant; wire: quantization on the wire.
     """
     payload = [
         "media-prefix",
@@ -37,7 +37,7 @@ def content_key(
         list(media_hashes),
         processor_hash,
         [spec.fingerprint, spec.num_layers, spec.num_kv_heads, spec.head_dim, str(spec.dtype)],
-        repr(pruning),
+        [repr(policy) for policy in pruning],
         [positions, video_text_pos],
         list(prefix_ids),
         salt,

@@ -135,8 +135,10 @@ class Arena:
 class MediaPrefix:
     """The immutable KV of `[system + pruned visual tokens]`, named by its content key.
 
-    is_visual bool [n]; positions i64 [R, n]; token_map i32 [n, 3] = (group, row, col), -1 for text rows; grid: (rows, cols) and
-    time_s and frame per group; next_pos: position of the first token after it; generation_floor: see PromptPlan.
+    is_visual bool [n], False for text and for structural visual tokens (row ends), which always stay; positions i64 [R, n];
+    token_map i32 [n, 3] = (group, row, col), -1 where not visual; per group its grid (rows, cols), the index of its media, its
+    frame and time_s; kind: "image" if all media are images; next_pos: position of the first token after it; generation_floor:
+    see PromptPlan.
     """
 
     key: str
@@ -148,6 +150,7 @@ class MediaPrefix:
     next_pos: int
     generation_floor: int
     grids: tuple[tuple[int, int], ...]
+    media: tuple[int, ...]
     frames: tuple[int, ...]
     times_s: tuple[float, ...]
     kind: str

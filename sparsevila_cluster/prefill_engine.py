@@ -78,7 +78,7 @@ class PrefillEngine:
             media_hashes=[media_hash for media_hash, _ in known],
             processor_hash=self.model.processor_hash,
             spec=self.model.spec,
-            pruning=self.pruning(request, kinds[0]),
+            pruning=[self.pruning(request, kind) for kind in kinds],
             positions=self.config.positions,
             video_text_pos=self.config.video_text_pos,
             prefix_ids=self.model.chat.prefix_ids(kinds, self.config.system_prompt),
@@ -113,10 +113,10 @@ class PrefillEngine:
         """
         preparation.stage("encode")
         inputs = [self.model.family.patchify(media) for media in medias]
-        plan = self.plan(inputs, medias)
-        tokens = self.model.family.encode(inputs)
+        plan = self.plan(inputs)
+        tokens = self.model.family.encode(inputs, report=lambda done, total: preparation.progress("encode", done, total))
         preparation.stage("prune")
-        keep = self.pruning(preparation.request, medias[0].kind).keep(tokens.salience, tokens.group)
+        keep = self._keep(preparation.request, inputs, tokens)
         preparation.stage("prefill")
         kept_rows = kept_prompt_rows(plan, keep)
         extent = reserve(len(kept_rows))
@@ -127,9 +127,20 @@ class PrefillEngine:
         self.num_prefills += 1
         return prefix
 
-    def plan(self, inputs: list[VisualInputs], medias: list[Media]) -> PromptPlan:
+    def _keep(self, request: PrepareRequest, inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
+        """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by the policy of its own kind."""
+        kept, start = [], 0
+        for media in inputs:
+            rows = slice(start, start + media.num_tokens)
+            kept.append(start + self.pruning(request, media.kind).keep(tokens.salience[rows], tokens.group[rows]))
+            start = rows.stop
+        return torch.cat(kept)
+
+    def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
         """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
-        ids = self.model.chat.prefix_ids([media.kind for media in medias], self.config.system_prompt)
+        ids = self.model.chat.prefix_ids(
+            [media.kind for media in inputs], self.config.system_prompt, [media.spelling for media in inputs]
+        )
         plan = self.model.family.plan(ids, inputs, self.config.video_text_pos)
         if plan.question_start_pos >= self.model.max_position:
             raise TooLarge(
@@ -146,7 +157,7 @@ class PrefillEngine:
     ) -> None:
         text, total = self.model.text, self.model.spec.num_layers
         hidden = text.embed(plan.ids[rows])
-        visual_rows = prefix.visual_index
+        visual_rows = plan.visual_mask[rows].nonzero()[:, 0]
         hidden[visual_rows] = tokens.embeds[keep].to(hidden.dtype)
         batch = MediaBatch(prefix.extent, check=lambda layer: preparation.progress("prefill", layer, total))
         deepstack = [level[keep].to(hidden.dtype) for level in tokens.deepstack]
@@ -163,9 +174,13 @@ class PrefillEngine:
         rows: Tensor,
         extent: Extent,
     ) -> MediaPrefix:
+        # Structural tokens count as text from here on: they have no place in a picture, and always stay.
+        scored = ~tokens.salience.isnan()
         is_visual = plan.visual_mask[rows]
+        is_visual[is_visual.clone()] = scored[keep]
         token_map = torch.full((len(rows), 3), -1, dtype=torch.int32, device=rows.device)
-        token_map[is_visual] = torch.cat([tokens.group[keep, None], tokens.cell[keep]], 1).to(torch.int32)
+        seen = keep[scored[keep]]
+        token_map[is_visual] = torch.cat([tokens.group[seen, None], tokens.cell[seen]], 1).to(torch.int32)
         positions, next_pos = plan.positions[:, rows], plan.question_start_pos
         if self.config.positions == "compact":
             positions, next_pos = close_gaps(positions, is_visual)
@@ -180,13 +195,14 @@ class PrefillEngine:
             token_map=token_map,
             next_pos=next_pos,
             generation_floor=plan.generation_floor,
-            grids=tuple((one.grid[1], one.grid[2]) for one in inputs for _ in one.frame_of_group),
+            grids=tuple(grid for one in inputs for grid in one.grids),
+            media=tuple(i for i, one in enumerate(inputs) for _ in one.grids),
             frames=tuple(frames),
             times_s=tuple(times),
-            kind=medias[0].kind,
+            kind="image" if all(media.kind == "image" for media in medias) else "video",
             num_frames=sum(len(media.frames) for media in medias),
             duration_s=sum(media.duration_s for media in medias),
-            num_visual=int(plan.visual_mask.sum()),
+            num_visual=int(scored.sum()),
         )
 
 

@@ -16,7 +16,7 @@ def make_prefix(key, extent):
     n = extent.length
     return MediaPrefix(
         key=key, spec=SPEC, extent=extent, is_visual=torch.arange(n) > 0, positions=torch.arange(n)[None],
-        token_map=torch.zeros(n, 3, dtype=torch.int32), next_pos=n, generation_floor=0, grids=((1, n),), frames=(0,),
+        token_map=torch.zeros(n, 3, dtype=torch.int32), next_pos=n, generation_floor=0, grids=((1, n),), media=(0,), frames=(0,),
         times_s=(0.0,), kind="video", num_frames=1, duration_s=1.0, num_visual=2 * n,
     )  # fmt: skip
 

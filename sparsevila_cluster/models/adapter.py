@@ -8,7 +8,7 @@ Knows: the shapes that cross this boundary. Does not know: any architecture, tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsevila_cluster.kv import KVSpec
 from sparsevila_cluster.media import Media
+from sparsevila_cluster.models.checkpoint import Checkpoint
 
 Part = Literal["vision", "embed", "llm", "head"]
 PREFILL_PARTS: tuple[Part, ...] = ("vision", "embed", "llm")
@@ -24,32 +25,47 @@ DECODE_PARTS: tuple[Part, ...] = ("embed", "llm", "head")
 ALL_PARTS: tuple[Part, ...] = ("vision", "embed", "llm", "head")
 
 
+# Text, or the id of one token of the checkpoint's vocabulary.
+Piece = str | int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How a chat template writes one media: its content `type` in the template's messages, and what comes out for it."""
+
+    content: Literal["video", "image"]
+    pieces: tuple[Piece, ...]
+
+
 @dataclass(frozen=True)
 class VisualInputs:
-    """One media, preprocessed for the vision tower.
+    """One media, preprocessed for the vision tower, and where its N visual tokens will stand. Families add fields.
 
-    pixels: uint8 [num_patches, patch_dim] in the family's own patch order, normalised by `encode`; grid: (groups, rows, cols)
-    of visual tokens after merging, so groups * rows * cols = num_tokens; frame_of_group: index of each group's first sampled
-    frame; seconds_per_group: time between two groups (0 for an image); kind: "video" or "image".
+    pixels: uint8, in the family's own order, normalised by `encode`. kind: "video" or "image". spelling: what replaces the media's
+    slot in the prompt; each visual placeholder in it is a run of visual tokens, `runs` long. group i32 [N] (frame or view, from
+    0) and cell i32 [N, 2] (row, col) in the group's grid, -1 for structural tokens (row ends: always kept, never scored). grids:
+    (rows, cols) of each group, each spread over the whole picture; frame_of_group: index of each group's first sampled frame.
     """
 
     pixels: Tensor
-    grid: tuple[int, int, int]
-    frame_of_group: tuple[int, ...]
-    seconds_per_group: float
     kind: Literal["video", "image"]
+    spelling: tuple[Piece, ...]
+    runs: tuple[int, ...]
+    group: Tensor
+    cell: Tensor
+    grids: tuple[tuple[int, int], ...]
+    frame_of_group: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
-        groups, rows, cols = self.grid
-        return groups * rows * cols
+        return sum(self.runs)
 
 
 @dataclass(frozen=True)
 class VisualTokens:
     """Embeddings after the projector, in prompt order.
 
-    embeds [N, D]; salience f32 [N], 1.0 = an average patch, NaN = structural (always kept); group i32 [N] (frame or crop,
+    embeds [N, D]; salience f32 [N], 1.0 = an average patch, NaN = structural (always kept); group i32 [N] (frame or view,
     counted over all media of the prompt); cell i32 [N, 2] (row, col in the group's grid); deepstack: extra levels [N, D] each.
     """
 
@@ -76,21 +92,57 @@ class PromptPlan:
     generation_floor: int = 0
 
 
+# Called while a tower runs: how much is done, and of how much. It may raise, which ends the run.
+Report = Callable[[int, int], None]
+
+
+def no_report(done: int, total: int) -> None:
+    """A `Report` that nobody reads."""
+
+
+class Rules(Protocol):
+    """How a checkpoint's processor turns frames into pixels."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for hashing."""
+        ...
+
+
 class Family(Protocol):
-    """Everything that is particular to one vision-language architecture, vision side."""
+    """Everything that is particular to one vision-language architecture, vision side.
+
+    A class is built as `cls(config, rules, core, device)`: `rules` from its `read_rules`, `core` the transformers model without
+    its head (for its vision modules), or None on a worker without the "vision" part.
+    """
 
     name: str
+
+    @classmethod
+    def read_rules(cls, config: Any, files: Checkpoint) -> Rules:
+        """The checkpoint's preprocessing. Raises BadCheckpoint: missing or illegal, or at odds with `config`."""
+        ...
+
+    @classmethod
+    def slots(cls, config: Any) -> dict[str, Slot]:
+        """How the chat template writes each kind of media."""
+        ...
+
+    @classmethod
+    def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """Ids of the placeholders that stand for visual tokens."""
+        ...
 
     def patchify(self, media: Media) -> VisualInputs:
         """Resize, normalise and cut frames exactly as the checkpoint's processor config says. Raises BadMedia, TooLarge."""
         ...
 
     def plan(self, ids: Sequence[int], inputs: Sequence[VisualInputs], video_text_pos: Literal["max+1", "hf5"]) -> PromptPlan:
-        """Expand the single placeholder of each media in `ids` and compute positions on the unpruned prompt."""
+        """Expand the placeholder of each run in `ids` and compute positions on the unpruned prompt."""
         ...
 
-    def encode(self, inputs: Sequence[VisualInputs], capture: bool = True) -> VisualTokens:
-        """Run the vision tower and projector. Needs the "vision" part. Without `capture`, salience is all ones and free."""
+    def encode(self, inputs: Sequence[VisualInputs], capture: bool = True, report: Report = no_report) -> VisualTokens:
+        """Run the vision tower and projector, a few frames at a time. Needs the "vision" part. Without `capture`, the salience of
+        all tokens that are not structural is 1 and free."""
         ...
 
 
@@ -147,9 +199,11 @@ class ChatFormat(Protocol):
     eos_ids: frozenset[int]
     vocab_size: int
 
-    def prefix_ids(self, kinds: Sequence[str], system_prompt: str | None) -> list[int]:
-        """Everything before the question: system message, opening of the user turn, one placeholder per media ("video" or
-        "image", in order), up to and including the end of the media."""
+    def prefix_ids(
+        self, kinds: Sequence[str], system_prompt: str | None, spellings: Sequence[Sequence[Piece]] | None = None
+    ) -> list[int]:
+        """Everything before the question: system message, opening of the user turn, each media ("video" or "image", in order),
+        up to and including the end of the media. `spellings` replace what the template writes for each media."""
         ...
 
     def question_ids(self, question: str, first: bool, pending: int | None) -> tuple[list[int], int, int]:

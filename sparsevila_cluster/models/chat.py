@@ -10,10 +10,11 @@ Every cut stands at a control token, so that tokenising the pieces equals tokeni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsevila_cluster.errors import BadCheckpoint, BadRequest
+from sparsevila_cluster.models.adapter import Piece, Slot
 from sparsevila_cluster.models.checkpoint import Checkpoint, one_line
 
 # Sentinels: letters only, so that no template or trimming rule can touch them.
@@ -23,8 +24,9 @@ _QUESTION, _ANSWER, _NEXT = "QxSentinelOneQx", "QxSentinelTwoQx", "QxSentinelThr
 class TemplateChat:
     """ChatFormat over a Hugging Face tokenizer and its Jinja template."""
 
-    def __init__(self, files: Checkpoint, visual_ids: dict[str, int], default_eos: Any = None):
-        """visual_ids: placeholder token per kind ("video", "image"); default_eos: the model config's eos_token_id.
+    def __init__(self, files: Checkpoint, slots: Mapping[str, Slot], visual_ids: Sequence[int], default_eos: Any = None):
+        """slots: how the template writes each kind of media; visual_ids: placeholders of visual tokens; default_eos: the model
+        config's eos_token_id.
 
         Raises:
             BadCheckpoint: no tokenizer, no chat template, no end-of-turn token, or a template that cannot be cut.
@@ -35,30 +37,36 @@ class TemplateChat:
         self._core = self._tokenizer.backend_tokenizer
         self._core.no_padding()
         self._core.no_truncation()
-        self._visual_ids = visual_ids
+        self._visual_ids = frozenset(visual_ids)
         self._control = {
-            token.content: i
-            for i, token in self._tokenizer.added_tokens_decoder.items()
-            if token.special or i in visual_ids.values()
+            token.content: i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special or i in self._visual_ids
         }
+        self._slots = dict(slots)
+        self._slot_text = {kind: self._spelled(slot.pieces) for kind, slot in slots.items()}
         self.vocab_size = len(self._tokenizer)
         self.eos_ids = self._find_eos(files, default_eos)
+        self._anchor = next(iter(self._control))
+        self._opening_ids = self._core.encode("", add_special_tokens=True).ids
         self._learn_cuts()
 
-    def prefix_ids(self, kinds: Sequence[str], system_prompt: str | None) -> list[int]:
-        """Everything before the question: system message (the template's own if None), one placeholder per media, in order.
+    def prefix_ids(
+        self, kinds: Sequence[str], system_prompt: str | None, spellings: Sequence[Sequence[Piece]] | None = None
+    ) -> list[int]:
+        """Everything before the question: system message (the template's own if None), the media in order, each as the template
+        writes it or as its spelling says.
 
         Raises:
-            BadRequest: the system prompt contains a control token, or there is no media.
+            BadRequest: the system prompt contains a control token, there is no media, or the model takes none of a kind.
         """
         if not kinds:
             raise BadRequest("a media prefix needs at least one media")
+        for kind in kinds:
+            if kind not in self._slots:
+                raise BadRequest(f"this model takes no {kind}; it takes: {', '.join(self._slots)}")
         if system_prompt is not None:
             self._refuse_control(system_prompt, "system prompt")
-        prefix, _ = self._cut_at_media(self._render_first(kinds, system_prompt).split(_QUESTION)[0])
-        ids = self._encode(prefix)
-        self._check_placed(ids, kinds)
-        return ids
+        text, _ = self._cut_at_media(self._render_first(kinds, system_prompt).split(_QUESTION)[0], kinds, spellings)
+        return self._encode_start(text)
 
     def question_ids(self, question: str, first: bool, pending: int | None) -> tuple[list[int], int, int]:
         """(ids, start, stop): tokens from the end of the KV to the opening of the answer; [start, stop) are the question's own.
@@ -73,26 +81,36 @@ class TemplateChat:
         if self._trims:
             question = question.strip()
         before = self._opening if first else self._closing
-        text = before + question + self._answer_opening
-        encoding = self._core.encode(text, add_special_tokens=False)
-        start, stop = len(before), len(before) + len(question)
-        own = [i for i, (a, b) in enumerate(encoding.offsets) if a < stop and b > start and a < b]
+        # All cuts stand behind a control token; some tokenizers would write a text that follows none as the start of a document.
+        encoding = self._core.encode(self._anchor + before + question + self._answer_opening, add_special_tokens=False)
+        ids, offsets = encoding.ids[1:], encoding.offsets[1:]
+        start = len(self._anchor) + len(before)
+        stop = start + len(question)
+        own = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and a < b]
         head = [] if first or pending is None or pending in self.eos_ids else [pending]
         if not own:
-            at = sum(b <= start for _, b in encoding.offsets)
-            return head + encoding.ids, len(head) + at, len(head) + at
-        return head + encoding.ids, len(head) + own[0], len(head) + own[-1] + 1
+            at = sum(b <= start for _, b in offsets)
+            return head + ids, len(head) + at, len(head) + at
+        return head + ids, len(head) + own[0], len(head) + own[-1] + 1
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens, control tokens left out. An unfinished UTF-8 character at the end reads as U+FFFD."""
         return self._core.decode(list(ids), skip_special_tokens=True)
 
-    def _encode(self, text: str) -> list[int]:
-        return self._core.encode(text, add_special_tokens=False).ids
+    def _encode_start(self, text: str) -> list[int]:
+        """Ids of the beginning of a conversation. What the tokenizer puts before every text, the template may have written."""
+        ids = self._core.encode(text, add_special_tokens=False).ids
+        num = len(self._opening_ids)
+        return ids if ids[:num] == self._opening_ids else self._opening_ids + ids
 
-    def _check_placed(self, ids: Sequence[int], kinds: Sequence[str]) -> None:
-        if [i for i in ids if i in self._visual_ids.values()] != [self._visual_ids[kind] for kind in kinds]:
-            raise BadCheckpoint(f"the chat template does not place one placeholder for each of: {', '.join(kinds)}")
+    def _spelled(self, pieces: Sequence[Piece]) -> str:
+        parts = []
+        for piece in pieces:
+            text = piece if isinstance(piece, str) else self._tokenizer.convert_ids_to_tokens(piece)
+            if text is None:
+                raise BadCheckpoint(f"config.json names token {piece}, which the tokenizer does not have")
+            parts.append(text)
+        return "".join(parts)
 
     def _refuse_control(self, text: str, what: str) -> None:
         for token in self._control:
@@ -105,34 +123,47 @@ class TemplateChat:
                 messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # templates raise whatever Jinja and their own macros raise
+            if messages[0]["role"] == "system":
+                raise BadRequest(f"this model's chat template takes no system prompt: {one_line(error)}") from error
             raise BadCheckpoint(f"the chat template cannot be rendered: {one_line(error)}") from error
 
     def _render_first(self, kinds: Sequence[str], system_prompt: str | None, more: Sequence[tuple[str, str]] = ()) -> str:
         messages = [] if system_prompt is None else [_message("system", system_prompt)]
-        messages.append({"role": "user", "content": [{"type": k} for k in kinds] + [{"type": "text", "text": _QUESTION}]})
+        media = [{"type": self._slots[kind].content} for kind in kinds]
+        messages.append({"role": "user", "content": [*media, {"type": "text", "text": _QUESTION}]})
         return self._render(messages + [_message(role, text) for role, text in more])
 
-    def _cut_at_media(self, text: str) -> tuple[str, str]:
-        """`text` up to and including its last control token, and the rest: it is tokenised with the question."""
-        end = max((text.rfind(token) + len(token) for token in self._control if token in text), default=-1)
-        if end < 0:
+    def _cut_at_media(
+        self, text: str, kinds: Sequence[str], spellings: Sequence[Sequence[Piece]] | None = None
+    ) -> tuple[str, str]:
+        """`text` up to and including its last control token, with the media's slots filled, and the rest: it is tokenised with
+        the question."""
+        done = ""
+        for i, kind in enumerate(kinds):
+            before, slot, text = text.partition(self._slot_text[kind])
+            if not slot:
+                raise BadCheckpoint(f"the chat template does not place {self._slot_text[kind]!r} for each of: {', '.join(kinds)}")
+            done += before + (slot if spellings is None else self._spelled(spellings[i]))
+        if any(slot in text for slot in self._slot_text.values()):
+            raise BadCheckpoint(f"the chat template places more media than: {', '.join(kinds)}")
+        end = max((text.rfind(token) + len(token) for token in self._control if token in text), default=0)
+        done, rest = done + text[:end], text[end:]
+        if not any(done.endswith(token) for token in self._control):
             raise BadCheckpoint("the chat template puts no control token before the question")
-        return text[:end], text[end:]
+        return done, rest
 
     def _learn_cuts(self) -> None:
         openings, endings = set(), set()
-        for kind in self._visual_ids:
+        for kind in self._slots:
             parts = self._render_first([kind], None).split(_QUESTION)
             if len(parts) != 2:
                 raise BadCheckpoint("the chat template does not repeat the user's text exactly once")
-            before, opening = self._cut_at_media(parts[0])
-            self._check_placed(self._encode(before), [kind])
-            openings.add(opening)
+            openings.add(self._cut_at_media(parts[0], [kind])[1])
             endings.add(parts[1])
         if len(openings) != 1 or len(endings) != 1:
             raise BadCheckpoint("the chat template surrounds a question differently after a video and after an image")
         self._opening, self._answer_opening = openings.pop(), endings.pop()
-        kind = next(iter(self._visual_ids))
+        kind = next(iter(self._slots))
         whole = self._render_first([kind], None, [("assistant", _ANSWER), ("user", f" {_NEXT} ")])
         self._trims = f" {_NEXT} " not in whole
         after = whole.partition(_ANSWER)[2]

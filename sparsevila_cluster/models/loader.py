@@ -23,9 +23,11 @@ from sparsevila_cluster.models import hf, lean, vision_attention
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model, Part
 from sparsevila_cluster.models.chat import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint, canonical_json, one_line
-from sparsevila_cluster.models.preprocess import read_rules
 
-FAMILIES = {"qwen2_5_vl": "sparsevila_cluster.models.qwen2_5_vl:Qwen25VL"}
+FAMILIES = {
+    "qwen2_5_vl": "sparsevila_cluster.models.qwen2_5_vl:Qwen25VL",
+    "qwen3_vl": "sparsevila_cluster.models.qwen3_vl:Qwen3VL",
+}
 """model_type -> the class that implements `Family`, imported when a checkpoint needs it."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,9 +62,9 @@ def load_model(
     text_config = config.get_text_config()
     _check_text(text_config)
     chosen = _dtype(dtype, target, config)
-    image_rules, video_rules = read_rules(files)
-    visual_ids = {"video": config.video_token_id, "image": config.image_token_id}
-    chat = TemplateChat(files, visual_ids, getattr(text_config, "eos_token_id", None))
+    rules = family_class.read_rules(config, files)
+    default_eos = getattr(text_config, "eos_token_id", None)
+    chat = TemplateChat(files, family_class.slots(config), family_class.visual_ids(config), default_eos)
 
     skeleton = _fill(files, config, parts, target, chosen)
     fingerprint = files.fingerprint()
@@ -80,7 +82,7 @@ def load_model(
     text.embed_weight = embed.weight if "embed" in parts else None
     text.head_weight = skeleton.lm_head.weight if "head" in parts else None
     return Model(
-        family=family_class(config, image_rules, video_rules, getattr(core, "visual", None), target),
+        family=family_class(config, rules, core if "vision" in parts else None, target),
         text=text,
         chat=chat,
         spec=spec,
@@ -88,7 +90,7 @@ def load_model(
         parts=parts,
         device=target,
         config=config,
-        processor_hash=_hash([image_rules.as_dict(), video_rules.as_dict()]),
+        processor_hash=_hash(rules.as_dict()),
         max_position=int(text_config.max_position_embeddings),
         weight_bytes=weight_bytes,
     )

@@ -64,9 +64,7 @@ class PixelRules:
         if self.cap_pixels_per_frame:
             budget = int(self.max_video_tokens * factor * factor * 0.9)
             high = max(min(high, budget * self.temporal_patch_size // num_frames), int(low * 1.05))
-        ratio = max(height, width) / min(height, width)
-        if ratio > MAX_ASPECT_RATIO:
-            raise BadMedia(f"aspect ratio {ratio:.1f} of {width}x{height} pixels; at most {MAX_ASPECT_RATIO} is allowed")
+        _check_aspect(height, width)
         rows, cols = round(height / factor), round(width / factor)
         if rows * cols * factor * factor > high:
             shrink = math.sqrt(height * width / high)
@@ -82,23 +80,79 @@ class PixelRules:
         return asdict(self)
 
 
-def read_rules(files: Checkpoint) -> tuple[PixelRules, PixelRules]:
-    """(image rules, video rules) from processor_config.json (nested), video_preprocessor_config.json or preprocessor_config.json.
+@dataclass(frozen=True)
+class ClipRules(PixelRules):
+    """Pixel limits count all frames of a video together (Qwen3-VL)."""
+
+    def frame_size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
+        """As for `PixelRules`; num_frames: frames that share the limits.
+
+        Raises:
+            BadMedia: as for `PixelRules`.
+        """
+        if not self.do_resize:
+            return super().frame_size(height, width, num_frames)
+        factor, low, high = self.factor, self.min_pixels, self.max_pixels
+        num = max(num_frames, self.temporal_patch_size)
+        if self.cap_pixels_per_frame:
+            frame_cap = self.max_video_tokens * factor * factor
+            high = max(min(frame_cap, high // num), int(low * 1.05)) * num
+        if height < factor or width < factor:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        _check_aspect(height, width)
+        rows, cols = round(height / factor), round(width / factor)
+        deep = round(num / self.temporal_patch_size) * self.temporal_patch_size
+        if deep * rows * cols * factor * factor > high:
+            shrink = math.sqrt(num * height * width / high)
+            rows, cols = math.floor(height / shrink / factor), math.floor(width / shrink / factor)
+        elif deep * rows * cols * factor * factor < low:
+            grow = math.sqrt(low / (num * height * width))
+            rows, cols = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+        return max(rows, 1) * factor, max(cols, 1) * factor
+
+
+@dataclass(frozen=True)
+class KindRules:
+    """The rules of both kinds of media."""
+
+    image: PixelRules
+    video: PixelRules
+
+    def __getitem__(self, kind: str) -> PixelRules:
+        return self.video if kind == "video" else self.image
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for hashing."""
+        return {kind: {"rules": type(self[kind]).__name__, **self[kind].as_dict()} for kind in ("image", "video")}
+
+
+def processor_files(files: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the image and the video processor, from processor_config.json (nested), video_preprocessor_config.json or
+    preprocessor_config.json.
 
     Raises:
-        BadCheckpoint: none of these files says how to preprocess, or a value is illegal.
+        BadCheckpoint: none of these files says how to preprocess.
     """
     nested = files.json("processor_config.json") or {}
     plain = files.json("preprocessor_config.json")
     image = nested.get("image_processor") or plain
-    video = nested.get("video_processor") or files.json("video_preprocessor_config.json") or plain
-    if image is None or video is None:
+    video = nested.get("video_processor") or files.json("video_preprocessor_config.json") or plain or image
+    if not isinstance(image, dict) or not isinstance(video, dict):
         raise BadCheckpoint(
-            f"{str(files.directory)!r} has no preprocessor_config.json and no processor_config.json with `image_processor` "
-            "and `video_processor`"
+            f"{str(files.directory)!r} has no preprocessor_config.json and no processor_config.json with `image_processor`"
         )
-    default = PixelRules(min_pixels=128 * 28 * 28, max_pixels=28 * 28 * 768)
-    return _rules(image, PixelRules()), _rules(video, default)
+    return image, video
+
+
+def read_rules(files: Checkpoint, image_defaults: PixelRules, video_defaults: PixelRules) -> KindRules:
+    """Rules for both kinds; what a file leaves out is taken from the defaults, which also choose the class.
+
+    Raises:
+        BadCheckpoint: no file says how to preprocess, or a value is illegal.
+    """
+    image, video = processor_files(files)
+    return KindRules(_rules(image, image_defaults), _rules(video, video_defaults))
 
 
 def _rules(data: dict[str, Any], default: PixelRules) -> PixelRules:
@@ -113,7 +167,7 @@ def _rules(data: dict[str, Any], default: PixelRules) -> PixelRules:
         return first(data.get(name), getattr(default, name))
 
     try:
-        rules = PixelRules(
+        rules = type(default)(
             min_pixels=int(first(data.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), default.min_pixels)),
             max_pixels=int(first(data.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), default.max_pixels)),
             mean=tuple(float(x) for x in first(data.get("image_mean"), default.mean)),
@@ -135,6 +189,12 @@ def _rules(data: dict[str, Any], default: PixelRules) -> PixelRules:
     if rules.resample not in _RESAMPLE:
         raise BadCheckpoint(f"processor config: resample {rules.resample} is not 2 (bilinear) or 3 (bicubic)")
     return rules
+
+
+def _check_aspect(height: int, width: int) -> None:
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise BadMedia(f"aspect ratio {ratio:.1f} of {width}x{height} pixels; at most {MAX_ASPECT_RATIO} is allowed")
 
 
 def resize(frames: Tensor, height: int, width: int, resample: int) -> Tensor:

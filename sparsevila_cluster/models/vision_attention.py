@@ -10,6 +10,7 @@ know: architectures, patches, pruning.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -64,7 +65,10 @@ class Segments:
 
 
 class TowerPass:
-    """State of one run of one vision tower. It travels as a call argument, so that concurrent runs never share it."""
+    """State of one run of one vision tower, in force within a `with` block of one thread: concurrent runs never share it.
+
+    Not a call argument, because some towers drop the arguments that they do not know.
+    """
 
     def __init__(self, full: Segments, windowed: Segments | None, full_layers: frozenset[int], salience_layer: int | None):
         self.salience: Tensor | None = None
@@ -73,6 +77,13 @@ class TowerPass:
         self._full_layers = full_layers
         self._salience_layer = salience_layer
 
+    def __enter__(self) -> TowerPass:
+        self._before = _RUNNING.set(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _RUNNING.reset(self._before)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q, k, v [S, H, D] of one layer -> [S, H, D]; in the chosen layer the column means are kept as `salience` f32 [S]."""
         segments = self._full if layer in self._full_layers or self._windowed is None else self._windowed
@@ -80,6 +91,9 @@ class TowerPass:
             return segments.attend(q, k, v, scale)
         out, self.salience = segments.attend_scored(q, k, v, scale)
         return out
+
+
+_RUNNING: ContextVar[TowerPass] = ContextVar("tower_pass")
 
 
 def register() -> str:
@@ -103,13 +117,14 @@ def _tower_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    tower_pass: TowerPass,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [1, H, S, D] -> ([1, S, H, D], None); the argument names are transformers' contract."""
+    """query, key, value [B, H, S, D] -> ([B, S, H, D], None); the argument names are transformers' contract."""
     assert attention_mask is None
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return tower_pass.attend(module.tower_layer, q, k, v, scaling)[None], None
+    batch, _heads, length, _dim = query.shape
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    out = _RUNNING.get().attend(module.tower_layer, q, k, v, scaling)
+    return out.view(batch, length, *out.shape[1:]), None
 
 
 def _attend_equal(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tensor:

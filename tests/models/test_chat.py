@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from sparsevila_cluster.errors import BadCheckpoint, BadRequest
+from sparsevila_cluster.models.adapter import Slot
 from sparsevila_cluster.models.chat import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint
 from tests import tiny
@@ -99,7 +100,8 @@ def chat_of(hub, tmp_path, template=None, files=None, remove=()):
     for name in remove:
         (directory / name).unlink()
     checkpoint = Checkpoint.open(directory)
-    return TemplateChat(checkpoint, {"video": checkpoint.config["video_token_id"], "image": checkpoint.config["image_token_id"]})
+    ids = {kind: checkpoint.config[f"{kind}_token_id"] for kind in ("video", "image")}
+    return TemplateChat(checkpoint, {kind: Slot(kind, (token,)) for kind, token in ids.items()}, list(ids.values()))
 
 
 def test_the_processor_s_template_comes_first(hub, tmp_path):
@@ -116,10 +118,10 @@ PART = "{% elif 'text' in part %}{{ part['text'] }}"
 BROKEN = {
     "cannot be rendered": "{% for m in messages %}{{ m.nothing.there }}{% endfor %}",
     "cannot be rendered: TemplateSyntaxError": "{% for %}",
-    "one placeholder for each of: video": tiny.TEMPLATE.replace("<|video_pad|>", ""),
-    "one placeholder for each of: image": tiny.TEMPLATE.replace("<|image_pad|>", "<|image_pad|><|image_pad|>"),
+    "does not place '<|video_pad|>'": tiny.TEMPLATE.replace("<|video_pad|>", ""),
+    "places more media": tiny.TEMPLATE.replace("<|image_pad|>", "<|image_pad|><|image_pad|>"),
     "exactly once": tiny.TEMPLATE.replace(PART, PART + "{{ part['text'] }}"),
-    "no control token": "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+    "for each of: video": "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
     "as it writes the first": tiny.TEMPLATE.replace("{% if add_generation_prompt %}", "{% if messages | length == 1 %}"),
     "surrounds a question differently": tiny.TEMPLATE.replace("<|video_pad|><|vision_end|>", "<|video_pad|><|vision_end|>\n"),
 }
@@ -129,6 +131,14 @@ BROKEN = {
 def test_templates_that_cannot_be_cut_are_refused(hub, tmp_path, message):
     with pytest.raises(BadCheckpoint, match=message):
         chat_of(hub, tmp_path, BROKEN[message])
+
+
+def test_a_prefix_must_end_at_a_control_token(hub, tmp_path):
+    plain = tiny.TEMPLATE.replace("<|vision_start|><|video_pad|><|vision_end|>", "[video]")
+    directory = shutil.copytree(hub, tmp_path / "chat")
+    (directory / "chat_template.jinja").write_text(plain)
+    with pytest.raises(BadCheckpoint, match="no control token before the question"):
+        TemplateChat(Checkpoint.open(directory), {"video": Slot("video", ("[video]",))}, [])
 
 
 def test_missing_pieces_are_named(hub, tmp_path):

@@ -3,14 +3,19 @@
 import pytest
 import torch
 
-from sparsevila_cluster.models.adapter import VisualInputs
+from sparsevila_cluster.models.prompt import grid_places
+from sparsevila_cluster.models.qwen_vl import GridInputs
 from tests import tiny
 
 
 def grid_of(kind, groups, rows, cols, seconds_per_group=1.0):
-    """VisualInputs without pixels: a plan reads grids only."""
-    seconds = 0.0 if kind == "image" else seconds_per_group
-    return VisualInputs(torch.empty(0, 1176), (groups, rows, cols), tuple(range(0, 2 * groups, 2)), seconds, kind)
+    """Inputs without pixels: a plan reads grids only."""
+    group, cell = grid_places([(rows, cols)] * groups)
+    return GridInputs(
+        pixels=torch.empty(0, 1176), kind=kind, spelling=(f"<|{kind}_pad|>",), runs=(groups * rows * cols,), group=group,
+        cell=cell, grids=((rows, cols),) * groups, frame_of_group=tuple(range(0, 2 * groups, 2)), grid=(groups, rows, cols),
+        seconds_per_group=0.0 if kind == "image" else seconds_per_group,
+    )  # fmt: skip
 
 
 PROMPTS = {

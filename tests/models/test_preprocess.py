@@ -10,6 +10,7 @@ from sparsevila_cluster.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import PixelRules, cut_patches, normalise, read_rules, resize
+from sparsevila_cluster.models.qwen2_5_vl import Qwen25VL
 from tests import tiny
 
 LOW, HIGH = 56 * 56, 28 * 28 * 64
@@ -104,7 +105,7 @@ def rules_of(tmp_path, files):
     (tmp_path / "config.json").write_text("{}")
     for name, data in files.items():
         (tmp_path / name).write_text(json.dumps(data))
-    return read_rules(Checkpoint(tmp_path, {}, {}, {}))
+    return read_rules(Checkpoint(tmp_path, {}, {}, {}), Qwen25VL.image_defaults, Qwen25VL.video_defaults)
 
 
 SIZE = {"shortest_edge": 1024, "longest_edge": 9216}
@@ -131,7 +132,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_config_layouts(tmp_path, name):
     files, image_limits, video_limits = LAYOUTS[name]
-    image, video = rules_of(tmp_path, files)
+    rules = rules_of(tmp_path, files)
+    image, video = rules["image"], rules["video"]
     assert (image.min_pixels, image.max_pixels) == image_limits
     assert (video.min_pixels, video.max_pixels) == video_limits
 
