@@ -181,9 +181,10 @@ class PrefillEngine:
         token_map = torch.full((len(rows), 3), -1, dtype=torch.int32, device=rows.device)
         seen = keep[scored[keep]]
         token_map[is_visual] = torch.cat([tokens.group[seen, None], tokens.cell[seen]], 1).to(torch.int32)
-        positions, next_pos = plan.positions[:, rows], plan.question_start_pos
+        positions, next_pos, floor = plan.positions[:, rows], plan.question_start_pos, plan.generation_floor
         if self.config.positions == "compact":
-            positions, next_pos = close_gaps(positions, is_visual)
+            # Closed up, text always goes on after the largest position: nothing is left for a floor to jump over.
+            positions, next_pos, floor = *close_gaps(positions, is_visual), 0
         frames = [frame for one in inputs for frame in one.frame_of_group]
         times = [float(media.times_s[f]) for one, media in zip(inputs, medias, strict=True) for f in one.frame_of_group]
         return MediaPrefix(
@@ -194,7 +195,7 @@ class PrefillEngine:
             positions=positions,
             token_map=token_map,
             next_pos=next_pos,
-            generation_floor=plan.generation_floor,
+            generation_floor=floor,
             grids=tuple(grid for one in inputs for grid in one.grids),
             media=tuple(i for i, one in enumerate(inputs) for _ in one.grids),
             frames=tuple(frames),
