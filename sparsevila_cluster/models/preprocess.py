@@ -1,6 +1,7 @@
 """Frames to patches as Qwen-style processors do it: resize to whole tokens, cut into patches; normalise last.
 
-Knows: pixel budgets, resampling and patch order, all from the checkpoint's processor config. Does not know: models, prompts.
+Knows: pixel budgets, resampling and patch order, all from the checkpoint's processor config; what other kinds of processors share
+with that. Does not know: models, prompts.
 
 Resized pixels are whole numbers in every reference implementation, so patches are kept as uint8 (a quarter of the memory of
 float32 on the host and on the way to the device) and normalised where they are used.
@@ -21,13 +22,29 @@ from sparsevila_cluster.models.checkpoint import Checkpoint
 
 MAX_ASPECT_RATIO = 200
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
-_WHOLE = ("patch_size", "temporal_patch_size", "merge_size", "resample", "max_video_tokens")
-_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "cap_pixels_per_frame")
+_WHOLE = ("patch_size", "temporal_patch_size", "merge_size", "max_video_tokens")
+_SWITCHES = ("do_resize", "cap_pixels_per_frame")
 _RESIZE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class PixelRules:
+class LevelRules:
+    """How pixels are resampled (2 bilinear, 3 bicubic), and how their whole values become what a tower sees."""
+
+    resample: int = 3
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for hashing."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PixelRules(LevelRules):
     """How frames of one kind become patches. Pixel limits are per frame; lengths are in pixels."""
 
     patch_size: int = 14
@@ -35,13 +52,7 @@ class PixelRules:
     merge_size: int = 2
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
-    resample: int = 3
     do_resize: bool = True
-    do_rescale: bool = True
-    rescale_factor: float = 1 / 255
-    do_normalize: bool = True
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 128000
 
@@ -74,10 +85,6 @@ class PixelRules:
             grow = math.sqrt(low / (height * width))
             rows, cols = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
         return max(rows, 1) * factor, max(cols, 1) * factor
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for hashing."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -134,11 +141,19 @@ def processor_files(files: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         BadCheckpoint: none of these files says how to preprocess.
     """
+    (_, image), (_, video) = named_processor_files(files)
+    return image, video
+
+
+def named_processor_files(files: Checkpoint) -> tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]:
+    """As `processor_files`, each with the name of its file, for messages."""
     nested = files.json("processor_config.json") or {}
-    plain = files.json("preprocessor_config.json")
-    image = nested.get("image_processor") or plain
-    video = nested.get("video_processor") or files.json("video_preprocessor_config.json") or plain or image
-    if not isinstance(image, dict) or not isinstance(video, dict):
+    plain = ("preprocessor_config.json", files.json("preprocessor_config.json"))
+    video_own = ("video_preprocessor_config.json", files.json("video_preprocessor_config.json"))
+    image_in, video_in = (("processor_config.json", nested.get(f"{kind}_processor")) for kind in ("image", "video"))
+    image = next((found for found in (image_in, plain) if found[1]), plain)
+    video = next((found for found in (video_in, video_own, plain, image) if found[1]), image)
+    if not isinstance(image[1], dict) or not isinstance(video[1], dict):
         raise BadCheckpoint(
             f"{str(files.directory)!r} has no preprocessor_config.json and no processor_config.json with `image_processor`"
         )
@@ -159,22 +174,14 @@ def _rules(data: dict[str, Any], default: PixelRules) -> PixelRules:
     size = data.get("size") or {}
     if not isinstance(size, dict):
         raise BadCheckpoint(f"processor config: `size` must be an object with shortest_edge and longest_edge, got {size!r}")
-
-    def first(*values: Any) -> Any:
-        return next(value for value in values if value is not None)
-
-    def get(name: str) -> Any:
-        return first(data.get(name), getattr(default, name))
-
+    levels = read_levels(data, default, "processor config")
     try:
         rules = type(default)(
-            min_pixels=int(first(data.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), default.min_pixels)),
-            max_pixels=int(first(data.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), default.max_pixels)),
-            mean=tuple(float(x) for x in first(data.get("image_mean"), default.mean)),
-            std=tuple(float(x) for x in first(data.get("image_std"), default.std)),
-            rescale_factor=float(get("rescale_factor")),
-            **{name: int(get(name)) for name in _WHOLE},
-            **{name: bool(get(name)) for name in _SWITCHES},
+            min_pixels=int(_first(data.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), default.min_pixels)),
+            max_pixels=int(_first(data.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), default.max_pixels)),
+            **{name: int(_first(data.get(name), getattr(default, name))) for name in _WHOLE},
+            **{name: bool(_first(data.get(name), getattr(default, name))) for name in _SWITCHES},
+            **asdict(levels),
         )
     except (TypeError, ValueError) as error:
         raise BadCheckpoint(f"processor config: {error}") from error
@@ -184,11 +191,39 @@ def _rules(data: dict[str, Any], default: PixelRules) -> PixelRules:
             raise BadCheckpoint(f"processor config: {name} must be at least 1, got {value}")
     if rules.max_pixels < rules.min_pixels:
         raise BadCheckpoint(f"processor config: max_pixels {rules.max_pixels} is below min_pixels {rules.min_pixels}")
-    if len(rules.mean) != 3 or len(rules.std) != 3 or 0.0 in rules.std:
-        raise BadCheckpoint("processor config: image_mean and image_std must hold three values, image_std none of them 0")
-    if rules.resample not in _RESAMPLE:
-        raise BadCheckpoint(f"processor config: resample {rules.resample} is not 2 (bilinear) or 3 (bicubic)")
     return rules
+
+
+def read_levels(data: dict[str, Any], default: LevelRules, source: str) -> LevelRules:
+    """Resampling and normalisation from a processor's settings; what is left out is taken from `default`.
+
+    Raises:
+        BadCheckpoint: an illegal value; `source` names the file in the message.
+    """
+
+    def get(name: str) -> Any:
+        return _first(data.get(name), getattr(default, name))
+
+    try:
+        rules = LevelRules(
+            resample=int(get("resample")),
+            do_rescale=bool(get("do_rescale")),
+            rescale_factor=float(get("rescale_factor")),
+            do_normalize=bool(get("do_normalize")),
+            mean=tuple(float(x) for x in _first(data.get("image_mean"), default.mean)),
+            std=tuple(float(x) for x in _first(data.get("image_std"), default.std)),
+        )
+    except (TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{source}: {error}") from error
+    if len(rules.mean) != 3 or len(rules.std) != 3 or 0.0 in rules.std:
+        raise BadCheckpoint(f"{source}: image_mean and image_std must hold three values, image_std none of them 0")
+    if rules.resample not in _RESAMPLE:
+        raise BadCheckpoint(f"{source}: resample {rules.resample} is not 2 (bilinear) or 3 (bicubic)")
+    return rules
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 def _check_aspect(height: int, width: int) -> None:
@@ -229,8 +264,8 @@ def cut_patches(frames: Tensor, rules: PixelRules) -> tuple[Tensor, tuple[int, i
     return patches, (groups, rows, cols)
 
 
-def normalise(patches: Tensor, rules: PixelRules) -> Tensor:
-    """u8 [num_patches, C * t * p * p] -> float32, rescaled and normalised per channel in one step as the processors do."""
+def normalise(patches: Tensor, rules: LevelRules) -> Tensor:
+    """u8 [n, C * m], channel by channel -> float32, rescaled and normalised per channel in one step as the processors do."""
     pixels = patches.to(torch.float32, copy=True)
     if not rules.do_normalize:
         return pixels * rules.rescale_factor if rules.do_rescale else pixels
