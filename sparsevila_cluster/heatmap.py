@@ -91,7 +91,7 @@ def draw_heatmap(
     page.skip(14)
     # The time of a group is its evidence's; without evidence, its frame's.
     times = [float(times_s[moments[g]]) for g in chosen]
-    page.tiles(tiles, [f"{time_s:.1f} s" for time_s in times] if len(media_frames) > 1 else [""])
+    page.tiles(tiles, [f"{time_s:.1f} s" if len(media_frames) > 1 else "" for time_s in times])
     for number, (question, answer, evidence) in enumerate(rows, 1):
         page.rule()
         most = max((share for frame in evidence for _, _, share in frame.cells), default=0.0)

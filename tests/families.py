@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_qwen2_5_vl
+from tests.tiny_internvl import internvl_features, internvl_inputs, make_internvl
 from tests.tiny_qwen3_vl import make_qwen3_vl
 
 
@@ -61,6 +62,7 @@ def qwen_features(stock: Any, given: dict[str, Any]) -> tuple[Tensor, Sequence[T
 
 
 FAMILIES = {
+    "internvl": TinyFamily(make_internvl, internvl_inputs, internvl_features),
     "qwen2_5_vl": TinyFamily(make_qwen2_5_vl, qwen_inputs, qwen_features),
     "qwen3_vl": TinyFamily(make_qwen3_vl, qwen_inputs, qwen_features),
 }

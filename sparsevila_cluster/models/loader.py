@@ -25,14 +25,22 @@ from sparsevila_cluster.models.chat import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint, canonical_json, one_line
 
 FAMILIES = {
+    "internvl": "sparsevila_cluster.models.internvl:InternVL",
     "qwen2_5_vl": "sparsevila_cluster.models.qwen2_5_vl:Qwen25VL",
     "qwen3_vl": "sparsevila_cluster.models.qwen3_vl:Qwen3VL",
 }
 """model_type -> the class that implements `Family`, imported when a checkpoint needs it."""
 
+TWINS = {
+    "internvl_chat": "it runs by code of its own, which is never loaded; take the twin that is published for transformers, named "
+    "with -hf at the end: OpenGVLab/InternVL3-8B-hf for OpenGVLab/InternVL3-8B, OpenGVLab/InternVL3_5-8B-HF for InternVL3_5-8B",
+}
+"""model_type of checkpoints that are also published in a form that is supported -> where to find that."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Frequencies that depend on the lengths in a batch (dynamic, longrope) would make a sequence depend on its neighbours."""
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic")
+"""Frequencies that depend on the lengths in a batch (longrope) would make a sequence depend on its neighbours. "dynamic" are the
+default ones up to max_position_embeddings, and no sequence goes on beyond: `Model.max_position`."""
 
 _VISION_MODULES = ("visual", "vision_tower", "multi_modal_projector", "image_newline")
 
@@ -110,10 +118,11 @@ def _fill(files: Checkpoint, config: Any, parts: Sequence[Part], device: torch.d
     """A transformers model of which `parts` hold weights and everything else is gone."""
     skeleton = _skeleton(config, dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    tied = skeleton.get_expanded_tied_weights_keys()
+    sources = _sources(files, skeleton, shapes)
+    # A head on disk is the head. config.json often says nothing of tying, and what that means depends on the version that reads it.
+    tied = {name: source for name, source in skeleton.get_expanded_tied_weights_keys().items() if name not in sources}
     wanted = {name for name in shapes if part_of(name) in parts}
     wanted = {tied.get(name, name) for name in wanted}
-    sources = _sources(files, skeleton, shapes)
     for name in sorted(wanted):
         if name not in sources:
             raise BadCheckpoint(f"tensor {name!r} is missing from {', '.join(files.shards)}")
@@ -202,6 +211,8 @@ def _compute_buffers(skeleton: nn.Module, device: torch.device) -> None:
 
 def _family_class(files: Checkpoint) -> Any:
     model_type = files.config.get("model_type")
+    if model_type in TWINS:
+        raise BadCheckpoint(f"config.json: model_type {model_type!r} is not supported: {TWINS[model_type]}")
     if model_type not in FAMILIES:
         raise BadCheckpoint(
             f"config.json: unsupported architecture: model_type {model_type!r}, architectures {files.config.get('architectures')}; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -119,14 +119,17 @@ class ClipRules(PixelRules):
         return max(rows, 1) * factor, max(cols, 1) * factor
 
 
+_Rules = TypeVar("_Rules", bound=LevelRules)
+
+
 @dataclass(frozen=True)
-class KindRules:
+class KindRules(Generic[_Rules]):
     """The rules of both kinds of media."""
 
-    image: PixelRules
-    video: PixelRules
+    image: _Rules
+    video: _Rules
 
-    def __getitem__(self, kind: str) -> PixelRules:
+    def __getitem__(self, kind: str) -> _Rules:
         return self.video if kind == "video" else self.image
 
     def as_dict(self) -> dict[str, Any]:

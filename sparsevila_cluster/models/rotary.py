@@ -31,7 +31,7 @@ class Rotary:
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Rotary:
-        """Frequencies and layout of a transformers rotary module (default, linear, llama3 and yarn are static and so allowed)."""
+        """Frequencies and layout of a transformers rotary module (the loader admits only static ones)."""
         parameters = module.config.rope_parameters
         sections = parameters.get("mrope_section")
         rows = None
