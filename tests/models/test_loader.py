@@ -216,7 +216,7 @@ BROKEN = {
     ),
     "sliding window": (edit_config(use_sliding_window=True, max_window_layers=1, sliding_window=64), "only full attention"),
     "quantized": (
-        edit_config(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config: quant_method 'awq' is not supported",
+        edit_config(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config: quant_method 'awq' is not",
     ),
     "illegal value": (edit_config(hidden_size="wide"), "config.json: "),
     "heads": (edit_config(num_attention_heads=3), "config.json: "),
