@@ -114,9 +114,14 @@ class PrefillEngine:
         preparation.stage("encode")
         inputs = [self.model.family.patchify(media) for media in medias]
         plan = self.plan(inputs)
-        tokens = self.model.family.encode(inputs, report=lambda done, total: preparation.progress("encode", done, total))
+        policies = [self.pruning(preparation.request, media.kind) for media in inputs]
+        tokens = self.model.family.encode(
+            inputs,
+            capture=any(policy.needs_salience for policy in policies),
+            report=lambda done, total: preparation.progress("encode", done, total),
+        )
         preparation.stage("prune")
-        keep = self._keep(preparation.request, inputs, tokens)
+        keep = keep_of_each(policies, inputs, tokens)
         preparation.stage("prefill")
         kept_rows = kept_prompt_rows(plan, keep)
         extent = reserve(len(kept_rows))
@@ -126,15 +131,6 @@ class PrefillEngine:
         preparation.progress("prefill", 1, 1)
         self.num_prefills += 1
         return prefix
-
-    def _keep(self, request: PrepareRequest, inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
-        """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by the policy of its own kind."""
-        kept, start = [], 0
-        for media in inputs:
-            rows = slice(start, start + media.num_tokens)
-            kept.append(start + self.pruning(request, media.kind).keep(tokens.salience[rows], tokens.group[rows]))
-            start = rows.stop
-        return torch.cat(kept)
 
     def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
         """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
@@ -205,6 +201,16 @@ class PrefillEngine:
             duration_s=sum(media.duration_s for media in medias),
             num_visual=int(scored.sum()),
         )
+
+
+def keep_of_each(policies: list[PruningPolicy], inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
+    """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by its own policy."""
+    kept, start = [], 0
+    for policy, media in zip(policies, inputs, strict=True):
+        rows = slice(start, start + media.num_tokens)
+        kept.append(start + policy.keep(tokens.salience[rows], tokens.group[rows]))
+        start = rows.stop
+    return torch.cat(kept)
 
 
 def kept_prompt_rows(plan: PromptPlan, keep: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Teacher-forced logits in float32, not only tokens: greedy equality survives small damage to KV.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -155,6 +157,23 @@ def test_the_oracle_notices(damage, retrieve_keep, stock, model):
     if damage is damage_one_row:
         turns = [b.say(prefix.key, "again", q, n) for q, n in QUESTIONS]
     assert worst(turns, judge.logits(turns)) > 3 * ATOL
+
+
+@pytest.mark.parametrize("video_text_pos", ["max+1", "hf5"])
+@pytest.mark.parametrize("kind", ["video", "image and video"])
+def test_compact_positions_equal_masked_transformers(kind, video_text_pos, stock, model):
+    """The judge is given the closed-up positions; rows of pruned tokens are hidden, so theirs do not matter."""
+    b = bench(model, prune_keep=0.5, retrieve_keep=0.5, positions="compact", video_text_pos=video_text_pos)
+    media = medias_of(kind, seed=7)
+    prefix = b.prefix(media)
+    inputs, plan = b.unpruned(media)
+    keep = kept_of(prefix, inputs)
+    stays = ~plan.visual_mask
+    stays[plan.visual_mask.nonzero()[keep, 0]] = True
+    plan.positions[:, stays] = prefix.positions
+    judge = Judge(stock, model, inputs, replace(plan, question_start_pos=prefix.next_pos), keep, 0.5)
+    turns = converse(b, prefix)
+    assert worst(turns, judge.logits(turns)) < ATOL
 
 
 def test_compact_positions_change_positions_only(model):

@@ -24,8 +24,8 @@ def make_qwen3_vl(
 ) -> Path:
     """Write a Qwen3-VL checkpoint: patches of 16 pixels, 2x2 merged, three DeepStack levels, 4 heads over 2 KV heads of 32.
 
-    layout "hub": `rope_scaling` and `torch_dtype` in config.json, one file for each processor, template in tokenizer_config.json, as
-    the published checkpoints; "modern": what transformers 5 saves. Tensor names are the same in both.
+    layout "hub": `rope_scaling` and `torch_dtype` in config.json, one file for each processor, template in tokenizer_config.json,
+    as the published checkpoints; "modern": what transformers 5 saves. Tensor names are the same in both.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

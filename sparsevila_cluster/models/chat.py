@@ -48,6 +48,7 @@ class TemplateChat:
         self._anchor = next(iter(self._control))
         self._opening_ids = self._core.encode("", add_special_tokens=True).ids
         self._learn_cuts()
+        self.max_id = self._largest_id()
 
     def prefix_ids(
         self, kinds: Sequence[str], system_prompt: str | None, spellings: Sequence[Sequence[Piece]] | None = None
@@ -170,6 +171,15 @@ class TemplateChat:
         self._closing, found, ending = after.partition(_NEXT if self._trims else f" {_NEXT} ")
         if not found or ending != self._answer_opening:
             raise BadCheckpoint("the chat template does not repeat answers and later questions as it writes the first")
+
+    def _largest_id(self) -> int:
+        """The largest id that a prompt can hold. A control token that the template does not write, and that nobody can say, does not
+        count: published tokenizers have some without an embedding."""
+        ids = [i for token, i in self._core.get_vocab(with_added_tokens=True).items() if token not in self._control]
+        ids += [piece for slot in self._slots.values() for piece in slot.pieces if isinstance(piece, int)]
+        for kind, slot in self._slot_text.items():
+            ids += self._core.encode(self._render_first([kind], None).replace(slot, "")).ids
+        return max(ids)
 
     def _find_eos(self, files: Checkpoint, default: Any) -> frozenset[int]:
         generation = files.json("generation_config.json") or {}

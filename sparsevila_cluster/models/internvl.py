@@ -105,8 +105,9 @@ class InternVL(CropFamily):
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
         return (config.image_token_id,)
 
-    def patchify(self, media: Media) -> VisualInputs:
-        """Cut a picture into tiles and a thumbnail (if there are more tiles than one), or make each frame of a video one tile.
+    def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
+        """Cut a picture into tiles and a thumbnail (if there are more tiles than one), or make each frame of a video one tile:
+        as many for one of several pictures as for a lone one.
 
         Raises:
             BadMedia: no frame, or an empty one.

@@ -17,6 +17,8 @@ from tests.models.test_loader import read_names
 from tests.models.test_text_backends import CausalBatch
 from tests.tiny_internvl import NAMED, TEXTS, TOKENS, changed, make_internvl
 
+CONFIG, IMAGE, WHOLE, TOKENIZER = "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
@@ -70,6 +72,8 @@ def test_a_head_on_disk_is_the_head(directory, tmp_path):
     head, embed = weights["language_model.lm_head.weight"], weights["language_model.model.embed_tokens.weight"]
     model = load_model(directory, DECODE_PARTS, device="cpu")
     assert model.config.tie_word_embeddings and torch.equal(model.text.head_weight, head) and not torch.equal(head, embed)
+    saved_so = changed(directory, tmp_path / "saved", CONFIG, tie_word_embeddings=True)
+    assert torch.equal(load_model(saved_so, DECODE_PARTS, device="cpu").text.head_weight, head)
     target = shutil.copytree(directory, tmp_path / "tied")
     del weights["language_model.lm_head.weight"]
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
@@ -101,7 +105,6 @@ def test_bfloat16_is_near_float32(tmp_path):
     torch.testing.assert_close(one.salience, other.salience, atol=0.1, rtol=0.1)
 
 
-CONFIG, IMAGE, WHOLE, TOKENIZER = "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 BROKEN = {
     "remote code": (CONFIG, {"model_type": "internvl_chat"}, "'internvl_chat' is not supported.*OpenGVLab/InternVL3-8B-hf"),
     "two layers": (CONFIG, {"vision_feature_layer": [-1, -2]}, r"vision_feature_layer \[-1, -2\] must be one layer, -3 to -1 or"),
