@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsevila_cluster.kv import MediaPrefix
-from sparsevila_cluster.request import Evidence, FrameEvidence
+from sparsevila_cluster.sight import Evidence, FrameEvidence
 
 
 def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -> Evidence:
@@ -33,7 +33,8 @@ def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -
         survivors[group].append((row, col))
         if was_retrieved:
             cells[group].append((row, col, part))
-    return tuple(
+    return Evidence(
+        tuple(
         FrameEvidence(
             frame=prefix.frames[g],
             time_s=prefix.times_s[g],
@@ -41,6 +42,8 @@ def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -
             grid=prefix.grids[g],
             cells=tuple(cells[g]),
             kept=tuple(survivors[g]),
+            media=prefix.media[g],
         )
         for g in range(len(prefix.grids))
+        )
     )
