@@ -40,7 +40,8 @@ def bench(model, **fields):
 
 
 def judge_of(b, stock, media, prefix):
-    return RetrievalJudge(stock, b.model, *b.unpruned(media), kept_of(prefix), b.model.chat.decode)
+    inputs, plan = b.unpruned(media)
+    return RetrievalJudge(stock, b.model, inputs, plan, kept_of(prefix, inputs), b.model.chat.decode)
 
 
 def converse(b, stock, ways, media=None, **options):
@@ -167,7 +168,7 @@ def test_prune_scope(scope, kind, stock, model):
     per_group = scope == "per_group" or (scope == "auto" and kind == "video")
     pools = [[i for i, g in enumerate(group) if g == one or not per_group] for one in (sorted(set(group)) if per_group else [0])]
     keep = sorted(i for pool in pools for i in sorted(pool, key=lambda i: -salience[i])[: kept_count(0.3, len(pool))])
-    assert kept_of(prefix).tolist() == keep
+    assert kept_of(prefix, inputs).tolist() == keep
     b = bench(model, prune_keep=0.3, prune_scope=scope, retrieve_keep=0.4)
     converse(b, stock, [Way(keep=0.4)] * 3, media=media)
 
