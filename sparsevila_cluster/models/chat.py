@@ -173,8 +173,8 @@ class TemplateChat:
             raise BadCheckpoint("the chat template does not repeat answers and later questions as it writes the first")
 
     def _largest_id(self) -> int:
-        """The largest id that a prompt can hold. A control token that the template does not write does not count: nobody can say it.
-        Published tokenizers have some without an embedding."""
+        """The largest id that a prompt can hold. A control token that the template does not write is not counted, as nobody can say
+        it: published tokenizers have some without an embedding."""
         ids = [i for token, i in self._core.get_vocab(with_added_tokens=True).items() if token not in self._control]
         ids += [piece for slot in self._slots.values() for piece in slot.pieces if isinstance(piece, int)]
         for kind, slot in self._slot_text.items():

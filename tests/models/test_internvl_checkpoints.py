@@ -156,10 +156,10 @@ def test_the_command_line_answers(tmp_path, capsys, monkeypatch, layout):
     (tmp_path / "good.mp4").write_bytes(video_bytes(20, fps=5, size=(128, 96)))
     (tmp_path / "wide.png").write_bytes(picture_bytes(Image.new("RGB", (300, 96), (200, 30, 30))))
     monkeypatch.chdir(tmp_path)
-    for name, groups in (("good.mp4", 8), ("wide.png", 2)):
+    for name, frames in (("good.mp4", 8), ("wide.png", 1)):
         argv = ("ask", name, "What is there?", "And then?", "--model", "model", "--json", "--max-tokens", "3")
         assert cli.main([*argv, "--retrieve-keep", "1", "--heatmap", f"{name}.png"]) == 0
         document = json.loads(capsys.readouterr().out)
-        assert document["trip"]["visual_tokens"] == TOKENS * (8 if name == "good.mp4" else 4)
-        assert [len(answer["evidence"]) for answer in document["answers"]] == [groups, groups]
+        assert document["trip"]["visual_tokens"] == TOKENS * (frames if frames > 1 else 3 + 1)
+        assert [len(answer["evidence"]) for answer in document["answers"]] == [frames, frames]
         assert Image.open(f"{name}.png").width >= 600
