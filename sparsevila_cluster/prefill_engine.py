@@ -8,6 +8,7 @@ who owns the arena that it writes to.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -112,7 +113,7 @@ class PrefillEngine:
             BadMedia, TooLarge: media that the model cannot take. Whatever `reserve` or the progress callback raises.
         """
         preparation.stage("encode")
-        inputs = [self.model.family.patchify(media) for media in medias]
+        inputs = self.patchify(medias)
         plan = self.plan(inputs)
         tokens = self.model.family.encode(inputs, report=lambda done, total: preparation.progress("encode", done, total))
         preparation.stage("prune")
@@ -136,10 +137,16 @@ class PrefillEngine:
             start = rows.stop
         return torch.cat(kept)
 
+    def patchify(self, medias: list[Media]) -> list[VisualInputs]:
+        """Every media of one prompt, cut for the tower. Raises BadMedia, TooLarge."""
+        num_of_kind = Counter(media.kind for media in medias)
+        return [self.model.family.patchify(media, alone=num_of_kind[media.kind] == 1) for media in medias]
+
     def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
         """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
+        slots = [media for media in inputs for _ in range(media.num_slots)]
         ids = self.model.chat.prefix_ids(
-            [media.kind for media in inputs], self.config.system_prompt, [media.spelling for media in inputs]
+            [media.kind for media in slots], self.config.system_prompt, [media.spelling for media in slots]
         )
         plan = self.model.family.plan(ids, inputs, self.config.video_text_pos)
         if plan.question_start_pos >= self.model.max_position:

@@ -9,7 +9,7 @@ Knows: the shapes that cross this boundary. Does not know: any architecture, tra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -45,6 +45,8 @@ class VisualInputs:
     slot in the prompt; each visual placeholder in it is a run of visual tokens, `runs` long. group i32 [N] (frame or view, from
     0) and cell i32 [N, 2] (row, col) in the group's grid, -1 for structural tokens (row ends: always kept, never scored). grids:
     (rows, cols) of each group, each spread over the whole picture; frame_of_group: index of each group's first sampled frame.
+    num_slots: entries of the template's message that stand for this media, each replaced by `spelling` (more than one where a
+    template knows no video: its frames are written as so many images).
     """
 
     pixels: Tensor
@@ -55,6 +57,7 @@ class VisualInputs:
     cell: Tensor
     grids: tuple[tuple[int, int], ...]
     frame_of_group: tuple[int, ...]
+    num_slots: int = field(default=1, kw_only=True)
 
     @property
     def num_tokens(self) -> int:
@@ -132,8 +135,9 @@ class Family(Protocol):
         """Ids of the placeholders that stand for visual tokens."""
         ...
 
-    def patchify(self, media: Media) -> VisualInputs:
-        """Resize, normalise and cut frames exactly as the checkpoint's processor config says. Raises BadMedia, TooLarge."""
+    def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
+        """Resize, normalise and cut frames exactly as the checkpoint's processor config says. alone: the prompt has no other media
+        of this kind (some families give a lone picture more tokens). Raises BadMedia, TooLarge."""
         ...
 
     def plan(self, ids: Sequence[int], inputs: Sequence[VisualInputs], video_text_pos: Literal["max+1", "hf5"]) -> PromptPlan:
