@@ -9,7 +9,8 @@ Knows: the shapes that cross this boundary. Does not know: any architecture, tra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,8 +26,14 @@ DECODE_PARTS: tuple[Part, ...] = ("embed", "llm", "head")
 ALL_PARTS: tuple[Part, ...] = ("vision", "embed", "llm", "head")
 
 
-# Text, or the id of one token of the checkpoint's vocabulary.
-Piece = str | int
+class Between(Enum):
+    """Text that only the chat template knows."""
+
+    MEDIA = "what the template writes between two media of one message"
+
+
+# Text, or the id of one token of the checkpoint's vocabulary, or text that the template knows.
+Piece = str | int | Between
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,6 @@ class VisualInputs:
     slot in the prompt; each visual placeholder in it is a run of visual tokens, `runs` long. group i32 [N] (frame or view, from
     0) and cell i32 [N, 2] (row, col) in the group's grid, -1 for structural tokens (row ends: always kept, never scored). grids:
     (rows, cols) of each group, each spread over the whole picture; frame_of_group: index of each group's first sampled frame.
-    num_slots: entries of the template's message that stand for this media, each replaced by `spelling` (more than one where a
-    template knows no video: its frames are written as so many images).
     """
 
     pixels: Tensor
@@ -57,7 +62,6 @@ class VisualInputs:
     cell: Tensor
     grids: tuple[tuple[int, int], ...]
     frame_of_group: tuple[int, ...]
-    num_slots: int = field(default=1, kw_only=True)
 
     @property
     def num_tokens(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevila_cluster.errors import BadCheckpoint, BadMedia
-from sparsevila_cluster.models.adapter import VisualInputs
+from sparsevila_cluster.models.adapter import Between, VisualInputs
 from sparsevila_cluster.models.anyres import (
     Size,
     TiledView,
@@ -141,14 +141,15 @@ class Llava(CropFamily):
         frame_of_group: tuple[int, ...],
         size: Size,
         view: TiledView | None = None,
-        num_slots: int = 1,
+        num_runs: int = 1,
     ) -> CropInputs:
-        """places i32 [N, 3] = (group, row, col) of every visual token; each of `num_slots` placeholders stands for as many."""
-        slot = self.slots(self._config)[kind]
-        runs = (len(places) // num_slots,) * num_slots
+        """places i32 [N, 3] = (group, row, col) of every visual token; each of `num_runs` placeholders stands for as many."""
+        placeholder = self.slots(self._config)[kind].pieces
+        spelling = placeholder + (Between.MEDIA, *placeholder) * (num_runs - 1)
+        runs = (len(places) // num_runs,) * num_runs
         return CropInputs(
-            pixels=pixels, kind=kind, spelling=slot.pieces, runs=runs, group=places[:, 0], cell=places[:, 1:], grids=grids,
-            frame_of_group=frame_of_group, size=size, view=view, num_slots=num_slots,
+            pixels=pixels, kind=kind, spelling=spelling, runs=runs, group=places[:, 0], cell=places[:, 1:], grids=grids,
+            frame_of_group=frame_of_group, size=size, view=view,
         )  # fmt: skip
 
 

@@ -53,9 +53,7 @@ class LlavaNext(Llava):
         pixels = resize(frames, rules.side, rules.side, rules.resample)
         places = [pack(cells_of(square, group).flatten(0, 1), None, newline_of(group)) for group in range(num)]
         size = (frames.shape[2], frames.shape[3])
-        return self._inputs(
-            pixels, "video", torch.cat(places), (square,) * num, tuple(range(num)), size, num_slots=num
-        )  # fmt: skip
+        return self._inputs(pixels, "video", torch.cat(places), (square,) * num, tuple(range(num)), size, num_runs=num)
 
     def _lay_out_video(self, frames: Tensor, newline: Tensor) -> Tensor:
         return torch.cat([pack(frame, None, newline) for frame in frames])
