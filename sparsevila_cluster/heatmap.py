@@ -89,9 +89,7 @@ def draw_heatmap(
     page.write(title, TITLE_PT, INK, max_lines=1)
     page.write(_caption(len(chosen), len(moments), len(media_frames)), NOTE_PT, FAINT)
     page.skip(14)
-    # The time of a group is its evidence's; without evidence, its frame's.
-    times = [float(times_s[moments[g]]) for g in chosen]
-    page.tiles(tiles, [f"{time_s:.1f} s" for time_s in times] if len(media_frames) > 1 else [""])
+    page.tiles(tiles, _labels(chosen, moments, times_s, evidences) if len(moments) > 1 else [""])
     for number, (question, answer, evidence) in enumerate(rows, 1):
         page.rule()
         most = max((share for frame in evidence for _, _, share in frame.cells), default=0.0)
@@ -157,9 +155,20 @@ def _moments(media_frames: np.ndarray, rows: Sequence[Row]) -> list[int]:
     return [frame.frame for frame in evidence]
 
 
+def _labels(
+    chosen: Sequence[int], moments: Sequence[int], times_s: Sequence[float], evidences: Sequence[Evidence]
+) -> list[str]:
+    """When each shown frame is; views of one picture are told apart by how finely they see it."""
+    if len(times_s) > 1:
+        return [f"{float(times_s[moments[g]]):.1f} s" for g in chosen]
+    views = next(evidence for evidence in evidences if evidence)
+    return ["{} x {} patches".format(*views[g].grid) for g in chosen]
+
+
 def _caption(num_shown: int, num_moments: int, num_frames: int) -> str:
     if num_frames == 1:
-        return "Top: the picture. Below, for each question: which patches it looked at."
+        seen = "" if num_moments == 1 else ", as coarsely and as finely as the model sees it"
+        return f"Top: the picture{seen}. Below, for each question: which patches it looked at."
     which = (
         f"{num_moments} moments"
         if num_shown == num_moments

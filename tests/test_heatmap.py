@@ -118,6 +118,16 @@ def test_a_group_is_shown_by_its_first_frame():
     assert (image == GREEN).all(2).sum() > 1000 and (image == (10, 20, 200)).all(2).sum() > 1000
 
 
+def test_views_of_one_picture_are_shown_side_by_side():
+    """A tiled picture is two groups of one frame: its coarse and its fine view."""
+    coarse, fine = look(grid=(2, 2), share=0.3, cells=((0, 0, 0.3),), kept=((0, 0),)), look(grid=(4, 8), share=0.7)
+    evidence = (coarse, fine)
+    assert heatmap._labels([0, 1], [0, 0], [0.0], [(), evidence]) == ["2 x 2 patches", "4 x 8 patches"]
+    both = draw_heatmap(frames(1, 60, 90), [0.0], [("what?", "a star", evidence)])
+    assert both.width >= draw_heatmap(frames(1, 60, 90), [0.0], [("what?", "a star", (coarse,))]).width
+    assert "coarsely and as finely" in heatmap._caption(2, 2, 1) and "coarsely" not in heatmap._caption(1, 1, 1)
+
+
 def test_long_text_is_wrapped_and_cut():
     font = heatmap._font(16)
     lines = wrap("word " * 100, font, 300, 2)

@@ -7,6 +7,7 @@ logits depend on every position and a wrong one shows.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""A complete tiny LLaVA-NeXT checkpoint with random weights (CLIP tower, Mistral text), and its media for stock transformers."""
+"""A complete tiny LLaVA-NeXT checkpoint with random weights (CLIP, Mistral), and its media for stock transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 ADDED = ("<image>", "<pad>")
 # Writes what the published Mistral template writes.
 TEMPLATE = (
-    "{% for turn in messages %}{% if turn['role'] == 'system' %}{{ '<<SYS>>\\n' + turn['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
+    "{% for turn in messages %}{% if turn['role'] == 'system' %}"
+    "{{ '<<SYS>>\\n' + turn['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
     "{% elif turn['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for part in turn['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
     "{% for part in turn['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"

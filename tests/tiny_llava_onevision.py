@@ -1,4 +1,4 @@
-"""A complete tiny LLaVA-OneVision checkpoint with random weights (SigLIP tower, Qwen2 text), and its media for stock transformers."""
+"""A complete tiny LLaVA-OneVision checkpoint with random weights (SigLIP, Qwen2), and its media for stock transformers."""
 
 from __future__ import annotations
 

@@ -79,18 +79,15 @@ class Llava(CropFamily):
         that this family cannot take."""
         feature_states(config)
         rows_before_patches(config)
-        (image_file, image), (video_file, video) = named_processor_files(files)
-        vision = config.vision_config
-        side = vision.image_size
-        rules = [
-            read_crop_rules(source, data, side, LevelRules()) for source, data in ((image_file, image), (video_file, video))
-        ]
-        canvases = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
-        own = image.get("image_grid_pinpoints")
+        side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
+        if not pinpoints or any(length < side or length % side for size in pinpoints for length in size):
+            raise BadCheckpoint(f"config.json: image_grid_pinpoints {pinpoints} must be multiples of image_size {side}")
+        canvases = tuple((int(height), int(width)) for height, width in pinpoints)
+        image, video = named_processor_files(files)
+        own = image[1].get("image_grid_pinpoints")
         if own is not None and [list(size) for size in own] != [list(size) for size in canvases]:
-            raise BadCheckpoint(f"{image_file}: image_grid_pinpoints {own} is not config.json's {config.image_grid_pinpoints}")
-        if not canvases or any(length < side or length % side for size in canvases for length in size):
-            raise BadCheckpoint(f"config.json: image_grid_pinpoints {config.image_grid_pinpoints} must be multiples of {side}")
+            raise BadCheckpoint(f"{image[0]}: image_grid_pinpoints {own} is not config.json's {pinpoints}")
+        rules = (read_crop_rules(source, data, side, LevelRules()) for source, data in (image, video))
         return LlavaRules(*rules, canvases, cls._max_tiles(config))
 
     @classmethod
