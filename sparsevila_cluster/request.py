@@ -93,7 +93,11 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a turn consumed. Visual token counts: before pruning, after it, and retrieved per layer for this turn."""
+    """What a turn consumed. Visual token counts: before pruning, after it, and retrieved per layer for this turn.
+
+    effective_keep: retrieved / kept, of the last choice; degraded: pressure made it less than the turn wished; num_preemptions: how
+    often the turn gave up its place in the batch and went on later, with the same answer.
+    """
 
     visual_tokens: int
     visual_tokens_kept: int
@@ -102,6 +106,7 @@ class Usage:
     completion_tokens: int
     effective_keep: float
     degraded: bool = False
+    num_preemptions: int = 0
     ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -175,7 +180,12 @@ class MediaHandle:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question within a conversation. `retrieve_keep` None = the configured one; `deadline_s` counts from arrival."""
+    """One question within a conversation. None = as configured; `deadline_s` counts from arrival.
+
+    retrieve_keep: fraction of the pruned visual KV that the answer attends to; with a mass, the most that it may be.
+    retrieve_mass: share of the visual attention that this must hold, 1 = no mass. refresh_every: generated tokens between two
+    choices, 0 = chosen once. Evidence is of the choice after the question.
+    """
 
     turn_id: str
     conversation_id: str
@@ -183,6 +193,8 @@ class Turn:
     question: str
     sampling: SamplingParams = SamplingParams()
     retrieve_keep: float | None = None
+    retrieve_mass: float | None = None
+    refresh_every: int | None = None
     want_evidence: bool = False
     deadline_s: float | None = None
 
@@ -191,6 +203,11 @@ class Turn:
             raise BadRequest(f"question must be non-empty text, got {self.question!r}")
         if self.retrieve_keep is not None:
             check_ratio("retrieve_keep", self.retrieve_keep)
+        if self.retrieve_mass is not None:
+            check_ratio("retrieve_mass", self.retrieve_mass)
+        every = self.refresh_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
+            raise BadRequest(f"refresh_every must be an integer >= 0 (0 = never), got {every!r}")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise BadRequest(f"deadline_s must be > 0, got {self.deadline_s!r}")
 
@@ -225,7 +242,7 @@ class Answer:
 
     @property
     def timeline(self) -> dict[str, float]:
-        """Milliseconds by stage: queue, question, retrieve, ttft, step (mean per token), total."""
+        """Milliseconds by stage: queue, question, retrieve, ttft, step (mean per token), total, and preempted if it was."""
         return self.usage.ms
 
     @classmethod

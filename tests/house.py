@@ -19,7 +19,7 @@ FLOORS = {
     0: "errors config request metrics pb",
     1: "media models pruning retrieval kv awq sampling attention",
     2: "wire transport",
-    3: "scheduler step_batch running_turn evidence prefill_engine decode_engine detokenize conversation content_key "
+    3: "scheduler step_batch running_turn turn_retrieval evidence prefill_engine decode_engine detokenize conversation content_key "
     "engine_thread pipeline video_qa",
     4: "cluster gateway",
     5: "app cli demo heatmap progress trip __main__",
