@@ -79,14 +79,13 @@ class Llava(CropFamily):
         that this family cannot take."""
         feature_states(config)
         rows_before_patches(config)
-        side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
-        if not pinpoints or any(length < side or length % side for size in pinpoints for length in size):
-            raise BadCheckpoint(f"config.json: image_grid_pinpoints {pinpoints} must be multiples of image_size {side}")
-        canvases = tuple((int(height), int(width)) for height, width in pinpoints)
+        side, canvases = config.vision_config.image_size, read_canvases("config.json", config.image_grid_pinpoints)
+        if not canvases or any(length < side or length % side for size in canvases for length in size):
+            raise BadCheckpoint(f"config.json: image_grid_pinpoints {config.image_grid_pinpoints} must be multiples of {side}")
         image, video = named_processor_files(files)
         own = image[1].get("image_grid_pinpoints")
-        if own is not None and [list(size) for size in own] != [list(size) for size in canvases]:
-            raise BadCheckpoint(f"{image[0]}: image_grid_pinpoints {own} is not config.json's {pinpoints}")
+        if own is not None and read_canvases(image[0], own) != canvases:
+            raise BadCheckpoint(f"{image[0]}: image_grid_pinpoints {own} is not config.json's {config.image_grid_pinpoints}")
         rules = (read_crop_rules(source, data, side, LevelRules()) for source, data in (image, video))
         return LlavaRules(*rules, canvases, cls._max_tiles(config))
 
@@ -168,6 +167,17 @@ def feature_states(config: Any) -> tuple[int, ...]:
             f"config.json: vision_feature_layer {config.vision_feature_layer} must name hidden states of {num - 1} layers"
         )
     return tuple(i % num for i in chosen)
+
+
+def read_canvases(source: str, pinpoints: Any) -> tuple[Size, ...]:
+    """(height, width) of every canvas. Raises BadCheckpoint: not a list of pairs of whole numbers; `source` names the file."""
+    try:
+        canvases = tuple((height, width) for height, width in pinpoints)
+    except (TypeError, ValueError):
+        canvases = ((None, None),)
+    if not all(isinstance(length, int) for size in canvases for length in size):
+        raise BadCheckpoint(f"{source}: image_grid_pinpoints must be a list of [height, width], got {pinpoints!r}")
+    return canvases
 
 
 def rows_before_patches(config: Any) -> int:

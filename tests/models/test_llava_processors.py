@@ -114,6 +114,7 @@ BROKEN_CONFIG = {
     "vision_feature_layer 0": {"vision_feature_layer": 0},
     r"vision_feature_layer \[\]": {"vision_feature_layer": []},
     "vision_feature_select_strategy": {"vision_feature_select_strategy": None},
+    "config.json: image_grid_pinpoints must be a list": {"image_grid_pinpoints": [336, 672]},
     "image_grid_pinpoints.*multiples": {"image_grid_pinpoints": [[100, 100]]},
     "image_grid_pinpoints.*is not config.json's": {"image_grid_pinpoints": [[720 * 7, 720 * 7]]},
     "vision tower 'vit' is not supported": {"vision_config": {"model_type": "vit", "image_size": 56, "patch_size": 14}},
@@ -141,7 +142,8 @@ BROKEN_PROCESSOR = {
     "preprocessor_config.json: resample 1": {"resample": 1},
     "preprocessor_config.json: image_mean": {"image_mean": [0.5]},
     "preprocessor_config.json: could not convert": {"image_std": ["a", 1, 1]},
-    "preprocessor_config.json: image_grid_pinpoints": {"image_grid_pinpoints": [[56, 56]]},
+    "preprocessor_config.json: image_grid_pinpoints .* is not config.json's": {"image_grid_pinpoints": [[56, 56]]},
+    "preprocessor_config.json: image_grid_pinpoints must be a list": {"image_grid_pinpoints": [["a", 56]]},
 }
 
 
