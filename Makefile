@@ -18,7 +18,7 @@ INSTALLED   := $(VENV)/.installed
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
 	@echo "make test    run the whole test suite"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
 	@echo "make protos  regenerate code from protos/"
 	@echo "make clean   remove caches and build products (the environment stays)"
@@ -31,6 +31,7 @@ test: setup
 
 lint: setup
 	@$(PY) -m ruff check .
+	@$(PY) -m mypy
 
 bench: setup
 	$(PY) -m benchmarks.engine
@@ -43,7 +44,7 @@ protos: setup
 	$(PY) -m grpc_tools.protoc -I protos --python_out=sparsevila_cluster/pb --grpc_python_out=sparsevila_cluster/pb $$files
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis out sparsevila-demo
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis out sparsevila-demo
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 setup: $(INSTALLED)

@@ -19,12 +19,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, NoReturn, cast, get_args
 
+from sparsevila_cluster.calls import AskOptions
 from sparsevila_cluster.config import EngineConfig, SparsityConfig, build_config, load_config
 from sparsevila_cluster.errors import BadRequest, Internal, SparseVilaError, UserError
-from sparsevila_cluster.progress import ProgressLine, interruptible
-from sparsevila_cluster.request import SamplingParams, Turn, check_ratio, with_defaults
+from sparsevila_cluster.progress import ProgressLine
+from sparsevila_cluster.request import MediaSource, SamplingParams, Turn, check_ratio, with_defaults
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.video_qa import Chat
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if hasattr(sys.stdout, "reconfigure"):
                 sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding lacks
-            code = args.run(args)
+            code: int = args.run(args)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:
@@ -123,6 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     ask = commands.add_parser("ask", allow_abbrev=False, help="ask one or more questions about a video or an image")
     ask.add_argument("video", metavar="VIDEO", help="path of a video or an image")
+    ask.add_argument(
+        "--also", action="append", default=[], metavar="FILE", help="another video or image to ask about; may be repeated"
+    )
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="several questions are turns of one conversation")
     _add_engine_options(ask)
     sampling = ask.add_argument_group("answers")
@@ -226,12 +233,18 @@ def _ask(args: argparse.Namespace) -> int:
         from sparsevila_cluster.video_qa import VideoQA
 
         with VideoQA(config=config) as qa:
-            media = interruptible(lambda report: qa.prepare(args.video, progress=report), progress)
+            chat = qa.conversation(qa.prepare(_files(args), progress=progress.stage))
             progress.clear()  # reused media have no stages
-            chat = qa.conversation(media)
             for question in args.questions:
-                _one_turn(chat, question, sampling, quiet=args.json)
+                if args.json:
+                    chat.ask(question, **_options(sampling))
+                else:
+                    _show_turn(chat, question, sampling, [Path(file).name for file in _files(args)])
             return _report(args, config, chat)
+
+
+def _files(args: argparse.Namespace) -> list[str]:
+    return [args.video, *args.also]
 
 
 def _read_options(args: argparse.Namespace) -> tuple[EngineConfig, SamplingParams]:
@@ -254,39 +267,38 @@ def _check_before_loading(args: argparse.Namespace, config: EngineConfig, sampli
         if not Path(args.heatmap).absolute().parent.is_dir():
             raise BadRequest(f"--heatmap: {str(Path(args.heatmap).parent)!r} is not a directory")
     from sparsevila_cluster.media.source import open_source
-    from sparsevila_cluster.request import MediaSource
 
-    with open_source(MediaSource(args.video), config.limits):
-        pass
+    for file in _files(args):
+        with open_source(MediaSource(file), config.limits):
+            pass
 
 
-def _one_turn(chat: Any, question: str, sampling: SamplingParams, quiet: bool) -> None:
-    options = {name: getattr(sampling, name) for name in SAMPLING_OPTIONS}
-    if quiet:
-        chat.ask(question, **options)
-        return
-    from sparsevila_cluster.trip import top_frames
+def _options(sampling: SamplingParams) -> AskOptions:
+    return cast(AskOptions, {name: getattr(sampling, name) for name in SAMPLING_OPTIONS})
 
+
+def _show_turn(chat: Chat, question: str, sampling: SamplingParams, names: Sequence[str]) -> None:
+    """Print a question, its answer as it grows, and where it looked."""
     lead = f"Q: {' '.join(question.split())}\nA: "  # shown with the first piece: a refused question prints nothing
-    for piece in chat.stream(question, **options):
+    for piece in chat.stream(question, **_options(sampling)):
         print(lead + piece, end="", flush=True)
         lead = ""
     print(lead, end="")
     answer = chat.turns[-1][1]
-    seen = ", ".join(f"{time_s:.1f} s ({share:.0%})" for _, time_s, share in top_frames(answer.evidence)[:3])
-    looked = f"looked at {seen}; " if seen and chat.media.kind == "video" else ""
+    seen = answer.evidence.places(names=names)
     num = len(answer.token_ids)
+    looked = f"looked at {seen}; " if seen else ""
     print(f"\n   {looked}{num} token{'s'[: num != 1]} in {answer.timeline['total']:.0f} ms\n", flush=True)
 
 
-def _report(args: argparse.Namespace, config: EngineConfig, chat: Any) -> int:
+def _report(args: argparse.Namespace, config: EngineConfig, chat: Chat) -> int:
     """What follows the answers: the heat map if wanted, then the JSON document or the trip card as the last line."""
     from sparsevila_cluster.trip import ask_document, trip_card
 
     if args.heatmap is not None:
-        from sparsevila_cluster.heatmap import save_heatmap
+        from sparsevila_cluster.heatmap import save_picture
 
-        save_heatmap(args.heatmap, args.video, config, chat.turns)
+        save_picture(chat.show(), args.heatmap)
         print(f"heat map: {args.heatmap}", file=sys.stderr)
     document = ask_document(config, chat.media, chat.turns)
     print(json.dumps(document) if args.json else trip_card(document["trip"], chat.turns[-1][1].text))
@@ -297,4 +309,4 @@ def _demo(args: argparse.Namespace) -> int:
     from sparsevila_cluster.demo.tour import run_tour
 
     with ProgressLine() as progress:
-        return interruptible(lambda report: run_tour(Path(args.out), args.model or "demo", args.json, report), progress)
+        return run_tour(Path(args.out), args.model or "demo", args.json, progress.stage)

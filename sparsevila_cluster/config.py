@@ -99,6 +99,8 @@ class EngineConfig(_Frozen):
     max_conversations: int = Field(1024, ge=1, description="Conversations kept; the least recently used idle one is closed first.")
     turn_timeout_s: float = Field(300.0, gt=0, description="Deadline of a turn that names none.")
     prepare_timeout_s: float = Field(600.0, gt=0, description="Deadline of a preparation that names none.")
+    load_timeout_s: float = Field(1800.0, gt=0, description="Deadline for loading the model.")
+    close_timeout_s: float = Field(30.0, gt=0, description="Deadline for each engine to end what it does when it is closed.")
 
     @property
     def model_dir(self) -> Path:
@@ -164,8 +166,8 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = {"sparsity": SparsityConfig, "limits": MediaLimits}.get(str(item["loc"][0]), EngineConfig)
-            scope = known if len(item["loc"]) > 1 else EngineConfig
+            nested: dict[str, type[BaseModel]] = {"sparsity": SparsityConfig, "limits": MediaLimits}
+            scope = nested.get(str(item["loc"][0]), EngineConfig) if len(item["loc"]) > 1 else EngineConfig
             legal = ", ".join(sorted(set(scope.model_fields) | (_SPARSITY_FIELDS if scope is EngineConfig else set())))
             parts.append(f"unknown config key {name!r}; legal keys: {legal}")
         else:

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class Steppable(Protocol):
-    idle: bool
+    @property
+    def idle(self) -> bool: ...
 
     def step(self) -> None: ...
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsevila_cluster.kv import MediaPrefix
-from sparsevila_cluster.request import Evidence, FrameEvidence
+from sparsevila_cluster.sight import Evidence, FrameEvidence
 
 
 def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -> Evidence:
@@ -33,14 +33,17 @@ def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -
         survivors[group].append((row, col))
         if was_retrieved:
             cells[group].append((row, col, part))
-    return tuple(
-        FrameEvidence(
-            frame=prefix.frames[g],
-            time_s=prefix.times_s[g],
-            share=sum(part for _, _, part in cells[g]),
-            grid=prefix.grids[g],
-            cells=tuple(cells[g]),
-            kept=tuple(survivors[g]),
+    return Evidence(
+        tuple(
+            FrameEvidence(
+                frame=prefix.frames[g],
+                time_s=prefix.times_s[g],
+                share=sum(part for _, _, part in cells[g]),
+                grid=prefix.grids[g],
+                cells=tuple(cells[g]),
+                kept=tuple(survivors[g]),
+                media=prefix.media[g],
+            )
+            for g in range(len(prefix.grids))
         )
-        for g in range(len(prefix.grids))
     )

@@ -10,35 +10,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.engine_thread import EngineThread
-from sparsevila_cluster.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    Internal,
-    NotFound,
-    SparseVilaError,
-    Unavailable,
-)
+from sparsevila_cluster.errors import Cancelled, DeadlineExceeded, Internal, NotFound, SparseVilaError, Unavailable
 from sparsevila_cluster.kv import Extent, MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import Model
+from sparsevila_cluster.patience import GRACE_S, Caller, wait_within
 from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation, Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest, Turn, TurnEvent
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Requests remembered so that an evicted prefix can be made again when a conversation comes back to it.
 MAX_REMEMBERED = 256
-# The engine's own deadline fires first; this is what a caller waits on top of it before giving up on the engine itself.
-GRACE_S = 5.0
+# A prefix that was just made again may be evicted before its turn takes hold of it: how often to try.
+MAX_REMAKES = 4
 
 
 class Pipeline(Protocol):
@@ -48,7 +44,7 @@ class Pipeline(Protocol):
         """Make a media prefix resident, or find it; its `media_id` is its content key."""
         ...
 
-    def ask(self, turn: Turn) -> AsyncIterator[TurnEvent]:
+    def ask(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn. Leaving the iteration early aborts the turn."""
         ...
 
@@ -88,19 +84,31 @@ class LocalPipeline:
     async def prepare(self, request: PrepareRequest, progress: Progress | None = None) -> MediaHandle:
         """Find the prefix by content key or make it. Callers of the same media at the same time share one prefill.
 
+        Cancelling it ends the work at the next report of progress.
+
         Raises:
             BadMedia, TooLarge: media that cannot be used. QueueFull: no room. DeadlineExceeded. Unavailable: closed.
         """
         if self._closed:
             raise Unavailable("the pipeline is closed")
-        preparation = Preparation(request, progress or _ignore)
-        deadline_s = self.config.prepare_timeout_s if request.deadline_s is None else request.deadline_s
-        give_up_at_s = time.perf_counter() + deadline_s
-        preparation.progress = _guarded(preparation.progress, give_up_at_s, deadline_s)
+        caller = Caller(self.config.prepare_timeout_s if request.deadline_s is None else request.deadline_s)
+        preparation = Preparation(request, self._guarded(progress, caller))
         try:
-            return await asyncio.wait_for(self._prepare(preparation), deadline_s + GRACE_S)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"preparing media took longer than {deadline_s:g} s") from error
+            return await wait_within(self._prepare(preparation), caller.deadline_s + GRACE_S, "preparing media")
+        finally:
+            caller.leave()
+
+    def _guarded(self, progress: Progress | None, caller: Caller) -> Progress:
+        """`progress` that also ends a preparation that nobody waits for: it is called once per stage and layer."""
+
+        def report(stage: str, done: int, total: int) -> None:
+            if self._closed:
+                raise Unavailable("the pipeline is closed")
+            caller.check(f"preparing media (in stage {stage!r})")
+            if progress is not None:
+                progress(stage, done, total)
+
+        return report
 
     async def _prepare(self, preparation: Preparation) -> MediaHandle:
         request = preparation.request
@@ -127,12 +135,13 @@ class LocalPipeline:
             del self._making[key]
 
     async def _find_or_make(self, preparation: Preparation, key: str) -> MediaHandle:
-        prefix = await self._on_decode(lambda engine: engine.prefixes.get(key))
-        reused = prefix is not None
-        if not reused:
-            prefix = await self._in_prefill(self._make, preparation, key)
+        resident = await self._on_decode(lambda engine: engine.prefixes.get(key))
+        if resident is not None:
+            handle = _handle(resident, True, {})
+        else:
+            handle = _handle(await self._in_prefill(self._make, preparation, key), False, preparation.stage_ms())
         self._remember(key, preparation.request)
-        return _handle(prefix, reused, {} if reused else preparation.stage_ms())
+        return handle
 
     def _make(self, preparation: Preparation, key: str) -> MediaPrefix:
         """Runs in the prefill thread: decode the sources, prefill into an extent of the decode engine, publish it."""
@@ -173,7 +182,7 @@ class LocalPipeline:
 
     # ---- turns -------------------------------------------------------------------------------------------------------------
 
-    async def ask(self, turn: Turn) -> AsyncIterator[TurnEvent]:
+    async def ask(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn, `done` last. An evicted media prefix is made again first.
 
         Raises:
@@ -181,39 +190,51 @@ class LocalPipeline:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TurnEvent | Exception] = asyncio.Queue()
+        submitted = finished = False
 
         def sink(event: TurnEvent | Exception) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        await self._submit(turn, sink)
+        def submit(engine: DecodeEngine) -> None:
+            nonlocal submitted
+            engine.submit(turn, sink)
+            submitted = True
+
+        def abort(engine: DecodeEngine) -> None:
+            if submitted:  # a turn that was refused is not ours to end: another one may have its id
+                engine.abort(turn.turn_id)
+
         deadline_s = self.config.turn_timeout_s if turn.deadline_s is None else turn.deadline_s
         late = DeadlineExceeded(f"turn {turn.turn_id} took longer than {deadline_s:g} s")
-        timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
-        finished = False
+        timer: asyncio.TimerHandle | None = None
         try:
+            await self._submit(turn, submit)
+            timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
             while not finished:
                 event = await events.get()
-                finished = event is not late and (isinstance(event, Exception) or event.kind == "done")
                 if isinstance(event, Exception):
+                    finished = event is not late
                     raise event
+                finished = event.kind == "done"
                 yield event
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
             if not finished:
-                self._decode_thread.post(lambda engine: engine.abort(turn.turn_id))
+                self._decode_thread.post(abort)
 
-    async def _submit(self, turn: Turn, sink: Callable[[TurnEvent | Exception], None]) -> None:
-        for attempt in (1, 2):
+    async def _submit(self, turn: Turn, submit: Callable[[DecodeEngine], None]) -> None:
+        for _ in range(MAX_REMAKES):
             try:
-                return await self._on_decode(lambda engine: engine.submit(turn, sink))
+                return await self._on_decode(submit)
             except NotFound:
                 request = self._remembered.get(turn.media_id)
-                if attempt == 2 or request is None:
+                if request is None:
                     raise
                 handle = await self.prepare(request)
                 if handle.media_id != turn.media_id:
                     raise NotFound(f"media {turn.media_id!r} was evicted and its source has changed since") from None
-        raise AssertionError("unreachable")
+        return await self._on_decode(submit)
 
     async def abort(self, turn_id: str) -> bool:
         """End a turn; its conversation stays as it was before it. False if it is unknown or over."""
@@ -252,21 +273,24 @@ class LocalPipeline:
 
     # ---- threads -----------------------------------------------------------------------------------------------------------
 
-    async def _on_decode(self, call: Callable[[DecodeEngine], Any]) -> Any:
+    async def _on_decode(self, call: Callable[[DecodeEngine], R], within_s: float | None = None) -> R:
+        within_s = self.config.turn_timeout_s if within_s is None else within_s
         future = asyncio.wrap_future(self._decode_thread.post(call))
-        try:
-            return await asyncio.wait_for(future, self.config.turn_timeout_s)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"the decode engine did not answer within {self.config.turn_timeout_s:g} s") from error
+        return await wait_within(future, within_s, "the answer of the decode engine")
 
-    async def _in_prefill(self, call: Callable[..., Any], *args: Any) -> Any:
+    async def _in_prefill(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            future = self._prefill_thread.submit(call, *args)
+            future = self._prefill_thread.submit(call, *args, **kwargs)
         except RuntimeError as error:
             raise Unavailable("the pipeline is closed") from error
         try:
             return await asyncio.wrap_future(future)
-        except (SparseVilaError, asyncio.CancelledError):
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise Unavailable("the pipeline is closed") from None  # `close` emptied the queue
+        except SparseVilaError:
             raise
         except TimeoutError as error:
             raise DeadlineExceeded("the decode engine did not answer the preparation in time") from error
@@ -275,7 +299,11 @@ class LocalPipeline:
             raise Internal(f"{type(error).__name__}: {error}") from error
 
     async def close(self) -> None:
-        """Abort what runs and end both threads. Idempotent."""
+        """Abort what runs and end both threads, which takes at most twice `close_timeout_s`. Idempotent.
+
+        Raises:
+            DeadlineExceeded: a step did not end in time; its thread ends after it.
+        """
         if self._closed:
             return
         self._closed = True
@@ -284,24 +312,11 @@ class LocalPipeline:
             for turn_id in list(engine.turns):
                 engine.abort(turn_id, Unavailable("the pipeline is closing"))
 
-        await self._on_decode(abort_all)
-        self._prefill_thread.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._decode_thread.close)
-
-
-def _ignore(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def _guarded(progress: Progress, give_up_at_s: float, deadline_s: float) -> Progress:
-    """`progress` that also ends the preparation at its deadline: the prefill calls it once per stage and layer."""
-
-    def report(stage: str, done: int, total: int) -> None:
-        if time.perf_counter() > give_up_at_s:
-            raise DeadlineExceeded(f"preparing media took longer than {deadline_s:g} s (in stage {stage!r})")
-        progress(stage, done, total)
-
-    return report
+        try:
+            await self._on_decode(abort_all, self.config.close_timeout_s)
+        finally:
+            self._prefill_thread.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self._decode_thread.close, self.config.close_timeout_s)
 
 
 def _handle(prefix: MediaPrefix, reused: bool, ms: dict[str, float]) -> MediaHandle:

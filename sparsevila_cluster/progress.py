@@ -1,30 +1,32 @@
-"""What a person sees while long work goes on: one line on stderr, and an end to the work on Ctrl-C.
+"""What a person sees while long work goes on: one line on stderr.
 
-Knows: terminals and the (stage, done, total) reports of a preparation. Does not know: what the stages do.
+Knows: terminals and the (stage, done, total) reports of long work. Does not know: what the stages do.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from sparsevila_cluster.errors import Cancelled
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
-class ProgressLine(AbstractContextManager):
-    """A line on stderr that says what is going on, when stderr is a terminal."""
+class ProgressLine(AbstractContextManager["ProgressLine"]):
+    """A line on stderr that says what is going on, when stderr is a terminal, or `always` (as in a notebook)."""
 
-    def __init__(self) -> None:
-        self._line: Any = None
+    def __init__(self, always: bool = False) -> None:
+        self._always = always
+        self._over = False
+        self._line: Progress | None = None
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show how far a stage is. Its end clears the line, so that results can follow."""
         if done >= total:
             self.clear()
-        elif sys.stderr.isatty():
+        elif not self._over and (self._always or sys.stderr.isatty()):
             self._show(name, done, total)
 
     def _show(self, name: str, done: int, total: int) -> None:
@@ -33,34 +35,25 @@ class ProgressLine(AbstractContextManager):
 
         if self._line is None:
             columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn()
-            # Not redirected: what is printed on stdout in the meantime belongs there.
-            options = {"transient": True, "refresh_per_second": 5, "redirect_stdout": False, "redirect_stderr": False}
-            self._line = Progress(*columns, console=Console(stderr=True), **options)
+            self._line = Progress(
+                *columns,
+                console=Console(stderr=True),
+                transient=True,
+                refresh_per_second=5,
+                redirect_stdout=False,  # what is printed on stdout in the meantime belongs there
+                redirect_stderr=False,
+            )
             self._line.add_task(name)
             self._line.start()
         # A stage in one step has no measure: the bar only moves.
-        self._line.update(self._line.task_ids[0], description=name, completed=done, total=total if total > 1 else None)
+        told = f"{name} {done}/{total}" if total > 1 else name
+        self._line.update(self._line.task_ids[0], description=told, completed=done, total=total if total > 1 else None)
 
     def clear(self) -> None:
         if self._line is not None:
             self._line.stop()
             self._line = None
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over = True  # work that was interrupted may report once more
         self.clear()
-
-
-def interruptible(work: Callable[[Callable[[str, int, int], None]], Any], line: ProgressLine) -> Any:
-    """`work(report)`; after Ctrl-C the next report ends it, so that no thread goes on preparing for nobody."""
-    interrupted = threading.Event()
-
-    def report(stage: str, done: int, total: int) -> None:
-        if interrupted.is_set():
-            raise Cancelled("interrupted")
-        line.stage(stage, done, total)
-
-    try:
-        return work(report)
-    except KeyboardInterrupt:
-        interrupted.set()
-        raise

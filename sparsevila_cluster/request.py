@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
+from sparsevila_cluster.config import MediaLimits
+from sparsevila_cluster.display import Shown
 from sparsevila_cluster.errors import BadRequest
+from sparsevila_cluster.sight import Evidence
 
 MAX_STOP_STRINGS = 16
 
@@ -30,6 +34,12 @@ def check_ratio(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
         raise BadRequest(f"{name} must be in (0, 1], got {value!r}")
     return float(value)
+
+
+def check_deadline(deadline_s: float | None) -> None:
+    """Raise BadRequest unless it is None or a number of seconds > 0."""
+    if deadline_s is not None and (isinstance(deadline_s, bool) or not isinstance(deadline_s, (int, float)) or not deadline_s > 0):
+        raise BadRequest(f"deadline_s must be a number > 0, got {deadline_s!r}")
 
 
 def kept_count(fraction: float, total: int) -> int:
@@ -91,8 +101,8 @@ class Timeline:
         return None if a is None or b is None else (b - a) * 1e3
 
 
-@dataclass(frozen=True)
-class Usage:
+@dataclass(frozen=True, repr=False)
+class Usage(Shown):
     """What a turn consumed. Visual token counts: before pruning, after it, and retrieved per layer for this turn.
 
     effective_keep: retrieved / kept, of the last choice; degraded: pressure made it less than the turn wished; num_preemptions: how
@@ -108,26 +118,6 @@ class Usage:
     degraded: bool = False
     num_preemptions: int = 0
     ms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FrameEvidence:
-    """Where one frame (or temporal group of frames) was looked at.
-
-    frame: index among the sampled frames; time_s: its time in the media; share: its part of the turn's retrieved visual
-    attention, all frames summing to 1; cells: (row, col, share) of each retrieved visual token in the frame's `grid`
-    (rows, cols); kept: (row, col) of every token that survived pruning.
-    """
-
-    frame: int
-    time_s: float
-    share: float
-    grid: tuple[int, int]
-    cells: tuple[tuple[int, int, float], ...]
-    kept: tuple[tuple[int, int], ...]
-
-
-Evidence = tuple[FrameEvidence, ...]
 
 
 @dataclass(frozen=True)
@@ -159,11 +149,26 @@ class PrepareRequest:
             raise BadRequest(f"max_frames must be an integer >= 1, got {self.max_frames!r}")
         if self.prune_keep is not None:
             check_ratio("prune_keep", self.prune_keep)
+        check_deadline(self.deadline_s)
 
 
 @dataclass(frozen=True)
-class MediaHandle:
-    """A media prefix that is ready for questions. `media_id` is its content key."""
+class Footage:
+    """What media was prepared from, and how it was sampled: enough to decode the same frames again.
+
+    stamps: for each source the (size in bytes, mtime in ns) of its file when it was prepared, None for bytes and data URLs.
+    """
+
+    sources: tuple[MediaSource, ...]
+    fps: float
+    max_frames: int
+    limits: MediaLimits
+    stamps: tuple[tuple[int, int] | None, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class MediaHandle(Shown):
+    """A media prefix that is ready for questions. `media_id` is its content key; `footage` is known where it was prepared."""
 
     media_id: str
     kind: str
@@ -176,6 +181,7 @@ class MediaHandle:
     dense_kv_bytes: int
     reused: bool = False
     ms: dict[str, float] = field(default_factory=dict)
+    footage: Footage | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -208,8 +214,7 @@ class Turn:
         every = self.refresh_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
             raise BadRequest(f"refresh_every must be an integer >= 0 (0 = never), got {every!r}")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise BadRequest(f"deadline_s must be > 0, got {self.deadline_s!r}")
+        check_deadline(self.deadline_s)
 
 
 @dataclass(frozen=True)
@@ -225,13 +230,13 @@ class TurnEvent:
     index: int = 0
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    evidence: Evidence = ()
+    evidence: Evidence = Evidence()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, repr=False)
+class Answer(Shown):
     """A whole answer: the events of a turn put together."""
 
     text: str
@@ -246,16 +251,23 @@ class Answer:
         return self.usage.ms
 
     @classmethod
-    def from_events(cls, events: list[TurnEvent]) -> Answer:
+    def from_events(cls, events: Sequence[TurnEvent]) -> Answer:
         last = events[-1]
         assert last.kind == "done" and last.finish_reason is not None and last.usage is not None
         return cls(
             text="".join(e.text for e in events),
             token_ids=tuple(t for e in events for t in e.token_ids),
             finish_reason=last.finish_reason,
-            evidence=next((e.evidence for e in events if e.kind == "evidence"), ()),
+            evidence=next((e.evidence for e in events if e.kind == "evidence"), Evidence()),
             usage=last.usage,
         )
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        yield from (("text", self.text), ("finish_reason", str(self.finish_reason)), ("num_tokens", len(self.token_ids)))
+        if places := self.evidence.places():
+            yield "looked_at", places
+        if "total" in self.timeline:
+            yield "total_ms", self.timeline["total"]
 
 
 def with_defaults(params: SamplingParams | None = None, **overrides: Any) -> SamplingParams:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsevila_cluster.config import EngineConfig
-from sparsevila_cluster.request import Answer, Evidence, MediaHandle
+from sparsevila_cluster.request import Answer, MediaHandle
+from sparsevila_cluster.sight import FrameEvidence
 
 PREPARE_STAGES = ("decode", "encode", "prune", "prefill", "transfer")
 TURN_STAGES = ("question", "retrieve")
@@ -56,23 +57,21 @@ def trip_card(trip: dict[str, Any], answer: str) -> str:
 
 def answer_document(question: str, answer: Answer) -> dict[str, Any]:
     """One turn as JSON. `evidence` holds every frame that was looked at, the most looked-at first."""
+    several = any(one.media for one in answer.evidence)
     return {
         "question": question,
         "answer": answer.text,
         "num_tokens": len(answer.token_ids),
         "finish_reason": str(answer.finish_reason),
-        "evidence": [
-            {"frame": frame, "time_s": round(time_s, 3), "share": round(share, 6)}
-            for frame, time_s, share in top_frames(answer.evidence)
-        ],
+        "evidence": [_frame_document(one, several) for one in answer.evidence.top()],
         "ms": answer.timeline,
     }
 
 
-def top_frames(evidence: Evidence) -> list[tuple[int, float, float]]:
-    """(frame, time_s, share) of the frames with a share, the largest first."""
-    looked_at = [(frame.frame, frame.time_s, frame.share) for frame in evidence if frame.share > 0]
-    return sorted(looked_at, key=lambda seen: -seen[2])
+def _frame_document(one: FrameEvidence, several: bool) -> dict[str, Any]:
+    """A frame of `several` media also says of which: the index among them, in the order in which they were given."""
+    where = {"media": one.media} if several else {}
+    return {**where, "frame": one.frame, "time_s": round(one.time_s, 3), "share": round(one.share, 6)}
 
 
 def ask_document(config: EngineConfig, media: MediaHandle, turns: Sequence[tuple[str, Answer]]) -> dict[str, Any]:

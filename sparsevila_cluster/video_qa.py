@@ -1,26 +1,34 @@
-"""The simple face for Python users: prepare a video, hold a conversation about it. Blocking calls over a LocalPipeline.
+"""The face for Python users who block: `AsyncVideoQA`, run by an event loop in a thread of its own.
 
-Knows: how to run the asynchronous pipeline behind blocking calls. Does not know: engines, tensors or media formats.
+Knows: how to wait for coroutines from any thread, and to stop waiting. Does not know: what the coroutines do.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import closing
-from os import PathLike, fspath
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from sparsevila_cluster.config import EngineConfig, build_config
-from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.pipeline import LocalPipeline, Pipeline
+from sparsevila_cluster.ask_many import Ask, Asked, Item, many_limit_s
+from sparsevila_cluster.async_qa import AsyncChat, AsyncVideoQA
+from sparsevila_cluster.calls import AskOptions, PrepareOptions, Source
+from sparsevila_cluster.config import EngineConfig
+from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, Unavailable
+from sparsevila_cluster.patience import GRACE_S
+from sparsevila_cluster.pipeline import LocalPipeline
 from sparsevila_cluster.prefill_engine import Progress
-from sparsevila_cluster.request import Answer, MediaHandle, MediaSource, PrepareRequest, Turn, TurnEvent, with_defaults
+from sparsevila_cluster.request import Answer, MediaHandle
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-Source = str | bytes | PathLike[str]
 
 
 class VideoQA:
@@ -32,24 +40,22 @@ class VideoQA:
 
     Keyword arguments are config fields (`EngineConfig`, and the fields of its `sparsity` and `limits`). `VideoQA("demo")` is the
     bundled model. `prune="keep_all", retrieve="retrieve_all"` is dense. Use it as a context manager, or call `close`.
-    Methods may be called from several threads.
+    Methods may be called from several threads, and from a notebook. Every call is that of `AsyncVideoQA`, and waits for it.
 
     Raises:
-        BadConfig, BadCheckpoint.
+        BadConfig, BadRequest, BadCheckpoint, DeadlineExceeded. Methods also: Unavailable (closed).
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, *, config: EngineConfig | None = None, **fields: Any):
-        if config is None:
-            config = build_config(**({} if model is None else {"model": fspath(model)}), **fields)
-        elif fields or model is not None:
-            raise BadRequest("give either config= or single fields, not both")
-        self.config = config
+        self._async = AsyncVideoQA(model, config=config, **fields)
+        self.config = self._async.config
+        self._closing = threading.Lock()
+        self._closed = False
         self._loop = asyncio.new_event_loop()
-        self._pipeline: Pipeline | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="video-qa", daemon=True)
         self._thread.start()
         try:
-            self._pipeline = self._run(_create(config))
+            self._run(self._async.load(), self.config.load_timeout_s)
         except BaseException:
             self.close()
             raise
@@ -57,52 +63,72 @@ class VideoQA:
     @property
     def pipeline(self) -> LocalPipeline:
         """The pipeline behind this object. Its coroutines belong to this object's event loop."""
-        return self._pipeline
+        return self._run(self._async.ready(), self.config.load_timeout_s)
 
     def prepare(
-        self,
-        source: Source | Sequence[Source],
-        *,
-        fps: float | None = None,
-        max_frames: int | None = None,
-        prune_keep: float | None = None,
-        timeout_s: float | None = None,
-        progress: Progress | None = None,
+        self, source: Source | Sequence[Source], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
     ) -> MediaHandle:
         """Decode, encode, prune and prefill a video or image (a path, bytes or data URL), or several as one.
 
-        The same media with the same options is found again without work (`handle.reused`).
+        Options: `fps`, `max_frames`, `prune_keep`, `timeout_s`. The same media with the same options is found again without work
+        (`handle.reused`). `progress(stage, done, total)` is called in another thread; what it raises ends the preparation.
 
         Raises:
             BadMedia, BadRequest, TooLarge, QueueFull, DeadlineExceeded.
         """
-        sources = [source] if isinstance(source, (str, bytes, PathLike)) else list(source)
-        request = PrepareRequest(
-            sources=tuple(MediaSource(s if isinstance(s, bytes) else fspath(s)) for s in sources),
-            fps=fps,
-            max_frames=max_frames,
-            prune_keep=prune_keep,
-            deadline_s=timeout_s,
-        )
-        return self._run(self._pipeline.prepare(request, progress))
+        limit_s = self._async.prepare_limit_s(options.get("timeout_s"))
+        return self._run(self._async.prepare(source, progress=progress, **options), limit_s)
 
     def conversation(self, media: MediaHandle) -> Chat:
         """A new conversation about prepared media."""
-        return Chat(self, media)
+        return Chat(self, self._async.conversation(media))
+
+    def ask_many(
+        self,
+        asks: Iterable[Item],
+        *,
+        max_parallel: int | None = None,
+        prepare: PrepareOptions | None = None,
+        progress: Progress | bool | None = None,
+        **options: Unpack[AskOptions],
+    ) -> list[Asked]:
+        """Hold many conversations, several at a time; the results stand in the order of `asks`.
+
+            results = qa.ask_many([("a.mp4", "What happens?"), ("b.mp4", ["Who is there?", "And then?"])], max_tokens=32)
+            texts = [result.answer.text for result in results]
+
+        `AsyncVideoQA.ask_many` documents the arguments. A `progress` function is called in another thread: it must not call
+        methods of this object.
+        """
+        items = [Ask.of(ask) for ask in asks]
+        work = self._async.ask_many(items, max_parallel=max_parallel, prepare=prepare, progress=progress, **options)
+        return self._run(work, many_limit_s(self._async, items, prepare or {}, options))
 
     def info(self) -> dict[str, Any]:
         """What is resident and running."""
-        return self._run(self._pipeline.info())
+        return self._run(self._async.info())
 
     def close(self) -> None:
-        """Abort what runs and free everything. Idempotent."""
-        if self._loop.is_closed():
-            return
-        if self._pipeline is not None:
-            self._run(self._pipeline.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Abort what runs and free everything. Idempotent.
+
+        Raises:
+            DeadlineExceeded: the engines did not end within twice `close_timeout_s`.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        limit_s = 2 * self.config.close_timeout_s + 2 * GRACE_S
+        try:
+            self._wait(self._async.close(), limit_s)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(GRACE_S)
+            if self._thread.is_alive():
+                log.error("the event loop did not stop within %g s", GRACE_S)
+            else:
+                self._loop.run_until_complete(_cancel_rest(self._loop))
+                self._loop.close()
 
     def __enter__(self) -> VideoQA:
         return self
@@ -110,34 +136,52 @@ class VideoQA:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run(self, work: Coroutine[Any, Any, R]) -> R:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+    def _run(self, work: Coroutine[Any, Any, R], limit_s: float | None = None) -> R:
+        """Wait for a coroutine that has a deadline of its own, `limit_s` (None: that of a turn)."""
+        if self._closed:
+            work.close()
+            raise Unavailable("this VideoQA is closed")
+        return self._wait(work, self._async.turn_limit_s(None) if limit_s is None else limit_s)
+
+    def _wait(self, work: Coroutine[Any, Any, R], limit_s: float) -> R:
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise BadRequest("a progress function must not call methods of the VideoQA that calls it")
         try:
-            return future.result()
-        except BaseException:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError as error:  # closed since the caller looked
+            work.close()
+            raise Unavailable("this VideoQA is closed") from error
+        try:
+            return future.result(limit_s + GRACE_S)
+        except CancelledError:
+            raise Unavailable("this VideoQA was closed") from None
+        except TimeoutError as error:
+            if future.done():
+                raise
+            future.cancel()
+            raise DeadlineExceeded(f"no answer within {limit_s + GRACE_S:g} s") from error
+        except BaseException:  # such as Ctrl-C: nobody waits any more
             future.cancel()
             raise
 
-    def _events(self, turn: Turn) -> Iterator[TurnEvent]:
-        events = self._pipeline.ask(turn)
-        try:
-            while (event := self._run(_next(events))) is not None:
-                yield event
-        finally:
-            if not self._loop.is_closed():
-                self._run(events.aclose())
+    def _leave(self, pieces: AsyncGenerator[str, None]) -> None:
+        """End a stream. Closing has done so already; in its own thread, the event loop does so when it drops the iterator."""
+        if not self._closed and threading.current_thread() is not self._thread:
+            self._run(pieces.aclose())
 
 
 class Chat:
     """One conversation: each question sees the video and all earlier questions and answers."""
 
-    def __init__(self, qa: VideoQA, media: MediaHandle):
+    def __init__(self, qa: VideoQA, chat: AsyncChat):
         self._qa = qa
-        self.media = media
-        self.conversation_id = uuid.uuid4().hex
-        self.turns: list[tuple[str, Answer]] = []
+        self._chat = chat
+        self.media = chat.media
+        self.conversation_id = chat.conversation_id
+        self.turns = chat.turns
 
-    def ask(self, question: str, **options: Any) -> Answer:
+    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """The whole answer.
 
         Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep` for this turn,
@@ -146,48 +190,39 @@ class Chat:
         Raises:
             BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
         """
-        events = self._qa._run(_collect(self._qa.pipeline.ask(self._turn(question, options))))
-        self.turns.append((question, Answer.from_events(events)))
-        return self.turns[-1][1]
+        return self._qa._run(self._chat.ask(question, **options), self._qa._async.turn_limit_s(options.get("timeout_s")))
 
-    def stream(self, question: str, **options: Any) -> Iterator[str]:
+    def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[str]:
         """The answer's text in pieces. Options and errors as for `ask`. Leaving early aborts the turn and forgets it; after the
         last piece the whole answer is the last of `turns`."""
-        events = []
-        with closing(self._qa._events(self._turn(question, options))) as arriving:
-            for event in arriving:
-                events.append(event)
-                if event.text:
-                    yield event.text
-        self.turns.append((question, Answer.from_events(events)))
+        limit_s = self._qa._async.turn_limit_s(options.get("timeout_s"))
+        return self._pieces(self._chat.stream(question, **options), limit_s)
+
+    def show(self) -> Image.Image:
+        """One picture of where all turns looked; `evidence.show()` is that of one. Errors as for that."""
+        return self._chat.draw()
 
     def close(self) -> None:
         """Free the conversation's KV; its media stays."""
-        self._qa._run(self._qa.pipeline.close_conversation(self.conversation_id))
+        self._qa._run(self._chat.close())
 
-    def _turn(self, question: str, options: dict[str, Any]) -> Turn:
-        retrieve_keep = options.pop("retrieve_keep", None)
-        evidence = options.pop("evidence", True)
-        timeout_s = options.pop("timeout_s", None)
-        return Turn(
-            turn_id=uuid.uuid4().hex,
-            conversation_id=self.conversation_id,
-            media_id=self.media.media_id,
-            question=question,
-            sampling=with_defaults(**options),
-            retrieve_keep=retrieve_keep,
-            want_evidence=evidence,
-            deadline_s=timeout_s,
-        )
+    def _pieces(self, pieces: AsyncGenerator[str, None], limit_s: float) -> Iterator[str]:
+        try:
+            while (piece := self._qa._run(_next(pieces), limit_s)) is not None:
+                yield piece
+        finally:
+            self._qa._leave(pieces)
 
 
-async def _create(config: EngineConfig) -> LocalPipeline:
-    return LocalPipeline(config)
+async def _next(pieces: AsyncGenerator[str, None]) -> str | None:
+    return await anext(pieces, None)
 
 
-async def _collect(events: AsyncIterator[TurnEvent]) -> list[TurnEvent]:
-    return [event async for event in events]
-
-
-async def _next(events: AsyncIterator[TurnEvent]) -> TurnEvent | None:
-    return await anext(events, None)
+async def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
+    """End what other threads still wait for."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=GRACE_S)
+    await loop.shutdown_asyncgens()

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parent.parent
 OURS, KERNELS = "sparsevila_cluster", "sparsevila_kernels"
 
 FLOORS = {
-    0: "errors config request metrics pb",
+    0: "errors config display sight request calls metrics pb",
     1: "media models pruning retrieval kv awq sampling attention",
     2: "wire transport",
     3: "scheduler step_batch running_turn turn_retrieval evidence prefill_engine decode_engine detokenize conversation content_key "
-    "engine_thread pipeline video_qa",
+    "engine_thread patience pipeline footage page heatmap progress ask_many async_qa video_qa",
     4: "cluster gateway",
-    5: "app cli demo heatmap progress trip __main__",
+    5: "app cli demo trip __main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 SIDE = {"client"}  # floor 0 only; the command line may use it
@@ -31,7 +31,7 @@ NEIGHBOURS = {
     1: {"pruning": {"kv"}, "retrieval": {"kv"}, "models": {"media", "kv", "awq"}},
     2: {"transport": {"wire"}},
     4: {},
-    5: {"cli": {"app", "demo", "heatmap", "progress", "trip"}, "demo": {"heatmap", "trip"}, "__main__": {"cli"}},
+    5: {"cli": {"app", "demo", "trip"}, "demo": {"trip"}, "__main__": {"cli"}},
 }
 MAY_USE_KERNELS = {"pruning", "retrieval", "awq"} | {room for room, floor in FLOOR.items() if floor in (2, 3)}
 # Who may import what from outside.
@@ -50,7 +50,7 @@ DOORS = {
     "pickle": set(),
     "cloudpickle": set(),
 }
-NO_TENSORS = {"errors", "config", "request", "metrics", "scheduler", "client"}
+NO_TENSORS = {"errors", "config", "display", "sight", "request", "calls", "metrics", "patience", "scheduler", "client"}
 MAX_LINES = 330
 LONG_FILES: dict[str, str] = {}  # path -> why it is better in one piece
 FOLDERS = {"pb", "models", "pruning", "retrieval", "transport", "cluster", "gateway", "demo"}  # others earn it

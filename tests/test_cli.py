@@ -16,8 +16,8 @@ from PIL import Image
 import sparsevila_cluster.demo as demo
 from sparsevila_cluster import cli
 from sparsevila_cluster.config import EngineConfig, load_config
-from sparsevila_cluster.errors import Cancelled, Internal, QueueFull
-from sparsevila_cluster.progress import ProgressLine, interruptible
+from sparsevila_cluster.errors import Internal, QueueFull
+from sparsevila_cluster.progress import ProgressLine
 from tests.house import ROOT
 from tests.media.media_files import audio_bytes, picture_bytes, video_bytes
 from tests.tiny import make_qwen2_5_vl
@@ -144,6 +144,19 @@ def test_an_image_and_its_heat_map(run, files, tmp_path):
     assert Image.open(target).width >= 600
 
 
+def test_several_media_are_one_conversation(run, tmp_path):
+    target = tmp_path / "looked_at.png"
+    base = ("ask", "good.mp4", "--also", "picture.png", "--also", "good.mp4", "What?", "{model}", "--max-tokens", "2")
+    code, out, _ = run(*base, "--json", "--heatmap", str(target))
+    document = json.loads(out)
+    assert code == 0 and document["trip"]["num_frames"] == 8 + 1 + 8 and Image.open(target).width > 600
+    seen = document["answers"][0]["evidence"]
+    assert {one["media"] for one in seen} == {0, 1, 2} and sum(one["share"] for one in seen) == pytest.approx(1, abs=1e-4)
+    code, out, _ = run(*base)
+    looked = next(line for line in out.splitlines() if "looked at" in line)
+    assert code == 0 and ("good.mp4 at " in looked or "picture.png (" in looked) and out.splitlines()[-1].startswith("17 frames")
+
+
 def test_config_check_prints_what_counts(run):
     code, out, err = run("config", "check", "good.yaml")
     assert (code, err) == (0, "")
@@ -169,6 +182,7 @@ LONG = " ".join(["word"] * 3000)
         (("ask", "good.mp4", "q", "--max-tokens", "many"), "'many'"),
         # media
         (("ask", "missing.mp4", "q"), "'missing.mp4'"),
+        (("ask", "good.mp4", "q", "--also", "missing.mp4"), "'missing.mp4'"),
         (("ask", "nothing", "q"), "directory"),
         (("ask", "empty.mp4", "q"), "empty"),
         (("ask", "https://example.org/a.mp4", "q"), "URL"),
@@ -298,15 +312,22 @@ def test_progress_shows_on_a_terminal_and_leaves(run, monkeypatch):
     assert "load model" in shown and "prefill" in shown and shown.rstrip().endswith("\x1b[2K")  # the line is wiped
 
 
-def test_interrupted_work_ends_at_its_next_report():
-    reports = []
+def test_a_line_that_was_left_stays_away(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with ProgressLine() as line:
+        line.stage("ask", 1, 4)
+    shown = screen.getvalue()
+    assert "ask 1/4" in shown and shown.endswith("\x1b[2K")
+    line.stage("ask", 2, 4)  # work that was interrupted reports once more
+    assert screen.getvalue() == shown
 
-    def work(report):
-        reports.append(report)
-        report("encode", 0, 1)
-        raise KeyboardInterrupt
 
-    with ProgressLine() as line, pytest.raises(KeyboardInterrupt):
-        interruptible(work, line)
-    with pytest.raises(Cancelled):
-        reports[0]("prefill", 0, 4)
+def test_a_line_shows_off_a_terminal_only_when_told_to(monkeypatch):
+    for always in (False, True):
+        file = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", file)
+        with ProgressLine(always) as line:
+            line.stage("ask", 1, 4)
+        assert bool(file.getvalue()) == always

@@ -1,14 +1,21 @@
 """The heat map, pixel by pixel where it matters: what is dark, what is tinted, what is left alone, what is shown."""
 
+import os
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevila_cluster import heatmap
-from sparsevila_cluster.config import build_config
-from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.heatmap import MAX_COLUMNS, PAPER, choose_moments, draw_heatmap, ramp, save_heatmap, shade, wrap
-from sparsevila_cluster.request import Answer, FinishReason, FrameEvidence, Usage
+from sparsevila_cluster.config import MediaLimits, build_config
+from sparsevila_cluster.errors import BadMedia, BadRequest
+from sparsevila_cluster.footage import decode_again, note_footage
+from sparsevila_cluster.heatmap import MAX_COLUMNS, choose_moments, draw_heatmap, save_picture, shade, with_picture
+from sparsevila_cluster.media import Media
+from sparsevila_cluster.page import PAPER, load_font, ramp, wrap
+from sparsevila_cluster.request import Answer, FinishReason, MediaSource, PrepareRequest, Usage
+from sparsevila_cluster.sight import Evidence, FrameEvidence
+from tests.tiny import media as random_media
 
 GREEN = (60, 160, 90)
 
@@ -17,8 +24,14 @@ def frames(num=4, height=64, width=64, color=GREEN):
     return np.full((num, height, width, 3), color, np.uint8)
 
 
-def look(frame=0, share=1.0, grid=(4, 4), cells=((0, 0, 0.8), (3, 3, 0.2)), kept=((0, 0), (1, 1), (3, 3))):
-    return FrameEvidence(frame, float(frame), share, grid, tuple(cells), tuple(kept))
+def film(pictures, kind=None):
+    """Media of these frames, one per second; one frame alone is an image."""
+    times_s = np.arange(len(pictures), dtype=np.float64)
+    return Media(pictures, times_s, kind or ("image" if len(pictures) == 1 else "video"), "hash", float(len(pictures)))
+
+
+def look(frame=0, share=1.0, grid=(4, 4), cells=((0, 0, 0.8), (3, 3, 0.2)), kept=((0, 0), (1, 1), (3, 3)), media=0):
+    return FrameEvidence(frame, float(frame), share, grid, tuple(cells), tuple(kept), media)
 
 
 def cell(picture, row, col, grid=(4, 4)):
@@ -62,7 +75,7 @@ def test_the_ramp_goes_from_yellow_to_dark_red():
 
 
 def evidence(shares, **options):
-    return tuple(look(frame, share, **options) for frame, share in enumerate(shares))
+    return Evidence(tuple(look(frame, share, **options) for frame, share in enumerate(shares)))
 
 
 def test_a_page_holds_frames_and_a_row_per_question():
@@ -70,7 +83,7 @@ def test_a_page_holds_frames_and_a_row_per_question():
         ("Where is the star?", "at the top left", evidence((0.1, 0.7, 0.2, 0.0))),
         ("And?", "", evidence((1, 0, 0, 0))),
     ]
-    one, two = draw_heatmap(frames(), [0.0, 1.0, 2.0, 3.0], rows[:1]), draw_heatmap(frames(), [0, 1, 2, 3], rows)
+    one, two = draw_heatmap([film(frames())], rows[:1]), draw_heatmap([film(frames())], rows)
     assert one.mode == "RGB" and one.width == two.width and two.height > one.height + 100
     pixels = np.asarray(two).reshape(-1, 3)
     assert (pixels == GREEN).all(1).sum() > 4 * 100 * 100  # the plain frames, enlarged
@@ -80,21 +93,20 @@ def test_a_page_holds_frames_and_a_row_per_question():
 
 
 def test_small_frames_grow_and_large_ones_shrink():
-    small, large = (
-        draw_heatmap(frames(2, size, size), [0, 1], [("q", "a", evidence((0.5, 0.5)))]) for size in (16, 2000)
-    )
+    row = ("q", "a", evidence((0.5, 0.5)))
+    small, large = (draw_heatmap([film(frames(2, size, size))], [row]) for size in (16, 2000))
     assert small.size == large.size
 
 
 @pytest.mark.parametrize("shape", [(1, 50, 50), (1, 40, 400), (2, 400, 40), (40, 36, 64), (3, 8, 8)])
 def test_any_shape_of_media_fits_the_page(shape):
     num = shape[0]
-    image = draw_heatmap(frames(*shape), np.arange(num), [("q " * 200, "a" * 5000, evidence(np.ones(num) / num))])
+    image = draw_heatmap([film(frames(*shape))], [("q " * 200, "a" * 5000, evidence(np.ones(num) / num))])
     assert 600 <= image.width <= 1700 and image.height < 3000
 
 
 def test_rows_without_evidence_are_text_only():
-    image = draw_heatmap(frames(30), np.arange(30), [("What?", "nothing", ())])
+    image = draw_heatmap([film(frames(30))], [("What?", "nothing", Evidence())])
     assert (np.asarray(image) == GREEN).all(2).sum() > 1000
 
 
@@ -103,33 +115,56 @@ def test_the_most_looked_at_moments_are_chosen_in_order():
     shares[[90, 7, 55]] = 0.5, 0.3, 0.2
     other = np.zeros(100)
     other[33] = 1.0
-    chosen = choose_moments([evidence(shares), evidence(other)], 100, 4)
+    chosen = choose_moments([shares, other], 100, 4)
     assert chosen == [7, 33, 55, 90]
-    assert choose_moments([evidence(shares[:3])], 3, 4) == [0, 1, 2]
-    blind = choose_moments([()], 100)
+    assert choose_moments([shares[:3]], 3, 4) == [0, 1, 2]
+    blind = choose_moments([], 100)
     assert len(blind) == MAX_COLUMNS and blind[0] == 0 and blind[-1] == 99 and blind == sorted(blind)
+
+
+def has(image, color):
+    return (np.asarray(image) == color).all(2).sum() > 1000
+
+
+BLUE, BROWN = (10, 20, 200), (120, 80, 40)
 
 
 def test_a_group_is_shown_by_its_first_frame():
     pictures = frames(4)
-    pictures[2:] = (10, 20, 200)
-    looks = (look(0, 0.5), look(2, 0.5))
-    image = np.asarray(draw_heatmap(pictures, [0, 1, 2, 3], [("q", "a", looks)]))
-    assert (image == GREEN).all(2).sum() > 1000 and (image == (10, 20, 200)).all(2).sum() > 1000
+    pictures[2:] = BLUE
+    image = draw_heatmap([film(pictures)], [("q", "a", Evidence((look(0, 0.5), look(2, 0.5))))])
+    assert has(image, GREEN) and has(image, BLUE)
 
 
-def test_views_of_one_picture_are_shown_side_by_side():
-    """A tiled picture is two groups of one frame: its coarse and its fine view."""
-    coarse, fine = look(grid=(2, 2), share=0.3, cells=((0, 0, 0.3),), kept=((0, 0),)), look(grid=(4, 8), share=0.7)
-    evidence = (coarse, fine)
-    assert heatmap._labels([0, 1], [0, 0], [0.0], [(), evidence]) == ["2 x 2 patches", "4 x 8 patches"]
-    both = draw_heatmap(frames(1, 60, 90), [0.0], [("what?", "a star", evidence)])
-    assert both.width >= draw_heatmap(frames(1, 60, 90), [0.0], [("what?", "a star", (coarse,))]).width
-    assert "coarsely and as finely" in heatmap._caption(2, 2, 1) and "coarsely" not in heatmap._caption(1, 1, 1)
+def test_several_media_stand_side_by_side_in_their_own_shapes():
+    medias = [film(frames(2)), film(frames(1, 40, 90, BLUE)), film(frames(3, 90, 40, BROWN))]
+    pruned = {"cells": (), "kept": ()}  # dark everywhere: what has its colour is in the first row
+    looks = [look(0, 0.2, **pruned), look(0, 0.3, media=1, **pruned), look(2, 0.5, media=2, **pruned)]
+    pixels = np.asarray(draw_heatmap(medias, [("q", "a", Evidence(tuple(looks)))], ["a.mp4", "b.png", "c.mp4"]))
+    for color, shape in ((GREEN, 1.0), (BLUE, 90 / 40), (BROWN, 40 / 90)):
+        tile = (pixels == color).all(2)
+        assert tile.any(0).sum() / tile.any(1).sum() == pytest.approx(shape, rel=0.03)
+        assert tile.sum() == tile.any(0).sum() * tile.any(1).sum() > 5000
+
+
+def test_frames_that_the_source_does_not_hold_any_more_are_an_error():
+    for gone in (look(4), look(0, media=1)):
+        with pytest.raises(BadMedia, match="does not hold"):
+            draw_heatmap([film(frames(4))], [("q", "a", Evidence((gone,)))])
+
+
+def test_views_of_one_frame_are_one_tile():
+    base, tiles = (
+        look(grid=(2, 2), share=0.5, cells=((0, 0, 0.5),), kept=((0, 0),)),
+        look(grid=(4, 6), share=0.5, cells=(), kept=()),
+    )
+    one = draw_heatmap([film(frames(1))], [("q", "a", Evidence((base, tiles)))])
+    assert one.size == draw_heatmap([film(frames(1))], [("q", "a", Evidence((base,)))]).size
+    assert np.asarray(one).shape == np.asarray(draw_heatmap([film(frames(1))], [("q", "a", Evidence((tiles,)))])).shape
 
 
 def test_long_text_is_wrapped_and_cut():
-    font = heatmap._font(16)
+    font = load_font(16)
     lines = wrap("word " * 100, font, 300, 2)
     assert len(lines) == 2 and lines[1].endswith("...") and all(font.getlength(line) <= 300 for line in lines)
     assert wrap("short", font, 300, 2) == ["short"]
@@ -139,12 +174,63 @@ def test_long_text_is_wrapped_and_cut():
 
 
 def test_the_picture_is_saved_or_the_reason_is_told(tmp_path):
-    source = tmp_path / "in.png"
-    Image.new("RGB", (64, 64), GREEN).save(source)
-    usage = Usage(16, 3, 2, 10, 1, 0.5)
-    turns = [("Where?", Answer("here", (1,), FinishReason.STOP, (look(),), usage))]
-    save_heatmap(tmp_path / "out.png", source, build_config(), turns)
-    saved = np.asarray(Image.open(tmp_path / "out.png"))
-    assert (saved == GREEN).all(2).sum() > 1000
+    save_picture(Image.new("RGB", (64, 64), GREEN), tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (64, 64)
     with pytest.raises(BadRequest, match="missing"):
-        save_heatmap(tmp_path / "missing" / "out.png", source, build_config(), turns)
+        save_picture(Image.new("RGB", (64, 64)), tmp_path / "missing" / "out.png")
+
+
+# ---- frames, decoded again --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "in.png"
+    Image.new("RGB", (64, 64), GREEN).save(path)
+    return path
+
+
+def footage_of(*sources):
+    return note_footage(PrepareRequest(tuple(MediaSource(source) for source in sources)), build_config(fps=1.5, max_frames=7))
+
+
+def an_answer():
+    return Answer("here", (1,), FinishReason.STOP, Evidence((look(),)), Usage(16, 3, 2, 10, 1, 0.5))
+
+
+def test_evidence_that_knows_its_footage_shows_itself(picture, monkeypatch):
+    monkeypatch.chdir(picture.parent)
+    answer = with_picture(footage_of("in.png"), "Where?", an_answer())
+    monkeypatch.chdir("/")  # a relative path is meant as it was when the media was prepared
+    assert has(answer.evidence.show(), GREEN) and answer == an_answer()
+    assert has(pickle.loads(pickle.dumps(answer)).evidence.show(), GREEN)
+    assert has(answer.evidence[:1].show(), GREEN)
+    from_bytes = with_picture(footage_of(picture.read_bytes()), "Where?", an_answer())
+    picture.unlink()
+    assert has(from_bytes.evidence.show(), GREEN)
+    with pytest.raises(BadMedia, match="in.png"):
+        answer.evidence.show()
+
+
+def test_a_file_that_changed_is_told_from_the_one_that_was_prepared(picture):
+    footage = footage_of(str(picture))
+    assert len(decode_again(footage)) == 1
+    stamp = os.stat(picture)
+    os.utime(picture, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    with pytest.raises(BadMedia, match="changed since"):
+        decode_again(footage)
+
+
+def test_footage_keeps_the_sampling_of_the_request():
+    config = build_config(fps=1.5, max_frames=7, max_bytes=1000)
+    asked = note_footage(PrepareRequest((MediaSource(b"x"),), fps=3.0, max_frames=2), config)
+    assert (asked.fps, asked.max_frames, asked.limits, asked.stamps) == (3.0, 2, config.limits, (None,))
+    assert asked.limits != MediaLimits()
+    left = note_footage(PrepareRequest((MediaSource("/no/such/file"),)), config)
+    assert (left.fps, left.max_frames, left.stamps) == (1.5, 7, (None,))
+
+
+def test_noisy_frames_of_odd_sizes_are_drawn():
+    medias = [random_media(frames=5, height=91, width=53), random_media("image", height=30, width=171, seed=1)]
+    looks = [look(frame, 0.25, grid=(4, 5)) for frame in (0, 2, 4)] + [look(0, 0.25, grid=(7, 2), cells=(), kept=(), media=1)]
+    assert draw_heatmap(medias, [("q", "a", Evidence(tuple(looks)))]).width >= 900

@@ -1,9 +1,12 @@
 """The trip card and its JSON, from data alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from sparsevila_cluster.config import build_config
-from sparsevila_cluster.request import Answer, FinishReason, FrameEvidence, MediaHandle, Usage
+from sparsevila_cluster.request import Answer, FinishReason, MediaHandle, Usage
+from sparsevila_cluster.sight import Evidence, FrameEvidence
 from sparsevila_cluster.trip import answer_document, ask_document, make_trip, megabytes, trip_card
 
 MEDIA = MediaHandle(
@@ -13,13 +16,13 @@ MEDIA = MediaHandle(
 
 def answer(text="a red star", tokens=4, **ms):
     return Answer(
-        text, tuple(range(tokens)), FinishReason.STOP, evidence=(seen(0, 0.0), seen(2, 0.3), seen(4, 0.7)),
+        text, tuple(range(tokens)), FinishReason.STOP, evidence=Evidence((seen(0, 0.0), seen(2, 0.3), seen(4, 0.7))),
         usage=Usage(4096, 1024, 102, 1050, tokens, 0.1, ms={"question": 4.0, "retrieve": 1.0, "total": 9.0, **ms}),
     )  # fmt: skip
 
 
-def seen(frame, share):
-    return FrameEvidence(frame, frame / 2, share, (2, 2), (), ())
+def seen(frame, share, media=0):
+    return FrameEvidence(frame, frame / 2, share, (2, 2), (), (), media)
 
 
 def test_the_card_is_one_line():
@@ -49,6 +52,12 @@ def test_evidence_is_what_was_looked_at_most_first():
         {"frame": 2, "time_s": 1.0, "share": 0.3},
     ]
     assert (document["num_tokens"], document["finish_reason"]) == (4, "stop")
+
+
+def test_views_of_a_frame_count_as_one_and_several_media_are_told_apart():
+    views = Evidence((seen(0, 0.1), seen(0, 0.2), seen(2, 0.3), seen(0, 0.4, media=1)))
+    told = answer_document("What?", replace(answer(), evidence=views))["evidence"]
+    assert [(one["media"], one["frame"], one["share"]) for one in told] == [(1, 0, 0.4), (0, 0, 0.3), (0, 2, 0.3)]
 
 
 def test_sparsity_is_told_with_its_defaults():

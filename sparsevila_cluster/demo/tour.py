@@ -26,7 +26,7 @@ from rich.table import Table
 from sparsevila_cluster.config import EngineConfig, build_config
 from sparsevila_cluster.demo.world import KINDS, Question, Scene, make_questions, make_video, write_mp4
 from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.heatmap import save_heatmap
+from sparsevila_cluster.heatmap import draw_conversation, save_picture
 from sparsevila_cluster.request import Answer, MediaHandle
 from sparsevila_cluster.trip import make_trip, megabytes, resolved_sparsity, trip_card
 from sparsevila_cluster.video_qa import VideoQA
@@ -96,7 +96,9 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
             visits.append(_visit(sparse, path, pick_questions(scene, seed), report))
             _show(console, sparse, visits[-1])
         heatmap = out / "heatmap.png"
-        save_heatmap(heatmap, visits[0].path, sparse_config, [(t.question.text, t.answer) for t in visits[0].turns])
+        footage = visits[0].media.footage
+        assert footage is not None, "prepared here"
+        save_picture(draw_conversation(footage, [(turn.question.text, turn.answer) for turn in visits[0].turns]), heatmap)
 
         exam = []
         for number, seed in enumerate(EXAM_SEEDS):
@@ -168,11 +170,10 @@ def _engine(config: EngineConfig, report: Report) -> VideoQA:
 
 
 def _visit(qa: VideoQA, path: Path, questions: Sequence[Question], report: Report, evidence: bool = True) -> Visit:
-    media = qa.prepare(path, progress=report)
-    chat = qa.conversation(media)
+    chat = qa.conversation(qa.prepare(path, progress=report))
     turns = tuple(Marked(question, chat.ask(question.text, max_tokens=32, evidence=evidence)) for question in questions)
     chat.close()
-    return Visit(path, media, turns)
+    return Visit(path, chat.media, turns)
 
 
 def _sit(qa: VideoQA, exam: Sequence[tuple[Path, Scene, int]], stage: str, report: Report) -> list[Visit]:

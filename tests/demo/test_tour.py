@@ -14,6 +14,7 @@ from sparsevila_cluster.demo import tour
 from sparsevila_cluster.demo.tour import SEVERAL_WORDS, SHOWN_SEEDS, Marked, Visit, has_passed, mark, pick_questions
 from sparsevila_cluster.demo.world import KINDS, Question, make_video
 from sparsevila_cluster.request import Answer, FinishReason, MediaHandle, Usage
+from sparsevila_cluster.sight import Evidence
 from tests.tiny import make_qwen2_5_vl
 
 BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
@@ -21,7 +22,7 @@ BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
 
 def turn(said, expected="red", kind="color", **ms):
     ms = {"ttft": 2.0, "total": 3.0, **ms}
-    answer = Answer(said, (1, 2), FinishReason.STOP, (), Usage(512, 128, 13, 100, 2, 0.1, ms=ms))
+    answer = Answer(said, (1, 2), FinishReason.STOP, Evidence(), Usage(512, 128, 13, 100, 2, 0.1, ms=ms))
     return Marked(Question(kind, "What colour?", expected, 0, ()), answer)
 
 

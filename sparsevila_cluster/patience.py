@@ -1,0 +1,51 @@
+"""How long callers wait, and how work in another thread learns that nobody waits any more.
+
+Knows: deadlines and the clock. Does not know: what is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from sparsevila_cluster.errors import Cancelled, DeadlineExceeded
+
+R = TypeVar("R")
+
+# Whoever works ends at its own deadline; this is what a caller waits on top of it before giving up on the worker itself.
+GRACE_S = 5.0
+
+
+async def wait_within(work: Awaitable[R], within_s: float, what: str) -> R:
+    """The result of `work`, which is cancelled when it takes longer.
+
+    Raises:
+        DeadlineExceeded: "`what` took longer than `within_s` s". Whatever `work` raises.
+    """
+    try:
+        return await asyncio.wait_for(work, within_s)
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"{what} took longer than {within_s:g} s") from error
+
+
+class Caller:
+    """Somebody who waits `deadline_s` for work in another thread, unless they leave before."""
+
+    def __init__(self, deadline_s: float):
+        self.deadline_s = deadline_s
+        self._until_s = time.perf_counter() + deadline_s
+        self._left = threading.Event()
+
+    def leave(self) -> None:
+        """Stop waiting. Idempotent, from any thread."""
+        self._left.set()
+
+    def check(self, what: str) -> None:
+        """Called by the work now and then. Raises Cancelled or DeadlineExceeded once nobody waits."""
+        if self._left.is_set():
+            raise Cancelled(f"{what} was cancelled")
+        if time.perf_counter() > self._until_s:
+            raise DeadlineExceeded(f"{what} took longer than {self.deadline_s:g} s")
