@@ -8,6 +8,7 @@ who owns the arena that it writes to.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -112,7 +113,7 @@ class PrefillEngine:
             BadMedia, TooLarge: media that the model cannot take. Whatever `reserve` or the progress callback raises.
         """
         preparation.stage("encode")
-        inputs = [self.model.family.patchify(media) for media in medias]
+        inputs = self.patchify(medias)
         plan = self.plan(inputs)
         policies = [self.pruning(preparation.request, media.kind) for media in inputs]
         tokens = self.model.family.encode(
@@ -131,6 +132,11 @@ class PrefillEngine:
         preparation.progress("prefill", 1, 1)
         self.num_prefills += 1
         return prefix
+
+    def patchify(self, medias: list[Media]) -> list[VisualInputs]:
+        """Every media of one prompt, cut for the tower. Raises BadMedia, TooLarge."""
+        num_of_kind = Counter(media.kind for media in medias)
+        return [self.model.family.patchify(media, alone=num_of_kind[media.kind] == 1) for media in medias]
 
     def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
         """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests import tiny_llava_next, tiny_llava_onevision
 from tests.tiny import make_qwen2_5_vl
 from tests.tiny_internvl import internvl_features, internvl_inputs, make_internvl
+from tests.tiny_llava_next import make_llava_next
+from tests.tiny_llava_onevision import make_llava_onevision
 from tests.tiny_qwen3_vl import make_qwen3_vl
 
 
@@ -63,6 +66,8 @@ def qwen_features(stock: Any, given: dict[str, Any]) -> tuple[Tensor, Sequence[T
 
 FAMILIES = {
     "internvl": TinyFamily(make_internvl, internvl_inputs, internvl_features),
+    "llava_next": TinyFamily(make_llava_next, tiny_llava_next.stock_inputs, tiny_llava_next.stock_features, ("image",)),
+    "llava_onevision": TinyFamily(make_llava_onevision, tiny_llava_onevision.stock_inputs, tiny_llava_onevision.stock_features),
     "qwen2_5_vl": TinyFamily(make_qwen2_5_vl, qwen_inputs, qwen_features),
     "qwen3_vl": TinyFamily(make_qwen3_vl, qwen_inputs, qwen_features),
 }

@@ -59,7 +59,7 @@ class Bench:
 
     def unpruned(self, media: Media | list[Media]):
         medias = media if isinstance(media, list) else [media]
-        inputs = [self.model.family.patchify(m) for m in medias]
+        inputs = self.prefill.patchify(medias)
         return inputs, self.prefill.plan(inputs)
 
     def submit(self, key: str, conversation: str, question: str, max_tokens: int, **options) -> list[TurnEvent | Exception]:
@@ -95,13 +95,21 @@ class Bench:
         return Spoken(ids, [t for e in events for t in e.token_ids], recorded)
 
 
-def kept_of(prefix, inputs) -> torch.Tensor:
-    """Ordinals i64 [K] of the kept visual tokens in the unpruned prompt: by the evidence map, and all structural ones."""
+def kept_of(prefix, inputs, plan=None) -> torch.Tensor:
+    """Ordinals i64 [K] of the kept visual tokens in the unpruned prompt: by the evidence map, and all structural ones.
+
+    Where several tokens of a group count to one cell (padding), their positions in `plan` tell them apart.
+    """
     group, cell = join_places(inputs, torch.device("cpu"))
     structural = cell[:, 0] < 0
-    ordinal = {(g, *place): i for i, (g, place) in enumerate(zip(group.tolist(), cell.tolist(), strict=True))}
-    found = [ordinal[tuple(place)] for place in prefix.token_map[prefix.visual_index].tolist()]
-    return torch.cat([torch.tensor(found, dtype=torch.int64), structural.nonzero()[:, 0]]).sort().values
+    places = [(g, *place) for g, place in zip(group.tolist(), cell.tolist(), strict=True)]
+    found = [tuple(place) for place in prefix.token_map[prefix.visual_index].tolist()]
+    if plan is not None and len(plan.positions) == 1:
+        places = list(zip(places, plan.positions[0, plan.visual_mask].tolist(), strict=True))
+        found = list(zip(found, prefix.positions[0, prefix.visual_index].tolist(), strict=True))
+    ordinal = {place: i for i, place in enumerate(places)}
+    kept = torch.tensor([ordinal[place] for place in found], dtype=torch.int64)
+    return torch.cat([kept, structural.nonzero()[:, 0]]).sort().values
 
 
 class Judge:

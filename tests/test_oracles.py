@@ -102,7 +102,7 @@ def test_conversation_equals_masked_transformers(kind, sparsity, stock, model):
     media = medias_of(kind, seed=2)
     prefix = b.prefix(media)
     inputs, plan = b.unpruned(media)
-    judge = Judge(stock, model, inputs, plan, kept_of(prefix, inputs), sparsity.get("retrieve_keep", 1.0))
+    judge = Judge(stock, model, inputs, plan, kept_of(prefix, inputs, plan), sparsity.get("retrieve_keep", 1.0))
     turns = converse(b, prefix)
     wanted = judge.logits(turns)
     assert worst(turns, wanted) < ATOL

@@ -7,6 +7,7 @@ logits depend on every position and a wrong one shows.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,8 +193,8 @@ def _write_processor(directory: Path, layout: str) -> None:
     write_json(directory / "processor_config.json", nested)
 
 
-def write_tokenizer(directory: Path, layout: str) -> int:
-    """A byte-level BPE with the Qwen split; returns the vocabulary size, control tokens last."""
+def write_tokenizer(directory: Path, layout: str, special: Sequence[str] = SPECIAL, template: str | None = TEMPLATE) -> int:
+    """A byte-level BPE with the Qwen split; returns the vocabulary size, control tokens last. template None: none is written."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -203,17 +204,17 @@ def write_tokenizer(directory: Path, layout: str) -> int:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXT * 4, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "additional_special_tokens": [token for token in SPECIAL if token not in ("<|im_end|>", "<|endoftext|>")],
+        "additional_special_tokens": [token for token in special if token not in ("<|im_end|>", "<|endoftext|>")],
         "model_max_length": 4096, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
-    if layout == "hub":
-        config["chat_template"] = TEMPLATE
-    else:
-        (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    if template is not None and layout == "hub":
+        config["chat_template"] = template
+    elif template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(directory / "tokenizer_config.json", config)
     return tokenizer.get_vocab_size()
 

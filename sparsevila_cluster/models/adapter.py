@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,8 +26,14 @@ DECODE_PARTS: tuple[Part, ...] = ("embed", "llm", "head")
 ALL_PARTS: tuple[Part, ...] = ("vision", "embed", "llm", "head")
 
 
-# Text, or the id of one token of the checkpoint's vocabulary.
-Piece = str | int
+class Between(Enum):
+    """Text that only the chat template knows."""
+
+    MEDIA = "what the template writes between two media of one message"
+
+
+# Text, or the id of one token of the checkpoint's vocabulary, or text that the template knows.
+Piece = str | int | Between
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,9 @@ class Family(Protocol):
         """Ids of the placeholders that stand for visual tokens."""
         ...
 
-    def patchify(self, media: Media) -> VisualInputs:
-        """Resize, normalise and cut frames exactly as the checkpoint's processor config says. Raises BadMedia, TooLarge."""
+    def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
+        """Resize, normalise and cut frames exactly as the checkpoint's processor config says. alone: the prompt has no other media
+        of this kind (some families give a lone picture more tokens). Raises BadMedia, TooLarge."""
         ...
 
     def plan(self, ids: Sequence[int], inputs: Sequence[VisualInputs], video_text_pos: Literal["max+1", "hf5"]) -> PromptPlan:

@@ -10,11 +10,13 @@ Every cut stands at a control token, so that tokenising the pieces equals tokeni
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from sparsevila_cluster.errors import BadCheckpoint, BadRequest
-from sparsevila_cluster.models.adapter import Piece, Slot
+from sparsevila_cluster.models.adapter import Between, Piece, Slot
 from sparsevila_cluster.models.checkpoint import Checkpoint, one_line
 
 # Sentinels: letters only, so that no template or trimming rule can touch them.
@@ -107,11 +109,23 @@ class TemplateChat:
     def _spelled(self, pieces: Sequence[Piece]) -> str:
         parts = []
         for piece in pieces:
-            text = piece if isinstance(piece, str) else self._tokenizer.convert_ids_to_tokens(piece)
+            if piece is Between.MEDIA:
+                text = self._between_media
+            else:
+                text = piece if isinstance(piece, str) else self._tokenizer.convert_ids_to_tokens(piece)
             if text is None:
                 raise BadCheckpoint(f"config.json names token {piece}, which the tokenizer does not have")
             parts.append(text)
         return "".join(parts)
+
+    @cached_property
+    def _between_media(self) -> str:
+        """What the template writes between two media of the first kind."""
+        kind = next(iter(self._slots))
+        parts = self._render_first([kind, kind], None).split(self._slot_text[kind])
+        if len(parts) != 3:
+            raise BadCheckpoint(f"the chat template does not place {self._slot_text[kind]!r} for each of two media")
+        return parts[1]
 
     def _refuse_control(self, text: str, what: str) -> None:
         for token in self._control:
@@ -139,7 +153,10 @@ class TemplateChat:
     ) -> tuple[str, str]:
         """`text` up to and including its last control token, with the media's slots filled, and the rest: it is tokenised with
         the question."""
-        done = ""
+        wanted, done = [self._slot_text[kind] for kind in kinds], ""
+        placed = re.findall("|".join(map(re.escape, sorted(set(wanted), key=len, reverse=True))), text)
+        if placed != wanted and sorted(placed) == sorted(wanted):
+            raise BadRequest(f"this model's chat template writes media in the order {', '.join(placed)}; give them in this order")
         for i, kind in enumerate(kinds):
             before, slot, text = text.partition(self._slot_text[kind])
             if not slot:

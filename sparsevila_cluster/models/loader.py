@@ -27,6 +27,8 @@ from sparsevila_cluster.models.weights import fill
 
 FAMILIES = {
     "internvl": "sparsevila_cluster.models.internvl:InternVL",
+    "llava_next": "sparsevila_cluster.models.llava_next:LlavaNext",
+    "llava_onevision": "sparsevila_cluster.models.llava_onevision:LlavaOnevision",
     "qwen2_5_vl": "sparsevila_cluster.models.qwen2_5_vl:Qwen25VL",
     "qwen3_vl": "sparsevila_cluster.models.qwen3_vl:Qwen3VL",
 }
@@ -79,6 +81,7 @@ def load_model(
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     spec = KVSpec(text_config.num_hidden_layers, text_config.num_key_value_heads, head_dim, chosen, fingerprint)
     core = skeleton.model
+    family = family_class(config, rules, core if "vision" in parts else None, target)  # lets go of weights that it has no use for
     weight_bytes = _weight_bytes(skeleton)
     language_model = core.language_model
     embed = language_model.embed_tokens
@@ -90,7 +93,7 @@ def load_model(
     text.embed_weight = embed.weight if "embed" in parts else None
     text.head_weight = skeleton.lm_head.weight if "head" in parts else None
     return Model(
-        family=family_class(config, rules, core if "vision" in parts else None, target),
+        family=family,
         text=text,
         chat=chat,
         spec=spec,

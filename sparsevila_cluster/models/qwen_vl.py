@@ -100,8 +100,9 @@ class QwenVL:
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
         return config.image_token_id, config.video_token_id
 
-    def patchify(self, media: Media) -> GridInputs:
-        """Resize and cut frames as the checkpoint's processor config says; `pixels` stay uint8 until `encode`.
+    def patchify(self, media: Media, alone: bool = True) -> GridInputs:
+        """Resize and cut frames as the checkpoint's processor config says, whether `alone` or not; `pixels` stay uint8 until
+        `encode`.
 
         Raises:
             BadMedia: no frame, an empty frame, or an aspect ratio above 200.

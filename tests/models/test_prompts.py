@@ -80,7 +80,9 @@ def test_a_second_turn_is_the_whole(model):
     messages = [user(model, kinds, "what colour?"), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     want = whole(model, inputs, [*messages, {"role": "user", "content": [{"type": "text", "text": "and where?"}]}])
     second, _, _ = chat.question_ids("and where?", False, None)
-    assert want[: len(prefix + first)] == prefix + first
+    # OneVision's template reopens an old answer with a blank that its own generation prompt does not write.
+    agree = len(prefix + first) - (model.family.name == "llava_onevision")
+    assert want[:agree] == (prefix + first)[:agree]
     assert want[-len(second) :] == second
     said = want[len(prefix + first) : -len(second)]
     assert chat.decode(said).strip() == answer
