@@ -163,14 +163,14 @@ class CropFamily:
     def _normalise(self, crops: Tensor, kind: str) -> Tensor:
         return normalise(crops.flatten(1), self._rules[kind]).view(crops.shape)
 
-    def _run(self, media: VisualInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, media: Any, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
         """One pass: float32 [b, 3, side, side] -> visual tokens [b, n, D] and salience f32 [b, n] (of any value without
         `capture`)."""
         raise NotImplementedError
 
-    def _pack(self, media: VisualInputs, embeds: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        """All crops of a media, [B, n, D] and f32 [B, n], to its visual tokens in prompt order [N, D] and f32 [N], structural ones
-        NaN."""
+    def _pack(self, media: Any, embeds: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        """All crops of a media (the family's own inputs), [B, n, D] and f32 [B, n], to its visual tokens in prompt order [N, D] and
+        f32 [N], structural ones NaN."""
         raise NotImplementedError
 
 

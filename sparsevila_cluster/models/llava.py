@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsevila_cluster.errors import BadCheckpoint, BadMedia
-from sparsevila_cluster.models.adapter import Between, VisualInputs
+from sparsevila_cluster.models.adapter import Between, Slot, VisualInputs
 from sparsevila_cluster.models.anyres import (
     Size,
     TiledView,
@@ -63,7 +63,7 @@ class CropInputs(VisualInputs):
 class Llava(CropFamily):
     """Base of the two families."""
 
-    def __init__(self, config: Any, rules: LlavaRules, core: nn.Module | None, device: torch.device):
+    def __init__(self, config: Any, rules: LlavaRules, core: Any, device: torch.device):
         """config: the checkpoint's transformers config; core: its model without head, or None for a decode worker."""
         vision = config.vision_config
         super().__init__(config, rules, device, (vision.image_size // vision.patch_size) ** 2)
@@ -86,14 +86,20 @@ class Llava(CropFamily):
         own = image[1].get("image_grid_pinpoints")
         if own is not None and read_canvases(image[0], own) != canvases:
             raise BadCheckpoint(f"{image[0]}: image_grid_pinpoints {own} is not config.json's {config.image_grid_pinpoints}")
-        rules = (read_crop_rules(source, data, side, LevelRules()) for source, data in (image, video))
-        return LlavaRules(*rules, canvases, cls._max_tiles(config))
+        rules = [read_crop_rules(source, data, side, LevelRules()) for source, data in (image, video)]
+        return LlavaRules(rules[0], rules[1], canvases, cls._max_tiles(config))
 
     @classmethod
     def _max_tiles(cls, config: Any) -> int | None:
         return None
 
-    def _run(self, media: VisualInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def slots(cls, config: Any) -> dict[str, Slot]:
+        """How the chat template writes each kind of media."""
+        raise NotImplementedError
+
+    def _run(self, media: CropInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
+        assert self._tower is not None
         hidden, salience = self._tower.run(pixels, capture)
         if salience is None:
             salience = hidden.new_ones(hidden.shape[:2], dtype=torch.float32)
@@ -196,7 +202,7 @@ def rows_before_patches(config: Any) -> int:
     return skip
 
 
-def build_tower(config: Any, tower: nn.Module) -> CropTower:
+def build_tower(config: Any, tower: Any) -> CropTower:
     """The tower up to the last layer that is wanted; the weights of the others are let go."""
     states = feature_states(config)
     has_summary = TOWERS[config.vision_config.model_type]

@@ -151,16 +151,15 @@ def processor_files(files: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
 def named_processor_files(files: Checkpoint) -> tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]:
     """As `processor_files`, each with the name of its file, for messages."""
     nested = files.json("processor_config.json") or {}
-    plain = ("preprocessor_config.json", files.json("preprocessor_config.json"))
-    video_own = ("video_preprocessor_config.json", files.json("video_preprocessor_config.json"))
     image_in, video_in = (("processor_config.json", nested.get(f"{kind}_processor")) for kind in ("image", "video"))
-    image = next((found for found in (image_in, plain) if found[1]), plain)
-    video = next((found for found in (video_in, video_own, plain, image) if found[1]), image)
-    if not isinstance(image[1], dict) or not isinstance(video[1], dict):
+    own_video, plain = ((name, files.json(name)) for name in ("video_preprocessor_config.json", "preprocessor_config.json"))
+    image_file, image = next((found for found in (image_in, plain) if found[1]), plain)
+    video_file, video = next((found for found in (video_in, own_video, plain) if found[1]), (image_file, image))
+    if not isinstance(image, dict) or not isinstance(video, dict):
         raise BadCheckpoint(
             f"{str(files.directory)!r} has no preprocessor_config.json and no processor_config.json with `image_processor`"
         )
-    return image, video
+    return (image_file, image), (video_file, video)
 
 
 def read_rules(files: Checkpoint, image_defaults: PixelRules, video_defaults: PixelRules) -> KindRules:
@@ -179,11 +178,13 @@ def _rules(data: dict[str, Any], default: PixelRules) -> PixelRules:
         raise BadCheckpoint(f"processor config: `size` must be an object with shortest_edge and longest_edge, got {size!r}")
     levels = read_levels(data, default, "processor config")
     try:
+        numbers: dict[str, Any] = {name: int(_first(data.get(name), getattr(default, name))) for name in _WHOLE}
+        switches: dict[str, Any] = {name: bool(_first(data.get(name), getattr(default, name))) for name in _SWITCHES}
         rules = type(default)(
             min_pixels=int(_first(data.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), default.min_pixels)),
             max_pixels=int(_first(data.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), default.max_pixels)),
-            **{name: int(_first(data.get(name), getattr(default, name))) for name in _WHOLE},
-            **{name: bool(_first(data.get(name), getattr(default, name))) for name in _SWITCHES},
+            **numbers,
+            **switches,
             **asdict(levels),
         )
     except (TypeError, ValueError) as error:
