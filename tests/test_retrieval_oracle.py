@@ -10,17 +10,19 @@ from sparsevila_cluster.config import build_config
 from sparsevila_cluster.errors import BadConfig, BadRequest
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.request import kept_count
+from tests.families import FAMILIES
 from tests.oracle import Bench, kept_of, random_media, worst
 from tests.retrieval_judge import RetrievalJudge, Way
-from tests.tiny import hf_model, make_qwen2_5_vl
+from tests.tiny import hf_model
 
 ATOL = 1e-4
 QUESTIONS = [("What happens first?", 9), ("And then, what colour is it?", 6), ("Where?", 11)]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_qwen2_5_vl(tmp_path_factory.mktemp("tiny"), seed=0)
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next"])
+def checkpoint(request, tmp_path_factory):
+    """A family of three position rows, and one with structural tokens."""
+    return FAMILIES[request.param].make(tmp_path_factory.mktemp(request.param), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +168,10 @@ def test_prune_scope(scope, kind, stock, model):
         tokens = model.family.encode(inputs)
     salience, group = tokens.salience.tolist(), tokens.group.tolist()
     per_group = scope == "per_group" or (scope == "auto" and kind == "video")
-    pools = [[i for i, g in enumerate(group) if g == one or not per_group] for one in (sorted(set(group)) if per_group else [0])]
-    keep = sorted(i for pool in pools for i in sorted(pool, key=lambda i: -salience[i])[: kept_count(0.3, len(pool))])
+    scored = [i for i, s in enumerate(salience) if s == s]  # row ends have none, and always stay
+    pools = [[i for i in scored if group[i] == one or not per_group] for one in (sorted(set(group)) if per_group else [0])]
+    best = [i for pool in pools for i in sorted(pool, key=lambda i: -salience[i])[: kept_count(0.3, len(pool))]]
+    keep = sorted(best + [i for i in range(len(salience)) if i not in scored])
     assert kept_of(prefix, inputs).tolist() == keep
     b = bench(model, prune_keep=0.3, prune_scope=scope, retrieve_keep=0.4)
     converse(b, stock, [Way(keep=0.4)] * 3, media=media)
