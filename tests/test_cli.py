@@ -1,6 +1,5 @@
 """The command line as a user meets it: what is printed where, exit codes, and one line for every mistake."""
 
-import io
 import json
 import os
 import signal
@@ -17,9 +16,9 @@ import sparsevila_cluster.demo as demo
 from sparsevila_cluster import cli
 from sparsevila_cluster.config import EngineConfig, load_config
 from sparsevila_cluster.errors import Internal, QueueFull
-from sparsevila_cluster.progress import ProgressLine
 from tests.house import ROOT
 from tests.media.media_files import audio_bytes, picture_bytes, video_bytes
+from tests.test_progress import Terminal
 from tests.tiny import make_qwen2_5_vl
 
 BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
@@ -297,11 +296,6 @@ def test_control_c_ends_in_one_line(files, checkpoint):
     assert child.returncode == 0 or err.splitlines()[-1] == "interrupted"
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_progress_shows_on_a_terminal_and_leaves(run, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -310,24 +304,3 @@ def test_progress_shows_on_a_terminal_and_leaves(run, monkeypatch):
     assert code == 0 and json.loads(out)
     shown = screen.getvalue()
     assert "load model" in shown and "prefill" in shown and shown.rstrip().endswith("\x1b[2K")  # the line is wiped
-
-
-def test_a_line_that_was_left_stays_away(monkeypatch):
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    with ProgressLine() as line:
-        line.stage("ask", 1, 4)
-    shown = screen.getvalue()
-    assert "ask 1/4" in shown and shown.endswith("\x1b[2K")
-    line.stage("ask", 2, 4)  # work that was interrupted reports once more
-    assert screen.getvalue() == shown
-
-
-def test_a_line_shows_off_a_terminal_only_when_told_to(monkeypatch):
-    for always in (False, True):
-        file = io.StringIO()
-        monkeypatch.setattr(sys, "stderr", file)
-        with ProgressLine(always) as line:
-            line.stage("ask", 1, 4)
-        assert bool(file.getvalue()) == always
