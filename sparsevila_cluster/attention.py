@@ -26,17 +26,35 @@ MAX_WEIGHTS = 64 * 1024 * 1024
 
 @dataclass
 class Capture:
-    """Which softmax weights to keep from question rows: mean over heads and over rows [first_row, stop_row), per layer.
+    """Which softmax weights to keep from the rows of a question: mean over heads and over rows [first_row, stop_row), per layer.
 
     visual_index i64 [n]: body rows that are visual. normalise "full_row" divides by the whole causal row, "visual" by its visual
-    part. After a step, `scores` holds one f32 [n] per layer (SparseVILA, arXiv 2510.17777, decode-stage retrieval).
+    part. The rows may come in several steps: `num_done` of them came before this one. After the last step `scores()` is what one
+    step over all rows would have given (SparseVILA, arXiv 2510.17777, decode-stage retrieval).
     """
 
     visual_index: Tensor
     first_row: int
     stop_row: int
     normalise: Literal["full_row", "visual"] = "full_row"
-    scores: list[Tensor] = field(default_factory=list)
+    num_done: int = 0
+    _sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def overlap(self, start: int, stop: int) -> tuple[int, int]:
+        """The captured rows among [start, stop) of this step's rows, relative to start; none if the second is not larger."""
+        first, last = self.first_row - self.num_done, self.stop_row - self.num_done
+        return max(first - start, 0), max(min(last, stop) - start, 0)
+
+    def add(self, layer: int, total: Tensor) -> None:
+        """Count in f32 [n]: weights of some captured rows, summed over rows, averaged over heads."""
+        if layer in self._sums:
+            self._sums[layer] += total
+        else:
+            self._sums[layer] = total
+
+    def scores(self) -> Tensor:
+        """f32 [L, n]."""
+        return torch.stack([self._sums[layer] for layer in range(len(self._sums))]) / max(1, self.stop_row - self.first_row)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -86,7 +104,7 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: flo
     return out.reshape(num, num_heads, dim)
 
 
-def attend_question(q: Tensor, body: Span, tail: Span, scale: float, capture: Capture | None) -> Tensor:
+def attend_question(q: Tensor, body: Span, tail: Span, scale: float, capture: Capture | None, layer: int = 0) -> Tensor:
     """Several new rows against both spans, causally; fills `capture`.
 
     q [n, Hq, D], the last n rows of `tail` being the new ones -> [n, Hq, D].
@@ -96,7 +114,6 @@ def attend_question(q: Tensor, body: Span, tail: Span, scale: float, capture: Ca
     num_keys = body[0].shape[2] + num_tail
     chunk = max(1, MAX_WEIGHTS // (num_heads * num_keys))
     out = torch.empty_like(q)
-    total = None if capture is None else torch.zeros(len(capture.visual_index), dtype=torch.float32, device=q.device)
     column = torch.arange(num_tail, device=q.device)
     row = torch.arange(num_tail - num_rows, num_tail, device=q.device)[:, None]
     for start in range(0, num_rows, chunk):
@@ -104,10 +121,9 @@ def attend_question(q: Tensor, body: Span, tail: Span, scale: float, capture: Ca
         rows = q[start:stop].view(stop - start, num_kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(1, num_kv_heads, -1, dim)
         attended, weights = _attend_weights(rows, body, tail, scale, column > row[start:stop])
         out[start:stop] = attended.view(num_heads, stop - start, dim).transpose(0, 1)
-        if total is not None:
-            total += _visual_sum(weights.view(num_heads, stop - start, num_keys), capture, start)
-    if total is not None:
-        capture.scores.append(total / (num_heads * (capture.stop_row - capture.first_row)))
+        if capture is not None:
+            captured = weights.view(num_heads, stop - start, num_keys)[:, slice(*capture.overlap(start, stop))]
+            capture.add(layer, _visual_sum(captured, capture) / num_heads)
     return out
 
 
@@ -122,12 +138,11 @@ def _attend_weights(q: Tensor, body: Span, tail: Span, scale: float, hidden: Ten
     return torch.matmul(cast[..., :split], body[1]) + torch.matmul(cast[..., split:], tail[1]), weights
 
 
-def _visual_sum(weights: Tensor, capture: Capture, start: int) -> Tensor:
-    """Sum over heads and captured rows of weights [H, rows, keys] at the visual columns -> f32 [n]."""
-    first, stop = max(capture.first_row - start, 0), min(capture.stop_row - start, weights.shape[1])
-    if first >= stop:
+def _visual_sum(weights: Tensor, capture: Capture) -> Tensor:
+    """Sum over heads and rows of weights [H, rows, keys] at the visual columns -> f32 [n]."""
+    if not weights.shape[1]:
         return weights.new_zeros(len(capture.visual_index))
-    visual = weights[:, first:stop].index_select(-1, capture.visual_index)
+    visual = weights.index_select(-1, capture.visual_index)
     if capture.normalise == "visual":
         visual = visual / visual.sum(-1, keepdim=True).clamp_min(torch.finfo(visual.dtype).tiny)
     return visual.sum((0, 1))

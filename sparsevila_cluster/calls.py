@@ -37,6 +37,8 @@ class AskOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     retrieve_keep: float | None
+    retrieve_mass: float | None
+    refresh_every: int | None
     evidence: bool
     timeout_s: float | None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sparsevila_cluster.errors import BadConfig
 
@@ -42,11 +42,27 @@ class SparsityConfig(_Frozen):
     )
     retrieve: Literal["retrieve_all", "random", "query_topk"] = Field("query_topk", description="Retrieval policy (decode).")
     retrieve_keep: float | None = Field(None, gt=0, le=1, description="Fraction of the pruned visual KV that a turn attends to.")
+    retrieve_mass: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Attend to the smallest set with this share of a layer's visual attention; retrieve_keep is then the most that "
+        "it may take (None: 0.5).",
+    )
+    refresh_every: int | None = Field(None, ge=0, description="Generated tokens between two choices; None or 0: once per turn.")
     retrieve_rows: Literal["all", "question", "last"] = Field(
         "all", description="Which rows score the visual KV: all after the prefix, the question's words, or the last row."
     )
     normalise: Literal["full_row", "visual"] = Field("full_row", description="Softmax denominator of the retrieval scores.")
+    brownout_floor: float = Field(0.05, gt=0, le=1, description="Lowest retrieve_keep that an engine under pressure goes down to.")
     seed: int = Field(0, ge=0, description="Seed of the random policies.")
+
+    @field_validator("retrieve_mass", "refresh_every")
+    @classmethod
+    def _needs_scores(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value and info.data.get("retrieve", "query_topk") != "query_topk":
+            raise ValueError(f"needs retrieve='query_topk', not {info.data['retrieve']!r}")
+        return value
 
 
 class EngineConfig(_Frozen):
@@ -74,7 +90,10 @@ class EngineConfig(_Frozen):
     prefix_bytes: int = Field(2 * GIB, ge=1, description="Budget for resident media prefixes (KV bytes).")
     turn_bytes: int = Field(1 * GIB, ge=1, description="Budget for running turns: packed KV and text tails (KV bytes).")
     max_batch: int = Field(32, ge=1, description="Most turns in one step.")
-    max_step_tokens: int = Field(2048, ge=1, description="Most rows (question and decode) in one step.")
+    max_step_tokens: int = Field(
+        2048, ge=1, description="Most rows (question and decode) in one step; at most half of it are turns that run."
+    )
+    slice_steps: int = Field(256, ge=1, description="Steps that a turn runs before it makes way for turns that wait for room.")
     max_question_tokens: int = Field(2048, ge=1, description="Longest question, in tokens.")
     max_waiting: int = Field(256, ge=1, description="Longest queue of turns before new ones are refused.")
     max_conversations: int = Field(1024, ge=1, description="Conversations kept; the least recently used idle one is closed first.")

@@ -3,8 +3,8 @@
 Knows: tails (the KV of a conversation's own text), the budget of running turns, idle conversations. Does not know: media
 prefixes beyond their key, models, steps or text.
 
-The tail is stored once: packed KV never contains it. When running turns need room, the tails of idle conversations are parked
-outside the arena, least recently used first, and come back unchanged with their next turn.
+The tail is stored once: packed KV never contains it. When running turns need room, the tails of conversations that do not run
+are parked outside the arena, least recently used first, and come back unchanged with their next turn.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ ROUND_SLOTS = 32
 class Conversation:
     """Text of one user on one media prefix.
 
-    length: rows of the tail that hold KV; next_pos: position of the next row; pending: the last sampled token, which has no KV
-    yet and is prefilled with the next question. A turn changes them only when it ends well, so that a turn that is aborted or
-    fails leaves the conversation as it was.
+    length: rows of the tail that belong to finished turns; written: rows that hold KV, those of a turn that is under way
+    included; next_pos: position of the next row; pending: the last sampled token, which has no KV yet and is prefilled with the
+    next question. A turn changes all but `written` only when it ends well, so that a turn that is aborted or fails leaves the
+    conversation as it was.
     """
 
     conversation_id: str
     media_id: str
     next_pos: int
     length: int = 0
+    written: int = 0
     pending: int | None = None
     num_turns: int = 0
     extent: Extent | None = None
     parked: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Room:
     """What a running turn may write to: its conversation's tail, and packed KV (None when it attends to the whole prefix)."""
 
@@ -59,7 +61,7 @@ class ConversationStore:
         self.max_conversations = max_conversations
         self._all: OrderedDict[str, Conversation] = OrderedDict()
         self._busy: dict[str, int] = {}
-        self._packed: set[Extent] = set()
+        self._rooms: dict[str, Room] = {}
         self.num_parked = 0
 
     def __len__(self) -> int:
@@ -101,73 +103,112 @@ class ConversationStore:
         else:
             del self._busy[conversation.conversation_id]
 
+    # ---- room of running turns ---------------------------------------------------------------------------------------------
+
     def fits_ever(self, tail_rows: int, packed_rows: int) -> bool:
         """Whether a turn of this size could run if it were alone."""
         return _rounded(tail_rows) + packed_rows <= self.arena.num_slots
 
-    def take(self, conversation: Conversation, tail_rows: int, packed_rows: int, running: set[str]) -> Room | None:
-        """Room for a turn: a tail of at least `tail_rows` and packed KV of `packed_rows` (0 = none).
+    def take(self, conversation: Conversation, tail_rows: int, packed_rows: int) -> Room | None:
+        """Room for a turn that starts or goes on: a tail of at least `tail_rows` and packed KV of `packed_rows` (0 = none).
 
-        Parks idle tails as needed; those of the conversations in `running` stay. None when there is no room now.
+        Parks idle tails as needed. None when there is no room now. At most one turn of a conversation has room at a time.
         """
-        room = self._try_take(conversation, tail_rows, packed_rows, running)
+        assert conversation.conversation_id not in self._rooms, conversation
+        room = self._try_take(conversation, tail_rows, packed_rows)
         if room is None:
             # Idle tails, the conversation's own among them, may lie where they leave no run that is long enough.
             for idle in self._all.values():
-                if idle.extent is not None and idle.conversation_id not in running:
-                    self._park(idle)
-            room = self._try_take(conversation, tail_rows, packed_rows, running)
+                self._park(idle)
+            room = self._try_take(conversation, tail_rows, packed_rows)
+        if room is not None:
+            self._rooms[conversation.conversation_id] = room
         return room
 
-    def _try_take(self, conversation: Conversation, tail_rows: int, packed_rows: int, running: set[str]) -> Room | None:
-        keep = running | {conversation.conversation_id}
-        packed = self._alloc(packed_rows, keep) if packed_rows else None
+    def resize(self, conversation: Conversation, tail_rows: int, packed_rows: int) -> bool:
+        """Give a running turn a tail of at least `tail_rows` and packed KV of `packed_rows`. False if there is no room now.
+
+        Rows of the tail that hold KV are kept, wherever it moves. What packed KV held is lost if it has to grow, and it is gone
+        when this returns False.
+        """
+        room = self._rooms[conversation.conversation_id]
+        return self._resize_packed(room, conversation, packed_rows) and self._resize_tail(room, conversation, tail_rows)
+
+    def give_back(self, conversation: Conversation) -> None:
+        """The conversation's turn stops running: its packed KV is freed, its tail may be parked. Harmless when repeated."""
+        room = self._rooms.pop(conversation.conversation_id, None)
+        if room is not None and room.packed is not None:
+            self.arena.free(room.packed)
+
+    def _try_take(self, conversation: Conversation, tail_rows: int, packed_rows: int) -> Room | None:
+        packed = self._alloc(packed_rows, conversation) if packed_rows else None
         if packed_rows and packed is None:
             return None
         if conversation.extent is None or conversation.extent.length < tail_rows:
-            extent = self._alloc(_rounded(tail_rows), keep)
+            extent = self._alloc(_rounded(tail_rows), conversation)
             if extent is None:
                 if packed is not None:
                     self.arena.free(packed)
                 return None
             self._move(conversation, extent)
-        if packed is not None:
-            self._packed.add(packed)
         return Room(conversation.extent, packed)
 
-    def give_back(self, packed: Extent | None) -> None:
-        """Free packed KV. Harmless when repeated."""
-        if packed in self._packed:
-            self._packed.discard(packed)
-            self.arena.free(packed)
+    def _resize_packed(self, room: Room, conversation: Conversation, rows: int) -> bool:
+        if rows and room.packed is not None and self.arena.resize(room.packed, rows):
+            return True
+        if room.packed is not None:
+            self.arena.free(room.packed)
+        room.packed = self._alloc(rows, conversation) if rows else None
+        return room.packed is not None or not rows
 
-    def _alloc(self, rows: int, keep: set[str]) -> Extent | None:
+    def _resize_tail(self, room: Room, conversation: Conversation, rows: int) -> bool:
+        tail = room.tail
+        if tail.length >= rows or self.arena.resize(tail, _rounded(rows)):
+            return True
+        extent = self._alloc(_rounded(rows), conversation)
+        if extent is None:
+            # Out and in again: the slots that the tail lies on may be what the longer one lacks.
+            length = tail.length
+            self._park(conversation, running=True)
+            extent = self.arena.alloc(_rounded(rows))
+            grown = extent is not None
+            room.tail = extent if grown else self.arena.alloc(length)
+            self._move(conversation, room.tail)
+            return grown
+        self._move(conversation, extent)
+        room.tail = extent
+        return True
+
+    def _alloc(self, rows: int, conversation: Conversation) -> Extent | None:
+        """An extent, for which idle tails of other conversations are parked one by one."""
         extent = self.arena.alloc(rows)
-        for victim in list(self._all.values()):
+        for idle in list(self._all.values()):
             if extent is not None:
                 break
-            if victim.extent is not None and victim.conversation_id not in keep:
-                self._park(victim)
+            if idle is not conversation and self._park(idle):
                 extent = self.arena.alloc(rows)
         return extent
 
-    def _park(self, conversation: Conversation) -> None:
-        """Move a tail out of the arena; rows beyond `length` are nobody's and are dropped."""
-        extent, length = conversation.extent, conversation.length
+    def _park(self, conversation: Conversation, running: bool = False) -> bool:
+        """Move a tail out of the arena; rows that hold no KV are dropped. False if it is not there, or is a running turn's."""
+        extent, rows = conversation.extent, conversation.written
+        if extent is None or (conversation.conversation_id in self._rooms and not running):
+            return False
         layers = range(self.arena.spec.num_layers)
-        conversation.parked = [(k[:length].clone(), v[:length].clone()) for k, v in map(extent.rows, layers)]
+        conversation.parked = [(k[:rows].clone(), v[:rows].clone()) for k, v in map(extent.rows, layers)]
         conversation.extent = None
         self.arena.free(extent)
-        self.num_parked += 1
+        self.num_parked += not running
+        return True
 
     def _move(self, conversation: Conversation, extent: Extent) -> None:
-        """Copy the tail, from its old extent or from where it is parked, into a larger extent."""
+        """Copy the tail, from its old extent or from where it is parked, into another extent."""
         old = conversation.extent
         for layer in range(self.arena.spec.num_layers):
             source = old.rows(layer) if old is not None else conversation.parked[layer] if conversation.parked else None
             if source is not None:
                 for target, rows in zip(extent.rows(layer), source, strict=True):
-                    target[: conversation.length].copy_(rows[: conversation.length])
+                    target[: conversation.written].copy_(rows[: conversation.written])
         if old is not None:
             self.arena.free(old)
         conversation.extent, conversation.parked = extent, None
@@ -175,7 +216,12 @@ class ConversationStore:
     def check_integrity(self) -> None:
         """Assert that every used slot of the arena is a tail or packed KV."""
         self.arena.check_integrity()
-        extents = [c.extent for c in self._all.values() if c.extent is not None] + list(self._packed)
+        extents = [c.extent for c in self._all.values() if c.extent is not None]
+        extents += [room.packed for room in self._rooms.values() if room.packed is not None]
         assert len({id(e) for e in extents}) == len(extents)
         assert sum(e.length for e in extents) == self.arena.num_slots - self.arena.free_slots, "arena slots without an owner"
-        assert set(self._busy) <= set(self._all), "a turn without its conversation"
+        assert set(self._rooms) <= set(self._busy) <= set(self._all), "a turn without its conversation"
+        assert all(room.tail is self._all[name].extent for name, room in self._rooms.items()), "a turn without its tail"
+        assert all(c.length <= c.written for c in self._all.values())
+        idle = [c for name, c in self._all.items() if name not in self._busy]
+        assert all(c.length == c.written for c in idle), "rows of a turn that is gone"

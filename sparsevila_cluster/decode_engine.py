@@ -3,9 +3,11 @@
 Knows: the life of a turn, its KV and its tokens. Does not know: media, encoders, pruning, threads or transport.
 
     submit -> waiting -> [question prefill over the FULL prefix + tail: scores, first token]
-                              -> retrieve + pack (per layer) -> [step]* over packed KV + tail -> done
+                 ^            -> retrieve + pack (per layer) -> [step]* over packed KV + tail -> done
+                 '---- preempted: packed KV dropped, text KV and chosen rows kept ----'
 
-Question rows and decode rows share one step. Everything runs in the thread that calls `step`; nothing here is thread-safe.
+Question rows and decode rows share one step; a long question takes several. A turn is admitted with room for its question and a
+few tokens, and grows. Everything runs in the thread that calls `step`; nothing here is thread-safe.
 """
 
 from __future__ import annotations
@@ -30,12 +32,24 @@ from sparsevila_cluster.errors import (
 from sparsevila_cluster.kv import Arena, PrefixStore
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.request import Turn, TurnEvent
+from sparsevila_cluster.retrieval import budget_of
 from sparsevila_cluster.running_turn import RunningTurn, Sink
 from sparsevila_cluster.sampling import choose
 from sparsevila_cluster.scheduler import Scheduler
 from sparsevila_cluster.step_batch import Segment, TurnBatch
 
 log = logging.getLogger(__name__)
+
+
+def _not_decoding(share: tuple[RunningTurn, int]) -> bool:
+    """Sorts rows over packed KV before rows over the whole prefix."""
+    return share[0].phase != "decode"
+
+
+def _speaks(share: tuple[RunningTurn, int]) -> bool:
+    """Whether a turn's rows of this step end with the one that its next token comes from."""
+    running, num = share
+    return num == len(running.input_ids)
 
 
 class DecodeEngine:
@@ -49,9 +63,11 @@ class DecodeEngine:
         self.conversations = ConversationStore(
             Arena(model.spec, config.turn_bytes // per_token, model.device), config.max_conversations
         )
-        self.scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.max_waiting)
+        self.scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.max_waiting, config.slice_steps)
         self.turns: dict[str, RunningTurn] = {}
         self.num_steps = 0
+        self.brownout = 0.0
+        self._short: list[str] = []
 
     # ---- the outside's view ------------------------------------------------------------------------------------------------
 
@@ -59,7 +75,8 @@ class DecodeEngine:
         """Queue a turn; its events, or one error, go to `sink`.
 
         Raises:
-            NotFound: unknown media. BadRequest, TooLarge: illegal or over-long question. QueueFull: too many turns wait.
+            NotFound: unknown media. BadRequest, TooLarge: illegal or over-long question, or a wish that the configured retrieval
+            cannot fulfil. QueueFull: too many turns wait.
         """
         if turn.turn_id in self.turns:
             raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
@@ -75,6 +92,7 @@ class DecodeEngine:
         words = stop - start
         if words > self.config.max_question_tokens:
             raise TooLarge(f"the question has {words} tokens; the limit is {self.config.max_question_tokens}")
+        budget_of(turn, self.config.sparsity, prefix.kind)
         if conversation is None:
             conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.next_pos)
         self.prefixes.hold(prefix.key)
@@ -98,6 +116,19 @@ class DecodeEngine:
             self.abort(running.turn.turn_id)
         return self.conversations.close(conversation_id)
 
+    def set_brownout(self, level: float) -> None:
+        """Attend to less instead of refusing work: from 0, every turn as it wishes, to 1, at `brownout_floor`.
+
+        Turns that start from now on have their `retrieve_keep` (with a mass, the most that it may take) moved that share of the way
+        down to the floor; turns that run keep theirs. An answer that got less than its wish says so: `Usage.degraded`.
+
+        Raises:
+            BadRequest: a level outside [0, 1].
+        """
+        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0.0 <= level <= 1.0:
+            raise BadRequest(f"brownout level must be in [0, 1], got {level!r}")
+        self.brownout = float(level)
+
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
@@ -113,54 +144,69 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit what fits, then run one step over all running turns."""
+        """Make room, admit what fits, then run one step over all running turns."""
         self._expire(time.perf_counter())
-        self.scheduler.admit(self._try_admit)
-        batch = [self.turns[turn_id] for turn_id, _ in self.scheduler.step()]
+        self._make_room()
+        self.scheduler.admit(self._try_admit, self._make_way)
+        batch = [(self.turns[turn_id], num) for turn_id, num in self.scheduler.step()]
         if not batch:
             return
+        batch.sort(key=_not_decoding)
         try:
             tokens = self._forward(batch)
         except Exception as error:
-            self._fail(batch, error)
+            self._fail([running for running, _ in batch], error)
             return
-        for running, token in zip(batch, tokens, strict=True):
+        for (running, num), token in zip(batch, tokens, strict=True):
             try:
-                self._advance(running, token)
+                self._advance(running, num, token)
             except Exception as error:
                 self._fail([running], error)
         self.num_steps += 1
 
-    def _forward(self, batch: list[RunningTurn]) -> list[int]:
-        """One pass of the text model; the next token of every turn."""
+    def _forward(self, batch: list[tuple[RunningTurn, int]]) -> list[int | None]:
+        """One pass of the text model; the next token of every turn, None where more of the question is to come."""
         device = self.model.device
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
-        for running in batch:
-            segment = running.segment(first=len(ids))
-            ids += running.input_ids
-            positions += range(running.input_pos, running.input_pos + segment.num)
-            segments.append(segment)
+        for running, num in batch:
+            segments.append(running.segment(len(ids), num))
+            ids += running.input_ids[:num]
+            positions += range(running.input_pos, running.input_pos + num)
         text = self.model.text
         hidden = text.forward(
             text.embed(torch.tensor(ids, device=device)),
             torch.tensor(positions, device=device).expand(text.num_position_rows, -1),
             TurnBatch(segments, self.conversations.arena),
         )
-        if len(ids) > len(segments):
-            hidden = hidden[torch.tensor([s.first + s.num - 1 for s in segments], device=device)]
-        return choose(text.logits(hidden), [running.sampler for running in batch])
+        if len(ids) == len(segments) == sum(map(_speaks, batch)):
+            return choose(text.logits(hidden), [running.sampler for running, _ in batch])
+        speaking = [i for i, share in enumerate(batch) if _speaks(share)]
+        tokens: list[int | None] = [None] * len(batch)
+        if speaking:
+            last = torch.tensor([segments[i].first + segments[i].num - 1 for i in speaking], device=device)
+            chosen = choose(text.logits(hidden[last]), [batch[i][0].sampler for i in speaking])
+            for i, token in zip(speaking, chosen, strict=True):
+                tokens[i] = token
+        return tokens
 
-    def _advance(self, running: RunningTurn, token: int) -> None:
-        """Take one more token: retrieve and pack after the question, show text, finish."""
-        question = running.phase == "question"
-        running.take_rows()
-        if question:
+    def _advance(self, running: RunningTurn, num: int, token: int | None) -> None:
+        """Take one more token: retrieve and pack after the question and whenever it is time again, show text, finish."""
+        phase = running.phase
+        running.take_rows(num)
+        if token is None:
+            return
+        if phase == "question":
             running.timeline.mark("answered")
-            running.retrieve(last=running.is_last(token))
             self.scheduler.answered(running.turn.turn_id)
+        if phase != "decode":
+            running.retrieve()
         running.accept(token)
+        if running.finish_reason is None and running.short and not self._resize(running):
+            self._short.append(running.turn.turn_id)
+        if phase == "question":
+            running.timeline.mark("retrieved")
         if running.finish_reason is not None:
             self._finish(running)
 
@@ -169,33 +215,58 @@ class DecodeEngine:
         self._release(running)
         running.send_rest()
 
-    # ---- admission and endings ---------------------------------------------------------------------------------------------
+    # ---- room --------------------------------------------------------------------------------------------------------------
 
     def _try_admit(self, turn_id: str) -> int | None:
-        """Take the bytes of a waiting turn; its question rows, or None if there is no room now or it failed."""
+        """Take the bytes of a waiting turn; the question rows before it, or None if there is no room now or it failed."""
         running = self.turns[turn_id]
         try:
             running.prepare_question()
-            tail_rows, packed_rows = running.rows_needed()
-            if not self.conversations.fits_ever(tail_rows, packed_rows):
-                size = self.model.spec.bytes_per_token
-                raise TooLarge(
-                    f"the turn needs {(tail_rows + packed_rows) * size} bytes of KV (text tail of {tail_rows} and packed KV of "
-                    f"{packed_rows} tokens); turn_bytes allows {self.conversations.arena.num_slots * size}"
-                )
-            busy = {t.conversation.conversation_id for t in self.turns.values() if t.room is not None}
-            running.room = self.conversations.take(running.conversation, tail_rows, packed_rows, busy)
-        except SparseVilaError as error:
-            self.abort(turn_id, error)
-            return None
+            if running.phase == "waiting":
+                running.retrieval.start(self.brownout)
+                self._check_room(*running.most_room())
+            room = self.conversations.take(running.conversation, *running.room_needed())
+            if room is None:
+                return None
+            running.enter(room)
         except Exception as error:
             self._fail([running], error)
             return None
-        if running.room is None:
-            return None
-        running.timeline.mark("admitted")
-        running.phase = "question"
-        return len(running.input_ids)
+        return len(running.input_ids) if running.phase == "question" else 0
+
+    def _check_room(self, tail_rows: int, packed_rows: int) -> None:
+        """Raises TooLarge if a turn of this size, at its longest, could not run even alone."""
+        if not self.conversations.fits_ever(tail_rows, packed_rows):
+            size = self.model.spec.bytes_per_token
+            raise TooLarge(
+                f"the turn needs {(tail_rows + packed_rows) * size} bytes of KV (text tail of {tail_rows} and packed KV of "
+                f"{packed_rows} tokens); turn_bytes allows {self.conversations.arena.num_slots * size}"
+            )
+
+    def _resize(self, running: RunningTurn) -> bool:
+        """Bring the room of a running turn to what it needs next; False if there is too little now."""
+        if not self.conversations.resize(running.conversation, *running.room_needed()):
+            return False
+        running.settle()
+        return True
+
+    def _make_room(self) -> None:
+        """Where a running turn has outgrown the arena, the last in line makes way, be it that turn itself."""
+        while self._short:
+            running = self.turns.get(self._short.pop(0))
+            try:
+                while running is not None and running.room is not None and not self._resize(running):
+                    self._make_way(self.scheduler.preempt())
+            except Exception as error:
+                self._fail([running], error)
+
+    def _make_way(self, turn_id: str) -> None:
+        """Take the room of a turn that was running: its packed KV is dropped, its text KV may be parked."""
+        running = self.turns[turn_id]
+        self.conversations.give_back(running.conversation)
+        running.leave_room()
+
+    # ---- endings -----------------------------------------------------------------------------------------------------------
 
     def _expire(self, now_s: float) -> None:
         for running in [t for t in self.turns.values() if now_s > t.deadline_at_s]:
@@ -214,7 +285,8 @@ class DecodeEngine:
         """Give back everything that a turn holds, in any phase."""
         del self.turns[running.turn.turn_id]
         self.scheduler.remove(running.turn.turn_id)
+        running.drop_rows()
         if running.room is not None:
-            self.conversations.give_back(running.room.packed)
+            self.conversations.give_back(running.conversation)
         self.conversations.leave(running.conversation)
         self.prefixes.release(running.prefix.key)

@@ -35,15 +35,15 @@ def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -
             cells[group].append((row, col, part))
     return Evidence(
         tuple(
-        FrameEvidence(
-            frame=prefix.frames[g],
-            time_s=prefix.times_s[g],
-            share=sum(part for _, _, part in cells[g]),
-            grid=prefix.grids[g],
-            cells=tuple(cells[g]),
-            kept=tuple(survivors[g]),
-            media=prefix.media[g],
-        )
-        for g in range(len(prefix.grids))
+            FrameEvidence(
+                frame=prefix.frames[g],
+                time_s=prefix.times_s[g],
+                share=sum(part for _, _, part in cells[g]),
+                grid=prefix.grids[g],
+                cells=tuple(cells[g]),
+                kept=tuple(survivors[g]),
+                media=prefix.media[g],
+            )
+            for g in range(len(prefix.grids))
         )
     )

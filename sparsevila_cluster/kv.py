@@ -43,7 +43,7 @@ class KVSpec:
 
 @dataclass(eq=False)
 class Extent:
-    """Slots [start, start + length) of one arena. Freed exactly once, by `Arena.free`."""
+    """Slots [start, start + length) of one arena. Changed by `Arena.resize`, freed exactly once, by `Arena.free`."""
 
     arena: Arena
     start: int
@@ -110,13 +110,32 @@ class Arena:
         assert extent.arena is self and self._used.get(extent.start) is extent, extent
         extent.freed = True
         del self._used[extent.start]
-        i = bisect.bisect(self._free, (extent.start, extent.stop))
-        start, stop = extent.start, extent.stop
+        self._give_back(extent.start, extent.stop)
+
+    def resize(self, extent: Extent, length: int) -> bool:
+        """Change an extent's `length` >= 1 where it lies: shorter always, longer only into free slots right behind it."""
+        assert length >= 1 and not extent.freed, (length, extent)
+        stop = extent.start + length
+        if stop < extent.stop:
+            self._give_back(stop, extent.stop)
+        elif stop > extent.stop:
+            i = bisect.bisect(self._free, (extent.stop, 0))
+            if i == len(self._free) or self._free[i][0] != extent.stop or self._free[i][1] < stop:
+                return False
+            if self._free[i][1] == stop:
+                del self._free[i]
+            else:
+                self._free[i] = (stop, self._free[i][1])
+        extent.length = length
+        return True
+
+    def _give_back(self, start: int, stop: int) -> None:
+        i = bisect.bisect(self._free, (start, stop))
         if i < len(self._free) and self._free[i][0] == stop:
             stop = self._free.pop(i)[1]
         if i > 0 and self._free[i - 1][1] == start:
-            start = self._free.pop(i - 1)[0]
             i -= 1
+            start = self._free.pop(i)[0]
         self._free.insert(i, (start, stop))
 
     def check_integrity(self) -> None:

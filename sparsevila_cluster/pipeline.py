@@ -54,6 +54,10 @@ class Pipeline(Protocol):
 
     async def delete_media(self, media_id: str) -> bool: ...
 
+    async def set_brownout(self, level: float) -> None:
+        """From 0 (every turn attends to what it wishes) to 1 (to `brownout_floor`); see `DecodeEngine.set_brownout`."""
+        ...
+
     async def info(self) -> dict[str, Any]: ...
 
     async def close(self) -> None: ...
@@ -240,6 +244,10 @@ class LocalPipeline:
         """Abort its turns and free its KV. False if it is unknown."""
         return await self._on_decode(lambda engine: engine.close_conversation(conversation_id))
 
+    async def set_brownout(self, level: float) -> None:
+        """Turns that start from now on attend to less; 0 undoes it. Raises BadRequest for a level outside [0, 1]."""
+        await self._on_decode(lambda engine: engine.set_brownout(level))
+
     async def info(self) -> dict[str, Any]:
         """What is resident and running, for people and dashboards."""
 
@@ -255,6 +263,8 @@ class LocalPipeline:
                 "tails_parked": engine.conversations.num_parked,
                 "turns_running": engine.scheduler.num_running,
                 "turns_waiting": engine.scheduler.num_waiting,
+                "turns_preempted": engine.scheduler.num_preempted,
+                "brownout": engine.brownout,
                 "steps": engine.num_steps,
                 "prefills": self.prefill.num_prefills,
             }

@@ -114,9 +114,14 @@ class PrefillEngine:
         preparation.stage("encode")
         inputs = [self.model.family.patchify(media) for media in medias]
         plan = self.plan(inputs)
-        tokens = self.model.family.encode(inputs, report=lambda done, total: preparation.progress("encode", done, total))
+        policies = [self.pruning(preparation.request, media.kind) for media in inputs]
+        tokens = self.model.family.encode(
+            inputs,
+            capture=any(policy.needs_salience for policy in policies),
+            report=lambda done, total: preparation.progress("encode", done, total),
+        )
         preparation.stage("prune")
-        keep = self._keep(preparation.request, inputs, tokens)
+        keep = keep_of_each(policies, inputs, tokens)
         preparation.stage("prefill")
         kept_rows = kept_prompt_rows(plan, keep)
         extent = reserve(len(kept_rows))
@@ -126,15 +131,6 @@ class PrefillEngine:
         preparation.progress("prefill", 1, 1)
         self.num_prefills += 1
         return prefix
-
-    def _keep(self, request: PrepareRequest, inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
-        """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by the policy of its own kind."""
-        kept, start = [], 0
-        for media in inputs:
-            rows = slice(start, start + media.num_tokens)
-            kept.append(start + self.pruning(request, media.kind).keep(tokens.salience[rows], tokens.group[rows]))
-            start = rows.stop
-        return torch.cat(kept)
 
     def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
         """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
@@ -181,9 +177,10 @@ class PrefillEngine:
         token_map = torch.full((len(rows), 3), -1, dtype=torch.int32, device=rows.device)
         seen = keep[scored[keep]]
         token_map[is_visual] = torch.cat([tokens.group[seen, None], tokens.cell[seen]], 1).to(torch.int32)
-        positions, next_pos = plan.positions[:, rows], plan.question_start_pos
+        positions, next_pos, floor = plan.positions[:, rows], plan.question_start_pos, plan.generation_floor
         if self.config.positions == "compact":
-            positions, next_pos = close_gaps(positions, is_visual)
+            # Closed up, text always goes on after the largest position: nothing is left for a floor to jump over.
+            positions, next_pos, floor = *close_gaps(positions, is_visual), 0
         frames = [frame for one in inputs for frame in one.frame_of_group]
         times = [float(media.times_s[f]) for one, media in zip(inputs, medias, strict=True) for f in one.frame_of_group]
         return MediaPrefix(
@@ -194,7 +191,7 @@ class PrefillEngine:
             positions=positions,
             token_map=token_map,
             next_pos=next_pos,
-            generation_floor=plan.generation_floor,
+            generation_floor=floor,
             grids=tuple(grid for one in inputs for grid in one.grids),
             media=tuple(i for i, one in enumerate(inputs) for _ in one.grids),
             frames=tuple(frames),
@@ -204,6 +201,16 @@ class PrefillEngine:
             duration_s=sum(media.duration_s for media in medias),
             num_visual=int(scored.sum()),
         )
+
+
+def keep_of_each(policies: list[PruningPolicy], inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
+    """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by its own policy."""
+    kept, start = [], 0
+    for policy, media in zip(policies, inputs, strict=True):
+        rows = slice(start, start + media.num_tokens)
+        kept.append(start + policy.keep(tokens.salience[rows], tokens.group[rows]))
+        start = rows.stop
+    return torch.cat(kept)
 
 
 def kept_prompt_rows(plan: PromptPlan, keep: Tensor) -> Tensor:

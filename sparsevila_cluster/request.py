@@ -103,7 +103,11 @@ class Timeline:
 
 @dataclass(frozen=True, repr=False)
 class Usage(Shown):
-    """What a turn consumed. Visual token counts: before pruning, after it, and retrieved per layer for this turn."""
+    """What a turn consumed. Visual token counts: before pruning, after it, and retrieved per layer for this turn.
+
+    effective_keep: retrieved / kept, of the last choice; degraded: pressure made it less than the turn wished; num_preemptions: how
+    often the turn gave up its place in the batch and went on later, with the same answer.
+    """
 
     visual_tokens: int
     visual_tokens_kept: int
@@ -112,6 +116,7 @@ class Usage(Shown):
     completion_tokens: int
     effective_keep: float
     degraded: bool = False
+    num_preemptions: int = 0
     ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -181,7 +186,12 @@ class MediaHandle(Shown):
 
 @dataclass(frozen=True)
 class Turn:
-    """One question within a conversation. `retrieve_keep` None = the configured one; `deadline_s` counts from arrival."""
+    """One question within a conversation. None = as configured; `deadline_s` counts from arrival.
+
+    retrieve_keep: fraction of the pruned visual KV that the answer attends to; with a mass, the most that it may be.
+    retrieve_mass: share of the visual attention that this must hold, 1 = no mass. refresh_every: generated tokens between two
+    choices, 0 = chosen once. Evidence is of the choice after the question.
+    """
 
     turn_id: str
     conversation_id: str
@@ -189,6 +199,8 @@ class Turn:
     question: str
     sampling: SamplingParams = SamplingParams()
     retrieve_keep: float | None = None
+    retrieve_mass: float | None = None
+    refresh_every: int | None = None
     want_evidence: bool = False
     deadline_s: float | None = None
 
@@ -197,6 +209,11 @@ class Turn:
             raise BadRequest(f"question must be non-empty text, got {self.question!r}")
         if self.retrieve_keep is not None:
             check_ratio("retrieve_keep", self.retrieve_keep)
+        if self.retrieve_mass is not None:
+            check_ratio("retrieve_mass", self.retrieve_mass)
+        every = self.refresh_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
+            raise BadRequest(f"refresh_every must be an integer >= 0 (0 = never), got {every!r}")
         check_deadline(self.deadline_s)
 
 
@@ -230,7 +247,7 @@ class Answer(Shown):
 
     @property
     def timeline(self) -> dict[str, float]:
-        """Milliseconds by stage: queue, question, retrieve, ttft, step (mean per token), total."""
+        """Milliseconds by stage: queue, question, retrieve, ttft, step (mean per token), total, and preempted if it was."""
         return self.usage.ms
 
     @classmethod

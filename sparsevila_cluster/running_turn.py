@@ -4,7 +4,10 @@ Knows: what this turn needs, attends to and has said so far. Does not know: othe
 
 State of the KV, as half-open row intervals of the conversation's tail:
 
-    [0, length) earlier turns   [length, length + rows) this turn, owned by it until `commit`   the last token has no row yet
+    [0, length) earlier turns   [length, written) this turn, its own until `commit`   the last token has no row yet
+
+A turn that is preempted loses its room. Its rows stay with the conversation, what it retrieved is remembered, and with its next
+room it goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,68 +16,63 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from sparsevila_cluster.attention import Capture, Span
 from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.conversation import Conversation, Room
 from sparsevila_cluster.detokenize import Detokenizer
 from sparsevila_cluster.errors import TooLarge
-from sparsevila_cluster.evidence import build_evidence
 from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.request import FinishReason, Timeline, Turn, TurnEvent, Usage
-from sparsevila_cluster.retrieval import RetrievalPolicy, build_retrieval
 from sparsevila_cluster.sampling import Sampler
 from sparsevila_cluster.step_batch import Segment
+from sparsevila_cluster.turn_retrieval import TurnRetrieval
 
 Sink = Callable[[TurnEvent | Exception], None]
 
-DEFAULT_RETRIEVE_KEEP = {"video": 0.10, "image": 0.25}
+# Rows of the tail beyond those of the next step that a turn asks for: this many, or a quarter of what it has. A tail that cannot
+# grow where it lies is copied, so that small steps cost copies and large ones cost room that others could use.
+GROWTH_ROWS = 32
 
 
 class RunningTurn:
     def __init__(
         self, turn: Turn, conversation: Conversation, prefix: MediaPrefix, model: Model, config: EngineConfig, sink: Sink
     ):
+        """Raises BadRequest if the turn asks for what the configured retrieval cannot do."""
         self.turn, self.conversation, self.prefix, self.sink = turn, conversation, prefix, sink
-        self._model, self._config = model, config
+        self._model = model
         self.timeline = Timeline()
         self.timeline.mark("arrived")
         self.deadline_s = config.turn_timeout_s if turn.deadline_s is None else turn.deadline_s
         self.deadline_at_s = time.perf_counter() + self.deadline_s
-        self.phase: Literal["waiting", "question", "decode"] = "waiting"
-        self.policy = self._build_policy()
+        # What its next rows are. "refresh": one decode row that attends to the whole prefix and chooses anew.
+        self.phase: Literal["waiting", "question", "decode", "refresh"] = "waiting"
+        self.retrieval = TurnRetrieval(turn, prefix, config.sparsity)
         self.sampler = Sampler(turn.sampling)
         self.room: Room | None = None
         self.input_ids: list[int] = []
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.num_preemptions = 0
         self._text = Detokenizer(model.chat.decode, turn.sampling.stop)
         self._rows = 0
         self._prompt_rows = 0
         self._words = (0, 0)
         self._prepared_at: int | None = None
         self._capture: Capture | None = None
+        self._packed = False
         self._body: list[Span] = []
         self._tail: list[Span] = []
+        self._preempted_ms = 0.0
+        self._preempted_at_s = 0.0
 
-    def _build_policy(self) -> RetrievalPolicy:
-        sparsity = self._config.sparsity
-        keep = next(
-            k
-            for k in (self.turn.retrieve_keep, sparsity.retrieve_keep, DEFAULT_RETRIEVE_KEEP[self.prefix.kind])
-            if k is not None
-        )
-        return build_retrieval(sparsity.retrieve, keep, sparsity.seed)
-
-    # ---- before the first step ---------------------------------------------------------------------------------------------
+    # ---- room --------------------------------------------------------------------------------------------------------------
 
     def prepare_question(self) -> None:
         """Tokenise the question on the conversation as it is now. Raises TooLarge if the answer cannot fit the model."""
         conversation = self.conversation
-        if self._prepared_at == conversation.num_turns:
+        if self.phase != "waiting" or self._prepared_at == conversation.num_turns:
             return  # a turn that waits for room is asked again before every step
         ids, start, stop = self._model.chat.question_ids(self.turn.question, conversation.num_turns == 0, conversation.pending)
         self.input_ids, self._words = ids, (start, stop)
@@ -87,12 +85,49 @@ class RunningTurn:
             )
         self._prepared_at = conversation.num_turns
 
-    def rows_needed(self) -> tuple[int, int]:
-        """(rows of the tail at its longest, rows of packed KV). The last token of an answer needs no row."""
-        tail = self.conversation.length + len(self.input_ids) + self.turn.sampling.max_tokens - 1
-        kept = self.prefix.num_kept
-        budget = self.policy.budget(kept)
-        return tail, 0 if budget == kept else budget + len(self.prefix.other_index)
+    def most_room(self) -> tuple[int, int]:
+        """(rows of the tail at its longest, most rows of packed KV). The last token of an answer needs no row."""
+        tail = self.conversation.length + self._prompt_rows + self.turn.sampling.max_tokens - 1
+        return tail, self.retrieval.most_rows
+
+    def room_needed(self) -> tuple[int, int]:
+        """(rows of the tail, rows of packed KV) to go on for a while: the rest of the question and a few tokens more."""
+        packed_rows = self.retrieval.rows if self.tokens else self.retrieval.most_rows
+        written = self.conversation.written
+        rows = written + len(self.input_ids)
+        if self.room is not None and rows <= self.room.tail.length:
+            return self.room.tail.length, packed_rows
+        return min(rows + max(GROWTH_ROWS, written // 4), self.most_room()[0]), packed_rows
+
+    @property
+    def short(self) -> bool:
+        """Whether the room lacks rows for `input_ids`, or is not that of what was retrieved."""
+        return self.conversation.written + len(self.input_ids) > self.room.tail.length or (bool(self.tokens) and not self._packed)
+
+    def enter(self, room: Room) -> None:
+        """Start, or go on after a preemption."""
+        self.room = room
+        if self.phase == "waiting":
+            self.phase = "question"
+            self.timeline.mark("admitted")
+        else:
+            self.timeline.mark("resumed")
+            self._preempted_ms += (time.perf_counter() - self._preempted_at_s) * 1e3
+        self.settle()
+
+    def settle(self) -> None:
+        """The room is new or another one than before: look at where it lies now, pack what has to be packed."""
+        self._tail = self.room.tail.spans()
+        if not self._packed:
+            self._body = self.retrieval.pack(self.room.packed) if self.tokens else self.retrieval.whole()
+            self._packed = bool(self.tokens)
+
+    def leave_room(self) -> None:
+        """The room is gone: the rows that are written stay with the conversation."""
+        self.room, self._packed, self._body, self._tail = None, False, [], []
+        self.num_preemptions += 1
+        self.timeline.mark("preempted")
+        self._preempted_at_s = time.perf_counter()
 
     # ---- one step ----------------------------------------------------------------------------------------------------------
 
@@ -102,55 +137,45 @@ class RunningTurn:
         position = self.conversation.next_pos + self._rows
         return max(position, self.prefix.generation_floor + len(self.tokens) - 1) if self.tokens else position
 
-    def segment(self, first: int) -> Segment:
-        """This turn's rows of the next step, which begin at row `first` of it."""
-        if self.phase == "question":
-            self._body, self._tail = self.prefix.extent.spans(), self.room.tail.spans()
-            if self.policy.needs_scores or self.turn.want_evidence:
+    def segment(self, first: int, num: int) -> Segment:
+        """The first `num` of this turn's next rows, which begin at row `first` of the step."""
+        body, packed = self._body, self.room.packed
+        if self.phase != "decode":
+            body, packed = self.retrieval.whole(), None
+            if self._capture is None:
                 self._capture = self._new_capture()
-        past = self.conversation.length + self._rows
         return Segment(
             first=first,
-            num=len(self.input_ids),
-            body=self._body,
-            packed=self.room.packed if self.phase == "decode" else None,
+            num=num,
+            body=body,
+            packed=packed,
             tail=self._tail,
             tail_start=self.room.tail.start,
-            past=past,
-            capture=self._capture if self.phase == "question" else None,
+            past=self.conversation.written,
+            capture=self._capture,
             phase=self.phase,
         )
 
-    def _new_capture(self) -> Capture:
-        num = len(self.input_ids)
-        rows = {"all": (0, num), "question": self._words, "last": (num - 1, num)}[self._config.sparsity.retrieve_rows]
-        return Capture(self.prefix.visual_index, *rows, self._config.sparsity.normalise)
+    def _new_capture(self) -> Capture | None:
+        if self.phase == "refresh":
+            return self.retrieval.capture_row()
+        return self.retrieval.capture_question(self._prompt_rows, self._words)
 
-    def take_rows(self) -> None:
-        """The step ran: the rows of `input_ids` have KV now."""
-        self._rows += len(self.input_ids)
+    def take_rows(self, num: int) -> None:
+        """The step ran: the first `num` of `input_ids` have KV now."""
+        self._rows += num
+        self.conversation.written += num
+        if num < len(self.input_ids):
+            del self.input_ids[:num]
+            if self._capture is not None:
+                self._capture.num_done += num
 
-    def retrieve(self, last: bool) -> None:
-        """Choose this turn's visual KV; unless the answer is complete already, pack it for the decode rows."""
-        prefix = self.prefix
-        if self._capture is not None:
-            scores = torch.stack(self._capture.scores)
-        else:
-            scores = torch.zeros(prefix.spec.num_layers, prefix.num_kept, device=prefix.visual_index.device)
-        chosen = self.policy.select(scores)
-        if chosen is not None and self.room.packed is not None and not last:
-            self._pack(prefix.visual_index[chosen])
-        self.timeline.mark("retrieved")
-        if self.turn.want_evidence:
-            self.sink(TurnEvent("evidence", self.turn.turn_id, evidence=build_evidence(prefix, scores, chosen)))
-
-    def _pack(self, rows: Tensor) -> None:
-        """Copy prefix rows i64 [L, k], and all rows that are not visual, into contiguous memory."""
-        others = self.prefix.other_index.expand(len(rows), -1)
-        for layer, index in enumerate(torch.cat([rows, others], 1).sort(1).values):
-            for source, target in zip(self.prefix.extent.rows(layer), self.room.packed.rows(layer), strict=True):
-                torch.index_select(source, 0, index, out=target)
-        self._body = self.room.packed.spans()
+    def retrieve(self) -> None:
+        """Choose this turn's visual KV from what its last rows looked at. Evidence is of the question's choice."""
+        scores = self.retrieval.choose(self._capture)
+        self._capture, self._packed = None, False
+        if self.phase == "question" and self.turn.want_evidence:
+            self.sink(TurnEvent("evidence", self.turn.turn_id, evidence=self.retrieval.evidence(scores)))
 
     # ---- tokens ------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +189,7 @@ class RunningTurn:
         index = len(self.tokens)
         self.tokens.append(token)
         self.input_ids = [token]
-        self.phase = "decode"
+        self.phase = "refresh" if self.retrieval.refreshes_at(index + 1) else "decode"
         text = "" if ends else self._text.add(token)
         if ends or self._text.stopped:
             self.finish_reason = FinishReason.STOP
@@ -176,9 +201,14 @@ class RunningTurn:
         """The answer is complete: its rows become part of the conversation."""
         conversation = self.conversation
         conversation.next_pos = self.input_pos
-        conversation.length += self._rows
+        conversation.length = conversation.written
         conversation.pending = self.tokens[-1]
         conversation.num_turns += 1
+
+    def drop_rows(self) -> None:
+        """Unless the answer was committed, the conversation is as it was before this turn."""
+        if self.phase != "waiting":
+            self.conversation.written = self.conversation.length
 
     def send_rest(self) -> None:
         """The last event, with the text that was held back."""
@@ -191,8 +221,7 @@ class RunningTurn:
         )
 
     def _usage(self) -> Usage:
-        kept = self.prefix.num_kept
-        retrieved = self.policy.budget(kept)
+        kept, retrieved = self.prefix.num_kept, self.retrieval.num_retrieved
         line = self.timeline
         spans = {
             "queue": line.ms("arrived", "admitted"),
@@ -200,6 +229,7 @@ class RunningTurn:
             "retrieve": line.ms("answered", "retrieved"),
             "ttft": line.ms("arrived", "answered"),
             "total": line.ms("arrived", "done"),
+            "preempted": self._preempted_ms if self.num_preemptions else None,
         }
         steps = line.ms("retrieved", "done")
         if steps is not None and len(self.tokens) > 1:
@@ -211,5 +241,7 @@ class RunningTurn:
             prompt_tokens=self.prefix.length + self.conversation.length - self._rows + self._prompt_rows,
             completion_tokens=len(self.tokens),
             effective_keep=retrieved / kept if kept else 1.0,
+            degraded=self.retrieval.degraded,
+            num_preemptions=self.num_preemptions,
             ms={name: round(ms, 3) for name, ms in spans.items() if ms is not None},
         )

@@ -2,8 +2,8 @@
 
 Knows: which rows of a flattened step belong to whom and where their keys lie. Does not know: models, policies, scheduling.
 
-    flattened step:  [ decode row | decode row | question rows ........ | question rows ... ]
-                       turn a       turn b       turn c                   turn d
+    flattened step:  [ decode row | decode row | refresh row | question rows ........ | question rows ... ]
+                       turn a       turn b       turn c        turn d                   turn e
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Segment:
 
     body: per-layer spans of what the rows attend to besides the tail; packed: its extent if it lies in the arena of turns. tail:
     per-layer spans of the whole extent of the tail, of which the first `past` rows hold KV before this step; tail_start: arena
-    slot of its first row. capture: see `attend_question`; None for decode rows.
+    slot of its first row. capture: see `attend_question`; None for decode rows. phase: "decode" for one row, usually over packed
+    KV; whatever else attends row by row, "question" or "refresh", comes after all of those.
     """
 
     first: int
@@ -96,7 +97,7 @@ class TurnBatch:
             out[: self._num_decode] = self._attend_decode(layer, q[: self._num_decode], scale)
         for s in self._questions:
             rows = slice(s.first, s.first + s.num)
-            out[rows] = attend_question(q[rows], s.body[layer], s.tail_span(layer), scale, s.capture)
+            out[rows] = attend_question(q[rows], s.body[layer], s.tail_span(layer), scale, s.capture, layer)
         return out
 
     def _attend_decode(self, layer: int, q: Tensor, scale: float) -> Tensor:

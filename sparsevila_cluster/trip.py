@@ -87,13 +87,12 @@ def ask_document(config: EngineConfig, media: MediaHandle, turns: Sequence[tuple
 def resolved_sparsity(config: EngineConfig, kind: str) -> dict[str, Any]:
     """The sparsity that media of this kind get, with every default filled in. Ratios are the fraction kept."""
     from sparsevila_cluster.prefill_engine import DEFAULT_PRUNE_KEEP, DEFAULT_SCOPE
-    from sparsevila_cluster.running_turn import DEFAULT_RETRIEVE_KEEP
+    from sparsevila_cluster.retrieval import default_keep
 
     fields = config.sparsity.model_dump()
     if fields["prune_keep"] is None:
         fields["prune_keep"] = DEFAULT_PRUNE_KEEP[kind]
-    if fields["retrieve_keep"] is None:
-        fields["retrieve_keep"] = DEFAULT_RETRIEVE_KEEP[kind]
+    fields["retrieve_keep"] = default_keep(config.sparsity, kind, fields["retrieve_mass"])
     if fields["prune_scope"] == "auto":
         fields["prune_scope"] = DEFAULT_SCOPE[kind]
     if fields["prune"] == "keep_all":

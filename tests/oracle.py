@@ -18,8 +18,10 @@ from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import Model
+from sparsevila_cluster.models.prompt import join_places
 from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn, TurnEvent, kept_count
+from tests.families import FAMILIES
 
 
 def random_media(kind: str, frames: int, height: int, width: int, seed: int) -> Media:
@@ -93,23 +95,13 @@ class Bench:
         return Spoken(ids, [t for e in events for t in e.token_ids], recorded)
 
 
-def stock_inputs(model: Model, inputs) -> dict[str, torch.Tensor]:
-    """Pixels and grids as the stock model takes them."""
-    merge = model.config.vision_config.spatial_merge_size
-    out = {}
-    for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
-        of_kind = [i for i in inputs if i.kind == kind]
-        if of_kind:
-            out[pixels] = torch.cat([model.family.pixel_values(i) for i in of_kind])
-            out[grid] = torch.tensor([[g, r * merge, c * merge] for g, r, c in (i.grid for i in of_kind)])
-    return out
-
-
-def kept_of(prefix) -> torch.Tensor:
-    """Ordinals of the kept visual tokens in the unpruned prompt, from the evidence map of a single-media prefix."""
-    group, row, col = prefix.token_map[prefix.visual_index].long().unbind(1)
-    rows, cols = prefix.grids[0]
-    return (group * rows + row) * cols + col
+def kept_of(prefix, inputs) -> torch.Tensor:
+    """Ordinals i64 [K] of the kept visual tokens in the unpruned prompt: by the evidence map, and all structural ones."""
+    group, cell = join_places(inputs, torch.device("cpu"))
+    structural = cell[:, 0] < 0
+    ordinal = {(g, *place): i for i, (g, place) in enumerate(zip(group.tolist(), cell.tolist(), strict=True))}
+    found = [ordinal[tuple(place)] for place in prefix.token_map[prefix.visual_index].tolist()]
+    return torch.cat([torch.tensor(found, dtype=torch.int64), structural.nonzero()[:, 0]]).sort().values
 
 
 class Judge:
@@ -118,9 +110,14 @@ class Judge:
     def __init__(self, stock, model: Model, inputs, plan, keep: torch.Tensor, retrieve_keep: float = 1.0):
         stock.set_attn_implementation("eager")
         self.stock, self.plan, self.keep, self.retrieve_keep = stock, plan, keep, retrieve_keep
-        self.stock_inputs = stock_inputs(model, inputs)
+        family = FAMILIES[model.family.name]
+        with torch.no_grad():
+            self.features, self.levels = family.stock_features(stock, family.stock_inputs(model, inputs))
         self.visual = plan.visual_mask.nonzero()[:, 0]
-        self.kept_columns = self.visual[keep]
+        scored = join_places(inputs, torch.device("cpu"))[1][:, 0] >= 0
+        # Structural tokens are never pruned and never left out by a retrieval.
+        self.scored = self.visual[scored]
+        self.kept_columns = self.visual[keep[scored[keep]]]
 
     def logits(self, turns: list[Spoken]) -> list[torch.Tensor]:
         """Per turn f32 [number of tokens, V]: what the stock model predicts for each sampled token."""
@@ -160,9 +157,9 @@ class Judge:
 
     def _forward(self, ids, spans, chosen, attentions=False):
         num, prefix = len(ids), len(self.plan.ids)
-        positions = torch.cat(
-            [self.plan.positions, (self.plan.question_start_pos + torch.arange(num - prefix)).expand(3, -1)], dim=1
-        )
+        num_rows = len(self.plan.positions)
+        after = (self.plan.question_start_pos + torch.arange(num - prefix)).expand(num_rows, -1)
+        positions = torch.cat([self.plan.positions, after], dim=1)
         visible = torch.ones(num, num, dtype=torch.bool).tril()
         pruned = torch.ones(len(self.visual), dtype=torch.bool)
         pruned[self.keep] = False
@@ -172,35 +169,37 @@ class Judge:
             start = spans[t][1]
             stop = spans[t + 1][0] if t + 1 < len(spans) else num
             for layer, mask in enumerate(layers):
-                hidden = self.visual[~allowed[layer][self.visual]]
+                hidden = self.scored[~allowed[layer][self.scored]]
                 mask[start:stop, hidden] = False
         diagonal = torch.eye(num, dtype=torch.bool)  # rows of pruned tokens see themselves, so that their softmax is defined
         additive = [torch.zeros(num, num).masked_fill(~(mask | diagonal), float("-inf"))[None, None] for mask in layers]
+        core = self.stock.model.language_model
         hooks = [
             layer.self_attn.register_forward_pre_hook(_use_mask(additive[i]), with_kwargs=True)
-            for i, layer in enumerate(self.stock.model.language_model.layers)
+            for i, layer in enumerate(core.layers)
         ]
+        extra = {}
+        if self.levels:
+            at = torch.zeros(1, num, dtype=torch.bool)
+            at[0, self.visual] = True
+            extra = {"visual_pos_masks": at, "deepstack_visual_embeds": list(self.levels)}
         try:
             with torch.no_grad():
-                return self.stock(
-                    inputs_embeds=self._embed(ids), position_ids=positions[:, None], attention_mask=additive[0], use_cache=False,
-                    output_attentions=attentions,
+                out = core(
+                    inputs_embeds=self._embed(ids), position_ids=positions[:, None] if num_rows == 3 else positions,
+                    attention_mask=additive[0], use_cache=False, output_attentions=attentions, **extra,
                 )  # fmt: skip
+                out.logits = self.stock.lm_head(out.last_hidden_state)
+                return out
         finally:
             for hook in hooks:
                 hook.remove()
 
-
     def _embed(self, ids) -> torch.Tensor:
         """[1, T, D]. Not by input_ids: a random model may say a placeholder, which stock code would take for more media."""
-        core, given = self.stock.model, self.stock_inputs
-        embeds = core.get_input_embeddings()(ids)
-        features = []
-        if "pixel_values" in given:
-            features += core.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output
-        if "pixel_values_videos" in given:
-            features += core.get_video_features(given["pixel_values_videos"], given["video_grid_thw"]).pooler_output
-        embeds[self.visual] = torch.cat(list(features))
+        with torch.no_grad():
+            embeds = self.stock.model.get_input_embeddings()(ids)
+            embeds[self.visual] = self.features
         return embeds[None]
 
 

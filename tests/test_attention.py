@@ -66,7 +66,27 @@ def test_question_rows_and_their_scores(monkeypatch, num_rows, body, past, heads
         if normalise == "visual":
             share = share / share.sum(-1, keepdim=True)
         expected = share[:, rows[0] : rows[1]].mean((0, 1))
-        torch.testing.assert_close(capture.scores[0].double(), expected, atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(capture.scores()[0].double(), expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalise", ["full_row", "visual"])
+@pytest.mark.parametrize("cuts", [(4,), (1, 2, 3), (9, 16)])
+def test_rows_in_several_steps_are_as_in_one(cuts, normalise):
+    num_rows, body, past = 17, 61, 5
+    q, k, v = random_case(num_rows, body, past, 6, 2, 24, seed=7)
+    visual = torch.arange(2, body, 3)
+    for rows in {(0, num_rows), (num_rows - 1, num_rows), (3, 10)}:
+        whole, parts = Capture(visual, *rows, normalise), Capture(visual, *rows, normalise)
+        want = [attend_question(q, *spans(k, v, body), 0.3, whole, layer) for layer in range(2)]
+        got = []
+        for start, stop in zip((0, *cuts), (*cuts, num_rows), strict=True):
+            seen = body + past + stop
+            for layer in range(2):
+                got.append(attend_question(q[start:stop], *spans(k[:seen], v[:seen], body), 0.3, parts, layer))
+            parts.num_done += stop - start
+        torch.testing.assert_close(torch.cat(got[::2]), want[0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(parts.scores(), whole.scores(), atol=1e-7, rtol=1e-5)
+        assert parts.scores().shape == (2, len(visual))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])

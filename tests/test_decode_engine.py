@@ -71,13 +71,13 @@ def test_ragged_batch_equals_one_by_one(model, sparsity):
 def test_question_and_decode_rows_share_a_step(model):
     b = bench(model)
     prepare(b, 1)
-    phases = []
+    shares = []
     b.submit("m0", "a", "first?", 6)
     b.decode.step()
     b.submit("m0", "b", "second?", 2)
-    b.decode.scheduler.step, plain = lambda: phases.append(plain()) or phases[-1], b.decode.scheduler.step
+    b.decode.scheduler.step, plain = lambda: shares.append(plain()) or shares[-1], b.decode.scheduler.step
     b.decode.step()
-    assert [phase for _, phase in phases[0]] == ["decode", "question"]
+    assert [turn for turn, _ in shares[0]] == ["a/first?", "b/second?"] and shares[0][0][1] == 1 < shares[0][1][1]
 
 
 def test_an_aborted_turn_leaves_no_trace(model):

@@ -25,7 +25,15 @@ def test_arena_against_a_map_of_slots():
     rng = random.Random(0)
     arena, live, owner = Arena(SPEC, 257), [], [None] * 257
     for _ in range(3000):
-        if live and rng.random() < 0.5:
+        if live and rng.random() < 0.3:
+            extent = rng.choice(live)
+            length, before = rng.randint(1, 60), extent.length
+            behind = owner[extent.stop : extent.start + length]
+            able = extent.start + length <= 257 and all(o is None for o in behind)
+            assert arena.resize(extent, length) == able and extent.length == (length if able else before)
+            owner[extent.start : extent.start + before] = [None] * before
+            owner[extent.start : extent.stop] = [extent] * extent.length
+        elif live and rng.random() < 0.5:
             extent = live.pop(rng.randrange(len(live)))
             arena.free(extent)
             arena.free(extent)  # a second release does nothing
@@ -100,20 +108,33 @@ def content(conversation):
     return {float(x) for k, v in rows for x in torch.cat([k[: conversation.length], v[: conversation.length]]).flatten()}
 
 
+def enter(store, name):
+    conversation = store.open(name, "m", 5)
+    store.enter(conversation)
+    return conversation
+
+
+def write(conversation, rows, value):
+    conversation.written = conversation.length = rows
+    fill(conversation, value)
+
+
 def test_tails_park_and_come_back_unchanged():
     store = ConversationStore(Arena(SPEC, 128), max_conversations=10)
-    a, b = store.open("a", "m", 5), store.open("b", "m", 5)
+    a, b = enter(store, "a"), enter(store, "b")
     for value, c in ((1.0, a), (2.0, b)):
-        assert store.take(c, 40, 0, set()) is not None
-        c.length = 37
-        fill(c, value)
-    room = store.take(b, 40, 60, {"b"})  # needs the room of a's idle tail
+        assert store.take(c, 40, 0) is not None
+        write(c, 37, value)
+        store.give_back(c)
+    room = store.take(b, 40, 60)  # needs the room of a's idle tail
     assert room is not None and a.extent is None and content(a) == {1.0} and content(b) == {2.0}
     store.check_integrity()
-    assert store.take(a, 64, 0, {"b"}) is None, "b runs: its tail and packed KV stay"
-    store.give_back(room.packed)
-    store.give_back(room.packed)
-    assert store.take(a, 64, 0, set()).tail.length >= 64 and content(a) == {1.0}
+    assert store.take(a, 64, 0) is None, "b runs: its tail and packed KV stay"
+    store.give_back(b)
+    store.give_back(b)
+    assert store.take(a, 64, 0).tail.length >= 64 and content(a) == {1.0}
+    store.give_back(a)
+    store.leave(a), store.leave(b)
     assert store.close("a") and store.close("b") and not store.close("b")
     assert store.arena.used_bytes == 0
     store.check_integrity()
@@ -124,14 +145,56 @@ def test_a_turn_that_fits_alone_is_always_placed():
     rng = random.Random(3)
     for _ in range(200):
         store = ConversationStore(Arena(SPEC, 256), max_conversations=100)
-        tails = [store.open(str(i), "m", 0) for i in range(4)]
+        tails = [enter(store, str(i)) for i in range(4)]
         for c in tails:
-            store.take(c, rng.randint(1, 90), 0, set())
-            c.length = 1
+            store.take(c, rng.randint(1, 90), 0)
+            write(c, 1, 0.0)
+            store.give_back(c)
         tail_rows, packed_rows = rng.randint(1, 160), rng.randint(0, 90)
         if store.fits_ever(tail_rows, packed_rows):
-            assert store.take(rng.choice(tails), tail_rows, packed_rows, set()) is not None
+            assert store.take(rng.choice(tails), tail_rows, packed_rows) is not None
         store.check_integrity()
+
+
+def test_the_room_of_a_running_turn_grows_in_place_elsewhere_or_through_the_outside():
+    store = ConversationStore(Arena(SPEC, 256), max_conversations=10)
+    a, b = enter(store, "a"), enter(store, "b")
+    first = store.take(a, 32, 10)
+    assert (first.packed.start, first.tail.start) == (0, 10)
+    a.written = 30  # rows of a turn under way, none of them committed
+    for rows in zip(*(first.tail.rows(layer) for layer in range(SPEC.num_layers)), strict=True):
+        for part in rows:
+            part[:30] = 7.0
+    assert store.resize(a, 50, 10) and first.tail.start == 10 and first.tail.length == 64, "free slots lie behind it"
+    second = store.take(b, 32, 0)
+    assert second.tail.start == 74
+    assert store.resize(a, 65, 10) and first.tail.start == 106, "b's tail lies behind it: it moves"
+    assert not store.resize(a, 130, 4), "too little room: the tail stays, packed KV may shrink all the same"
+    assert first.packed.length == 4 and (first.tail.start, first.tail.length) == (106, 96) and first.tail is a.extent
+    store.check_integrity()
+    a.length = 30
+    assert content(a) == {7.0}
+    assert store.resize(a, 40, 0) and first.packed is None
+    store.check_integrity()
+
+
+def test_a_tail_uses_the_slots_it_lies_on_to_grow():
+    store = ConversationStore(Arena(SPEC, 160), max_conversations=10)
+    a, b = enter(store, "a"), enter(store, "b")
+    store.take(b, 32, 0)
+    room = store.take(a, 64, 0)
+    blocker = store.arena.alloc(32)
+    assert (room.tail.start, room.tail.length, blocker.start) == (32, 64, 96)
+    store.give_back(b)
+    store.leave(b)
+    store.close("b")
+    a.written = a.length = 50
+    fill(a, 3.0)
+    assert store.resize(a, 96, 0), "32 free slots before it and 32 behind the blocker: together with its own they are enough"
+    assert (room.tail.start, room.tail.length) == (0, 96) and content(a) == {3.0}
+    assert not store.resize(a, 97, 0) and room.tail.length == 96 and content(a) == {3.0}
+    store.arena.free(blocker)
+    store.check_integrity()
 
 
 def test_idle_conversations_close_when_there_are_too_many():

@@ -7,7 +7,6 @@ logits depend on every position and a wrong one shows.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,19 +51,19 @@ def make_qwen2_5_vl(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    vocab_size = _write_tokenizer(directory, layout)
+    vocab_size = write_tokenizer(directory, layout)
     config = _config(layers, hidden, vocab_size, tie, dtype)
-    _write_json(directory / "config.json", _flat(config) if layout == "hub" else config)
+    write_json(directory / "config.json", _flat(config) if layout == "hub" else config)
     eos = [SPECIAL.index("<|im_end|>"), SPECIAL.index("<|endoftext|>")]
     first = vocab_size - len(SPECIAL)
-    _write_json(directory / "generation_config.json", {"eos_token_id": [first + i for i in eos], "do_sample": False})
+    write_json(directory / "generation_config.json", {"eos_token_id": [first + i for i in eos], "do_sample": False})
     _write_processor(directory, layout)
     weights = _random_weights(config, seed, dtype)
     if tie:
         del weights["lm_head.weight"]
     if layout == "hub":
         weights = {_hub_name(name): tensor for name, tensor in weights.items()}
-    _write_weights(directory, weights, shards)
+    write_weights(directory, weights, shards)
     return directory
 
 
@@ -75,29 +74,6 @@ def hf_model(directory: str | Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(
         str(directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
-
-
-def hf_inputs(model: Any, ids: Sequence[int] | Tensor, inputs: Sequence[Any]) -> dict[str, Any]:
-    """Stock inputs for one conversation.
-
-    model: a loaded `Model` (for its family and config); ids: the whole prompt with placeholders expanded, [T]; inputs: its
-    `VisualInputs` in order.
-    """
-    ids = torch.as_tensor(ids, dtype=torch.int64)
-    config, merge = model.config, model.config.vision_config.spatial_merge_size
-    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-    found: dict[str, Any] = {"input_ids": ids[None], "mm_token_type_ids": kinds[None], "attention_mask": torch.ones_like(ids)[None]}
-    for kind, pixels, grids in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        some = [media for media in inputs if media.kind == kind]
-        if some:
-            found[pixels] = torch.cat([model.family.pixel_values(media) for media in some])
-            found[grids] = torch.tensor([(m.grid[0], m.grid[1] * merge, m.grid[2] * merge) for m in some])
-    if any(media.kind == "video" for media in inputs):
-        found["second_per_grid_ts"] = [media.seconds_per_group for media in inputs if media.kind == "video"]
-    return found
 
 
 def media(kind: Literal["video", "image"] = "video", frames: int = 6, height: int = 84, width: int = 112, seed: int = 0, fps=2.0):
@@ -155,12 +131,11 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _random_weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
+def random_weights(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict of a randomly initialised, sharpened transformers model; the global generator stays as it was."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config)).float()
+    model = model_class(config).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
@@ -171,11 +146,17 @@ def _random_weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> di
     return {name: tensor.detach().to(dtype).clone() for name, tensor in model.state_dict().items()}
 
 
+def _random_weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    return random_weights(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig.from_dict(config), seed, dtype)
+
+
 def _hub_name(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def _write_weights(directory: Path, weights: dict[str, Tensor], shards: int) -> None:
+def write_weights(directory: Path, weights: dict[str, Tensor], shards: int) -> None:
     from safetensors.torch import save_file
 
     if shards == 1:
@@ -188,7 +169,7 @@ def _write_weights(directory: Path, weights: dict[str, Tensor], shards: int) -> 
         part = names[i::shards]
         save_file({name: weights[name] for name in part}, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, file))
-    _write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def _write_processor(directory: Path, layout: str) -> None:
@@ -200,7 +181,7 @@ def _write_processor(directory: Path, layout: str) -> None:
     low, high = 56 * 56, 28 * 28 * 64
     if layout == "hub":
         data = {**common, "min_pixels": low, "max_pixels": high, "image_processor_type": "Qwen2VLImageProcessor"}
-        _write_json(directory / "preprocessor_config.json", {**data, "processor_class": "Qwen2_5_VLProcessor"})
+        write_json(directory / "preprocessor_config.json", {**data, "processor_class": "Qwen2_5_VLProcessor"})
         return
     size = {"shortest_edge": low, "longest_edge": high}
     nested = {
@@ -208,10 +189,10 @@ def _write_processor(directory: Path, layout: str) -> None:
         "video_processor": {**common, "size": size, "video_processor_type": "Qwen2VLVideoProcessor"},
         "processor_class": "Qwen2_5_VLProcessor",
     }
-    _write_json(directory / "processor_config.json", nested)
+    write_json(directory / "processor_config.json", nested)
 
 
-def _write_tokenizer(directory: Path, layout: str) -> int:
+def write_tokenizer(directory: Path, layout: str) -> int:
     """A byte-level BPE with the Qwen split; returns the vocabulary size, control tokens last."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -233,9 +214,9 @@ def _write_tokenizer(directory: Path, layout: str) -> int:
         config["chat_template"] = TEMPLATE
     else:
         (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    _write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_config.json", config)
     return tokenizer.get_vocab_size()
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1), encoding="utf-8")

@@ -44,6 +44,7 @@ class TemplateChat:
         self._slots = dict(slots)
         self._slot_text = {kind: self._spelled(slot.pieces) for kind, slot in slots.items()}
         self.vocab_size = len(self._tokenizer)
+        self.max_id = max(self._core.get_vocab(with_added_tokens=True).values(), default=0)
         self.eos_ids = self._find_eos(files, default_eos)
         self._anchor = next(iter(self._control))
         self._opening_ids = self._core.encode("", add_special_tokens=True).ids

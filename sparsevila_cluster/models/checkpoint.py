@@ -22,15 +22,18 @@ from sparsevila_cluster.errors import BadCheckpoint
 # Keys of config.json that may differ between two copies of the same model.
 _VOLATILE = frozenset({"transformers_version", "_name_or_path", "_commit_hash", "architectures", "use_cache"})
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+# What a clone without Git LFS leaves in place of large files.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its raw header, and the shape of each tensor in it."""
+    """One safetensors file: its raw header, and of each tensor in it the shape and the dtype as the file names it."""
 
     path: Path
     header: bytes
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,13 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises BadCheckpoint if it cannot be read, is no JSON, or is no object."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except OSError as error:
         raise BadCheckpoint(f"{path.name}: cannot be read: {error.strerror or error}") from error
+    if raw.startswith(_LFS_POINTER):
+        raise BadCheckpoint(f"{path.name}: a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+    try:
+        data = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path.name}: not valid JSON: {error}") from error
     if not isinstance(data, dict):
@@ -159,16 +166,20 @@ def _open_shards(directory: Path) -> tuple[dict[str, str], dict[str, Shard]]:
 def _open_shard(path: Path) -> Shard:
     size = path.stat().st_size
     with path.open("rb") as file:
-        num = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == _LFS_POINTER[:8]:
+            raise BadCheckpoint(f"{path.name}: a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+        num = int.from_bytes(start, "little")
         if size < 8 or num > size - 8:
             raise BadCheckpoint(f"{path.name}: truncated: {size} bytes do not hold the safetensors header")
         header = file.read(num)
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise BadCheckpoint(f"{path.name}: not a safetensors file: broken header") from error
     if end != size - 8 - num:
         raise BadCheckpoint(f"{path.name}: truncated: holds {size - 8 - num} tensor bytes, its header promises {end}")
-    return Shard(path, header, shapes)
+    return Shard(path, header, shapes, dtypes)

@@ -1,9 +1,9 @@
-"""Load the wanted parts of a checkpoint: a skeleton without memory, filled with only the tensors that a worker needs.
+"""Load the wanted parts of a checkpoint.
 
-Knows: which families exist, how names on disk become names of modules, devices and dtypes. Does not know: architectures (their
-file says), preprocessing, engines.
+Knows: which families exist, what a config must not ask for, devices and dtypes. Does not know: architectures (their file says), how
+tensors find their modules (`weights`), preprocessing, engines.
 
-    config.json -> skeleton on the meta device -> tensors of the wanted parts -> family + text backend -> Model
+    config.json -> family, rules, chat format -> tensors of the wanted parts -> family + text backend -> Model
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsevila_cluster.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.kv import KVSpec
-from sparsevila_cluster.models import hf, lean, vision_attention
+from sparsevila_cluster.models import hf, lean
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model, Part
 from sparsevila_cluster.models.chat import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint, canonical_json, one_line
+from sparsevila_cluster.models.weights import fill
 
 FAMILIES = {
     "qwen2_5_vl": "sparsevila_cluster.models.qwen2_5_vl:Qwen25VL",
@@ -33,8 +34,6 @@ FAMILIES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Frequencies that depend on the lengths in a batch (dynamic, longrope) would make a sequence depend on its neighbours."""
-
-_VISION_MODULES = ("visual", "vision_tower", "multi_modal_projector", "image_newline")
 
 
 def load_model(
@@ -66,7 +65,8 @@ def load_model(
     default_eos = getattr(text_config, "eos_token_id", None)
     chat = TemplateChat(files, family_class.slots(config), family_class.visual_ids(config), default_eos)
 
-    skeleton = _fill(files, config, parts, target, chosen)
+    _check_ids(text_config, chat, family_class.visual_ids(config))
+    skeleton = fill(files, config, parts, target, chosen)
     fingerprint = files.fingerprint()
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     spec = KVSpec(text_config.num_hidden_layers, text_config.num_key_value_heads, head_dim, chosen, fingerprint)
@@ -96,110 +96,6 @@ def load_model(
     )
 
 
-def part_of(name: str) -> Part:
-    """The part that a tensor belongs to, by its name in memory."""
-    if name.startswith("lm_head."):
-        return "head"
-    name = name.removeprefix("model.")
-    if name.startswith(_VISION_MODULES):
-        return "vision"
-    return "embed" if name.startswith("language_model.embed_tokens.") else "llm"
-
-
-def _fill(files: Checkpoint, config: Any, parts: Sequence[Part], device: torch.device, dtype: torch.dtype) -> Any:
-    """A transformers model of which `parts` hold weights and everything else is gone."""
-    skeleton = _skeleton(config, dtype)
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    tied = skeleton.get_expanded_tied_weights_keys()
-    wanted = {name for name in shapes if part_of(name) in parts}
-    wanted = {tied.get(name, name) for name in wanted}
-    sources = _sources(files, skeleton, shapes)
-    for name in sorted(wanted):
-        if name not in sources:
-            raise BadCheckpoint(f"tensor {name!r} is missing from {', '.join(files.shards)}")
-        shard, found = files.file_of[sources[name]], files.shards[files.file_of[sources[name]]].shapes[sources[name]]
-        if found != shapes[name]:
-            raise BadCheckpoint(
-                f"{shard}: tensor {sources[name]!r} has shape {list(found)}; config.json calls for {list(shapes[name])}"
-            )
-    target_of = {sources[name]: name for name in wanted}
-    for source, tensor in files.read(target_of, device):
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        _place(skeleton, target_of[source], tensor)
-    for name, source in tied.items():
-        if part_of(name) in parts:
-            _place(skeleton, name, skeleton.get_parameter(source).data)
-    _drop(skeleton, parts)
-    _compute_buffers(skeleton, device)
-    left = [name for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()) if tensor.is_meta]
-    assert not left, f"without weights: {left[:4]}"
-    return skeleton
-
-
-def _skeleton(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForImageTextToText
-    from transformers.initialization import no_init_weights
-
-    names = {"text_config": hf.register(), "vision_config": vision_attention.register()}
-    try:
-        with torch.device("meta"), no_init_weights():
-            skeleton = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, AttributeError) as error:
-        raise BadCheckpoint(f"config.json: no model can be built from it: {one_line(error)}") from error
-    skeleton.set_attn_implementation(names)
-    return skeleton.eval().requires_grad_(False)
-
-
-def _sources(files: Checkpoint, skeleton: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """Name in memory -> name on disk. Older checkpoints use other module names; transformers knows the renamings."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-    converters = [step for step in mapping if isinstance(step, WeightConverter)]
-    sources: dict[str, str] = {}
-    for source in files.file_of:
-        name, converted = rename_source_key(source, renamings, converters, skeleton.base_model_prefix, shapes)
-        if converted is not None:
-            raise BadCheckpoint(f"tensor {source!r} is stored in a layout that needs more than a renaming")
-        if name in sources:
-            raise BadCheckpoint(f"tensors {sources[name]!r} and {source!r} are both {name!r}")
-        sources[name] = source
-    return sources
-
-
-def _place(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = skeleton.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _drop(skeleton: Any, parts: Sequence[Part]) -> None:
-    core = skeleton.model
-    if "vision" not in parts:
-        for name in _VISION_MODULES:
-            if hasattr(core, name):
-                setattr(core, name, None)
-    if core.language_model.embed_tokens.weight.is_meta or "embed" not in parts:
-        core.language_model.embed_tokens = None
-    if "head" not in parts:
-        skeleton.lm_head = None
-
-
-def _compute_buffers(skeleton: nn.Module, device: torch.device) -> None:
-    """Rotary frequencies are on no disk: build their module again, off the meta device, in float32 whatever the dtype."""
-    for name, buffer in list(skeleton.named_buffers()):
-        if buffer.is_meta:
-            path, _, leaf = name.rpartition(".")
-            module = skeleton.get_submodule(path)
-            module._buffers[leaf] = getattr(type(module)(module.config), leaf).to(device)
-
-
 def _family_class(files: Checkpoint) -> Any:
     model_type = files.config.get("model_type")
     if model_type not in FAMILIES:
@@ -216,9 +112,9 @@ def _read_config(files: Checkpoint) -> Any:
 
     text = files.config.get("text_config")
     for data in (files.config, text if isinstance(text, dict) else {}):
-        if data.get("quantization_config"):
-            method = data["quantization_config"].get("quant_method") if isinstance(data["quantization_config"], dict) else None
-            raise BadCheckpoint(f"config.json: quantization_config (quant_method {method!r}) is not supported yet")
+        if (quantization := data.get("quantization_config")) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise BadCheckpoint(f"config.json: quantization_config: quant_method {method!r} is not supported; supported: none")
     try:
         return CONFIG_MAPPING[files.config["model_type"]].from_dict(files.config)
     except Exception as error:  # strict config classes raise validation errors of several libraries
@@ -237,6 +133,14 @@ def _check_text(config: Any) -> None:
             f"config.json: num_attention_heads {config.num_attention_heads} is no multiple of "
             f"num_key_value_heads {config.num_key_value_heads}"
         )
+
+
+def _check_ids(config: Any, chat: TemplateChat, visual_ids: Sequence[int]) -> None:
+    """Every id that the tokenizer or a config can name must have an embedding."""
+    for what, ids in (("the tokenizer", [chat.max_id]), ("eos_token_id", chat.eos_ids), ("a visual placeholder", visual_ids)):
+        over = [i for i in ids if not 0 <= i < config.vocab_size]
+        if over:
+            raise BadCheckpoint(f"config.json: vocab_size {config.vocab_size} has no token {over[0]}, which {what} names")
 
 
 def _parts(parts: Sequence[Part]) -> tuple[Part, ...]:

@@ -21,6 +21,8 @@ Scope = Literal["global", "per_group"]
 
 
 class PruningPolicy(Protocol):
+    needs_salience: bool
+
     def keep(self, salience: Tensor, group: Tensor) -> Tensor:
         """Ascending indices of the tokens that stay."""
         ...
@@ -29,6 +31,8 @@ class PruningPolicy(Protocol):
 @dataclass(frozen=True)
 class KeepAll:
     """Nothing is dropped: the dense prefix."""
+
+    needs_salience = False
 
     def keep(self, salience: Tensor, group: Tensor) -> Tensor:
         return torch.arange(len(salience), device=salience.device)
@@ -40,6 +44,7 @@ class Salience:
 
     fraction: float
     scope: Scope = "per_group"
+    needs_salience = True
 
     def keep(self, salience: Tensor, group: Tensor) -> Tensor:
         return _keep_top(salience, group, salience, self.fraction, self.scope)
@@ -52,6 +57,7 @@ class Random:
     fraction: float
     scope: Scope = "per_group"
     seed: int = 0
+    needs_salience = False
 
     def keep(self, salience: Tensor, group: Tensor) -> Tensor:
         noise = torch.rand(len(salience), generator=torch.Generator().manual_seed(self.seed)).to(salience.device)
@@ -64,6 +70,7 @@ class Uniform:
 
     fraction: float
     scope: Scope = "per_group"
+    needs_salience = False
 
     def keep(self, salience: Tensor, group: Tensor) -> Tensor:
         scored = (~salience.isnan()).nonzero()[:, 0]

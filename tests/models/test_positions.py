@@ -6,6 +6,7 @@ import torch
 from sparsevila_cluster.models.prompt import grid_places
 from sparsevila_cluster.models.qwen_vl import GridInputs
 from tests import tiny
+from tests.families import qwen_inputs, type_ids
 
 
 def grid_of(kind, groups, rows, cols, seconds_per_group=1.0):
@@ -37,8 +38,8 @@ def test_hf5_positions_equal_transformers(model, oracle, name):
     plan = model.family.plan(model.chat.prefix_ids([media.kind for media in inputs], None), inputs, "hf5")
     question = model.chat.question_ids("where is it?", True, None)[0]
     ids = torch.cat((plan.ids, torch.tensor(question)))
-    stock = {key: value for key, value in tiny.hf_inputs(model, ids, inputs).items() if not key.startswith("pixel")}
-    expected, delta = oracle.model.get_rope_index(**stock)
+    stock = {key: value for key, value in qwen_inputs(model, inputs).items() if not key.startswith("pixel")}
+    expected, delta = oracle.model.get_rope_index(ids[None], **type_ids(model, plan, inputs, len(question)), **stock)
     after = plan.question_start_pos + torch.arange(len(question)).expand(3, -1)
     assert torch.equal(torch.cat((plan.positions, after), dim=1), expected[:, 0])
     first_generated = max(plan.question_start_pos + len(question), plan.generation_floor)

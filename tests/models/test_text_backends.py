@@ -8,6 +8,7 @@ from sparsevila_cluster.models import DECODE_PARTS, load_model
 from sparsevila_cluster.models.lean import LeanDecoder
 from sparsevila_cluster.models.rotary import Rotary, mrope_rows
 from tests import tiny
+from tests.families import qwen_inputs, type_ids
 
 
 class CausalBatch:
@@ -32,7 +33,7 @@ class CausalBatch:
 
 
 def a_prompt(model):
-    """(ids, embeddings, positions, inputs) of an image, a video and a question."""
+    """(embeddings, positions, what transformers takes for the same) of an image, a video and a question."""
     inputs = [model.family.patchify(tiny.media("image", height=90)), model.family.patchify(tiny.media(frames=5))]
     plan = model.family.plan(model.chat.prefix_ids(["image", "video"], None), inputs, "hf5")
     question, _, _ = model.chat.question_ids("what colour is the star?", True, None)
@@ -40,7 +41,9 @@ def a_prompt(model):
     after = plan.question_start_pos + torch.arange(len(question)).expand(3, -1)
     embeds = model.text.embed(ids)
     embeds[: len(plan.ids)][plan.visual_mask] = model.family.encode(inputs).embeds
-    return ids, embeds, torch.cat((plan.positions, after), dim=1), inputs
+    types = type_ids(model, plan, inputs, len(question))
+    stock = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **types, **qwen_inputs(model, inputs)}
+    return embeds, torch.cat((plan.positions, after), dim=1), stock
 
 
 @pytest.mark.parametrize("backend", ["lean", "hf"])
@@ -49,8 +52,8 @@ def test_teacher_forced_logits_equal_transformers(request, layout, backend):
     directory = request.getfixturevalue(layout)
     model = load_model(directory, device="cpu", text_backend=backend)
     with torch.inference_mode():
-        ids, embeds, positions, inputs = a_prompt(model)
-        expected = tiny.hf_model(directory)(**tiny.hf_inputs(model, ids, inputs)).logits[0]
+        embeds, positions, stock = a_prompt(model)
+        expected = tiny.hf_model(directory)(**stock).logits[0]
         got = model.text.logits(model.text.forward(embeds, positions, CausalBatch()))
     assert model.text.name == backend
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
@@ -59,7 +62,7 @@ def test_teacher_forced_logits_equal_transformers(request, layout, backend):
 
 def test_rows_one_by_one_equal_all_at_once(model):
     with torch.inference_mode():
-        _, embeds, positions, _ = a_prompt(model)
+        embeds, positions, _ = a_prompt(model)
         whole = model.text.forward(embeds, positions, CausalBatch())
         batch, rows = CausalBatch(), []
         for i in range(len(embeds)):
@@ -71,7 +74,7 @@ def test_rows_one_by_one_equal_all_at_once(model):
 def test_kv_only_gives_the_same_kv(hub, backend):
     model = load_model(hub, device="cpu", text_backend=backend)
     with torch.inference_mode():
-        _, embeds, positions, _ = a_prompt(model)
+        embeds, positions, _ = a_prompt(model)
         full, short = CausalBatch(), CausalBatch()
         model.text.forward(embeds, positions, full)
         model.text.forward(embeds, positions, short, kv_only=True)
@@ -84,7 +87,7 @@ def test_kv_only_gives_the_same_kv(hub, backend):
 
 def test_the_caller_s_hidden_state_is_left_alone(model):
     with torch.inference_mode():
-        _, embeds, positions, _ = a_prompt(model)
+        embeds, positions, _ = a_prompt(model)
         before = embeds.clone()
         model.text.forward(embeds, positions, CausalBatch())
     assert torch.equal(embeds, before)
@@ -93,7 +96,7 @@ def test_the_caller_s_hidden_state_is_left_alone(model):
 def test_deepstack_levels_are_added_to_visual_rows_after_their_layer(model):
     """A level added after the last layer shows directly; added after an earlier one, only through that layer's successors."""
     with torch.inference_mode():
-        _, embeds, positions, _ = a_prompt(model)
+        embeds, positions, _ = a_prompt(model)
         rows = torch.tensor([3, 5])
         extra = torch.randn(2, model.text.hidden_size)
         zero = torch.zeros_like(extra)
