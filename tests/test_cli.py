@@ -126,6 +126,15 @@ def test_options_override_the_file(run):
     assert (sparsity["prune_keep"], sparsity["retrieve_keep"]) == (1, 0.3)
 
 
+def test_budget_options_reach_the_engine(run):
+    base = ("ask", "good.mp4", "What is there?", "{model}", "--json", "--max-tokens", "8", "--retrieve-keep", "0.9")
+    plain, mass, fresh = (
+        json.loads(run(*base, *extra)[1]) for extra in ((), ("--retrieve-mass", "0.2"), ("--refresh-every", "2"))
+    )
+    assert mass["trip"]["visual_tokens_retrieved"] < plain["trip"]["visual_tokens_retrieved"]
+    assert mass["sparsity"]["retrieve_mass"] == 0.2 and fresh["sparsity"]["refresh_every"] == 2
+
+
 def test_sampling_options_reach_the_engine(run):
     base = ("ask", "good.mp4", "What is there?", "{model}", "--json", "--max-tokens", "8", "--temperature", "5")
     first, same, other = (json.loads(run(*base, "--seed", seed)[1])["answers"][0] for seed in ("1", "1", "2"))
@@ -201,6 +210,9 @@ LONG = " ".join(["word"] * 3000)
             for side in ("prune", "retrieve")
             for ratio in ("0", "-0.1", "1.5", "nan", "half")
         ],
+        (("ask", "good.mp4", "q", "--retrieve-mass", "2"), "--retrieve-mass: must be in (0, 1], got '2'"),
+        (("ask", "good.mp4", "q", "--refresh-every", "-1"), "refresh_every: input should be greater than or equal to 0, got -1"),
+        (("ask", "good.mp4", "q", "--refresh-every", "3", "--retrieve", "random"), "needs retrieve='query_topk'"),
         (("ask", "good.mp4", "q", "--prune", "some"), "'keep_all', 'random', 'uniform', 'salience'"),
         (("ask", "good.mp4", "q", "--fps", "0"), "fps"),
         (("ask", "good.mp4", "q", "--max-frames", "0"), "max_frames"),
