@@ -15,7 +15,7 @@ from sparsevila_cluster.running_turn import Sink
 
 
 async def turn_events(
-    submit: Callable[[Sink], Awaitable[None]], abort: Callable[[], None], deadline_s: float, what: str
+    submit: Callable[[Sink], Awaitable[None]], abort: Callable[[], object], deadline_s: float, what: str
 ) -> AsyncGenerator[TurnEvent, None]:
     """Submit a turn and yield its events, `done` last.
 
