@@ -111,7 +111,7 @@ def show(report: Report, title: str, names: Sequence[str], found: dict[str, list
         turns = [str(score) for score in by_turn(marks).values()]
         called = "pruning only" if name == PRUNING_ONLY else name
         body.append([called, str(Score.of(marks)), str(Score.of(several_words(marks))), *turns, f"{lost}, {won}"])
-    head = ("setting", "all", "several words", "turn 1", "turns 2-3", "turns 4+", "lost, won against dense")
+    head: tuple[str, ...] = ("setting", "all", "several words", "turn 1", "turns 2-3", "turns 4+", "lost, won against dense")
     report.show_table(f"{title}: per cent right (95 % interval)", head, body)
     kinds = by_kind(dense)
     head = ("setting", *(f"{kind} ({kinds[kind].total})" for kind in KINDS))
@@ -125,8 +125,8 @@ def show_curve(report: Report, found: dict[str, list[Mark]]) -> None:
     body = []
     for keep in CURVE:
         marks = several_words(found["sparse" if keep == RETRIEVE_KEEP else f"keep {keep:g}"])
-        kinds = by_kind(marks)
-        words = [_percent(kinds[kind]) for kind in KINDS if kinds[kind].total]
+        scores = by_kind(marks)
+        words = [_percent(scores[kind]) for kind in KINDS if scores[kind].total]
         body.append([f"{keep:g}", str(Score.of(marks)), f"{Score.of(marks).percent - dense.percent:+.1f}", *words])
     kinds = [kind for kind, score in by_kind(several_words(found["dense"])).items() if score.total]
     title = f"Answers of several words at prune_keep {PRUNE_KEEP:g}, by retrieve_keep (dense: {dense})"

@@ -19,6 +19,7 @@ from benchmarks.stopwatch import Patience, Times, in_turns
 from benchmarks.subject import QUESTION, VARIANTS, Life, Stand, endless, time_round
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import Model
+from sparsevila_cluster.models.qwen_vl import GridInputs
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Contest:
         frames, family = len(video.frames), model.family
         self.say(f"{name}, {frames} frames: encode")
         inputs = family.patchify(video)
+        assert isinstance(inputs, GridInputs), "the mid-size and the demo model are of the Qwen-VL kind"
         works = {
             "patchify": lambda: family.patchify(video),
             "plain": lambda: family.encode([inputs], capture=False),
@@ -135,8 +137,7 @@ class Contest:
             inputs = peer.inputs(video, QUESTION, batch)
             times["hf"] = peer.generate(inputs, num_steps + 1, lambda: time_round(stands, times, block), block).steps
         for variant, found in times.items():
-            stand = stands.get(variant)
-            work = stand.step_work(lives[variant], batch, num_steps) if stand else None
+            work = stands[variant].step_work(lives[variant], batch, num_steps) if variant in stands else None
             self.ledger.add(name, frames, "step", variant, found, batch=batch, work=work)
         for variant, stand in stands.items():
             stand.forget(keep=lives[variant].prefix)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ QUICK = Plan(
     rounds=5,
 )
 # How the small model is measured: what is short can be repeated.
-OFTEN = {
+OFTEN: dict[str, Any] = {
     "lives": Patience(least=9, most=31, budget_s=10.0),
     "encodes": Patience(least=9, most=31, budget_s=5.0),
     "rounds": 16,
@@ -57,14 +58,14 @@ def figures(ledger: Ledger, demo_frames: int | None, by: str = "ms") -> dict[str
     """The figures that others read, by name, of medians (ms) or best times (best_ms); what was not measured is absent."""
     salience = ledger.find(MID, 64, "encode", "with salience")
     ratio = partial(ledger.ratio, by=by)
-    found = {
+    found: dict[str, float | None] = {
         "prefill_speedup_64f": ratio(MID, 64, "prune+prefill", "dense", "sparse"),
         "prefill_speedup_256f": ratio(MID, 256, "prune+prefill", "dense", "sparse"),
         **{f"decode_speedup_b{b}": ratio(MID, 64, "step", "dense", "sparse", b) for b in (1, 4, 8)},
         "e2e_speedup_64f": ratio(MID, 64, "end to end", "dense", "sparse"),
         **{f"demo_decode_vs_hf_b{b}": ratio(DEMO, demo_frames or 0, "step", "hf", "dense", b) for b in (1, 8)},
         "mid_decode_vs_hf_b1": ratio(MID, 64, "step", "hf", "dense"),
-        "salience_share_of_encode": salience and salience["salience_share"],
+        "salience_share_of_encode": salience["salience_share"] if salience else None,
         "turn2_ttft_share_of_cold": ratio(MID, 64, "first token, turn 2", "sparse", "sparse", under_stage="first token, cold"),
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.stopwatch import Times
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import Model
+from sparsevila_cluster.models.qwen_vl import QwenVL
 
 
 class Peer:
@@ -35,15 +36,17 @@ class Peer:
     def inputs(self, media: Media, question: str, batch: int = 1) -> dict[str, Any]:
         """The same video and question `batch` times. Pixels come from our preprocessing, which equals theirs."""
         ours = self._ours
-        cut = ours.family.patchify(media)
-        plan = ours.family.plan(ours.chat.prefix_ids([media.kind], None), [cut], "hf5")
+        family = ours.family
+        assert isinstance(family, QwenVL), "both models of the benchmark are of the Qwen-VL kind"
+        cut = family.patchify(media)
+        plan = family.plan(ours.chat.prefix_ids([media.kind], None), [cut], "hf5")
         words, _, _ = ours.chat.question_ids(question, first=True, pending=None)
         ids = torch.cat([plan.ids, torch.tensor(words)])
         kind = torch.zeros_like(ids)
         kind[: len(plan.ids)][plan.visual_mask] = 2
         groups, rows, cols = cut.grid
         merge = ours.config.vision_config.spatial_merge_size
-        pixels = ours.family.pixel_values(cut)
+        pixels = family.pixel_values(cut)
         return {
             "input_ids": ids.expand(batch, -1),
             "attention_mask": torch.ones(batch, len(ids), dtype=torch.int64),

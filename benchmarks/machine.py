@@ -68,9 +68,10 @@ class Neighbours:
         self._start = self._look()
 
     def cores(self) -> float | None:
-        if self._start is None:
+        before, after = self._start, self._look()
+        if before is None or after is None:
             return None
-        busy_s, own_s, at_s = (now - then for now, then in zip(self._look(), self._start, strict=True))
+        busy_s, own_s, at_s = (now - then for now, then in zip(after, before, strict=True))
         return round(max(0.0, busy_s - own_s) / at_s, 2)
 
     @staticmethod

@@ -24,7 +24,7 @@ from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import Model
 from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation
-from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn, TurnEvent, Usage
+from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, SamplingParams, Turn, TurnEvent, Usage
 
 QUESTION = "What happens in this clip, and when?"
 NEXT_QUESTION = "And what comes after that?"
@@ -96,9 +96,13 @@ class Stand:
         events = self.submit(prefix, conversation, question, num_tokens)
         while not self.decode.idle:
             self.decode.step()
-        if isinstance(events[-1], Exception):
-            raise events[-1]
-        return events[-1].usage, tuple(t for event in events for t in event.token_ids)
+        told = []
+        for event in events:
+            if isinstance(event, Exception):
+                raise event
+            told.append(event)
+        whole = Answer.from_events(told)
+        return whole.usage, whole.token_ids
 
     def live(self, media: Media, num_tokens: int) -> Life:
         """From frames in memory to a whole answer, then a second question. What earlier lives left behind is dropped first."""

@@ -256,5 +256,6 @@ async def _all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # a second one would hit them while they clean up
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from sparsevila_cluster.ask_many import Ask, Asked, Item, hold_many
 from sparsevila_cluster.calls import AskOptions, PrepareOptions, Source, to_request, to_turn
 from sparsevila_cluster.config import EngineConfig, build_config
-from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound, Unavailable
+from sparsevila_cluster.errors import BadRequest, NotFound, Unavailable
 from sparsevila_cluster.footage import note_footage
 from sparsevila_cluster.heatmap import draw_conversation, with_picture
 from sparsevila_cluster.patience import GRACE_S, wait_within
@@ -178,8 +178,8 @@ class AsyncChat:
     async def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """The whole answer.
 
-        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep` for this turn,
-        `evidence=False` to save its cost, `timeout_s`.
+        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
+        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
 
         Raises:
             BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
@@ -229,12 +229,10 @@ class AsyncChat:
             while True:
                 # A slow reader still gets what has arrived meanwhile.
                 left_s = max(GRACE_S, until_s - time.perf_counter())
-                event = await asyncio.wait_for(anext(events, None), left_s)
+                event = await wait_within(anext(events, None), left_s, f"turn {turn.turn_id} (of at most {limit_s:g} s)")
                 if event is None:
                     return
                 yield event
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"turn {turn.turn_id} took longer than {limit_s:g} s") from error
         finally:
             await events.aclose()
 

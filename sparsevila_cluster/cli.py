@@ -36,6 +36,7 @@ OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 # Options of `ask` that are config fields, and those that are sampling parameters.
 CONFIG_OPTIONS = (
     "model", "device", "system_prompt", "fps", "max_frames", "prune", "prune_keep", "retrieve", "retrieve_keep",
+    "retrieve_mass", "refresh_every",
 )  # fmt: skip
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 
@@ -189,6 +190,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         knobs.add_argument(
             f"--{side}", choices=policies, help=f"{sparsity[side].description} ({sparsity[side].default})"
         )
+    knobs.add_argument("--retrieve-mass", type=_ratio, metavar="SHARE", help=sparsity["retrieve_mass"].description)
+    knobs.add_argument("--refresh-every", type=int, metavar="N", help=sparsity["refresh_every"].description)
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,9 @@ async def wait_within(work: Awaitable[R], within_s: float, what: str) -> R:
         DeadlineExceeded: "`what` took longer than `within_s` s". Whatever `work` raises.
     """
     try:
-        return await asyncio.wait_for(work, within_s)
+        # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes together with the result.
+        async with asyncio.timeout(within_s):
+            return await work
     except TimeoutError as error:
         raise DeadlineExceeded(f"{what} took longer than {within_s:g} s") from error
 

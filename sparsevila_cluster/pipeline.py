@@ -13,18 +13,22 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.engine_thread import EngineThread
-from sparsevila_cluster.errors import Cancelled, DeadlineExceeded, Internal, NotFound, SparseVilaError, Unavailable
+from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, SparseVilaError, Unavailable
 from sparsevila_cluster.kv import Extent, MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.patience import GRACE_S, Caller, wait_within
 from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation, Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest, Turn, TurnEvent
+from sparsevila_cluster.running_turn import Sink
+from sparsevila_cluster.sharing import Sharing
+from sparsevila_cluster.turn_events import turn_events
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +79,7 @@ class LocalPipeline:
         self.decode = DecodeEngine(self.model, config)
         self._decode_thread = EngineThread(self.decode, "decode")
         self._prefill_thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
-        self._making: dict[str, asyncio.Future[MediaHandle]] = {}
+        self._sharing = Sharing[MediaHandle]()
         self._remembered: OrderedDict[str, PrepareRequest] = OrderedDict()
         self._closed = False
 
@@ -111,28 +115,9 @@ class LocalPipeline:
         return report
 
     async def _prepare(self, preparation: Preparation) -> MediaHandle:
-        request = preparation.request
-        key = await self._in_prefill(self.prefill.key_of, request)
-        while key in self._making:
-            try:
-                # Shielded: one impatient caller must not cancel the work that the others wait for.
-                handle = await asyncio.shield(self._making[key])
-                return _as_reused(handle)
-            except (Cancelled, DeadlineExceeded):
-                continue  # its maker gave up or ran out of its own time; make it ourselves
-        # No await stands between the look above and this entry: two callers can not both become the maker.
-        making = self._making[key] = asyncio.get_running_loop().create_future()
-        try:
-            handle = await self._find_or_make(preparation, key)
-            making.set_result(handle)
-            return handle
-        except BaseException as error:
-            known = error if isinstance(error, SparseVilaError) else Cancelled("the preparation was cancelled")
-            making.set_exception(known)
-            making.exception()  # nobody may be waiting: that is not worth a warning
-            raise
-        finally:
-            del self._making[key]
+        key = await self._in_prefill(self.prefill.key_of, preparation.request)
+        handle, shared = await self._sharing.get(key, lambda: self._find_or_make(preparation, key))
+        return _as_reused(handle) if shared else handle
 
     async def _find_or_make(self, preparation: Preparation, key: str) -> MediaHandle:
         resident = await self._on_decode(lambda engine: engine.prefixes.get(key))
@@ -188,14 +173,9 @@ class LocalPipeline:
         Raises:
             UserError (BadRequest, TooLarge, NotFound), QueueFull, DeadlineExceeded, Cancelled, Internal, Unavailable.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[TurnEvent | Exception] = asyncio.Queue()
-        submitted = finished = False
+        submitted = False
 
-        def sink(event: TurnEvent | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        def submit(engine: DecodeEngine) -> None:
+        def submit(engine: DecodeEngine, sink: Sink) -> None:
             nonlocal submitted
             engine.submit(turn, sink)
             submitted = True
@@ -205,23 +185,15 @@ class LocalPipeline:
                 engine.abort(turn.turn_id)
 
         deadline_s = self.config.turn_timeout_s if turn.deadline_s is None else turn.deadline_s
-        late = DeadlineExceeded(f"turn {turn.turn_id} took longer than {deadline_s:g} s")
-        timer: asyncio.TimerHandle | None = None
-        try:
-            await self._submit(turn, submit)
-            timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
-            while not finished:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    finished = event is not late
-                    raise event
-                finished = event.kind == "done"
+        events = turn_events(
+            lambda sink: self._submit(turn, lambda engine: submit(engine, sink)),
+            lambda: self._decode_thread.post(abort),
+            deadline_s,
+            f"turn {turn.turn_id}",
+        )
+        async with aclosing(events):
+            async for event in events:
                 yield event
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if not finished:
-                self._decode_thread.post(abort)
 
     async def _submit(self, turn: Turn, submit: Callable[[DecodeEngine], None]) -> None:
         for _ in range(MAX_REMAKES):

@@ -37,7 +37,7 @@ class ProgressLine(AbstractContextManager["ProgressLine"]):
             columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn()
             self._line = Progress(
                 *columns,
-                console=Console(stderr=True),
+                console=Console(stderr=True, force_terminal=self._always or None),
                 transient=True,
                 refresh_per_second=5,
                 redirect_stdout=False,  # what is printed on stdout in the meantime belongs there

@@ -184,8 +184,8 @@ class Chat:
     def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """The whole answer.
 
-        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep` for this turn,
-        `evidence=False` to save its cost, `timeout_s`.
+        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
+        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
 
         Raises:
             BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.

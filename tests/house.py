@@ -20,7 +20,7 @@ FLOORS = {
     1: "media models pruning retrieval kv awq sampling attention",
     2: "wire transport",
     3: "scheduler step_batch running_turn turn_retrieval evidence prefill_engine decode_engine detokenize conversation content_key "
-    "engine_thread patience pipeline footage page heatmap progress ask_many async_qa video_qa",
+    "engine_thread patience sharing turn_events pipeline footage page heatmap progress ask_many async_qa video_qa",
     4: "cluster gateway",
     5: "app cli demo trip __main__",
 }

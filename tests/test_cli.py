@@ -1,6 +1,5 @@
 """The command line as a user meets it: what is printed where, exit codes, and one line for every mistake."""
 
-import io
 import json
 import os
 import signal
@@ -17,9 +16,9 @@ import sparsevila_cluster.demo as demo
 from sparsevila_cluster import cli
 from sparsevila_cluster.config import EngineConfig, load_config
 from sparsevila_cluster.errors import Internal, QueueFull
-from sparsevila_cluster.progress import ProgressLine
 from tests.house import ROOT
 from tests.media.media_files import audio_bytes, picture_bytes, video_bytes
+from tests.test_progress import Terminal
 from tests.tiny import make_qwen2_5_vl
 
 BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
@@ -127,6 +126,15 @@ def test_options_override_the_file(run):
     assert (sparsity["prune_keep"], sparsity["retrieve_keep"]) == (1, 0.3)
 
 
+def test_budget_options_reach_the_engine(run):
+    base = ("ask", "good.mp4", "What is there?", "{model}", "--json", "--max-tokens", "8", "--retrieve-keep", "0.9")
+    plain, mass, fresh = (
+        json.loads(run(*base, *extra)[1]) for extra in ((), ("--retrieve-mass", "0.2"), ("--refresh-every", "2"))
+    )
+    assert mass["trip"]["visual_tokens_retrieved"] < plain["trip"]["visual_tokens_retrieved"]
+    assert mass["sparsity"]["retrieve_mass"] == 0.2 and fresh["sparsity"]["refresh_every"] == 2
+
+
 def test_sampling_options_reach_the_engine(run):
     base = ("ask", "good.mp4", "What is there?", "{model}", "--json", "--max-tokens", "8", "--temperature", "5")
     first, same, other = (json.loads(run(*base, "--seed", seed)[1])["answers"][0] for seed in ("1", "1", "2"))
@@ -202,6 +210,9 @@ LONG = " ".join(["word"] * 3000)
             for side in ("prune", "retrieve")
             for ratio in ("0", "-0.1", "1.5", "nan", "half")
         ],
+        (("ask", "good.mp4", "q", "--retrieve-mass", "2"), "--retrieve-mass: must be in (0, 1], got '2'"),
+        (("ask", "good.mp4", "q", "--refresh-every", "-1"), "refresh_every: input should be greater than or equal to 0, got -1"),
+        (("ask", "good.mp4", "q", "--refresh-every", "3", "--retrieve", "random"), "needs retrieve='query_topk'"),
         (("ask", "good.mp4", "q", "--prune", "some"), "'keep_all', 'random', 'uniform', 'salience'"),
         (("ask", "good.mp4", "q", "--fps", "0"), "fps"),
         (("ask", "good.mp4", "q", "--max-frames", "0"), "max_frames"),
@@ -297,11 +308,6 @@ def test_control_c_ends_in_one_line(files, checkpoint):
     assert child.returncode == 0 or err.splitlines()[-1] == "interrupted"
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_progress_shows_on_a_terminal_and_leaves(run, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -310,24 +316,3 @@ def test_progress_shows_on_a_terminal_and_leaves(run, monkeypatch):
     assert code == 0 and json.loads(out)
     shown = screen.getvalue()
     assert "load model" in shown and "prefill" in shown and shown.rstrip().endswith("\x1b[2K")  # the line is wiped
-
-
-def test_a_line_that_was_left_stays_away(monkeypatch):
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    with ProgressLine() as line:
-        line.stage("ask", 1, 4)
-    shown = screen.getvalue()
-    assert "ask 1/4" in shown and shown.endswith("\x1b[2K")
-    line.stage("ask", 2, 4)  # work that was interrupted reports once more
-    assert screen.getvalue() == shown
-
-
-def test_a_line_shows_off_a_terminal_only_when_told_to(monkeypatch):
-    for always in (False, True):
-        file = io.StringIO()
-        monkeypatch.setattr(sys, "stderr", file)
-        with ProgressLine(always) as line:
-            line.stage("ask", 1, 4)
-        assert bool(file.getvalue()) == always

@@ -116,7 +116,7 @@ class Packer:
         visual = everything.gather(1, keep.to(device)[..., None].expand(-1, -1, everything.shape[-1])).float()
         owner = bank.owner[rows].reshape(num_items, -1).gather(1, keep)
 
-        suffixes, labels, turns = [], [], []
+        suffixes, labels, spans, asked = [], [], [], list[Question]()
         start = len(self.prefix) + keep.shape[1]
         for item, questions in enumerate(dialogues):
             ids, wanted = list(self.media_end), [IGNORE] * len(self.media_end)
@@ -130,24 +130,25 @@ class Packer:
                 ids += (*answer, *self.newline)
                 wanted += (*answer, *[IGNORE] * len(self.newline))
                 end_row = prompt_row + len(answer)
-                turns.append((item, first_row, prompt_row, end_row, question))
+                spans.append((item, first_row, prompt_row, end_row))
+                asked.append(question)
                 first_row = end_row
             suffixes.append(ids)
             labels.append([IGNORE] * start + wanted)
         length = max(map(len, suffixes))
         suffix_ids = torch.tensor([ids + [self.pad] * (length - len(ids)) for ids in suffixes])
         padded = torch.tensor([wanted + [IGNORE] * (start + length - len(wanted)) for wanted in labels])
-        item, first_row, prompt_row, end_row = (torch.tensor([turn[i] for turn in turns]) for i in range(4))
-        questions = tuple(turn[4] for turn in turns)
-        glyphs = [self._glyphs(shown[turn[0]], turn[4], owner[turn[0]], slots[turn[0]]) for turn in turns]
+        columns = [torch.tensor([span[i] for span in spans]) for i in range(4)]
+        items = [span[0] for span in spans]
+        glyphs = [self._glyphs(shown[i], question, owner[i], slots[i]) for i, question in zip(items, asked, strict=True)]
         found = Turns(
-            item=item.to(device),
-            first_row=first_row.to(device),
-            prompt_row=prompt_row.to(device),
-            end_row=end_row.to(device),
+            item=columns[0].to(device),
+            first_row=columns[1].to(device),
+            prompt_row=columns[2].to(device),
+            end_row=columns[3].to(device),
             targets=torch.stack([found.any(0) for found in glyphs]).to(device),
-            asked=torch.tensor([asked_for(question.kind, question.text) for question in questions]).to(device),
-            questions=questions,
+            asked=torch.tensor([asked_for(question.kind, question.text) for question in asked]).to(device),
+            questions=tuple(asked),
         )
         return Batch(
             prefix_ids=torch.tensor(self.prefix).expand(num_items, -1).to(device),
@@ -158,7 +159,7 @@ class Packer:
             slots=slots.to(device),
             cells=cells.to(device),
             turns=found,
-            looks=self._looks(item.tolist(), prompt_row.tolist(), questions, glyphs, device),
+            looks=self._looks(items, columns[2].tolist(), asked, glyphs, device),
         )
 
     def _positions(self, slots: Tensor, cells: Tensor, suffix: int) -> Tensor:
@@ -199,8 +200,8 @@ class Packer:
                 looks.append((items[turn], prompt_rows[turn] + number, turn, False))
                 targets.append(found[phrase])
         stacked, known = torch.stack(targets), torch.stack(targets).any(1)
-        item, row, turn, first = (torch.tensor(column)[known].to(device) for column in zip(*looks, strict=True))
-        return Looks(item, row, turn, stacked[known].to(device), first)
+        item, row, index, first = (torch.tensor(column)[known].to(device) for column in zip(*looks, strict=True))
+        return Looks(item, row, index, stacked[known].to(device), first)
 
 
 # --------------------------------------------------------------------------------- which tokens are kept

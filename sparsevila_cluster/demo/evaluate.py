@@ -97,7 +97,7 @@ class Examiner:
         marks = {kind: 100 * float(np.mean(matches)) for kind, matches in sorted(right.items())}
         several = [match for kind in SEVERAL_WORDS for match in right.get(kind, [])]
         total = [match for matches in right.values() for match in matches]
-        marks |= {"several_words": 100 * float(np.mean(several or [0])), "all": 100 * float(np.mean(total))}
+        marks |= {"several_words": 100 * float(np.mean(several or [False])), "all": 100 * float(np.mean(total))}
         return {name: round(mark, 1) for name, mark in marks.items()} | {"num_questions": len(total)}
 
     @staticmethod

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from sparsevila_cluster.demo.bank import StepBank
 from sparsevila_cluster.demo.curriculum import SHORTER_ODDS, Portion, Stage, shorter
@@ -75,7 +76,7 @@ class Learner:
     options: Options
     journal: Journal
     clock: Clock
-    model: torch.nn.Module
+    model: Qwen2_5_VLForConditionalGeneration
     packer: Packer
     bank: StepBank
     monitor: Examiner
@@ -168,7 +169,7 @@ class Learner:
     def report(self, stage: Stage, recent: dict[str, list[float]]) -> float:
         videos = self.options.monitor_videos
         marks = self.monitor.examine(self.model, DENSE, stage.num_steps, videos, turns_apart=stage.own_turn)
-        record = {name: round(float(np.mean(values)), 4) for name, values in recent.items()}
+        record: dict[str, float | dict[str, float]] = {name: round(float(np.mean(values)), 4) for name, values in recent.items()}
         if any(portion.sparse for portion in stage.portions):
             sparse = self.monitor.examine(self.model, SPARSE, num_videos=videos)
             record["sparse_accuracy"] = sparse

@@ -160,7 +160,8 @@ class Aids(nn.Module):
 
     def _query(self, rows: Tensor, asked: Tensor) -> Tensor:
         parts = self.query(rows).float().split(ASKED_SIZES, -1)
-        return sum(F.cross_entropy(part, asked[:, i]) for i, part in enumerate(parts)) / len(parts)
+        losses = [F.cross_entropy(part, asked[:, i]) for i, part in enumerate(parts)]
+        return sum(losses, start=torch.zeros_like(losses[0])) / len(parts)
 
 
 def attention_mass(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from sparsevila_cluster.demo.bank import StepBank
 from sparsevila_cluster.demo.blueprint import build_model, build_tokenizer, num_parameters, save_checkpoint
@@ -35,7 +36,7 @@ VISION_BATCH, VISION_STEPS = 12, 4
 MONITOR_SEED, FINAL_SEED = 0, 100_000  # first video of the held-out set for monitoring, and of the one for the end
 
 
-def train_vision(options: Options, journal: Journal, clock: Clock, model: torch.nn.Module) -> None:
+def train_vision(options: Options, journal: Journal, clock: Clock, model: Qwen2_5_VLForConditionalGeneration) -> None:
     journal.stage("vision")
     stage = VisionStage(model.model.visual)
     held_out = [make_held_out_video(MONITOR_SEED + number) for number in range(max(1, options.monitor_videos // 2))]
@@ -57,7 +58,7 @@ def train_vision(options: Options, journal: Journal, clock: Clock, model: torch.
 
 
 def see_videos(
-    options: Options, journal: Journal, model: torch.nn.Module
+    options: Options, journal: Journal, model: Qwen2_5_VLForConditionalGeneration
 ) -> tuple[StepBank, Callable[[int, int], StepBank]]:
     """The bank of training steps, and a function that makes banks of held-out videos."""
     journal.stage("bank of seen steps")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
     salience: Tensor  # [steps, TOKENS_PER_STEP], 1.0 is an average token
 
 
-def _norm(x: Tensor, layer: nn.Module) -> Tensor:
+def _norm(x: Tensor, layer: Any) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), layer.weight.to(x.dtype), layer.variance_epsilon)
 
 
@@ -65,9 +65,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class VisionRunner:
-    """The stock tower's forward for many steps at once; equal to the stock one to rounding (a test holds it)."""
+    """The stock tower's forward for many steps at once; equal to the stock one to rounding (a test holds it).
 
-    def __init__(self, visual: nn.Module) -> None:
+    visual: the stock vision module. Its parts are read by name, which no type says anything about.
+    """
+
+    def __init__(self, visual: Any) -> None:
         self.visual = visual
         device = visual.patch_embed.proj.weight.device
         grid = torch.tensor([[1, GRID_PATCHES, GRID_PATCHES]])
@@ -84,7 +87,7 @@ class VisionRunner:
         heads = visual.config.num_heads
         weight = visual.patch_embed.proj.weight
         x = F.linear(patches.to(weight.device), weight.flatten(1))[:, self.patch_order]
-        salience = None
+        salience: Tensor | None = None
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(_norm(x, block.norm1)).reshape(num_steps, num_patches, 3, heads, -1).unbind(2)
             q, k = (_rotate(part, self.cos, self.sin).to(v.dtype) for part in (q, k))
@@ -100,6 +103,7 @@ class VisionRunner:
             x = x + mlp.down_proj(F.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden))
         merger = visual.merger
         tokens = merger.mlp(_norm(x, merger.ln_q).reshape(num_steps, TOKENS_PER_STEP, -1))[:, self.undo]
+        assert salience is not None, "the last full-attention block is one of the blocks"
         return Seen(tokens, salience)
 
 
@@ -136,7 +140,7 @@ def salience_target(glyph: Tensor) -> Tensor:
 class VisionStage:
     """Owns the probes and their losses. One `update` is one optimiser step."""
 
-    def __init__(self, visual: nn.Module, lr: float = 3e-3) -> None:
+    def __init__(self, visual: Any, lr: float = 3e-3) -> None:
         self.runner, self.lr = VisionRunner(visual), lr
         self.device = visual.patch_embed.proj.weight.device
         self.probe = nn.Linear(visual.config.out_hidden_size, sum(PROBES.values())).to(self.device)
@@ -160,7 +164,7 @@ class VisionStage:
         share = (seen.salience / TOKENS_PER_STEP).clamp(min=1e-8)
         losses["salience"] = SALIENCE_WEIGHT * (target * (target.log() - share.log())).sum(-1).mean()
         self.optimizer.zero_grad()
-        sum(losses.values()).backward()
+        sum(losses.values(), start=torch.zeros((), device=self.device)).backward()
         nn.utils.clip_grad_norm_(self.runner.visual.parameters(), 1.0)
         self.optimizer.step()
         return {name: round(value.item(), 4) for name, value in losses.items()}
