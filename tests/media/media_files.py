@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import tempfile
 from fractions import Fraction
@@ -12,7 +13,10 @@ import numpy as np
 from PIL import Image
 
 from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.media import Media, open_media
+from sparsevila_cluster.media import DecodeGuard, Media, open_media
+from sparsevila_cluster.media.decoding import decode
+from sparsevila_cluster.media.frames import Decoded
+from sparsevila_cluster.media.source import Deadline, open_source
 from sparsevila_cluster.request import MediaSource
 
 STEP = 4  # grey levels between two frames
@@ -91,8 +95,22 @@ def picture_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
+def guard() -> DecodeGuard:
+    """One for all tests; the interpreter's end closes it."""
+    return DecodeGuard()
+
+
 def load(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Media:
-    return open_media(MediaSource(data, kind), fps=fps, max_frames=max_frames, limits=MediaLimits(**limits))
+    return open_media(MediaSource(data, kind), fps=fps, max_frames=max_frames, limits=MediaLimits(**limits), guard=guard())
+
+
+def load_here(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Decoded:
+    """The same in this process: the reference, and where a test must reach inside."""
+    limits = MediaLimits(**limits)
+    with open_source(MediaSource(data, kind), limits) as blob:
+        deadline = Deadline(blob.name, limits.decode_timeout_s)
+        return decode(blob.file, blob.name, blob.kind, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
 
 
 def indices(media: Media) -> list[int]:
