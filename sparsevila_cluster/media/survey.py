@@ -35,12 +35,13 @@ class PacketIndex:
     flags: array = field(default_factory=lambda: array("B"))
 
     def add(self, packet: av.Packet, stream: av.VideoStream) -> None:
-        self.pts.append(packet.pts)
-        self.dts.append(packet.pts if packet.dts is None else packet.dts)
-        self.pos.append(-1 if packet.pos is None else packet.pos)
+        pts, dts, pos, corrupt = packet.pts, packet.dts, packet.pos, packet.is_corrupt
+        self.pts.append(pts)
+        self.dts.append(pts if dts is None else dts)
+        self.pos.append(-1 if pos is None else pos)
         self.size.append(packet.size)
-        entry = packet.is_keyframe and not packet.is_corrupt and starts_anew(packet, stream)
-        self.flags.append(HIDDEN * packet.is_discard | ENTRY * entry | BROKEN * packet.is_corrupt)
+        entry = packet.is_keyframe and not corrupt and starts_anew(packet, stream)
+        self.flags.append(HIDDEN * packet.is_discard | ENTRY * entry | BROKEN * corrupt)
 
     def holds(self, row: int, packet: av.Packet) -> bool:
         """Whether `packet` is the one that stood in this row when the file was surveyed."""
@@ -78,42 +79,46 @@ def survey_packets(container: av.container.InputContainer, stream: av.VideoStrea
     """
     is_mkv = "matroska" in container.format.name
     declared = len(stream.index_entries) if "mp4" in container.format.name else 0
-    num, num_bad, num_untimed, end_s = 0, 0, 0, Fraction(0)
+    num, num_bad, num_untimed = 0, 0, 0
     first, last, tail = None, None, 0  # ticks: first and last start, and how long the last one shows
+    ends: dict[int, int] = {}  # by stream, in its ticks
     # AVI counts frames and has no order of presentation; what FFmpeg makes up for B-frames is wrong.
     index: PacketIndex | None = None if container.format.name == "avi" else PacketIndex()
     # Matroska tells how long the longest stream is, not how many frames there are: only then the others are read too.
     for packet in container.demux() if is_mkv else container.demux(stream):
         deadline.check()
-        if is_end(packet):
+        pts = packet.pts
+        if pts is None and is_end(packet):
             if is_mkv:
                 continue
             break
-        if packet.pts is not None and packet.time_base:
-            end_s = max(end_s, (packet.pts + (packet.duration or 0)) * packet.time_base)
-        if packet.stream_index != stream.index:
+        number = packet.stream_index
+        if is_mkv and pts is not None:
+            ends[number] = max(ends.get(number, 0), pts + (packet.duration or 0))
+        if number != stream.index:
             continue
         num += 1
         num_bad += packet.is_corrupt
-        if packet.pts is None:
+        if pts is None:
             index = None
         elif index is not None:
             index.add(packet, stream)
         if packet.is_discard:  # cut away by an edit list: decoded, never shown
             continue
-        if packet.pts is None:
+        if pts is None:
             num_untimed += 1
             continue
-        first = packet.pts if first is None else min(first, packet.pts)
-        if last is None or packet.pts >= last:
-            last, tail = packet.pts, packet.duration or 0
+        first = pts if first is None else min(first, pts)
+        if last is None or pts >= last:
+            last, tail = pts, packet.duration or 0
     if num == 0:
         raise BadMedia(f"{name} holds a video stream of 0 frames; at least 1 is needed")
     check_lost(num_bad, num, "broken packets", name)
     check_lost(declared - num, declared, "missing packets (the file ends early)", name)
     if is_mkv and container.duration and (header_s := container.duration / av.time_base):
-        if float(end_s) < header_s * (1 - MAX_LOST_SHARE) - 0.5:
-            raise BadMedia(f"{name} ends early: {float(end_s):.3f} s of the {header_s:.3f} s that its header declares")
+        end_s = float(max(end * (container.streams[number].time_base or 0) for number, end in ends.items()) if ends else 0)
+        if end_s < header_s * (1 - MAX_LOST_SHARE) - 0.5:
+            raise BadMedia(f"{name} ends early: {end_s:.3f} s of the {header_s:.3f} s that its header declares")
     rate = stream.guessed_rate or stream.average_rate or Fraction(25)
     if first is None or num_untimed or container.format.name == "avi":
         return Survey(num, Fraction(0), stream.time_base, float(num / rate), 1 / rate, None)

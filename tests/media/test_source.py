@@ -11,8 +11,8 @@ from PIL import Image
 
 from sparsevila_cluster.config import MediaLimits
 from sparsevila_cluster.errors import BadMedia, BadRequest, DeadlineExceeded, TooLarge
-from sparsevila_cluster.media import identify, open_media
 from sparsevila_cluster.media import frames as frames_module
+from sparsevila_cluster.media import identify, open_media
 from sparsevila_cluster.media import source as source_module
 from sparsevila_cluster.request import MediaSource
 from tests.media.media_files import audio_bytes, load, load_here, picture_bytes, video_bytes
