@@ -276,6 +276,7 @@ class LocalPipeline:
 
         await self._on_decode(abort_all)
         self._prefill_thread.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.prefill.close)
         await asyncio.to_thread(self._decode_thread.close)
 
 
