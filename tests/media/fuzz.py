@@ -78,22 +78,22 @@ def unsound(media: Media, max_frames: int, limits: MediaLimits) -> str | None:
     return None
 
 
-def leftovers(guard: DecodeGuard, num_files: int) -> str | None:
-    """Open files, processes and shared memory that nobody owns any more."""
+def leftovers(guard: DecodeGuard, num_files: int, others: set[int]) -> str | None:
+    """Open files, processes (but for `others`) and shared memory that nobody owns any more."""
     pids = guard.pids()
     files = len(os.listdir("/proc/self/fd"))
     if files != num_files + 2 * len(pids):
         return f"{files} open files; there were {num_files} and {len(pids)} workers"
-    if (children := child_pids()) != pids:
-        return f"child processes {children}, of which workers are {pids}"
+    if (children := child_pids() - others) != set(pids):
+        return f"child processes {sorted(children)}, of which workers are {pids}"
     if "memfd:frames" in Path("/proc/self/maps").read_text():
         return "frames are still mapped"
     return None
 
 
-def child_pids() -> list[int]:
+def child_pids() -> set[int]:
     tasks = Path("/proc/self/task").iterdir()
-    return sorted(int(pid) for task in tasks for pid in (task / "children").read_text().split())
+    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
 
 
 def resident_bytes() -> int:
@@ -120,7 +120,7 @@ def fuzz(
             allowed_s = deadline_s + GRACE_S + SLACK_S + START_S * (guard.num_started - starts)
             if wrong is None and took_s > allowed_s:
                 wrong = f"took {took_s:.2f} s of {allowed_s:.2f} s"
-            wrong = wrong or (leftovers(guard, num_files) if not others else None)
+            wrong = wrong or leftovers(guard, num_files, others)
             tally.add(name, outcome, took_s, label)
             if wrong is not None:
                 tally.violations.append(f"{label}: {wrong}")
@@ -134,8 +134,8 @@ def fuzz(
         if settled_bytes is not None and (growth := resident_bytes() - settled_bytes) > MAX_GROWTH_BYTES:
             tally.violations.append(f"this process grew by {growth} bytes")
         restarts = guard.num_started - 1
-    if not others and (left := child_pids()):
-        tally.violations.append(f"processes {left} outlive their guard")
+    if left := child_pids() - others:
+        tally.violations.append(f"processes {sorted(left)} outlive their guard")
     if (files := len(os.listdir("/proc/self/fd"))) != num_files:
         tally.violations.append(f"{files} files are open after the run, {num_files} before it")
     return tally, tally.line(len(numbers), seed, restarts)

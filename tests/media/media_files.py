@@ -109,12 +109,12 @@ def _noise(size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
 
 
-def can_encode(codec: str) -> bool:
+def can_encode(codec: str, pix_fmt: str | None = None) -> bool:
     try:
-        av.codec.Codec(codec, "w")
+        formats = av.codec.Codec(codec, "w").video_formats
     except av.codec.codec.UnknownCodecError:
         return False
-    return True
+    return pix_fmt is None or not formats or pix_fmt in {known.name for known in formats}
 
 
 class _Pipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,12 +19,11 @@ from sparsevila_cluster.errors import BadMedia, DeadlineExceeded, TooLarge, Unav
 from sparsevila_cluster.media import DecodeGuard, open_media
 from sparsevila_cluster.media import guard as guard_module
 from sparsevila_cluster.media.source import open_source
-from sparsevila_cluster.media.watched import ROOT
 from sparsevila_cluster.request import MediaSource
 from tests.media.fuzz import child_pids
 from tests.media.media_files import indices, load_here, picture_bytes, texture, video_bytes
+from tests.media.processes import PICTURE, in_thread, is_running, show, wait_for
 
-PICTURE = picture_bytes(Image.new("RGB", (8, 6), (1, 2, 3)))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -40,38 +38,6 @@ def guard(one_guard):
     """Warm, with one process; tests that end it pay for the next one."""
     show(one_guard)
     return one_guard
-
-
-def show(guard: DecodeGuard, data=PICTURE, **limits):
-    return open_media(MediaSource(data), fps=2.0, max_frames=64, limits=MediaLimits(**limits), guard=guard)
-
-
-def wait_for(condition, timeout_s: float = 20.0) -> None:
-    until_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until_s, "waited in vain"
-        time.sleep(0.01)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def in_thread(call) -> tuple[threading.Thread, list]:
-    outcome: list = []
-
-    def run() -> None:
-        try:
-            outcome.append(call())
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread, outcome
 
 
 def test_a_guarded_decode_is_the_plain_one(guard):
@@ -260,87 +226,3 @@ def test_replies_are_not_trusted(reply):
     with pytest.raises((ValueError, LookupError, TypeError)):
         guard_module._read(reply, fd, "video")
     assert set(os.listdir("/proc/self/fd")) == files
-
-
-# ---- started from anywhere -----------------------------------------------------------------------------------------------------
-
-SCRIPT = f"""
-import sys; sys.path.append({ROOT!r})
-from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.media import DecodeGuard, open_media
-from sparsevila_cluster.request import MediaSource
-def show(guard):
-    return open_media(MediaSource({PICTURE!r}), fps=2.0, max_frames=4, limits=MediaLimits(), guard=guard).frames.shape
-guard = DecodeGuard()
-print(show(guard), *guard.pids(), flush=True)
-"""
-
-
-def python(script: str, folder: Path, **options) -> subprocess.Popen:
-    command = [sys.executable, "-c", script]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def test_what_lies_in_the_working_directory_is_not_imported(tmp_path):
-    for name in ("numpy", "av", "socket", "signal"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
-    (tmp_path / "script.py").write_text(SCRIPT.replace("import sys;", "import sys; del sys.path[0];"))
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("(1, 6, 8, 3)") and done.stderr == ""
-
-
-def test_scripts_need_no_main_guard_and_leave_no_process(tmp_path):
-    process = python(SCRIPT, tmp_path)
-    output, errors = process.communicate(timeout=60)
-    assert output.startswith("(1, 6, 8, 3)") and errors == "" and process.returncode == 0
-    assert not is_running(int(output.split()[-1]))
-
-
-@pytest.mark.parametrize("stopped", [False, True])
-def test_the_worker_dies_with_its_parent(tmp_path, stopped):
-    process = python(SCRIPT + "import time; time.sleep(60)", tmp_path)
-    pid = int(process.stdout.readline().split()[-1])
-    assert is_running(pid)
-    if stopped:
-        os.kill(pid, signal.SIGSTOP)
-    process.kill()
-    process.communicate(timeout=20)
-    wait_for(lambda: not is_running(pid))
-
-
-def test_a_forked_copy_has_processes_of_its_own(tmp_path):
-    fork = """
-import os
-child = os.fork()
-print(show(guard), *guard.pids(), flush=True)
-if child:
-    os.waitpid(child, 0)
-    print(show(guard), *guard.pids(), flush=True)
-else:
-    guard.close(); sys.exit()
-"""
-    output, errors = python(SCRIPT + fork, tmp_path).communicate(timeout=60)
-    lines = output.splitlines()
-    assert len(lines) == 4 and all(line.startswith("(1, 6, 8, 3)") for line in lines), errors
-    pids = [line.split()[-1] for line in lines]
-    assert pids[0] == pids[-1] and len(set(pids)) == 2
-
-
-def test_neither_side_imports_what_it_does_not_need(guard):
-    assert "torch" not in Path(f"/proc/{guard.pids()[0]}/maps").read_text()
-    code = "import sys, sparsevila_cluster.media; sys.exit(bool({'torch', 'av', 'PIL', 'pydantic'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
-
-
-def test_a_process_that_does_not_start_is_unavailable(monkeypatch):
-    before = child_pids()
-    with DecodeGuard() as guard:
-        monkeypatch.setattr("sparsevila_cluster.media.watched.MODULE", "sparsevila_cluster.media.missing")
-        with pytest.raises(Unavailable, match="does not start.*No module named sparsevila_cluster.media.missing"):
-            show(guard)
-        monkeypatch.setattr(sys, "executable", "/nowhere/python")
-        with pytest.raises(Unavailable, match="cannot start a process"):
-            show(guard)
-        monkeypatch.undo()
-        assert show(guard).kind == "image"
-    assert child_pids() == before
