@@ -13,13 +13,14 @@ PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench protos clean
+.PHONY: help setup demo test lint bench fuzz protos clean
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
+	@echo "make fuzz    2,000 broken media files through the public door (MUTANTS=..., SEED=...)"
 	@echo "make protos  regenerate code from protos/"
 	@echo "make clean   remove caches and build products (the environment stays)"
 
@@ -36,6 +37,9 @@ lint: setup
 bench: setup
 	$(PY) -m benchmarks.engine
 	$(PY) -m benchmarks.accuracy --quick
+
+fuzz: setup
+	$(PY) -m tests.media.fuzz --mutants $(or $(MUTANTS),2000) --seed $(or $(SEED),0)
 
 protos: setup
 	@files=$$(find protos -name '*.proto' 2>/dev/null); \

@@ -30,6 +30,9 @@ class MediaLimits(_Frozen):
     max_frames: int = Field(512, ge=1, description="Most frames after sampling; a request may ask for fewer.")
     max_images: int = Field(16, ge=1, description="Most images or videos in one composite prefix.")
     decode_timeout_s: float = Field(60.0, gt=0, description="Deadline for decoding one source.")
+    decode_memory_bytes: int = Field(
+        4 * GIB, ge=256 * MIB, description="Most memory that decoding one source may take, besides the frames that it gives."
+    )
 
 
 class SparsityConfig(_Frozen):

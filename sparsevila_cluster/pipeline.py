@@ -288,6 +288,7 @@ class LocalPipeline:
             await self._on_decode(abort_all, self.config.close_timeout_s)
         finally:
             self._prefill_thread.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self.prefill.close)
             await asyncio.to_thread(self._decode_thread.close, self.config.close_timeout_s)
 
 

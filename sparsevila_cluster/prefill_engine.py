@@ -19,7 +19,7 @@ from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.content_key import content_key
 from sparsevila_cluster.errors import BadRequest, TooLarge
 from sparsevila_cluster.kv import Extent, MediaPrefix
-from sparsevila_cluster.media import Media, identify, open_media
+from sparsevila_cluster.media import DecodeGuard, Media, identify, open_media
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
 from sparsevila_cluster.pruning import PruningPolicy, build_pruning
 from sparsevila_cluster.request import PrepareRequest, Timeline
@@ -57,11 +57,15 @@ class Preparation:
 
 
 class PrefillEngine:
-    """Makes media prefixes. Needs the parts vision, embed and llm. Its methods may be called from one thread at a time."""
+    """Makes media prefixes. Needs the parts vision, embed and llm. Its methods may be called from one thread at a time.
+
+    Owns the processes in which sources are decoded, from the first `load` to `close`, which any thread may call.
+    """
 
     def __init__(self, model: Model, config: EngineConfig):
         self.model = model
         self.config = config
+        self.guard = DecodeGuard()
         self.num_prefills = 0
 
     def key_of(self, request: PrepareRequest) -> str:
@@ -86,8 +90,13 @@ class PrefillEngine:
         )
 
     def load(self, request: PrepareRequest) -> list[Media]:
-        """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded."""
-        return [open_media(source, limits=self.config.limits, **self._sampling(request)) for source in request.sources]
+        """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded, Unavailable (closed)."""
+        options = {"limits": self.config.limits, "guard": self.guard, **self._sampling(request)}
+        return [open_media(source, **options) for source in request.sources]
+
+    def close(self) -> None:
+        """End the processes that decode. Idempotent."""
+        self.guard.close()
 
     def _sampling(self, request: PrepareRequest) -> dict[str, float]:
         fps = self.config.fps if request.fps is None else request.fps

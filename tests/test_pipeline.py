@@ -1,7 +1,9 @@
 """The local pipeline and its simple face, with real files and threads: reuse, sharing, eviction, deadlines, early leaving."""
 
 import asyncio
+import os
 import shutil
+import signal
 import threading
 import time
 
@@ -234,6 +236,18 @@ def test_closing_refuses_new_work_and_ends_old_work(checkpoint, clips):
     qa.close()
     assert not pipeline.decode.turns
     pipeline.decode.check_integrity()
+
+
+def test_a_decoder_that_hangs_costs_one_preparation(checkpoint, clips):
+    with VideoQA(checkpoint, decode_timeout_s=5.0) as qa:
+        guard = qa.pipeline.prefill.guard
+        assert qa.conversation(qa.prepare(clips[0])).ask("what?", max_tokens=2).text is not None
+        for pid in guard.pids():
+            os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(DeadlineExceeded, match="hung and was killed.*decode_timeout_s = 5 s"):
+            qa.prepare(clips[1])
+        assert qa.prepare(clips[1]).num_frames == 6 and guard.num_started == 2
+    assert guard.pids() == []
 
 
 def test_pipeline_in_one_event_loop(checkpoint, clips):

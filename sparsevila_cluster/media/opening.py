@@ -1,23 +1,26 @@
 """The door of this folder: a source in, `Media` out.
 
 Knows: the order of the work (open, hash, decode) and the legal range of the sampling parameters.
-Does not know: how a source is read (`source`), how pictures (`image`) and videos (`video`) are decoded, or any model.
+Does not know: how a source is read (`source`), how its bytes are decoded (`decoding`) and where (`guard`), or any model.
+
+    source -> open file + kind -> hash -> [guard: worker: decoding: picture, animation or video] -> frames
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sparsevila_cluster.config import MediaLimits
 from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.media.image import decode_image
-from sparsevila_cluster.media.source import Deadline, hash_blob, open_source
-from sparsevila_cluster.media.video import decode_video
-from sparsevila_cluster.request import MediaSource
+from sparsevila_cluster.media.guard import DecodeGuard
+from sparsevila_cluster.media.source import Blob, Deadline, hash_blob, open_source
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.request import MediaSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,25 +40,35 @@ class Media:
     duration_s: float
 
 
-def open_media(source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits) -> Media:
-    """Decode at most `max_frames` frames of a source, `fps` per second of video.
+def open_media(
+    source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits, guard: DecodeGuard | None = None
+) -> Media:
+    """Decode at most `max_frames` frames of a source, `fps` per second of video, in a process of `guard`.
+
+    Without a guard there is one for this call only, which takes the start of a process: a quarter of a second.
 
     Raises:
-        BadMedia: nothing readable, no picture and no video, or more than a small part of it is broken.
-        TooLarge: over one of `limits` (bytes, duration, pixels), or frames that would not fit into memory.
+        BadMedia: nothing readable, no picture and no video, more than a small part of it is broken, or its decoder crashes.
+        TooLarge: over one of `limits` (bytes, duration, pixels, memory), or frames that would not fit into memory.
         DeadlineExceeded: not done within `limits.decode_timeout_s`.
         BadRequest: `fps` or `max_frames` outside its legal range.
+        Unavailable: `guard` is closed, or no process can be started.
     """
     cap = _check_sampling(fps, max_frames, limits)
-    deadline = Deadline(limits.decode_timeout_s)
     with open_source(source, limits) as blob:
-        media_hash = hash_blob(blob, fps=fps, max_frames=cap, limits=limits, deadline=deadline)
-        if blob.kind == "image":
-            return Media(decode_image(blob.file, blob.name, limits), np.zeros(1), "image", media_hash, 0.0)
-        frames, times_s, duration_s = decode_video(
-            blob.file, blob.name, fps=fps, max_frames=cap, limits=limits, deadline=deadline
-        )
-        return Media(frames, times_s, "video", media_hash, duration_s)
+        if guard is None:
+            with DecodeGuard() as guard:
+                return _load(blob, fps, cap, limits, guard)
+        return _load(blob, fps, cap, limits, guard)
+
+
+def _load(blob: Blob, fps: float, max_frames: int, limits: MediaLimits, guard: DecodeGuard) -> Media:
+    guard.warm()  # a process that is not there yet starts while the bytes are hashed
+    deadline = Deadline(blob.name, limits.decode_timeout_s)
+    media_hash = hash_blob(blob, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
+    done = guard.decode(blob, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
+    blob.check_unchanged()
+    return Media(done.frames, done.times_s, blob.kind, media_hash, done.duration_s)
 
 
 def identify(source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits) -> tuple[str, Literal["video", "image"]]:
@@ -68,7 +81,7 @@ def identify(source: MediaSource, *, fps: float, max_frames: int, limits: MediaL
     """
     cap = _check_sampling(fps, max_frames, limits)
     with open_source(source, limits) as blob:
-        deadline = Deadline(limits.decode_timeout_s)
+        deadline = Deadline(blob.name, limits.decode_timeout_s)
         return hash_blob(blob, fps=fps, max_frames=cap, limits=limits, deadline=deadline), blob.kind
 
 

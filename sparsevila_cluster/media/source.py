@@ -1,7 +1,8 @@
-"""From what the user named (a path, raw bytes or a data URL) to one open stream of bytes, its kind and its hash.
+"""From what the user named (a path, raw bytes or a data URL) to one open file, its kind and its hash.
 
-Knows: where bytes come from, how many are legal, the first bytes of picture formats, how media are named by content.
-Does not know: codecs, frames or pixels. One open file serves hashing and decoding, so a name belongs to its frames.
+Knows: where bytes come from, how many are legal, how media are named by content, when time is up.
+Does not know: codecs, frames or pixels. One open file with a descriptor serves hashing and decoding, in whichever process, so a
+name belongs to its frames.
 """
 
 from __future__ import annotations
@@ -9,25 +10,24 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import os
 import re
 import stat
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote_to_bytes
 
-from PIL import Image
-
-from sparsevila_cluster.config import MediaLimits
 from sparsevila_cluster.errors import BadMedia, DeadlineExceeded, TooLarge
-from sparsevila_cluster.request import MediaSource
+from sparsevila_cluster.media.kinds import Kind, decide_kind
 
-Kind = Literal["video", "image"]
+if TYPE_CHECKING:  # the decoding process starts faster without them
+    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.request import MediaSource
 
 # Part of every media hash. Change it whenever the same bytes and parameters would give other frames.
 SAMPLING_VERSION = b"sparsevila media 1"
@@ -37,27 +37,33 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/]*={0,2}")
 
 
 class Deadline:
-    """A moment on the monotonic clock after which `check()` raises."""
+    """A moment on the monotonic clock after which `check()` raises. `left_s`: what is left of `timeout_s`, if not all."""
 
-    def __init__(self, timeout_s: float):
-        self.timeout_s = timeout_s
-        self.at_s = time.monotonic() + timeout_s
+    def __init__(self, name: str, timeout_s: float, left_s: float | None = None):
+        self.name, self.timeout_s = name, timeout_s
+        self.at_s = time.monotonic() + (timeout_s if left_s is None else left_s)
 
     def left_s(self) -> float:
         return self.at_s - time.monotonic()
 
     def check(self) -> None:
         if self.left_s() <= 0:
-            raise DeadlineExceeded(f"decoding took longer than decode_timeout_s = {self.timeout_s:g} s")
+            raise DeadlineExceeded(f"{self.name}: decoding took longer than decode_timeout_s = {self.timeout_s:g} s")
 
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """Bytes to decode. `file` stands at 0; `name` is short enough for a message; `kind` is decided."""
+    """Bytes to decode. `file` has a descriptor and stands at 0; `name` is short enough for a message; `kind` is decided."""
 
     file: BinaryIO
     name: str
     kind: Kind
+    _stamp: tuple[int, int]
+
+    def check_unchanged(self) -> None:
+        """Raises BadMedia: the file was written to since it was opened, so that its hash may not be that of its frames."""
+        if _stamp(self.file) != self._stamp:
+            raise BadMedia(f"{self.name} changed while it was read")
 
 
 @contextmanager
@@ -77,8 +83,7 @@ def open_source(source: MediaSource, limits: MediaLimits) -> Iterator[Blob]:
         name = f"{len(data)} bytes"
         if len(data) > limits.max_bytes:
             raise _too_many_bytes(name, len(data), limits)
-        file: BinaryIO = io.BytesIO(data)
-        size = len(data)
+        file, size = _in_memory(data), len(data)
     elif isinstance(data, (str, os.PathLike)):
         name = _short(os.fspath(data))
         file, size = _open_path(data, name, limits)
@@ -87,7 +92,8 @@ def open_source(source: MediaSource, limits: MediaLimits) -> Iterator[Blob]:
     with file:
         if size == 0:
             raise BadMedia(f"{name} is empty; media need at least one frame")
-        yield Blob(file, name, _decide_kind(file, name, source.kind, declared))
+        stamp = _stamp(file)
+        yield Blob(file, name, decide_kind(file, name, source.kind, declared), stamp)
 
 
 def hash_blob(blob: Blob, *, fps: float, max_frames: int, limits: MediaLimits, deadline: Deadline) -> str:
@@ -112,6 +118,22 @@ def hash_blob(blob: Blob, *, fps: float, max_frames: int, limits: MediaLimits, d
     except OSError as error:
         raise BadMedia(f"cannot read {blob.name}: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def _in_memory(data: bytes | bytearray | memoryview) -> BinaryIO:
+    """A file without a name that holds `data`."""
+    if hasattr(os, "memfd_create"):
+        file: BinaryIO = os.fdopen(os.memfd_create("media"), "w+b")
+    else:
+        file = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115 (closed by open_source)
+    file.write(data)
+    file.seek(0)
+    return file
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns
 
 
 def _open_path(path: str | os.PathLike[str], name: str, limits: MediaLimits) -> tuple[BinaryIO, int]:
@@ -156,44 +178,6 @@ def _data_url(url: str, limits: MediaLimits) -> tuple[bytes, str]:
         return base64.b64decode(raw + b"=" * missing, validate=True), media_type
     except binascii.Error as error:
         raise BadMedia(f"{_short(url)} is not base64: {str(error)[0].lower()}{str(error)[1:]}") from error
-
-
-def _decide_kind(file: BinaryIO, name: str, wanted: str, declared: str | None) -> Kind:
-    """The kind by the bytes themselves; what the caller or the data URL says must agree."""
-    try:
-        head = file.read(16)
-        picture = _picture_format(head)
-        animated = picture == "GIF" and _is_animated(file)
-        file.seek(0)
-    except OSError as error:
-        raise BadMedia(f"cannot read {name}: {error.strerror or error}") from error
-    found: Kind = "image" if picture and not animated else "video"
-    claims = {wanted} - {"auto"} | ({declared.partition("/")[0]} if declared else set()) - {"application"}
-    for claim in sorted(claims):
-        # A GIF may be shown either way: its first frame as an image, or its frames as a video.
-        if claim != found and picture != "GIF":
-            what = f"a {picture} picture" if picture else "not a PNG, JPEG, WebP or GIF picture"
-            raise BadMedia(f"{name} was sent as {claim!r} but is {what}")
-    return wanted if picture == "GIF" and wanted != "auto" else found  # type: ignore[return-value]
-
-
-def _picture_format(head: bytes) -> str | None:
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    return "GIF" if head[:6] in (b"GIF87a", b"GIF89a") else None
-
-
-def _is_animated(file: BinaryIO) -> bool:
-    """Whether a GIF holds a second frame; walks over block headers and decodes nothing."""
-    file.seek(0)
-    try:
-        return bool(Image.open(file, formats=["GIF"]).is_animated)
-    except Exception:  # Pillow raises almost anything on broken bytes; opening the picture will say it properly
-        return False
 
 
 def _too_many_bytes(name: str, size: int, limits: MediaLimits) -> TooLarge:

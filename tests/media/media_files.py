@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import io
+import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,10 +18,14 @@ import numpy as np
 from PIL import Image
 
 from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.media import Media, open_media
+from sparsevila_cluster.media import DecodeGuard, Media, open_media
+from sparsevila_cluster.media.decoding import decode
+from sparsevila_cluster.media.frames import Decoded
+from sparsevila_cluster.media.source import Deadline, open_source
 from sparsevila_cluster.request import MediaSource
 
 STEP = 4  # grey levels between two frames
+QUIET = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "10"}}
 BIT_RATE = {"mpeg4": 4_000_000, "libvpx": 4_000_000}  # at their default rate they leave small changes of grey out
 
 
@@ -36,9 +46,11 @@ def video_bytes(
     else:
         buffer = io.BytesIO()
         target = buffer if seekable else _Pipe(buffer)
-    with av.open(target, "w", format=container, container_options=container_options or {}) as out:
-        quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
-        stream = out.add_stream(codec, rate=fps, options=quiet | (codec_options or {}))
+    with (
+        ordinary_priority() if codec == "libsvtav1" else nullcontext(),
+        av.open(target, "w", format=container, container_options=container_options or {}) as out,
+    ):
+        stream = out.add_stream(codec, rate=fps, options=QUIET.get(codec, {}) | (codec_options or {}))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         if codec in BIT_RATE:
             stream.bit_rate = BIT_RATE[codec]
@@ -61,6 +73,48 @@ def video_bytes(
         with folder:
             return Path(target).read_bytes()
     return buffer.getvalue()
+
+
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """SVT-AV1 makes its threads real-time ones where it may, and everything else on the machine starves; here it may not.
+
+    Capabilities belong to a thread and are inherited by those that it starts.
+    """
+    os.environ["SVT_LOG"] = "0"
+    if sys.platform != "linux":
+        yield
+        return
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    before = sets[0]
+    sets[0] &= ~(1 << 23)  # CAP_SYS_NICE, of the effective ones
+    assert libc.capset(header, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = before
+        libc.capset(header, sets)
+
+
+def texture(index: int, size: tuple[int, int] = (64, 48)) -> np.ndarray:
+    """A picture that moves and has details, so that a wrong reference shows: u8 [H, W, 3]."""
+    picture = np.roll(_noise(size), (2 * index, 3 * index), (0, 1))
+    picture[: size[1] // 4, : size[0] // 4] = index * 5 % 256
+    return picture
+
+
+@functools.cache
+def _noise(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+
+
+def can_encode(codec: str, pix_fmt: str | None = None) -> bool:
+    try:
+        formats = av.codec.Codec(codec, "w").video_formats
+    except av.codec.codec.UnknownCodecError:
+        return False
+    return pix_fmt is None or not formats or pix_fmt in {known.name for known in formats}
 
 
 class _Pipe:
@@ -91,8 +145,22 @@ def picture_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
+def guard() -> DecodeGuard:
+    """One for all tests; the interpreter's end closes it."""
+    return DecodeGuard()
+
+
 def load(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Media:
-    return open_media(MediaSource(data, kind), fps=fps, max_frames=max_frames, limits=MediaLimits(**limits))
+    return open_media(MediaSource(data, kind), fps=fps, max_frames=max_frames, limits=MediaLimits(**limits), guard=guard())
+
+
+def load_here(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Decoded:
+    """The same in this process: the reference, and where a test must reach inside."""
+    limits = MediaLimits(**limits)
+    with open_source(MediaSource(data, kind), limits) as blob:
+        deadline = Deadline(blob.name, limits.decode_timeout_s)
+        return decode(blob.file, blob.name, blob.kind, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
 
 
 def indices(media: Media) -> list[int]:

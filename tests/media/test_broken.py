@@ -1,18 +1,15 @@
-"""Broken files are refused, mutated ones never crash, and files from cameras open."""
+"""Broken files are refused, and files from cameras open. (Mutated ones: `fuzz`.)"""
 
 from __future__ import annotations
 
 import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sparsevila_cluster.errors import BadMedia, SparseVilaError
-from tests.media.media_files import load, quadrants, video_bytes
+from tests.media.media_files import load, video_bytes
 
 SHARED = Path(os.environ.get("SPARSEVILA_TEST_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
 
@@ -41,28 +38,6 @@ def test_a_damaged_middle_is_refused(capfd):
     assert capfd.readouterr().err == ""  # FFmpeg keeps quiet
 
 
-@pytest.mark.parametrize("container, codec", [("mp4", "libx264"), ("mov", "libx265"), ("matroska", "mpeg4"), ("webm", "libvpx")])
-def test_mutations_give_frames_or_a_typed_error(container, codec):
-    data = video_bytes(12, container=container, codec=codec, draw=lambda index: np.roll(quadrants(), index * 3, 1))
-    rng = random.Random(0)
-    good = 0
-    for _ in range(50):
-        mutant = bytearray(data)
-        for _ in range(rng.choice((1, 4, 32))):
-            mutant[rng.randrange(len(mutant))] = rng.randrange(256)
-        if rng.random() < 0.2:
-            del mutant[rng.randrange(len(mutant)) :]
-        try:
-            media = load(bytes(mutant), max_pixels=1 << 20, decode_timeout_s=5)
-        except SparseVilaError as error:
-            assert str(error)
-            continue
-        good += 1
-        assert media.frames.ndim == 4 and media.frames.shape[0] == len(media.times_s) >= 1
-        assert (np.diff(media.times_s) > 0).all() and 0 <= media.duration_s <= 4 * 3600
-    assert good >= 1
-
-
 def test_every_file_is_closed(tmp_path):
     path = tmp_path / "video.mp4"
     path.write_bytes(video_bytes())
@@ -73,12 +48,6 @@ def test_every_file_is_closed(tmp_path):
         except SparseVilaError:
             pass
     assert set(os.listdir("/proc/self/fd")) == before
-
-
-def test_importing_needs_no_torch():
-    code = "import sys, sparsevila_cluster.media; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0
 
 
 CAMERA_FILES = {

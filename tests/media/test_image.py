@@ -32,6 +32,22 @@ def test_exif_orientation_is_honoured():
     assert media.frames.shape == (1, 64, 48, 3) and corners(media.frames[0]) == "brwg"
 
 
+UPRIGHT = {
+    1: lambda p: p, 2: np.fliplr, 3: lambda p: np.rot90(p, 2), 4: np.flipud, 5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, -1), 7: lambda p: np.rot90(p, 2).swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})])
+def test_every_exif_orientation(format, options):
+    for orientation, upright in UPRIGHT.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        frame = load(picture_bytes(Image.fromarray(quadrants()), format, exif=exif, **options)).frames[0]
+        want = upright(quadrants()).astype(int)
+        assert frame.shape == want.shape and np.abs(frame - want).mean() <= (3 if format == "JPEG" else 0), orientation
+
+
 def test_transparency_shows_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (255, 0, 0, 0))

@@ -11,11 +11,11 @@ from PIL import Image
 
 from sparsevila_cluster.config import MediaLimits
 from sparsevila_cluster.errors import BadMedia, BadRequest, DeadlineExceeded, TooLarge
+from sparsevila_cluster.media import frames as frames_module
 from sparsevila_cluster.media import identify, open_media
 from sparsevila_cluster.media import source as source_module
-from sparsevila_cluster.media import video as video_module
 from sparsevila_cluster.request import MediaSource
-from tests.media.media_files import audio_bytes, load, picture_bytes, video_bytes
+from tests.media.media_files import audio_bytes, load, load_here, picture_bytes, video_bytes
 
 
 def test_path_bytes_and_data_url_are_one_media(tmp_path):
@@ -122,9 +122,9 @@ def test_limits_are_named(tmp_path, monkeypatch):
     with pytest.raises(TooLarge, match="64 x 48 pixels are more than max_pixels = 3071"):
         load(data, max_pixels=3071)
     assert load(data, max_pixels=1 << 40).frames.shape[1:] == (48, 64, 3)
-    monkeypatch.setattr(video_module, "MAX_FRAMES_BYTES", 4 * 48 * 64 * 3 - 1)
+    monkeypatch.setattr(frames_module, "MAX_FRAMES_BYTES", 4 * 48 * 64 * 3 - 1)
     with pytest.raises(TooLarge, match="4 frames of 64 x 48 pixels are more than 36863 bytes; ask for fewer frames"):
-        load(data)
+        load_here(data)
 
 
 @pytest.mark.parametrize("container, codec", [("webm", "libvpx"), ("webm", "libvpx-vp9"), ("mpegts", "libx264")])
@@ -145,11 +145,11 @@ def test_the_deadline_counts_in_every_phase(monkeypatch):
         return now_s
 
     monkeypatch.setattr(source_module.time, "monotonic", clock)
-    load(data, decode_timeout_s=1e6)
+    load_here(data, decode_timeout_s=1e6)
     assert len(calls) > 100  # per packet of the survey, per packet and frame of the decoding
     for timeout_s in (0.5, 2, 30, 70, 100, 120):
         with pytest.raises(DeadlineExceeded, match=f"decode_timeout_s = {timeout_s:g} s"):
-            load(data, decode_timeout_s=timeout_s)
+            load_here(data, decode_timeout_s=timeout_s)
     with pytest.raises(DeadlineExceeded):
         identify(MediaSource(data), fps=1, max_frames=1, limits=MediaLimits(decode_timeout_s=0.5))
 

@@ -1,0 +1,56 @@
+"""What decoding gives, and how large it may be.
+
+Knows: arrays of frames and the limits on them. Does not know: decoders; the process that only waits for frames imports none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparsevila_cluster.errors import TooLarge
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.config import MediaLimits
+
+# All kept frames live in memory at once: 512 frames of 1920 x 1080 are 3 GiB.
+MAX_FRAMES_BYTES = 8 << 30
+
+# Makes a u8 array of a given shape; where its memory is, is the caller's choice.
+Allocate = Callable[[tuple[int, ...]], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """frames u8 [F, H, W, 3] RGB upright; times_s f64 [F], each frame's own start; the duration in seconds."""
+
+    frames: np.ndarray
+    times_s: np.ndarray
+    duration_s: float
+
+
+def on_heap(shape: tuple[int, ...]) -> np.ndarray:
+    """Pages that stay unused cost nothing."""
+    return np.empty(shape, np.uint8)
+
+
+def check_pixels(width: int, height: int, name: str, limits: MediaLimits) -> None:
+    """Raises TooLarge: one frame has too many pixels."""
+    if width * height > limits.max_pixels:
+        raise TooLarge(f"{name}: {width} x {height} pixels are more than max_pixels = {limits.max_pixels}")
+
+
+def check_frames_bytes(num: int, width: int, height: int, name: str, limits: MediaLimits) -> None:
+    """Raises TooLarge: one frame has too many pixels, or all have too many bytes."""
+    check_pixels(width, height, name, limits)
+    if num * width * height * 3 > MAX_FRAMES_BYTES:
+        asked = f"{num} frames of {width} x {height} pixels"
+        raise TooLarge(f"{name}: {asked} are more than {MAX_FRAMES_BYTES} bytes; ask for fewer frames")
+
+
+def out_of_memory(name: str, limits: MediaLimits) -> TooLarge:
+    """What to raise where a decoder gets no more memory."""
+    return TooLarge(f"{name} does not decode within decode_memory_bytes = {limits.decode_memory_bytes}")

@@ -1,0 +1,152 @@
+"""The process that decodes: `python -m sparsevila_cluster.media.worker <socket> <parent>`. Started by `guard`, never by hand.
+
+Knows: its limits, and how to hand frames over without copying: they are decoded into shared memory whose descriptor goes back.
+Does not know: torch, models, where bytes came from, or who waits. It lives no longer than its parent.
+
+    job {name, kind, fps, max_frames, timeout_s, left_s, limits} + source file  ->  {shape, times_s, duration_s, worn} + frames
+                                                                                or  {error, message, worn}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sparsevila_cluster.errors import Internal, SparseVilaError, TooLarge
+from sparsevila_cluster.media.channel import Message, receive, send
+from sparsevila_cluster.media.decoding import decode
+from sparsevila_cluster.media.frames import out_of_memory
+from sparsevila_cluster.media.source import Deadline
+
+PR_SET_PDEATHSIG = 1
+# A process that keeps more than this after a source has leaked or is in pieces; its successor starts small.
+WORN_BYTES = 128 << 20
+
+
+class SharedFrames:
+    """Memory for one array that another process can map. Closed, only the descriptors elsewhere keep it."""
+
+    def __init__(self) -> None:
+        self.fd: int | None = None
+
+    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+        self.close()
+        self.fd = _nameless_file()
+        size = int(np.prod(shape, dtype=np.int64))
+        os.ftruncate(self.fd, size)
+        return np.frombuffer(mmap.mmap(self.fd, size), np.uint8).reshape(shape)
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+        self.fd = None
+
+
+def serve(sock: socket.socket) -> None:
+    """Jobs until the other side hangs up."""
+    fresh_bytes = _data_bytes()
+    while True:
+        try:
+            job, fd = receive(sock)
+        except EOFError:
+            return
+        shared = SharedFrames()
+        try:
+            reply = _reply(job, fd, shared, fresh_bytes)
+            gc.collect()  # PyAV's objects hold one another, and with them their decoders' threads and frames
+            send(sock, reply | {"worn": _data_bytes() > fresh_bytes + WORN_BYTES}, shared.fd)
+        finally:
+            shared.close()
+
+
+def _reply(job: Message, fd: int, shared: SharedFrames, fresh_bytes: int) -> Message:
+    limits: Any = SimpleNamespace(**job["limits"])
+    deadline = Deadline(job["name"], job["timeout_s"], job["left_s"])
+    sampling = {"fps": job["fps"], "max_frames": job["max_frames"]}
+    try:
+        with os.fdopen(fd, "rb") as file:
+            _limit_memory(fresh_bytes + limits.decode_memory_bytes)
+            done = decode(
+                file, job["name"], job["kind"], **sampling, limits=limits, deadline=deadline, allocate=shared.allocate
+            )
+            return {"shape": done.frames.shape, "times_s": done.times_s.tobytes(), "duration_s": float(done.duration_s)}
+    # Only names and texts leave these blocks: an error would keep frames alive through its traceback.
+    except SparseVilaError as error:
+        failed = type(error).__name__, str(error)
+    except MemoryError:
+        failed = TooLarge.__name__, str(out_of_memory(job["name"], limits))
+    except Exception as error:
+        traceback.print_exc()  # what is said here is logged by the guard
+        failed = Internal.__name__, f"{job['name']}: {type(error).__name__}: {error}"
+    finally:
+        _limit_memory(None)
+    shared.close()
+    return dict(zip(("error", "message"), failed, strict=True))
+
+
+def _limit_memory(num_bytes: int | None) -> None:
+    """Private writable memory, where the system counts it (Linux). Frames are shared memory, with a limit of their own."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    wanted = hard if num_bytes is None else num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def _data_bytes() -> int:
+    """What RLIMIT_DATA counts, now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _nameless_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _die_with(parent: int) -> None:
+    """Whatever this process is doing when its parent dies, the kernel ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+def _be_the_first_to_go() -> None:
+    """When the machine runs out of memory, the kernel should end this process and not its parent."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:
+        pass
+
+
+def main() -> None:
+    _die_with(int(sys.argv[2]))
+    _be_the_first_to_go()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Image.preinit()  # now and not with the first picture
+    gc.freeze()
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        send(sock, {"ready": True})
+        serve(sock)
+
+
+if __name__ == "__main__":
+    main()
