@@ -21,7 +21,7 @@ from sparsevila_cluster.errors import BadRequest, TooLarge
 from sparsevila_cluster.kv import Extent, MediaPrefix
 from sparsevila_cluster.media import DecodeGuard, Media, identify, open_media
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
-from sparsevila_cluster.pruning import PruningPolicy, build_pruning
+from sparsevila_cluster.pruning import PruningPolicy, Scope, build_pruning
 from sparsevila_cluster.request import PrepareRequest, Timeline
 from sparsevila_cluster.step_batch import MediaBatch
 
@@ -29,7 +29,7 @@ from sparsevila_cluster.step_batch import MediaBatch
 Progress = Callable[[str, int, int], None]
 
 DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
-DEFAULT_SCOPE = {"video": "per_group", "image": "global"}
+DEFAULT_SCOPE: dict[str, Scope] = {"video": "per_group", "image": "global"}
 STAGES = ("decode", "encode", "prune", "prefill")
 
 

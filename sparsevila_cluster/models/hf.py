@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,10 +37,12 @@ class HFDecoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [T] -> [T, D]."""
+        assert self.embed_weight is not None, 'embed needs the "embed" part'
         return F.embedding(ids, self.embed_weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] -> float32 [n, V]."""
+        assert self.head_weight is not None, 'logits need the "head" part'
         return F.linear(hidden, self.head_weight).float()
 
     def forward(
@@ -54,7 +57,8 @@ class HFDecoder:
         """hidden [T, D], positions i64 [R, T] -> [T, D]; see `TextBackend.forward`. kv_only computes everything all the same."""
         extra: dict[str, Any] = {}
         if deepstack:
-            mask = hidden.new_zeros(len(hidden), dtype=bool).index_fill_(0, visual_rows, True)
+            assert visual_rows is not None
+            mask = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, visual_rows, True)
             extra = {"deepstack_visual_embeds": list(deepstack), "visual_pos_masks": mask[None]}
         return self._model(
             inputs_embeds=hidden[None],
@@ -74,7 +78,7 @@ def register() -> str:
 
 
 def _step_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -55,7 +55,7 @@ class InternVL(CropFamily):
 
     name = "internvl"
 
-    def __init__(self, config: Any, rules: KindRules[TileRules], core: nn.Module | None, device: torch.device):
+    def __init__(self, config: Any, rules: KindRules[TileRules], core: Any, device: torch.device):
         """config: the checkpoint's transformers config; core: its model without head, or None for a decode worker."""
         self._merge = _merge_of(config)
         self._patches = rules.image.side // config.vision_config.patch_size[0]
@@ -139,6 +139,7 @@ class InternVL(CropFamily):
 
     def _run(self, media: VisualInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
         """Salience: what a patch receives from all rows of its tile, with the class token's; averaged where patches are joined."""
+        assert self._tower is not None
         hidden, received = self._tower.run(pixels, capture)
         patches = self._final_norm(hidden)[:, 1:].unflatten(1, (self._patches, -1))
         tokens = self._projector(shuffle(patches, self._merge).flatten(2))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsevila_cluster.errors import BadCheckpoint
 from sparsevila_cluster.kv import KVSpec
@@ -57,7 +57,7 @@ class LeanDecoder:
         self._norm, self._head_norm = form.norm, form.head_norm
 
     @classmethod
-    def from_modules(cls, config: Any, spec: KVSpec, language_model: nn.Module) -> LeanDecoder:
+    def from_modules(cls, config: Any, spec: KVSpec, language_model: Any) -> LeanDecoder:
         """Take the weights of a transformers text model, layer by layer, leaving it empty: never twice in memory.
 
         Raises:
@@ -77,10 +77,12 @@ class LeanDecoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [T] -> [T, D]."""
+        assert self.embed_weight is not None, 'embed needs the "embed" part'
         return F.embedding(ids, self.embed_weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] -> float32 [n, V]."""
+        assert self.head_weight is not None, 'logits need the "head" part'
         return F.linear(hidden, self.head_weight).float()
 
     def forward(
@@ -117,6 +119,7 @@ class LeanDecoder:
             gate, up = torch.mm(norm(h, norm_mlp), gate_up).chunk(2, -1)
             h = torch.addmm(h, F.silu(gate) * up, down)
             if i < len(deepstack):
+                assert visual_rows is not None
                 h = h.index_add(0, visual_rows, deepstack[i])
         return norm(h, self._final_norm)
 
@@ -190,7 +193,7 @@ class _ForSmallCPU(_Plain):
         return norm
 
 
-def _take_layer(layer: nn.Module, form: _Plain) -> _Layer:
+def _take_layer(layer: Any, form: _Plain) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     bias = None if attention.q_proj.bias is None else torch.cat([p.bias.data for p in projections])

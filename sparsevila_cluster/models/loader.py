@@ -88,8 +88,11 @@ def load_model(
     backend = text_backend
     if backend == "auto":
         backend = "hf" if lean.unsupported(text_config) else "lean"
-    text = lean.LeanDecoder.from_modules(text_config, spec, language_model) if backend == "lean" else None
-    text = text or hf.HFDecoder(text_config, spec, language_model)
+    text: lean.LeanDecoder | hf.HFDecoder
+    if backend == "lean":
+        text = lean.LeanDecoder.from_modules(text_config, spec, language_model)
+    else:
+        text = hf.HFDecoder(text_config, spec, language_model)
     text.embed_weight = embed.weight if "embed" in parts else None
     text.head_weight = skeleton.lm_head.weight if "head" in parts else None
     return Model(
@@ -181,10 +184,10 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype, device: torch.device, config: Any) -> torch.dtype:
     if dtype == "auto":
         own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-        own = DTYPES.get(own, own) if isinstance(own, str) else own
-        return torch.float32 if device.type == "cpu" or own not in DTYPES.values() else own
-    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+        own = DTYPES.get(own) if isinstance(own, str) else own
+        return torch.float32 if device.type == "cpu" or own is None or own not in DTYPES.values() else own
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
         raise BadConfig(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsevila_cluster.errors import BadCheckpoint
 from sparsevila_cluster.models.adapter import Piece
@@ -25,7 +25,7 @@ class Qwen25VL(QwenVL):
     image_defaults = PixelRules()
     video_defaults = PixelRules(min_pixels=128 * 28 * 28, max_pixels=28 * 28 * 768)
 
-    def __init__(self, config: Any, rules: KindRules, core: nn.Module | None, device: torch.device):
+    def __init__(self, config: Any, rules: KindRules, core: Any, device: torch.device):
         super().__init__(config, rules, core, device)
         vision = config.vision_config
         self._window = vision.window_size // vision.spatial_merge_size // vision.patch_size

@@ -59,13 +59,13 @@ class QwenVL:
     image_defaults: ClassVar[PixelRules]
     video_defaults: ClassVar[PixelRules]
 
-    def __init__(self, config: Any, rules: KindRules, core: nn.Module | None, device: torch.device):
+    def __init__(self, config: Any, rules: KindRules, core: Any, device: torch.device):
         """config: the checkpoint's transformers config; core: its model without head, or None for a decode worker."""
         self._config = config
         self._rules = rules
         self._merge = config.vision_config.spatial_merge_size
         self._device = device
-        self._tower = None if core is None else core.visual
+        self._tower: Any = None if core is None else core.visual
         # Frames attend only to themselves, so the tower takes them in passes of about so many patches: bounded memory, and on a
         # CPU activations that stay in its cache.
         self.patches_per_pass = 4096 if device.type == "cpu" else 16384
@@ -115,7 +115,7 @@ class QwenVL:
         frames = resize(frames.permute(0, 3, 1, 2), height, width, rules.resample)
         pixels, grid = cut_patches(frames, rules)
         t = rules.temporal_patch_size
-        return self.place(pixels, media.kind, grid, seconds_per_group(media, t), media.times_s)
+        return self.place(pixels, media.kind, grid, seconds_per_group(media, t), media.times_s.tolist())
 
     def place(
         self, pixels: Tensor, kind: Literal["video", "image"], grid: Grid, seconds: float, times_s: Sequence[float]
@@ -124,7 +124,7 @@ class QwenVL:
         groups, rows, cols = grid
         t = self._rules[kind].temporal_patch_size
         group, cell = grid_places([(rows, cols)] * groups)
-        spelling, runs = self._spell(kind, grid, [float(time) for time in times_s])
+        spelling, runs = self._spell(kind, grid, list(times_s))
         return GridInputs(
             pixels=pixels, kind=kind, spelling=spelling, runs=runs, group=group, cell=cell, grids=((rows, cols),) * groups,
             frame_of_group=tuple(range(0, groups * t, t)), grid=grid, seconds_per_group=seconds,
@@ -208,7 +208,7 @@ class QwenVL:
 class _PatchEmbed(nn.Module):
     """The patch embedding as a matrix product: a convolution whose kernel is its stride, with nothing to slide."""
 
-    def __init__(self, convolution: nn.Module):
+    def __init__(self, convolution: nn.Conv3d):
         super().__init__()
         self.weight = nn.Parameter(convolution.weight.data.flatten(1), requires_grad=False)
         self.bias = convolution.bias

@@ -6,9 +6,10 @@ Knows: frequencies, one-row and M-RoPE layouts. Does not know: layers, heads, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Rotary:
@@ -30,7 +31,7 @@ class Rotary:
         self._rows = None if rows is None else torch.cat((rows, rows)).to(inv_freq.device)
 
     @classmethod
-    def from_module(cls, module: nn.Module) -> Rotary:
+    def from_module(cls, module: Any) -> Rotary:
         """Frequencies and layout of a transformers rotary module (the loader admits only static ones)."""
         parameters = module.config.rope_parameters
         sections = parameters.get("mrope_section")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 # transformers makes one call per layer with segment boundaries only for names that contain "flash"; otherwise it loops in Python.
 ATTENTION_NAME = "sparsevila_flash_segments"
@@ -45,8 +45,8 @@ class Segments:
             return _attend_equal(q, k, v, self.uniform_length, scale)
         out = torch.empty_like(q)
         for length, rows in self._groups:
-            part = (t.index_select(0, rows) for t in (q, k, v))
-            out.index_copy_(0, rows, _attend_equal(*part, length, scale))
+            qs, ks, vs = (t.index_select(0, rows) for t in (q, k, v))
+            out.index_copy_(0, rows, _attend_equal(qs, ks, vs, length, scale))
         return out
 
     def attend_scored(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -57,8 +57,8 @@ class Segments:
         out = torch.empty_like(q)
         received = torch.empty(len(q), dtype=torch.float32, device=q.device)
         for length, rows in self._groups:
-            part = (t.index_select(0, rows) for t in (q, k, v))
-            attended, scores = _attend_equal_scored(*part, length, scale)
+            qs, ks, vs = (t.index_select(0, rows) for t in (q, k, v))
+            attended, scores = _attend_equal_scored(qs, ks, vs, length, scale)
             out.index_copy_(0, rows, attended)
             received.index_copy_(0, rows, scores)
         return out, received
@@ -104,14 +104,14 @@ def register() -> str:
     return ATTENTION_NAME
 
 
-def number_layers(modules: Sequence[nn.Module]) -> None:
+def number_layers(modules: Sequence[Any]) -> None:
     """Tell each attention module of a tower which layer it is; transformers does not."""
     for i, module in enumerate(modules):
         module.tower_layer = i
 
 
 def _tower_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -5,8 +5,9 @@ from sparsevila_cluster.pruning.policies import (
     PruningPolicy,
     Random,
     Salience,
+    Scope,
     Uniform,
     build_pruning,
 )
 
-__all__ = ["KeepAll", "PruningPolicy", "Random", "Salience", "Uniform", "build_pruning"]
+__all__ = ["KeepAll", "PruningPolicy", "Random", "Salience", "Scope", "Uniform", "build_pruning"]

@@ -9,6 +9,7 @@ encoder's last full attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -101,7 +102,7 @@ def _keep_top(score: Tensor, group: Tensor, salience: Tensor, fraction: float, s
 
 def build_pruning(name: str, fraction: float, scope: Scope, seed: int = 0) -> PruningPolicy:
     """The policy called `name` in the configuration."""
-    table = {
+    table: dict[str, Callable[[], PruningPolicy]] = {
         "keep_all": lambda: KeepAll(),
         "random": lambda: Random(fraction, scope, seed),
         "uniform": lambda: Uniform(fraction, scope),

@@ -9,6 +9,7 @@ sparsity is 0.10 here).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,7 +107,7 @@ def build_retrieval(name: str, fraction: float, mass: float | None = None, seed:
     """The policy called `name` in the configuration. A fraction of 1 without a mass is `RetrieveAll`, whatever the name."""
     if fraction >= 1.0 and mass is None:
         return RetrieveAll()
-    table = {
+    table: dict[str, Callable[[], RetrievalPolicy]] = {
         "retrieve_all": lambda: RetrieveAll(),
         "query_topk": lambda: QueryTopK(fraction, mass),
         "random": lambda: Random(fraction, seed),
