@@ -8,9 +8,11 @@ who owns the arena that it writes to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,17 +106,21 @@ class PrefillEngine:
 
     @torch.inference_mode()
     def prefill(
-        self, preparation: Preparation, medias: list[Media], key: str, reserve: Callable[[int], Extent]
+        self, preparation: Preparation, medias: Iterable[Media], key: str, reserve: Callable[[int], Extent]
     ) -> MediaPrefix:
         """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives.
+
+        `medias` is read once. Frames are let go as soon as they are patches, and patches when they are visual tokens, so that
+        memory holds them no longer than the caller does.
 
         Raises:
             BadMedia, TooLarge: media that the model cannot take. Whatever `reserve` or the progress callback raises.
         """
         preparation.stage("encode")
-        inputs = [self.model.family.patchify(media) for media in medias]
+        inputs, medias = self._patchify(medias)
         plan = self.plan(inputs, medias)
         tokens = self.model.family.encode(inputs)
+        inputs = [replace(one, pixels=one.pixels.new_empty(0)) for one in inputs]
         preparation.stage("prune")
         keep = self.pruning(preparation.request, medias[0].kind).keep(tokens.salience, tokens.group)
         preparation.stage("prefill")
@@ -126,6 +132,14 @@ class PrefillEngine:
         preparation.progress("prefill", 1, 1)
         self.num_prefills += 1
         return prefix
+
+    def _patchify(self, medias: Iterable[Media]) -> tuple[list[VisualInputs], list[Media]]:
+        """The patches of each media, and what else is known about it: `Media` without frames."""
+        inputs, rest = [], []
+        for media in medias:
+            inputs.append(self.model.family.patchify(media))
+            rest.append(replace(media, frames=np.empty((0, *media.frames.shape[1:]), np.uint8)))
+        return inputs, rest
 
     def plan(self, inputs: list[VisualInputs], medias: list[Media]) -> PromptPlan:
         """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
@@ -144,13 +158,21 @@ class PrefillEngine:
     def _run_text(
         self, preparation: Preparation, plan: PromptPlan, tokens: VisualTokens, keep: Tensor, rows: Tensor, prefix: MediaPrefix
     ) -> None:
-        text, total = self.model.text, self.model.spec.num_layers
-        hidden = text.embed(plan.ids[rows])
-        visual_rows = prefix.visual_index
-        hidden[visual_rows] = tokens.embeds[keep].to(hidden.dtype)
-        batch = MediaBatch(prefix.extent, check=lambda layer: preparation.progress("prefill", layer, total))
-        deepstack = [level[keep].to(hidden.dtype) for level in tokens.deepstack]
-        text.forward(hidden, prefix.positions, batch, deepstack, visual_rows, kv_only=True)
+        """Chunk by chunk, so that activations and embeddings are those of one chunk; what a chunk attends to lies in the extent."""
+        text, num_layers = self.model.text, self.model.spec.num_layers
+
+        def wrote(layer: int, start: int, stop: int) -> None:
+            preparation.progress("prefill", start + (stop - start) * (layer + 1) // num_layers, prefix.length)
+
+        bounds = chunk_bounds(prefix.length, self.config.prefill_chunk)
+        ordinals = torch.searchsorted(prefix.visual_index, torch.tensor(bounds, device=rows.device)).tolist()
+        for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(ordinals), strict=True):
+            hidden = text.embed(plan.ids[rows[start:stop]])
+            visual_rows, visual = prefix.visual_index[first:last] - start, keep[first:last]
+            hidden[visual_rows] = tokens.embeds[visual].to(hidden.dtype)
+            deepstack = [level[visual].to(hidden.dtype) for level in tokens.deepstack]
+            batch = MediaBatch(prefix.extent, start, stop, wrote)
+            text.forward(hidden, prefix.positions[:, start:stop], batch, deepstack, visual_rows, kv_only=True)
 
     def _describe(
         self,
@@ -184,10 +206,16 @@ class PrefillEngine:
             frames=tuple(frames),
             times_s=tuple(times),
             kind=medias[0].kind,
-            num_frames=sum(len(media.frames) for media in medias),
+            num_frames=sum(len(media.times_s) for media in medias),
             duration_s=sum(media.duration_s for media in medias),
             num_visual=int(plan.visual_mask.sum()),
         )
+
+
+def chunk_bounds(num_rows: int, most: int) -> list[int]:
+    """Where chunks of nearly equal length, none above `most` rows, begin and end: [0, ..., num_rows]."""
+    num = -(-num_rows // most)
+    return [num_rows * i // num for i in range(num + 1)]
 
 
 def kept_prompt_rows(plan: PromptPlan, keep: Tensor) -> Tensor:
