@@ -3,6 +3,7 @@
 import gc
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.midsize import make_checkpoint
 from sparsevila_cluster import VideoQA
 from sparsevila_cluster.config import EngineConfig, MediaLimits
 from sparsevila_cluster.media import open_media
+from sparsevila_cluster.models import load_model
 from sparsevila_cluster.prefill_engine import PrefillEngine
 from sparsevila_cluster.request import MediaSource
 from tests.test_benchmarks import TOY, last_line
@@ -116,6 +118,14 @@ def test_peaks_are_those_of_their_stage():
     peaks("encode", 0, 1)
     peaks.end()
     assert peaks.bytes["decode"] - peaks.bytes["encode"] > 48 * MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list what is mapped")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_in_memory_once(toy, dtype):
+    """A file that stays mapped counts as much as the copies that the decoder made of it."""
+    model = load_model(toy, device="cpu", dtype=dtype)
+    assert model.weight_bytes and str(toy) not in Path("/proc/self/maps").read_text()
 
 
 def test_frames_and_patches_are_let_go(toy, video, monkeypatch):
