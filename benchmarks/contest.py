@@ -25,7 +25,8 @@ from sparsevila_cluster.models.qwen_vl import GridInputs
 @dataclass(frozen=True)
 class Plan:
     """What to measure. hf_frames: the longest video that `generate` is given; encode_frames: the longest that is encoded with and
-    without salience; `block` steps of one variant, then the next, `rounds` times."""
+    without salience; `block` steps of one variant, then the next, `rounds` times; long_frames: the video whose memory is
+    measured, 0 for none."""
 
     frames: tuple[int, ...] = (16, 64, 256)
     batches: tuple[int, ...] = (1, 4, 8)
@@ -36,6 +37,7 @@ class Plan:
     encodes: Patience = Patience(least=5, most=15, budget_s=25.0)
     rounds: int = 10
     block: int = 2
+    long_frames: int = 512
 
 
 class Contest:

@@ -4,6 +4,7 @@ Knows: which models are measured, on which videos, and which figures come of it.
 
     mid-size random checkpoint, 16, 64 and 256 frames   lives: media in memory -> prefix -> question -> answer -> second question
     demo model, one of its own videos                   steps: batches of 1, 4 and 8 conversations, each on a prefix of its own
+    mid-size, 512 frames from a file                    memory: the most that a process of its own held (`benchmarks.longvideo`)
 
 Variants take turns within a round; a time is the median over rounds, a figure the ratio of two medians. `hf` is given the pixels
 that our preprocessing makes, and its end to end includes that. `dense` is this package with everything kept, so that dense/sparse
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import longvideo, machine
 from benchmarks.bounds import TextShape
 from benchmarks.contest import Contest, Plan
 from benchmarks.ledger import HEAD, Ledger, percent
@@ -44,6 +45,7 @@ QUICK = Plan(
     lives=Patience(least=1, most=3, budget_s=10.0),
     encodes=Patience(least=2, most=5, budget_s=6.0),
     rounds=5,
+    long_frames=0,
 )
 # How the small model is measured: what is short can be repeated.
 OFTEN: dict[str, Any] = {
@@ -128,6 +130,8 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
         directory = make_checkpoint(options.cache, recipe)
         model = load_model(directory, device="cpu")
         report.say(f"{MID}: {TextShape.of(model.config).num_parameters / 1e6:.0f} M text parameters, {directory}")
+        todo = longvideo.cases(plan.long_frames, recipe.frame_px) if plan.long_frames else ()
+        long_rows = longvideo.measure(directory, todo, options.threads, say, report.say)
         videos = [make_media(frames, recipe.frame_px) for frames in plan.frames]
         contest.measure(MID, directory, model, videos, plan, hf_batches=(1,))
         directory = EngineConfig(model=options.model).model_dir
@@ -147,10 +151,12 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
     ledger.settle(ceilings)
     for name in (MID, DEMO) if demo_frames else (MID,):
         show(report, ledger, name)
-    report.rows = ledger.rows
-    report.figures = figures(ledger, demo_frames)
+    if long_rows:
+        report.show_table(longvideo.TITLE, longvideo.HEAD, longvideo.table(long_rows))
+    report.rows = ledger.rows + long_rows
+    report.figures = figures(ledger, demo_frames) | longvideo.figure(long_rows)
     best = figures(ledger, demo_frames, by="best_ms")
-    body = [[name, value, best[name]] for name, value in report.figures.items()]
+    body = [[name, value, best.get(name)] for name, value in report.figures.items()]
     report.show_table("Figures", ("name", "value", "of best times"), body)
     report.say(f"\nOther processes kept {report.machine['cores_busy_with_others']} of {report.machine['cores']} cores busy.")
     report.finish(options.save)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 # Keys and values of consecutive rows, head-major: two views [1, Hkv, rows, D].
 Span = tuple[Tensor, Tensor]
@@ -57,13 +58,38 @@ class Capture:
         return torch.stack([self._sums[layer] for layer in range(len(self._sums))]) / max(1, self.stop_row - self.first_row)
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Rows attend to themselves and all earlier ones. q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+def attend_causal(q: Tensor, span: Span, scale: float) -> Tensor:
+    """Rows attend to all that stands before them in `span`, and to themselves; the last n rows of `span` are their own.
+
+    q [n, Hq, D] -> [n, Hq, D]. Heads that share a KV head read it where it lies, and no mask is as long as the span.
+    """
+    num_rows, num_heads, dim = q.shape
+    num_kv_heads = span[0].shape[1]
+    # KV heads as the batch: queries [Hkv, G, n, D], and a stride of 0 over their group for keys and values.
+    q = q.view(num_rows, num_kv_heads, -1, dim).permute(1, 2, 0, 3)
+    k, v = (x[0, :, None].expand(-1, q.shape[1], -1, -1) for x in span)
+    attend = _causal_by_parts if q.device.type == "cpu" else _causal_at_once
+    return attend(q, k, v, scale).permute(2, 0, 1, 3).reshape(num_rows, num_heads, dim)
+
+
+def _causal_at_once(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The fused kernels of a GPU know that the last query row is the last key row."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]), scale=scale)
+
+
+def _causal_by_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """That of a CPU knows only squares as causal: the rows' own keys in one call, those before them without a mask in another,
+    joined by their log-sum-exps. In the other one a group's heads are rows of one product, 5-20 % faster over long spans."""
+    num_kv_heads, _, num_rows, dim = q.shape
+    past = k.shape[2] - num_rows
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own, own_lse = flash(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=scale)
+    if not past:
+        return own
+    rows = q.reshape(1, num_kv_heads, -1, dim)
+    before, before_lse = flash(rows, k[None, :, 0, :past], v[None, :, 0, :past], scale=scale)
+    weight = torch.sigmoid(before_lse.view(own_lse.shape) - own_lse).unsqueeze(-1).to(own.dtype)
+    return own.lerp_(before.view(own.shape), weight)
 
 
 def attend_spans(q: Tensor, spans: Sequence[tuple[Span, Span]], scale: float) -> Tensor:

@@ -92,6 +92,9 @@ class EngineConfig(_Frozen):
     limits: MediaLimits = MediaLimits()
     prefix_bytes: int = Field(2 * GIB, ge=1, description="Budget for resident media prefixes (KV bytes).")
     turn_bytes: int = Field(1 * GIB, ge=1, description="Budget for running turns: packed KV and text tails (KV bytes).")
+    prefill_chunk: int = Field(
+        2048, ge=1, description="Most rows of a media prefix that go through the text model at once; bounds its activations."
+    )
     max_batch: int = Field(32, ge=1, description="Most turns in one step.")
     max_step_tokens: int = Field(
         2048, ge=1, description="Most rows (question and decode) in one step; at most half of it are turns that run."

@@ -142,7 +142,8 @@ class LocalPipeline:
             return reserved[-1].result(self.config.prepare_timeout_s)
 
         try:
-            prefix = self.prefill.prefill(preparation, medias, key, reserve)
+            handed_over = (medias.pop(0) for _ in range(len(medias)))  # frames are large: nobody but the prefill holds them
+            prefix = self.prefill.prefill(preparation, handed_over, key, reserve)
             return self._decode_thread.post(lambda engine: engine.prefixes.publish(prefix)).result(self.config.prepare_timeout_s)
         except BaseException:
             for future in reserved:

@@ -8,10 +8,11 @@ who owns the arena that it writes to.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,15 +115,18 @@ class PrefillEngine:
 
     @torch.inference_mode()
     def prefill(
-        self, preparation: Preparation, medias: list[Media], key: str, reserve: Callable[[int], Extent]
+        self, preparation: Preparation, medias: Iterable[Media], key: str, reserve: Callable[[int], Extent]
     ) -> MediaPrefix:
         """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives.
+
+        `medias` is read once. Frames are let go as soon as they are patches, and patches when they are visual tokens, so that
+        memory holds them no longer than the caller does.
 
         Raises:
             BadMedia, TooLarge: media that the model cannot take. Whatever `reserve` or the progress callback raises.
         """
         preparation.stage("encode")
-        inputs = self.patchify(medias)
+        inputs, medias = self.patchify(medias)
         plan = self.plan(inputs)
         policies = [self.pruning(preparation.request, media.kind) for media in inputs]
         tokens = self.model.family.encode(
@@ -130,6 +134,7 @@ class PrefillEngine:
             capture=any(policy.needs_salience for policy in policies),
             report=lambda done, total: preparation.progress("encode", done, total),
         )
+        inputs = [replace(one, pixels=one.pixels.new_empty(0)) for one in inputs]
         preparation.stage("prune")
         keep = keep_of_each(policies, inputs, tokens)
         preparation.stage("prefill")
@@ -142,10 +147,24 @@ class PrefillEngine:
         self.num_prefills += 1
         return prefix
 
-    def patchify(self, medias: list[Media]) -> list[VisualInputs]:
-        """Every media of one prompt, cut for the tower. Raises BadMedia, TooLarge."""
-        num_of_kind = Counter(media.kind for media in medias)
-        return [self.model.family.patchify(media, alone=num_of_kind[media.kind] == 1) for media in medias]
+    def patchify(self, medias: Iterable[Media]) -> tuple[list[VisualInputs], list[Media]]:
+        """Every media of one prompt cut for the tower, and what else is known about it: `Media` without frames.
+
+        A video's frames are let go before the next media is decoded. Pictures wait, because a model may cut one that is alone
+        otherwise than one of several. Raises BadMedia, TooLarge.
+        """
+        inputs: dict[int, VisualInputs] = {}
+        held: list[Media] = []
+        for i, media in enumerate(medias):
+            if media.kind == "video":
+                inputs[i] = self.model.family.patchify(media)
+                media = _without_frames(media)
+            held.append(media)
+        pictures = [i for i, media in enumerate(held) if media.kind == "image"]
+        for i in pictures:
+            inputs[i] = self.model.family.patchify(held[i], alone=len(pictures) == 1)
+            held[i] = _without_frames(held[i])
+        return [inputs[i] for i in range(len(held))], held
 
     def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
         """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
@@ -166,13 +185,22 @@ class PrefillEngine:
     def _run_text(
         self, preparation: Preparation, plan: PromptPlan, tokens: VisualTokens, keep: Tensor, rows: Tensor, prefix: MediaPrefix
     ) -> None:
-        text, total = self.model.text, self.model.spec.num_layers
-        hidden = text.embed(plan.ids[rows])
-        visual_rows = plan.visual_mask[rows].nonzero()[:, 0]
-        hidden[visual_rows] = tokens.embeds[keep].to(hidden.dtype)
-        batch = MediaBatch(prefix.extent, check=lambda layer: preparation.progress("prefill", layer, total))
-        deepstack = [level[keep].to(hidden.dtype) for level in tokens.deepstack]
-        text.forward(hidden, prefix.positions, batch, deepstack, visual_rows, kv_only=True)
+        """Chunk by chunk, so that activations and embeddings are those of one chunk; what a chunk attends to lies in the extent."""
+        text, num_layers = self.model.text, self.model.spec.num_layers
+
+        def wrote(layer: int, start: int, stop: int) -> None:
+            preparation.progress("prefill", start + (stop - start) * (layer + 1) // num_layers, prefix.length)
+
+        bounds = chunk_bounds(prefix.length, self.config.prefill_chunk)
+        placed = plan.visual_mask[rows].nonzero()[:, 0]
+        ordinals = torch.searchsorted(placed, torch.tensor(bounds, device=rows.device)).tolist()
+        for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(ordinals), strict=True):
+            hidden = text.embed(plan.ids[rows[start:stop]])
+            visual_rows, visual = placed[first:last] - start, keep[first:last]
+            hidden[visual_rows] = tokens.embeds[visual].to(hidden.dtype)
+            deepstack = [level[visual].to(hidden.dtype) for level in tokens.deepstack]
+            batch = MediaBatch(prefix.extent, start, stop, wrote)
+            text.forward(hidden, prefix.positions[:, start:stop], batch, deepstack, visual_rows, kv_only=True)
 
     def _describe(
         self,
@@ -212,7 +240,7 @@ class PrefillEngine:
             frames=tuple(frames),
             times_s=tuple(times),
             kind="image" if all(media.kind == "image" for media in medias) else "video",
-            num_frames=sum(len(media.frames) for media in medias),
+            num_frames=sum(len(media.times_s) for media in medias),
             duration_s=sum(media.duration_s for media in medias),
             num_visual=int(scored.sum()),
         )
@@ -226,6 +254,16 @@ def keep_of_each(policies: list[PruningPolicy], inputs: list[VisualInputs], toke
         kept.append(start + policy.keep(tokens.salience[rows], tokens.group[rows]))
         start = rows.stop
     return torch.cat(kept)
+
+
+def chunk_bounds(num_rows: int, most: int) -> list[int]:
+    """Where chunks of nearly equal length, none above `most` rows, begin and end: [0, ..., num_rows]."""
+    num = -(-num_rows // most)
+    return [num_rows * i // num for i in range(num + 1)]
+
+
+def _without_frames(media: Media) -> Media:
+    return replace(media, frames=np.empty((0, *media.frames.shape[1:]), np.uint8))
 
 
 def kept_prompt_rows(plan: PromptPlan, keep: Tensor) -> Tensor:

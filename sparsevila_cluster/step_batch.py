@@ -19,22 +19,27 @@ from sparsevila_cluster.kv import Arena, Extent
 
 
 class MediaBatch:
-    """The one prefill of a media prefix: rows go to an extent of the prefix arena and see themselves and all before them."""
+    """A chunk of the one prefill of a media prefix: rows [start, stop) of its extent, which see themselves and all before them.
 
-    def __init__(self, extent: Extent, check: Callable[[int], None] = lambda layer: None):
+    Chunks are prefilled in order, each through all layers. `wrote(layer, start, stop)` is told when those rows of a layer are in
+    the extent, final, from where they may be sent on: a long prefix then leaves evenly over the whole prefill, and behind its
+    last chunk little is left to send. It may raise, which ends an abandoned prefill within a layer of a chunk.
+    """
+
+    def __init__(self, extent: Extent, start: int, stop: int, wrote: Callable[[int, int, int], None] = lambda *_: None):
         self._extent = extent
-        self._check = check
+        self._start, self._stop = start, stop
+        self._wrote = wrote
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store the KV of one layer. `check` may raise here, so that an abandoned prefill ends within a layer."""
-        self._check(layer)
-        keys, values = self._extent.rows(layer)
-        keys.copy_(k)
-        values.copy_(v)
+        for rows, new in zip(self._extent.rows(layer), (k, v), strict=True):
+            rows[self._start : self._stop] = new
+        self._wrote(layer, self._start, self._stop)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.write(layer, k, v)
-        return attend_causal(q, k, v, scale)
+        keys, values = (rows[: self._stop].transpose(0, 1)[None] for rows in self._extent.rows(layer))
+        return attend_causal(q, (keys, values), scale)
 
 
 @dataclass(eq=False)

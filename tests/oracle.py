@@ -59,7 +59,7 @@ class Bench:
 
     def unpruned(self, media: Media | list[Media]):
         medias = media if isinstance(media, list) else [media]
-        inputs = self.prefill.patchify(medias)
+        inputs, _ = self.prefill.patchify(medias)
         return inputs, self.prefill.plan(inputs)
 
     def submit(self, key: str, conversation: str, question: str, max_tokens: int, **options) -> list[TurnEvent | Exception]:

@@ -1,5 +1,7 @@
 """Attention over spans equals one softmax over all keys, written out. Knows the definition; does not know the engines."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -89,11 +91,45 @@ def test_rows_in_several_steps_are_as_in_one(cuts, normalise):
         assert parts.scores().shape == (2, len(visual))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
-def test_causal_prefill(heads, kv_heads):
-    q, k, v = random_case(37, 0, 0, heads, kv_heads, 16, seed=1)
+@pytest.mark.parametrize("num_rows, past", [(1, 0), (37, 0), (1, 50), (5, 3), (64, 700), (700, 1)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 16), (6, 3, 24), (8, 2, 64), (7, 1, 80)])
+def test_causal_rows_after_earlier_ones(num_rows, past, heads, kv_heads, dim):
+    """The way of a CPU, and that of other devices, which torch runs anywhere."""
+    q, k, v = random_case(num_rows, 0, past, heads, kv_heads, dim, seed=num_rows)
     want, _ = reference(q, k, v, 0.25)
-    torch.testing.assert_close(attend_causal(q, k, v, 0.25).double(), want, atol=2e-6, rtol=1e-5)
+    span = spans(k, v, 0)[1]
+    torch.testing.assert_close(attend_causal(q, span, 0.25).double(), want, atol=2e-6, rtol=1e-5)
+    grouped = q.view(num_rows, kv_heads, -1, dim).permute(1, 2, 0, 3)
+    k, v = (x[0, :, None].expand(-1, heads // kv_heads, -1, -1) for x in span)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that a CPU has none of the fused kernels
+        got = attention._causal_at_once(grouped, k, v, 0.25)
+    torch.testing.assert_close(got.permute(2, 0, 1, 3).flatten(1, 2).double(), want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("num_rows, past", [(37, 0), (1, 50), (64, 700), (700, 1)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (7, 1, 80), (28, 4, 128)])
+def test_causal_rows_on_a_gpu(num_rows, past, heads, kv_heads, dim, dtype, atol):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    case = [x.to(dtype) for x in random_case(num_rows, 0, past, heads, kv_heads, dim, seed=num_rows)]
+    want, _ = reference(*case, dim**-0.5)
+    q, k, v = (x.cuda() for x in case)
+    got = attend_causal(q, spans(k, v, 0)[1], dim**-0.5)
+    torch.testing.assert_close(got.double().cpu(), want, atol=atol, rtol=1e-2)
+
+
+def test_causal_rows_read_keys_and_values_where_they_lie():
+    """Of a long past, only the rows' own share is ever held: the peak of a call stays far below a copy of the span."""
+    num_keys, heads, kv_heads, dim = 20_000, 16, 2, 64
+    q, k, v = random_case(8, 0, num_keys - 8, heads, kv_heads, dim, seed=0)
+    span = spans(k, v, 0)[1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        attend_causal(q, span, 0.125)
+    biggest = max(event.self_cpu_memory_usage for event in seen.events())
+    assert 0 < biggest < k.nbytes / 4
 
 
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 16), (7, 1, 80), (6, 2, 24)])

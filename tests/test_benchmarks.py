@@ -248,7 +248,7 @@ def last_line(text):
 def test_engine_measures_both_models(cache, toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "measure_ceilings", lambda: machine.Ceilings(10.0, 10.0, 10.0))
     once = stopwatch.Patience(1, 1)
-    plan = contest.Plan(frames=(4, 64), batches=(1, 8), num_tokens=4, lives=once, encodes=once, rounds=1, block=2)
+    plan = contest.Plan((4, 64), (1, 8), num_tokens=4, lives=once, encodes=once, rounds=1, block=2, long_frames=0)
     argv = ["--cache", str(cache), "--model", str(toy), "--threads", "1", "--save", str(tmp_path)]
     engine.main(argv, (TOY, plan))
     shown = capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_engine_measures_both_models(cache, toy, tmp_path, capsys, monkeypatch):
 def test_engine_without_a_demo_model(cache, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "measure_ceilings", lambda: machine.Ceilings(10.0, 10.0, 10.0))
     once = stopwatch.Patience(1, 1)
-    plan = contest.Plan(batches=(1,), num_tokens=2, lives=once, encodes=once, rounds=1, block=1)
+    plan = contest.Plan(batches=(1,), num_tokens=2, lives=once, encodes=once, rounds=1, block=1, long_frames=0)
     engine.main(["--cache", str(cache), "--model", str(tmp_path / "none"), "--frames", "4", "--json"], (TOY, plan))
     shown = capsys.readouterr().out
     assert shown.count("\n") == 1 and last_line(shown)["figures"] == {}

@@ -92,10 +92,10 @@ def test_dense_equals_generate(kind, backend, checkpoint, stock, model):
         {"prune": "keep_all", "retrieve": "retrieve_all"},
         {"prune": "salience", "prune_keep": 0.4, "retrieve": "retrieve_all"},
         {"prune": "keep_all", "retrieve": "query_topk", "retrieve_keep": 0.3},
-        {"prune": "salience", "prune_keep": 0.5, "retrieve": "query_topk", "retrieve_keep": 0.2},
+        {"prune": "salience", "prune_keep": 0.5, "retrieve": "query_topk", "retrieve_keep": 0.2, "prefill_chunk": 7},
         {"prune": "random", "prune_keep": 0.3, "prune_scope": "global", "retrieve": "query_topk", "retrieve_keep": 0.5},
     ],
-    ids=["dense", "pruned", "packed", "pruned+packed", "random+packed"],
+    ids=["dense", "pruned", "packed", "pruned+packed+in-chunks", "random+packed"],
 )
 def test_conversation_equals_masked_transformers(kind, sparsity, stock, model):
     b = bench(model, **sparsity)

@@ -70,16 +70,16 @@ class Checkpoint:
         """Yield (name, tensor) for the wanted tensors, file by file; other tensors are never read from disk."""
         from safetensors import SafetensorError, safe_open
 
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.file_of[name], []).append(name)
-        for file, wanted in by_file.items():
+        for name in sorted(names, key=self.file_of.__getitem__):
+            file = self.file_of[name]
             try:
+                # A handle maps its file, and on a CPU tensors are views of it: pages that were read once, for weights that the
+                # decoder lays out anew, would stay with this process. So each tensor is copied and its file closed.
                 with safe_open(self.directory / file, "pt", device=str(device)) as handle:
-                    for name in wanted:
-                        yield name, handle.get_tensor(name)
+                    tensor = handle.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise BadCheckpoint(f"{file}: cannot be read: {one_line(error)}") from error
+            yield name, tensor.clone() if device.type == "cpu" else tensor
 
     def fingerprint(self) -> str:
         """BLAKE2b-256 hex of config, quantization, shard headers and samples of the tensor bytes.

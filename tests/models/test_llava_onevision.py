@@ -33,7 +33,7 @@ def clip(frames=4):
 def shapes(model, medias):
     """(number of crops, groups) of each media of one prompt."""
     engine = PrefillEngine(model, build_config(model="unused"))
-    return [(len(one.pixels), len(one.grids)) for one in engine.patchify(medias)]
+    return [(len(one.pixels), len(one.grids)) for one in engine.patchify(medias)[0]]
 
 
 def test_only_a_lone_picture_is_tiled(model):
@@ -59,9 +59,9 @@ def test_a_newline_ends_each_row_picture_and_video(model):
 
 def test_the_template_s_order_is_asked_for(model):
     engine = PrefillEngine(model, build_config(model="unused"))
-    assert engine.plan(engine.patchify([picture(), clip()])).visual_mask.any()
+    assert engine.plan(engine.patchify([picture(), clip()])[0]).visual_mask.any()
     with pytest.raises(BadRequest, match="in the order <image>, <video>; give them in this order"):
-        engine.plan(engine.patchify([clip(), picture()]))
+        engine.plan(engine.patchify([clip(), picture()])[0])
 
 
 def test_a_bright_spot_is_found_in_a_padded_picture(model):
