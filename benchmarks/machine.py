@@ -121,12 +121,27 @@ def physical_cores() -> int:
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held so far, or since `reset_peak_rss`."""
-    path = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
-    if found:  # ru_maxrss remembers what the process was forked from
-        return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # ru_maxrss remembers what the process was forked from.
+    return _high_water(Path("/proc/self")) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_rss_of_children_bytes(process: Path = Path("/proc/self")) -> int:
+    """The peaks of processes that this one has started and that still run, added up; 0 where the system does not tell."""
+    try:
+        children = {pid for path in process.glob("task/*/children") for pid in path.read_text().split()}
+    except OSError:  # it ended meanwhile
+        return 0
+    below = [Path("/proc") / pid for pid in children]
+    return sum(_high_water(child) + peak_rss_of_children_bytes(child) for child in below)
+
+
+def _high_water(process: Path) -> int:
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", (process / "status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def reset_peak_rss() -> bool:
