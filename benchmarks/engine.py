@@ -5,6 +5,7 @@ Knows: which models are measured, on which videos, and which figures come of it.
     mid-size random checkpoint, 16, 64 and 256 frames   lives: media in memory -> prefix -> question -> answer -> second question
     demo model, one of its own videos                   steps: batches of 1, 4 and 8 conversations, each on a prefix of its own
     mid-size, 512 frames from a file                    memory: the most that a process of its own held (`benchmarks.longvideo`)
+    two films of ten minutes (`benchmarks.seeking`)     64 frames of each, by decoding every frame and by seeking
 
 Variants take turns within a round; a time is the median over rounds, a figure the ratio of two medians. `hf` is given the pixels
 that our preprocessing makes, and its end to end includes that. `dense` is this package with everything kept, so that dense/sparse
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import longvideo, machine
+from benchmarks import longvideo, machine, seeking
 from benchmarks.bounds import TextShape
 from benchmarks.contest import Contest, Plan
 from benchmarks.ledger import HEAD, Ledger, percent
@@ -69,6 +70,7 @@ def figures(ledger: Ledger, demo_frames: int | None, by: str = "ms") -> dict[str
         "mid_decode_vs_hf_b1": ratio(MID, 64, "step", "hf", "dense"),
         "salience_share_of_encode": salience["salience_share"] if salience else None,
         "turn2_ttft_share_of_cold": ratio(MID, 64, "first token, turn 2", "sparse", "sparse", under_stage="first token, cold"),
+        **seeking.figures(ledger, by),
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -101,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer frames and rounds: about two minutes on two cores")
     parser.add_argument("--frames", help="comma-separated numbers of frames of the mid-size model (default 16,64,256)")
     parser.add_argument("--threads", type=int, default=machine.physical_cores(), help="of torch (default: physical cores)")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="where the mid-size checkpoint is kept (630 MB)")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="where checkpoint and films are kept (670 MB)")
     parser.add_argument("--model", default="demo", help="checkpoint of the second part (default: the bundled model)")
     parser.add_argument("--json", action="store_true", help="print the JSON document and nothing else")
     parser.add_argument("--save", type=Path, metavar="DIR", help="also write results to DIR")
@@ -144,6 +146,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
             contest.measure(DEMO, directory, model, [video], demo_plan, hf_batches=demo_plan.batches)
         else:
             report.say(f"{DEMO}: no checkpoint at {directory}")
+        seeking.measure(ledger, options.cache, seeking.TOY if toy else seeking.FILMS, plan.lives, say)
         say("ceilings of this machine, again")
         ceilings |= machine.measure_ceilings()
     report.machine |= asdict(ceilings)
@@ -151,6 +154,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
     ledger.settle(ceilings)
     for name in (MID, DEMO) if demo_frames else (MID,):
         show(report, ledger, name)
+    seeking.show(report, ledger)
     if long_rows:
         report.show_table(longvideo.TITLE, longvideo.HEAD, longvideo.table(long_rows))
     report.rows = ledger.rows + long_rows

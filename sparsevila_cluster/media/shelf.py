@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from sparsevila_cluster.errors import BadMedia
 from sparsevila_cluster.media.frames import Allocate, Decoded, check_frames_bytes
@@ -24,6 +25,8 @@ class Shelf:
     def __init__(self, capacity: int, aspect: Fraction | None, name: str, limits: MediaLimits, allocate: Allocate):
         """aspect: width of a stored pixel over its height."""
         self.capacity, self.aspect, self.name, self.limits, self.allocate = capacity, aspect or 1, name, limits, allocate
+        # One for all frames, without threads: setting it up costs more than a small frame.
+        self._reformatter = VideoReformatter()
         self.frames: np.ndarray | None = None
         self.starts_s: list[float] = []
 
@@ -33,7 +36,8 @@ class Shelf:
             # Pixels may be wider than high.
             self._width, self._height = max(1, round(frame.width * self.aspect)), frame.height
             check_frames_bytes(self.capacity, self._width, self._height, self.name, self.limits)
-        picture = _upright(frame.reformat(self._width, self._height, "rgb24").to_ndarray(), _orientation(frame))
+        picture = self._reformatter.reformat(frame, self._width, self._height, "rgb24", threads=1).to_ndarray()
+        picture = _upright(picture, _orientation(frame))
         if not self.starts_s and (self.frames is None or self.frames.shape[1:] != picture.shape):
             self.frames = self.allocate((self.capacity, *picture.shape))
         elif picture.shape != self.frames.shape[1:]:
