@@ -58,9 +58,7 @@ class Pipeline(Protocol):
 
     async def delete_media(self, media_id: str) -> bool: ...
 
-    async def set_brownout(self, level: float) -> None:
-        """From 0 (every turn attends to what it wishes) to 1 (to `brownout_floor`); see `DecodeEngine.set_brownout`."""
-        ...
+    async def set_brownout(self, level: float) -> None: ...
 
     async def info(self) -> dict[str, Any]: ...
 
@@ -181,16 +179,23 @@ class LocalPipeline:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TurnEvent | Exception] = asyncio.Queue()
-
-        def sink(event: TurnEvent | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        await self._submit(turn, sink)
         deadline_s = self.config.turn_timeout_s if turn.deadline_s is None else turn.deadline_s
         late = DeadlineExceeded(f"turn {turn.turn_id} took longer than {deadline_s:g} s")
-        timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
-        finished = False
+        accepted = finished = False
+
+        def sink(event: TurnEvent | Exception) -> None:
+            nonlocal accepted
+            accepted = True
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def abort(engine: DecodeEngine) -> None:
+            if accepted:  # else the id may be another turn's
+                engine.abort(turn.turn_id)
+
+        timer = None
         try:
+            await self._submit(turn, sink)
+            timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
             while not finished:
                 event = await events.get()
                 finished = event is not late and (isinstance(event, Exception) or event.kind == "done")
@@ -198,9 +203,10 @@ class LocalPipeline:
                     raise event
                 yield event
         finally:
-            timer.cancel()
-            if not finished:
-                self._decode_thread.post(lambda engine: engine.abort(turn.turn_id))
+            if timer is not None:
+                timer.cancel()
+            if not finished:  # also when the caller leaves while the engine takes the turn
+                self._decode_thread.post(abort)
 
     async def _submit(self, turn: Turn, sink: Callable[[TurnEvent | Exception], None]) -> None:
         for attempt in (1, 2):

@@ -24,7 +24,7 @@ from sparsevila_cluster.errors import (
 )  # fmt: skip
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.pipeline import LocalPipeline
-from sparsevila_cluster.request import MediaSource, PrepareRequest
+from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn
 from tests.tiny import make_qwen2_5_vl
 
 
@@ -234,6 +234,31 @@ def test_closing_refuses_new_work_and_ends_old_work(checkpoint, clips):
     qa.close()
     assert not pipeline.decode.turns
     pipeline.decode.check_integrity()
+
+
+def test_a_caller_who_leaves_while_the_turn_is_taken_leaves_no_turn(checkpoint, clips):
+    async def main():
+        pipeline = LocalPipeline(build_config(model=str(checkpoint)), load_model(checkpoint))
+        handle = await pipeline.prepare(PrepareRequest((MediaSource(str(clips[0])),)))
+        inside, go_on, plain = threading.Event(), threading.Event(), pipeline.decode.submit
+
+        def slow_submit(turn, sink):
+            inside.set()
+            assert go_on.wait(10)
+            plain(turn, sink)
+
+        pipeline.decode.submit = slow_submit
+        turn = Turn("t", "c", handle.media_id, "on and on?", SamplingParams(max_tokens=2000))
+        caller = asyncio.ensure_future(anext(pipeline.ask(turn)))
+        await asyncio.to_thread(inside.wait, 10)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        go_on.set()
+        assert (await pipeline.info())["turns_running"] == 0 and not pipeline.decode.turns
+        await pipeline.close()
+
+    asyncio.run(main())
 
 
 def test_pipeline_in_one_event_loop(checkpoint, clips):
