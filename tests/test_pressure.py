@@ -56,7 +56,7 @@ def test_turns_that_outgrow_their_room_give_the_same_answers(model):
     b = bench(model, slots=420)
     got, in_storm, usages = play(b, SCRIPT)
     assert got == wanted and all((a - b).abs().max() < ATOL for a, b in zip(logits, in_storm, strict=True))
-    assert b.decode.scheduler.num_preempted == sum(u.num_preemptions for u in usages) >= 3
+    assert b.decode.scheduler.num_preempted == sum(u.num_preemptions for u in usages) >= 2
     assert usages[0].num_preemptions == 0, "the first in line never makes way"
     assert all((u.ms.get("preempted", 0) > 0) == (u.num_preemptions > 0) for u in usages)
     held = b.decode.conversations.arena.used_bytes
