@@ -13,13 +13,14 @@ PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench protos clean
+.PHONY: help setup demo test lint bench storm protos clean
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    ruff"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
+	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
 	@echo "make protos  regenerate code from protos/"
 	@echo "make clean   remove caches and build products (the environment stays)"
 
@@ -35,6 +36,9 @@ lint: setup
 bench: setup
 	$(PY) -m benchmarks.engine
 	$(PY) -m benchmarks.accuracy --quick
+
+storm: setup
+	@$(PY) -m tests.storm --operations $(or $(OPERATIONS),10000) --seed $(or $(SEED),0)
 
 protos: setup
 	@files=$$(find protos -name '*.proto' 2>/dev/null); \

@@ -140,8 +140,8 @@ class Chat:
     def ask(self, question: str, **options: Any) -> Answer:
         """The whole answer.
 
-        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep` for this turn,
-        `evidence=False` to save its cost, `timeout_s`.
+        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
+        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
 
         Raises:
             BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
@@ -166,7 +166,7 @@ class Chat:
         self._qa._run(self._qa.pipeline.close_conversation(self.conversation_id))
 
     def _turn(self, question: str, options: dict[str, Any]) -> Turn:
-        retrieve_keep = options.pop("retrieve_keep", None)
+        retrieval = {name: options.pop(name, None) for name in ("retrieve_keep", "retrieve_mass", "refresh_every")}
         evidence = options.pop("evidence", True)
         timeout_s = options.pop("timeout_s", None)
         return Turn(
@@ -175,7 +175,7 @@ class Chat:
             media_id=self.media.media_id,
             question=question,
             sampling=with_defaults(**options),
-            retrieve_keep=retrieve_keep,
+            **retrieval,
             want_evidence=evidence,
             deadline_s=timeout_s,
         )

@@ -225,6 +225,26 @@ def test_dense_and_sparse_requests_differ_only_in_what_they_attend_to(checkpoint
         assert sparse.visual_tokens_retrieved < dense.visual_tokens_retrieved == video.visual_tokens
 
 
+def test_a_question_may_choose_how_it_retrieves(checkpoint, clips):
+    with VideoQA(checkpoint, prune_keep=0.5, retrieve_keep=0.4, brownout_floor=0.1) as qa:
+        video, kept = qa.prepare(clips[0]), qa.prepare(clips[0]).visual_tokens_kept
+
+        def used(**options):
+            return qa.conversation(video).ask("hm?", max_tokens=8, **options).usage
+
+        assert used(retrieve_mass=0.05).visual_tokens_retrieved < used().visual_tokens_retrieved
+        assert used(retrieve_mass=1.0, refresh_every=2).visual_tokens_retrieved == used().visual_tokens_retrieved
+        qa._run(qa.pipeline.set_brownout(1.0))
+        assert qa.info()["brownout"] == 1.0
+        low = used()
+        assert low.degraded and low.effective_keep == low.visual_tokens_retrieved / kept < 0.2
+        qa._run(qa.pipeline.set_brownout(0.0))
+        assert not used().degraded and qa.info()["brownout"] == 0.0 and qa.info()["turns_preempted"] == 0
+        for bad in ({"retrieve_mass": 2}, {"refresh_every": -3}):
+            with pytest.raises(BadRequest, match=next(iter(bad))):
+                used(**bad)
+
+
 def test_closing_refuses_new_work_and_ends_old_work(checkpoint, clips):
     qa = VideoQA(checkpoint)
     pipeline, video = qa.pipeline, qa.prepare(clips[0])
