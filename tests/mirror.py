@@ -1,8 +1,8 @@
 """The slow, obvious run of a turn: alone, in an engine that has room for everything. Knows how to compare; knows no storms.
 
 Two runs of one turn agree in tokens, text and every logit up to float error. Where they do not, the run alone tells whether the
-decision hung on a float: two scores at the cut of a retrieval, or the two likeliest tokens, closer than rounding. Such a tie is
-counted, not forgiven silently.
+decision hung on a float: two scores at the cut of a retrieval, or two tokens (sampling ranks them all), closer than rounding. Such a
+tie is counted, not forgiven silently.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ def differences(got: Said, alone: Said) -> str | None:
         at = next((i for i, (a, b) in enumerate(zip(got.tokens, alone.tokens, strict=False)) if a != b), None)
         if at is None:
             return f"{len(got.tokens)} tokens, alone {len(alone.tokens)}"
-        first, second = alone.logits[at].topk(2).values.tolist()
-        if first - second < ATOL and float((got.logits[at] - alone.logits[at]).abs().max()) < ATOL:
+        row = alone.logits[at]
+        apart = abs(float(row[got.tokens[at]] - row[alone.tokens[at]]))
+        if apart < ATOL and float((got.logits[at] - row).abs().max()) < ATOL:
             return "tie"
         found = f"token {at} is {got.tokens[at]}, alone {alone.tokens[at]}"
     return "tie" if alone.clearness < TIE else found
