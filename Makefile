@@ -13,7 +13,7 @@ PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench fuzz protos clean
+.PHONY: help setup demo test lint bench fuzz storm protos clean
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
 	@echo "make fuzz    2,000 broken media files through the public door (MUTANTS=..., SEED=...)"
+	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
 	@echo "make protos  regenerate code from protos/"
 	@echo "make clean   remove caches and build products (the environment stays)"
 
@@ -40,6 +41,9 @@ bench: setup
 
 fuzz: setup
 	$(PY) -m tests.media.fuzz --mutants $(or $(MUTANTS),2000) --seed $(or $(SEED),0)
+
+storm: setup
+	@$(PY) -m tests.storm --operations $(or $(OPERATIONS),10000) --seed $(or $(SEED),0)
 
 protos: setup
 	@files=$$(find protos -name '*.proto' 2>/dev/null); \

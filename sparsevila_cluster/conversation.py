@@ -4,7 +4,7 @@ Knows: tails (the KV of a conversation's own text), the budget of running turns,
 prefixes beyond their key, models, steps or text.
 
 The tail is stored once: packed KV never contains it. When running turns need room, the tails of conversations that do not run
-are parked outside the arena, least recently used first, and come back unchanged with their next turn.
+are parked outside the arena, in host memory, least recently used first, and come back unchanged with their next turn.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class ConversationStore:
         self._all: OrderedDict[str, Conversation] = OrderedDict()
         self._busy: dict[str, int] = {}
         self._rooms: dict[str, Room] = {}
+        self._refused: tuple[str, int, int, int] | None = None
+        self._num_left = 0
         self.num_parked = 0
 
     def __len__(self) -> int:
@@ -115,13 +117,19 @@ class ConversationStore:
         Parks idle tails as needed. None when there is no room now. At most one turn of a conversation has room at a time.
         """
         assert conversation.conversation_id not in self._rooms, conversation
+        # The first in line asks before every step: as long as nobody has left and no slot has come free, the answer is the same.
+        wish = (conversation.conversation_id, tail_rows, packed_rows, self._num_left + self.arena.num_freed)
+        if wish == self._refused:
+            return None
         room = self._try_take(conversation, tail_rows, packed_rows)
         if room is None:
             # Idle tails, the conversation's own among them, may lie where they leave no run that is long enough.
             for idle in self._all.values():
                 self._park(idle)
             room = self._try_take(conversation, tail_rows, packed_rows)
-        if room is not None:
+        if room is None:
+            self._refused = (*wish[:3], self._num_left + self.arena.num_freed)
+        else:
             self._rooms[conversation.conversation_id] = room
         return room
 
@@ -137,6 +145,7 @@ class ConversationStore:
     def give_back(self, conversation: Conversation) -> None:
         """The conversation's turn stops running: its packed KV is freed, its tail may be parked. Harmless when repeated."""
         room = self._rooms.pop(conversation.conversation_id, None)
+        self._num_left += room is not None
         if room is not None and room.packed is not None:
             self.arena.free(room.packed)
 
@@ -195,7 +204,7 @@ class ConversationStore:
         if extent is None or (conversation.conversation_id in self._rooms and not running):
             return False
         layers = range(self.arena.spec.num_layers)
-        conversation.parked = [(k[:rows].clone(), v[:rows].clone()) for k, v in map(extent.rows, layers)]
+        conversation.parked = [tuple(x[:rows].to("cpu", copy=True) for x in extent.rows(layer)) for layer in layers]
         conversation.extent = None
         self.arena.free(extent)
         self.num_parked += not running

@@ -288,5 +288,6 @@ class DecodeEngine:
         running.drop_rows()
         if running.room is not None:
             self.conversations.give_back(running.conversation)
+            running.room = None
         self.conversations.leave(running.conversation)
         self.prefixes.release(running.prefix.key)

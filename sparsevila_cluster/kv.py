@@ -74,6 +74,7 @@ class Arena:
         self.v = [torch.empty(shape, dtype=spec.dtype, device=device) for _ in range(spec.num_layers)]
         self._free: list[tuple[int, int]] = [(0, num_slots)] if num_slots else []
         self._used: dict[int, Extent] = {}
+        self.num_freed = 0
 
     @property
     def free_slots(self) -> int:
@@ -130,6 +131,7 @@ class Arena:
         return True
 
     def _give_back(self, start: int, stop: int) -> None:
+        self.num_freed += 1
         i = bisect.bisect(self._free, (start, stop))
         if i < len(self._free) and self._free[i][0] == stop:
             stop = self._free.pop(i)[1]

@@ -64,7 +64,7 @@ class RunningTurn:
         self._packed = False
         self._body: list[Span] = []
         self._tail: list[Span] = []
-        self._preempted_ms = 0.0
+        self._preempted_ms = [0.0, 0.0]  # before and after the first token
         self._preempted_at_s = 0.0
 
     # ---- room --------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,8 @@ class RunningTurn:
             self.timeline.mark("admitted")
         else:
             self.timeline.mark("resumed")
-            self._preempted_ms += (time.perf_counter() - self._preempted_at_s) * 1e3
+            away_ms = (time.perf_counter() - self._preempted_at_s) * 1e3
+            self._preempted_ms[bool(self.tokens)] += away_ms
         self.settle()
 
     def settle(self) -> None:
@@ -229,11 +230,11 @@ class RunningTurn:
             "retrieve": line.ms("answered", "retrieved"),
             "ttft": line.ms("arrived", "answered"),
             "total": line.ms("arrived", "done"),
-            "preempted": self._preempted_ms if self.num_preemptions else None,
+            "preempted": sum(self._preempted_ms) if self.num_preemptions else None,
         }
         steps = line.ms("retrieved", "done")
         if steps is not None and len(self.tokens) > 1:
-            spans["step"] = steps / (len(self.tokens) - 1)
+            spans["step"] = (steps - self._preempted_ms[1]) / (len(self.tokens) - 1)
         return Usage(
             visual_tokens=self.prefix.num_visual,
             visual_tokens_kept=kept,

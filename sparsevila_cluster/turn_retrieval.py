@@ -43,8 +43,11 @@ class TurnRetrieval:
 
     @property
     def most_rows(self) -> int:
-        """Rows of packed KV at most; 0 if the turn attends to the whole prefix."""
-        return self._packed_rows(self._policy.budget(self._prefix.num_kept))
+        """Rows of packed KV at most; 0 if the turn attends to the whole prefix whatever it scores."""
+        kept = self._prefix.num_kept
+        most = self._policy.budget(kept)
+        # A mass that may take everything may also take one token less, and then needs more room than everything does.
+        return self._packed_rows(most if self._budget.mass is None or most < kept else max(kept - 1, 0))
 
     @property
     def rows(self) -> int:

@@ -26,7 +26,7 @@ from sparsevila_cluster.errors import (
 )  # fmt: skip
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.pipeline import LocalPipeline
-from sparsevila_cluster.request import MediaSource, PrepareRequest
+from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn
 from tests.tiny import make_qwen2_5_vl
 
 
@@ -227,6 +227,26 @@ def test_dense_and_sparse_requests_differ_only_in_what_they_attend_to(checkpoint
         assert sparse.visual_tokens_retrieved < dense.visual_tokens_retrieved == video.visual_tokens
 
 
+def test_a_question_may_choose_how_it_retrieves(checkpoint, clips):
+    with VideoQA(checkpoint, prune_keep=0.5, retrieve_keep=0.4, brownout_floor=0.1) as qa:
+        video, kept = qa.prepare(clips[0]), qa.prepare(clips[0]).visual_tokens_kept
+
+        def used(**options):
+            return qa.conversation(video).ask("hm?", max_tokens=8, **options).usage
+
+        assert used(retrieve_mass=0.05).visual_tokens_retrieved < used().visual_tokens_retrieved
+        assert used(retrieve_mass=1.0, refresh_every=2).visual_tokens_retrieved == used().visual_tokens_retrieved
+        qa._run(qa.pipeline.set_brownout(1.0))
+        assert qa.info()["brownout"] == 1.0
+        low = used()
+        assert low.degraded and low.effective_keep == low.visual_tokens_retrieved / kept < 0.2
+        qa._run(qa.pipeline.set_brownout(0.0))
+        assert not used().degraded and qa.info()["brownout"] == 0.0 and qa.info()["turns_preempted"] == 0
+        for bad in ({"retrieve_mass": 2}, {"refresh_every": -3}):
+            with pytest.raises(BadRequest, match=next(iter(bad))):
+                used(**bad)
+
+
 def test_closing_refuses_new_work_and_ends_old_work(checkpoint, clips):
     qa = VideoQA(checkpoint)
     pipeline, video = qa.pipeline, qa.prepare(clips[0])
@@ -248,6 +268,31 @@ def test_a_decoder_that_hangs_costs_one_preparation(checkpoint, clips):
             qa.prepare(clips[1])
         assert qa.prepare(clips[1]).num_frames == 6 and guard.num_started == 2
     assert guard.pids() == []
+
+
+def test_a_caller_who_leaves_while_the_turn_is_taken_leaves_no_turn(checkpoint, clips):
+    async def main():
+        pipeline = LocalPipeline(build_config(model=str(checkpoint)), load_model(checkpoint))
+        handle = await pipeline.prepare(PrepareRequest((MediaSource(str(clips[0])),)))
+        inside, go_on, plain = threading.Event(), threading.Event(), pipeline.decode.submit
+
+        def slow_submit(turn, sink):
+            inside.set()
+            assert go_on.wait(10)
+            plain(turn, sink)
+
+        pipeline.decode.submit = slow_submit
+        turn = Turn("t", "c", handle.media_id, "on and on?", SamplingParams(max_tokens=2000))
+        caller = asyncio.ensure_future(anext(pipeline.ask(turn)))
+        await asyncio.to_thread(inside.wait, 10)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        go_on.set()
+        assert (await pipeline.info())["turns_running"] == 0 and not pipeline.decode.turns
+        await pipeline.close()
+
+    asyncio.run(main())
 
 
 def test_pipeline_in_one_event_loop(checkpoint, clips):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from sparsevila_cluster.config import SparsityConfig
 from sparsevila_cluster.errors import BadRequest
 from sparsevila_cluster.pruning import build_pruning
-from sparsevila_cluster.request import SamplingParams, kept_count
-from sparsevila_cluster.retrieval import build_retrieval
+from sparsevila_cluster.request import SamplingParams, Turn, kept_count
+from sparsevila_cluster.retrieval import Budget, budget_of, build_retrieval
 from sparsevila_cluster.sampling import Sampler, choose
 
 
@@ -59,6 +60,57 @@ def test_retrieval_takes_the_top_of_each_layer():
     assert chosen.shape == (5, 4)
     for layer, row in enumerate(chosen):
         assert row.tolist() == sorted(scores[layer].topk(4).indices.tolist())
+
+
+@pytest.mark.parametrize("mass", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_a_mass_takes_the_smallest_set_that_holds_it_in_every_layer(mass, fraction):
+    scores = torch.rand(4, 30, generator=torch.Generator().manual_seed(1)) ** 4
+    policy = build_retrieval("query_topk", fraction, mass)
+    chosen = policy.select(scores)
+    needed = []
+    for row in scores.double().tolist():
+        order = sorted(row, reverse=True)
+        needed.append(next(k for k in range(1, 31) if sum(order[:k]) >= mass * sum(row)))
+    assert chosen.shape[1] == policy.count(scores) == min(max(needed), kept_count(fraction, 30)) <= policy.budget(30)
+    for layer, row in enumerate(chosen.tolist()):
+        assert row == sorted(scores[layer].topk(len(row)).indices.tolist())
+
+
+def test_a_mass_of_one_heap_and_of_nothing():
+    heap = torch.zeros(2, 9)
+    heap[0, 4] = heap[1, 2] = 1.0
+    assert build_retrieval("query_topk", 1.0, 0.99).select(heap).tolist() == [[4], [2]]
+    assert build_retrieval("query_topk", 1.0, 0.99).select(torch.zeros(2, 9)).shape == (2, 1)
+    assert build_retrieval("query_topk", 1.0, 0.99).select(torch.zeros(2, 0)).shape == (2, 0)
+
+
+def wish(**options):
+    return Turn("t", "c", "m", "what?", **options)
+
+
+@pytest.mark.parametrize(
+    "options, fields, kind, want",
+    [
+        ({}, {}, "video", (0.10, None, 0)),
+        ({}, {}, "image", (0.25, None, 0)),
+        ({"retrieve_keep": 0.4}, {"retrieve_keep": 0.2}, "video", (0.4, None, 0)),
+        ({}, {"retrieve_mass": 0.9}, "video", (0.5, 0.9, 0)),
+        ({"retrieve_mass": 0.8}, {"retrieve_keep": 0.2, "refresh_every": 7}, "video", (0.2, 0.8, 7)),
+        ({"retrieve_mass": 1.0, "refresh_every": 0}, {"retrieve_mass": 0.9, "refresh_every": 7}, "video", (0.10, None, 0)),
+    ],
+)
+def test_a_turn_comes_before_the_configuration_and_that_before_the_default(options, fields, kind, want):
+    budget = budget_of(wish(**options), SparsityConfig(**fields), kind)
+    assert (budget.keep, budget.mass, budget.refresh_every) == want
+
+
+@pytest.mark.parametrize(
+    "level, keep, want", [(0.0, 0.5, 0.5), (1.0, 0.5, 0.1), (0.25, 0.5, 0.4), (1.0, 0.08, 0.08), (0.5, 1.0, 0.55)]
+)
+def test_pressure_moves_a_budget_towards_the_floor_and_never_up(level, keep, want):
+    assert Budget("query_topk", keep, 0.9).lowered(level, 0.1).keep == pytest.approx(want)
+    assert Budget("retrieve_all", keep).lowered(level, 0.1).keep == keep
 
 
 def test_random_retrieval_is_seeded_and_differs_by_layer():

@@ -1,7 +1,9 @@
-"""Every switch of retrieval against stock transformers with masks per row and layer: rows, normalisation, mass, refresh, scope.
+"""Every switch of sparsity against stock transformers with masks per row and layer: what is kept, retrieved, and where it stands.
 
 Teacher-forced logits in float32 over conversations of several turns, with the retrieval recomputed by the judge.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from sparsevila_cluster.errors import BadConfig, BadRequest
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.request import kept_count
 from tests.families import FAMILIES
-from tests.oracle import Bench, kept_of, random_media, worst
+from tests.mirror import listening
+from tests.oracle import Bench, Spoken, kept_of, random_media, worst
 from tests.retrieval_judge import RetrievalJudge, Way
 from tests.tiny import hf_model
 
@@ -139,20 +142,22 @@ def test_mass_and_refresh_in_a_batch_in_pieces(backend, checkpoint, stock):
     media = random_media("video", 5, 56, 140, seed=3)
     prefix = b.prefix(media)
     judge = judge_of(b, stock, media, prefix)
-    events = {}
-    for question, count in QUESTIONS[:2]:
-        for name, (options, _) in ways.items():
-            events[name, question] = b.submit(prefix.key, name, f"{question} {name}", count, **options)
-    b.run()
+    events, samplers = {}, {}
+    with listening() as heard:
+        for question, count in QUESTIONS[:2]:
+            for name, (options, _) in ways.items():
+                asked = f"{question} {name}"
+                events[asked] = b.submit(prefix.key, name, asked, count, **options)
+                samplers[asked] = b.decode.turns[f"{name}/{asked}"].sampler
+        b.run()
     for name, (_, way) in ways.items():
-        turns, pending = [], None
-        for i, (question, count) in enumerate(QUESTIONS[:2]):
-            tokens = [t for e in events[name, question] for t in e.token_ids]
-            ids = model.chat.question_ids(f"{question} {name}", i == 0, pending)[0]
-            turns.append(type("Spoken", (), {"question_ids": ids, "tokens": tokens}))
+        turns, questions, pending = [], [f"{q} {name}" for q, _ in QUESTIONS[:2]], None
+        for i, asked in enumerate(questions):
+            tokens = [t for e in events[asked] for t in e.token_ids]
+            turns.append(Spoken(model.chat.question_ids(asked, i == 0, pending)[0], tokens, heard[samplers[asked]]))
             pending = tokens[-1]
-            assert len(tokens) == count
-        wanted = judge.logits(turns, [way] * 2, [f"{q} {name}" for q, _ in QUESTIONS[:2]])
+        wanted = judge.logits(turns, [way] * 2, questions)
+        assert worst(turns, wanted) < ATOL
         assert [t.tokens for t in turns] == [w.argmax(-1).tolist() for w in wanted]
 
 
@@ -175,6 +180,36 @@ def test_prune_scope(scope, kind, stock, model):
     assert kept_of(prefix, inputs).tolist() == keep
     b = bench(model, prune_keep=0.3, prune_scope=scope, retrieve_keep=0.4)
     converse(b, stock, [Way(keep=0.4)] * 3, media=media)
+
+
+def compact(plan, rows):
+    """The plan with the positions of `rows` closed up, one run of text or media after the other, in plain Python."""
+    positions, offset, i = plan.positions.clone(), 0, 0
+    while i < len(rows):
+        run = [rows[i]]
+        while i + len(run) < len(rows) and plan.visual_mask[rows[i + len(run)]] == plan.visual_mask[run[0]]:
+            run.append(rows[i + len(run)])
+        for axis in positions:
+            seen = sorted({int(axis[row]) for row in run})
+            for at, row in enumerate(run):
+                axis[row] = offset + (seen.index(int(axis[row])) if plan.visual_mask[run[0]] else at)
+        offset, i = int(positions[:, run].max()) + 1, i + len(run)
+    return replace(plan, positions=positions, question_start_pos=offset)
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_compact_positions(kind, stock, model):
+    b = bench(model, prune_keep=0.2, prune_scope="global", retrieve_keep=0.4, positions="compact")
+    media = random_media(kind, 8 if kind == "video" else 1, 112, 140, seed=5)
+    prefix = b.prefix(media)
+    inputs, plan = b.unpruned(media)
+    kept = set(plan.visual_mask.nonzero()[:, 0][kept_of(prefix, inputs)].tolist())
+    rows = [row for row in range(len(plan.ids)) if row in kept or not plan.visual_mask[row]]
+    closed = compact(plan, rows)
+    assert closed.question_start_pos < plan.question_start_pos, "something closed up"
+    judge = RetrievalJudge(stock, model, inputs, closed, kept_of(prefix, inputs), model.chat.decode)
+    turns = [b.say(prefix.key, "talk", q, n) for q, n in QUESTIONS]
+    assert worst(turns, judge.logits(turns, [Way(keep=0.4)] * 3, [q for q, _ in QUESTIONS])) < ATOL
 
 
 def test_the_judge_notices_another_way(stock, model):

@@ -45,10 +45,10 @@ class Budget:
 
 
 def default_keep(sparsity: SparsityConfig, kind: str, mass: float | None) -> float:
-    """The keep of a turn that names none, on media of this kind."""
+    """The keep of a turn that names none, on media of this kind. A mass of 1 is none: nothing is left to cut but by `keep`."""
     if sparsity.retrieve_keep is not None:
         return sparsity.retrieve_keep
-    return DEFAULT_RETRIEVE_KEEP[kind] if mass is None else DEFAULT_MASS_CAP
+    return DEFAULT_RETRIEVE_KEEP[kind] if mass in (None, 1.0) else DEFAULT_MASS_CAP
 
 
 def budget_of(turn: Turn, sparsity: SparsityConfig, kind: str) -> Budget:
@@ -62,7 +62,5 @@ def budget_of(turn: Turn, sparsity: SparsityConfig, kind: str) -> Budget:
     for name, value in (("retrieve_mass", turn.retrieve_mass), ("refresh_every", turn.refresh_every)):
         if value and sparsity.retrieve != "query_topk":
             raise BadRequest(f"{name}={value!r} needs retrieve='query_topk'; this engine has {sparsity.retrieve!r}")
-    if mass == 1.0:
-        mass = None  # the whole of it: nothing is left to cut but by `keep`
     keep = default_keep(sparsity, kind, mass) if turn.retrieve_keep is None else turn.retrieve_keep
-    return Budget(sparsity.retrieve, keep, mass, refresh_every or 0, sparsity.seed)
+    return Budget(sparsity.retrieve, keep, None if mass == 1.0 else mass, refresh_every or 0, sparsity.seed)
