@@ -4,6 +4,7 @@ import asyncio
 import io
 import logging
 import random
+import time
 
 import numpy as np
 import pytest
@@ -174,12 +175,13 @@ async def num_turns(pipeline, conversation_id):
 
 
 async def until_there_is_room(call):
-    for _ in range(2000):
+    give_up_at_s = time.monotonic() + 60
+    while time.monotonic() < give_up_at_s:
         try:
             return await call()
         except (QueueFull, NotFound):
             await asyncio.sleep(0.005)
-    raise AssertionError("no room for ten seconds")
+    raise AssertionError("no room for a minute")
 
 
 async def listen(pipeline, turn):
@@ -193,7 +195,7 @@ def test_callers_in_threads_that_come_and_go(model):
 
     async def main():
         pipeline = LocalPipeline(build_config(model="unused", max_waiting=4, **tiny), model)
-        talks = await asyncio.wait_for(asyncio.gather(*(held_talk(pipeline, n, requests) for n in range(10))), 120)
+        talks = await asyncio.wait_for(asyncio.gather(*(held_talk(pipeline, n, requests) for n in range(10))), 180)
         while (await pipeline.info())["turns_running"]:
             await asyncio.sleep(0.01)  # turns that were left end with the next step
         for number in range(10):
