@@ -167,7 +167,7 @@ def prepare(case: Case, directory: Path, video: Path) -> dict[str, Any]:
     from sparsevila_cluster.video_qa import VideoQA
 
     peaks = StagePeaks()
-    fields = {} if case.chunk is None else {"prefill_chunk": case.chunk}
+    fields: dict[str, Any] = {} if case.chunk is None else {"prefill_chunk": case.chunk}
     with VideoQA(directory, max_frames=case.frames, prepare_timeout_s=_LONG_S, **VARIANTS[case.variant], **fields) as qa:
         start_s = time.perf_counter()
         handle = qa.prepare(video, progress=peaks)

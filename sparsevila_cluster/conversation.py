@@ -160,6 +160,7 @@ class ConversationStore:
                     self.arena.free(packed)
                 return None
             self._move(conversation, extent)
+        assert conversation.extent is not None
         return Room(conversation.extent, packed)
 
     def _resize_packed(self, room: Room, conversation: Conversation, rows: int) -> bool:
@@ -179,11 +180,12 @@ class ConversationStore:
             # Out and in again: the slots that the tail lies on may be what the longer one lacks.
             length = tail.length
             self._park(conversation, running=True)
-            extent = self.arena.alloc(_rounded(rows))
-            grown = extent is not None
-            room.tail = extent if grown else self.arena.alloc(length)
-            self._move(conversation, room.tail)
-            return grown
+            grown = self.arena.alloc(_rounded(rows))
+            extent = grown or self.arena.alloc(length)
+            assert extent is not None, "the slots that were just freed"
+            room.tail = extent
+            self._move(conversation, extent)
+            return grown is not None
         self._move(conversation, extent)
         room.tail = extent
         return True
@@ -203,8 +205,8 @@ class ConversationStore:
         extent, rows = conversation.extent, conversation.written
         if extent is None or (conversation.conversation_id in self._rooms and not running):
             return False
-        layers = range(self.arena.spec.num_layers)
-        conversation.parked = [tuple(x[:rows].to("cpu", copy=True) for x in extent.rows(layer)) for layer in layers]
+        layers = map(extent.rows, range(self.arena.spec.num_layers))
+        conversation.parked = [(k[:rows].to("cpu", copy=True), v[:rows].to("cpu", copy=True)) for k, v in layers]
         conversation.extent = None
         self.arena.free(extent)
         self.num_parked += not running

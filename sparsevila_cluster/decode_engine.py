@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -164,7 +165,7 @@ class DecodeEngine:
                 self._fail([running], error)
         self.num_steps += 1
 
-    def _forward(self, batch: list[tuple[RunningTurn, int]]) -> list[int | None]:
+    def _forward(self, batch: list[tuple[RunningTurn, int]]) -> Sequence[int | None]:
         """One pass of the text model; the next token of every turn, None where more of the question is to come."""
         device = self.model.device
         ids: list[int] = []
@@ -254,8 +255,10 @@ class DecodeEngine:
         """Where a running turn has outgrown the arena, the last in line makes way, be it that turn itself."""
         while self._short:
             running = self.turns.get(self._short.pop(0))
+            if running is None:
+                continue
             try:
-                while running is not None and running.room is not None and not self._resize(running):
+                while running.room is not None and not self._resize(running):
                     self._make_way(self.scheduler.preempt())
             except Exception as error:
                 self._fail([running], error)

@@ -78,7 +78,8 @@ class PrefillEngine:
         limits = self.config.limits
         if len(request.sources) > limits.max_images:
             raise BadRequest(f"{len(request.sources)} media in one request; the limit is {limits.max_images}")
-        known = [identify(source, limits=limits, **self._sampling(request)) for source in request.sources]
+        fps, cap = self._sampling(request)
+        known = [identify(source, fps=fps, max_frames=cap, limits=limits) for source in request.sources]
         kinds = [kind for _, kind in known]
         return content_key(
             media_hashes=[media_hash for media_hash, _ in known],
@@ -92,19 +93,21 @@ class PrefillEngine:
 
     def load(self, request: PrepareRequest) -> list[Media]:
         """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded, Unavailable (closed)."""
-        options = {"limits": self.config.limits, "guard": self.guard, **self._sampling(request)}
-        return [open_media(source, **options) for source in request.sources]
+        fps, cap = self._sampling(request)
+        limits, guard = self.config.limits, self.guard
+        return [open_media(source, fps=fps, max_frames=cap, limits=limits, guard=guard) for source in request.sources]
 
     def close(self) -> None:
         """End the processes that decode. Idempotent."""
         self.guard.close()
 
-    def _sampling(self, request: PrepareRequest) -> dict[str, float]:
+    def _sampling(self, request: PrepareRequest) -> tuple[float, int]:
+        """Frames per second and most frames."""
         fps = self.config.fps if request.fps is None else request.fps
         cap = self.config.max_frames if request.max_frames is None else request.max_frames
         if cap > self.config.limits.max_frames:
             raise TooLarge(f"max_frames={cap} is over the limit of {self.config.limits.max_frames}")
-        return {"fps": float(fps), "max_frames": cap}
+        return float(fps), cap
 
     def pruning(self, request: PrepareRequest, kind: str) -> PruningPolicy:
         """The pruning policy for media of this kind."""

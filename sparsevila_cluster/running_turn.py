@@ -102,6 +102,7 @@ class RunningTurn:
     @property
     def short(self) -> bool:
         """Whether the room lacks rows for `input_ids`, or is not that of what was retrieved."""
+        assert self.room is not None
         return self.conversation.written + len(self.input_ids) > self.room.tail.length or (bool(self.tokens) and not self._packed)
 
     def enter(self, room: Room) -> None:
@@ -118,6 +119,7 @@ class RunningTurn:
 
     def settle(self) -> None:
         """The room is new or another one than before: look at where it lies now, pack what has to be packed."""
+        assert self.room is not None
         self._tail = self.room.tail.spans()
         if not self._packed:
             self._body = self.retrieval.pack(self.room.packed) if self.tokens else self.retrieval.whole()
@@ -140,6 +142,7 @@ class RunningTurn:
 
     def segment(self, first: int, num: int) -> Segment:
         """The first `num` of this turn's next rows, which begin at row `first` of the step."""
+        assert self.room is not None
         body, packed = self._body, self.room.packed
         if self.phase != "decode":
             body, packed = self.retrieval.whole(), None

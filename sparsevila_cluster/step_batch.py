@@ -113,9 +113,10 @@ class TurnBatch:
 
 def _worth_gathering(decode: list[Segment], arena: Arena) -> bool:
     """Whether there are several decode rows, all over packed KV, and little enough of it to copy."""
-    if len(decode) < 2 or any(s.packed is None for s in decode):
+    packed = [s.packed for s in decode if s.packed is not None]
+    if len(decode) < 2 or len(packed) < len(decode):
         return False
-    longest = max(s.packed.length + s.past + s.num for s in decode)
+    longest = max(extent.length + s.past + s.num for extent, s in zip(packed, decode, strict=True))
     return len(decode) * longest * arena.spec.num_kv_heads * arena.spec.head_dim <= GATHER_ELEMENTS
 
 
@@ -125,7 +126,8 @@ class _Gather:
     def __init__(self, segments: list[Segment], arena: Arena):
         self._arena = arena
         self.num = len(segments)
-        table = [[s.packed.start, s.packed.length, s.tail_start, s.past + s.num] for s in segments]
+        packed = [s.packed for s in segments if s.packed is not None]
+        table = [[p.start, p.length, s.tail_start, s.past + s.num] for p, s in zip(packed, segments, strict=True)]
         body_start, body, tail_start, tail = torch.tensor(table, device=arena.k[0].device)[:, :, None].unbind(1)
         self._length = max(row[1] + row[3] for row in table)
         column = torch.arange(self._length, device=body.device)

@@ -16,8 +16,9 @@ from sparsevila_cluster.attention import Capture, Span
 from sparsevila_cluster.config import SparsityConfig
 from sparsevila_cluster.evidence import build_evidence
 from sparsevila_cluster.kv import Extent, MediaPrefix
-from sparsevila_cluster.request import Evidence, Turn
+from sparsevila_cluster.request import Turn
 from sparsevila_cluster.retrieval import budget_of
+from sparsevila_cluster.sight import Evidence
 
 
 class TurnRetrieval:
@@ -67,6 +68,7 @@ class TurnRetrieval:
         """Copy the chosen rows, and all rows that are not visual, into contiguous memory; what the turn attends to, per layer."""
         if extent is None:
             return self.whole()
+        assert self._rows is not None
         for layer, index in enumerate(self._rows):
             for source, target in zip(self._prefix.extent.rows(layer), extent.rows(layer), strict=True):
                 torch.index_select(source, 0, index, out=target)
@@ -102,6 +104,7 @@ class TurnRetrieval:
         if self._budget != self._wanted:
             self.degraded |= self.num_retrieved < self._wanted.policy().count(scores)
         if self.rows:
+            assert self._chosen is not None, "a policy that takes everything needs no rows of its own"
             others = prefix.other_index.expand(len(self._chosen), -1)
             self._rows = torch.cat([prefix.visual_index[self._chosen], others], 1).sort(1).values
         return scores
