@@ -25,5 +25,5 @@ def test_a_film_is_its_recipe():
     assert len(first) == film.num_frames == 375 and first[0].shape == (48, 64, 3)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     changes = [np.abs(a.astype(int) - b).mean() for a, b in zip(first, first[1:], strict=False)]
-    assert 1 <= sum(change > 10 for change in changes) <= 8 and np.median(changes) > 0  # scenes end; within one, things move
+    assert np.median(changes) > 0 and max(changes) > 10 * np.median(changes)  # things move, and scenes end
     assert len({film.file_name, seeking.Film().file_name, seeking.Film(seed=1).file_name}) == 3

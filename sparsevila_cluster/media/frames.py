@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,21 +19,32 @@ if TYPE_CHECKING:
 # All kept frames live in memory at once: 512 frames of 1920 x 1080 are 3 GiB.
 MAX_FRAMES_BYTES = 8 << 30
 
-# Makes a u8 array of a given shape; where its memory is, is the caller's choice.
-Allocate = Callable[[tuple[int, ...]], np.ndarray]
+
+class Frames(Protocol):
+    """Room for frames of one size, u8 [F, H, W, 3]; an array is one. [:n] are the first n of them."""
+
+    shape: tuple[int, ...]
+
+    def __setitem__(self, number: int, picture: np.ndarray) -> None: ...
+
+    def __getitem__(self, first: slice) -> Frames: ...
+
+
+# Makes room of a given shape; where its memory is, is the caller's choice.
+Allocate = Callable[[tuple[int, ...]], Frames]
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
     """frames u8 [F, H, W, 3] RGB upright; times_s f64 [F], each frame's own start; the duration in seconds."""
 
-    frames: np.ndarray
+    frames: Frames
     times_s: np.ndarray
     duration_s: float
 
 
 def on_heap(shape: tuple[int, ...]) -> np.ndarray:
-    """Pages that stay unused cost nothing."""
+    """An array of this process. Pages that stay unused cost nothing."""
     return np.empty(shape, np.uint8)
 
 

@@ -89,10 +89,12 @@ class DecodeGuard:
         except BaseException:  # the caller was interrupted; nobody will ask for this reply any more
             self._discard(process)
             raise
-        if reply.get("worn"):
+        if reply.get("worn") or isinstance(outcome, Internal):
             self._discard(process)
         else:
             self._give_back(process)
+        if isinstance(outcome, Internal):
+            log.error("decoding %s failed:\n%s", blob.name, process.last_words())
         if isinstance(outcome, SparseVilaError):
             raise outcome
         return outcome

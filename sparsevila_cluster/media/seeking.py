@@ -6,8 +6,8 @@ Knows: which key frames lead to exactly the frames of a full decode, and what th
 wherever something is not as the survey said, `take_around` gives up and its caller decodes everything.
 
 What is decoded must be whole: the first damaged packet or frame sends the file to the full decode, which says how much is lost and
-refuses more than a small part. Damage that hides where no frame is taken from is not found; packets that are missing there, or
-that the container itself calls broken, are, by the survey.
+refuses more than a small part. Damage in what is skipped (between the runs, and frames that are no reference) is not found; packets
+that are missing there, or that the container itself calls broken, are, by the survey.
 """
 
 from __future__ import annotations

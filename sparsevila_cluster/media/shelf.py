@@ -12,7 +12,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from sparsevila_cluster.errors import BadMedia
-from sparsevila_cluster.media.frames import Allocate, Decoded, check_frames_bytes
+from sparsevila_cluster.media.frames import Allocate, Decoded, Frames, check_frames_bytes
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -27,7 +27,7 @@ class Shelf:
         self.capacity, self.aspect, self.name, self.limits, self.allocate = capacity, aspect or 1, name, limits, allocate
         # One for all frames, without threads: setting it up costs more than a small frame.
         self._reformatter = VideoReformatter()
-        self.frames: np.ndarray | None = None
+        self.frames: Frames | None = None
         self.starts_s: list[float] = []
 
     def put(self, frame: av.VideoFrame, start_s: float) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the decoding process starts faster without them
     from sparsevila_cluster.request import MediaSource
 
 # Part of every media hash. Change it whenever the same bytes and parameters would give other frames.
-SAMPLING_VERSION = b"sparsevila media 1"
+SAMPLING_VERSION = b"sparsevila media 2"
 BLOCK_BYTES = 1 << 20
 _URL = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
 _BASE64 = re.compile(rb"[A-Za-z0-9+/]*={0,2}")

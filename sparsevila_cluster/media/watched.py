@@ -97,7 +97,7 @@ class WatchedProcess:
         with suppress(subprocess.TimeoutExpired):  # in the kernel, and killed as soon as it comes out
             self._process.wait(END_TIMEOUT_S)
         with suppress(OSError):
-            self._words = os.read(self._stderr, LAST_WORDS_BYTES)
+            self._words = os.read(self._stderr, 1 << 16)[-LAST_WORDS_BYTES:]
         self._close_files()
 
     def last_words(self) -> str:
@@ -111,7 +111,9 @@ class WatchedProcess:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, but with this process's own search path for modules, and one thread where threads are of no use."""
+    """Ours, but with this process's own search path for modules, and one thread where threads are of no use. glibc gives memory
+    of large frames back only where threads share one arena.
+    """
     path = dict.fromkeys([ROOT, *(entry for entry in sys.path if entry)])
-    alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     return os.environ | alone | {"PYTHONPATH": os.pathsep.join(path)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import mmap
 import os
 import resource
 import signal
@@ -19,6 +18,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,32 +33,48 @@ from sparsevila_cluster.media.frames import out_of_memory
 from sparsevila_cluster.media.source import Deadline
 
 PR_SET_PDEATHSIG = 1
-# A process that keeps more than this after a source has leaked or is in pieces; its successor starts small.
-WORN_BYTES = 128 << 20
+# A process that keeps more than this share of its limit after a source has leaked or is in pieces; its successor starts small.
+WORN_SHARE = 1 / 8
+# What the allocator may keep between sources: new memory costs more than decoding a small picture.
+KEEP_BYTES = 128 << 20
 
 
 class SharedFrames:
-    """Memory for one array that another process can map. Closed, only the descriptors elsewhere keep it."""
+    """u8 frames in memory that another process can map. Written, not mapped here: that spares a page fault for every 4 KiB."""
 
     def __init__(self) -> None:
         self.fd: int | None = None
+        self.shape: tuple[int, ...] = (0,)
 
-    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+    def allocate(self, shape: tuple[int, ...]) -> SharedFrames:
         self.close()
-        self.fd = _nameless_file()
-        size = int(np.prod(shape, dtype=np.int64))
-        os.ftruncate(self.fd, size)
-        return np.frombuffer(mmap.mmap(self.fd, size), np.uint8).reshape(shape)
+        self.fd, self.shape = _nameless_file(), shape
+        os.ftruncate(self.fd, prod(shape))
+        return self
+
+    def __setitem__(self, number: int, picture: np.ndarray) -> None:
+        assert picture.shape == self.shape[1:] and picture.dtype == np.uint8
+        left, at = memoryview(np.ascontiguousarray(picture)).cast("B"), number * picture.size
+        while left:
+            written = os.pwrite(self.fd, left, at)
+            left, at = left[written:], at + written
+
+    def __getitem__(self, first: slice) -> SharedFrames:
+        """[:n], and nothing else."""
+        self.shape = (first.stop, *self.shape[1:])
+        return self
 
     def close(self) -> None:
+        """Only descriptors elsewhere keep the memory."""
         if self.fd is not None:
             os.close(self.fd)
         self.fd = None
 
 
 def serve(sock: socket.socket) -> None:
-    """Jobs until the other side hangs up."""
+    """Jobs until the other side hangs up. Tidying up is for when nobody waits."""
     fresh_bytes = _data_bytes()
+    kept_bytes = 0
     while True:
         try:
             job, fd = receive(sock)
@@ -66,20 +82,23 @@ def serve(sock: socket.socket) -> None:
             return
         shared = SharedFrames()
         try:
-            reply = _reply(job, fd, shared, fresh_bytes)
-            gc.collect()  # PyAV's objects hold one another, and with them their decoders' threads and frames
-            send(sock, reply | {"worn": _data_bytes() > fresh_bytes + WORN_BYTES}, shared.fd)
+            reply = _reply(job, fd, shared)
+            send(sock, reply | {"worn": kept_bytes > WORN_SHARE * job["limits"]["decode_memory_bytes"]}, shared.fd)
         finally:
             shared.close()
+        gc.collect()  # PyAV's objects hold one another, and with them their decoders' threads and frames
+        kept_bytes = _data_bytes() - fresh_bytes
+        if kept_bytes > KEEP_BYTES:
+            _give_back_memory()
 
 
-def _reply(job: Message, fd: int, shared: SharedFrames, fresh_bytes: int) -> Message:
+def _reply(job: Message, fd: int, shared: SharedFrames) -> Message:
     limits: Any = SimpleNamespace(**job["limits"])
     deadline = Deadline(job["name"], job["timeout_s"], job["left_s"])
     sampling = {"fps": job["fps"], "max_frames": job["max_frames"]}
     try:
         with os.fdopen(fd, "rb") as file:
-            _limit_memory(fresh_bytes + limits.decode_memory_bytes)
+            _limit_memory(_data_bytes() + limits.decode_memory_bytes)
             done = decode(
                 file, job["name"], job["kind"], **sampling, limits=limits, deadline=deadline, allocate=shared.allocate
             )
@@ -103,6 +122,13 @@ def _limit_memory(num_bytes: int | None) -> None:
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     wanted = hard if num_bytes is None else num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def _give_back_memory() -> None:
+    """What the allocator keeps for later. Addresses may stay taken; the memory behind them does not."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 def _data_bytes() -> int:
@@ -139,7 +165,8 @@ def _be_the_first_to_go() -> None:
 def main() -> None:
     _die_with(int(sys.argv[2]))
     _be_the_first_to_go()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    for end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's business; it will end us
+        signal.signal(end, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.preinit()  # now and not with the first picture
     gc.freeze()

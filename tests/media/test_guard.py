@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.errors import BadMedia, DeadlineExceeded, TooLarge, Unavailable
+from sparsevila_cluster.errors import BadMedia, DeadlineExceeded, Internal, TooLarge, Unavailable
 from sparsevila_cluster.media import DecodeGuard, open_media
 from sparsevila_cluster.media import guard as guard_module
-from sparsevila_cluster.media.source import open_source
+from sparsevila_cluster.media.source import Deadline, open_source
 from sparsevila_cluster.request import MediaSource
 from tests.media.fuzz import child_pids
 from tests.media.media_files import indices, load_here, picture_bytes, texture, video_bytes
@@ -130,6 +130,14 @@ def test_memory_is_limited(guard):
     with pytest.raises((TooLarge, BadMedia)):
         open_media(MediaSource(video), fps=2.0, max_frames=4, limits=starved, guard=guard)
     assert len(show(guard, video).frames) == 1
+
+
+def test_a_bug_of_ours_is_internal_and_logged(guard, caplog):
+    with open_source(MediaSource(video_bytes(4)), MediaLimits()) as blob:
+        with pytest.raises(Internal, match="bytes: TypeError"):
+            guard.decode(blob, fps="two", max_frames=2, limits=MediaLimits(), deadline=Deadline("video", 60.0))
+    assert "Traceback" in caplog.text and "decode_video" in caplog.text
+    assert show(guard).kind == "image"
 
 
 def test_many_threads_at_once(guard):
