@@ -18,7 +18,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +115,7 @@ def scenes(film: Film) -> Iterator[np.ndarray]:
 def _view(rng: np.random.Generator, height: int, width: int, cell: int = 16) -> np.ndarray:
     """A smooth landscape of colours under grain, as u8 [height, width, 3]."""
     coarse = rng.integers(0, 256, (-(-height // cell), -(-width // cell), 3)).astype(np.float32)
-    view = coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width]
+    view: Any = coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width]
     for axis in (0, 1):
         view = sum(np.roll(view, shift, axis) for shift in range(0, cell, 4)) / (cell // 4)
     grain = rng.normal(0, 12, (height, width, 1))
@@ -140,8 +142,8 @@ def measure(
         say(f"film {film.name}: sampling")
         full, sparse = sample(path, seek=False), sample(path, seek=True)
         equal = np.array_equal(full.frames, sparse.frames) and np.array_equal(full.times_s, sparse.times_s)
-        times = in_turns({FULL: lambda p=path: sample(p, False), SEEK: lambda p=path: sample(p, True)}, patience)
-        facts = {"num_film_frames": film.num_frames, "length_s": film.length_s, "key_frames": num_key_frames(path)}
+        times = in_turns({FULL: partial(sample, path, False), SEEK: partial(sample, path, True)}, patience)
+        facts: dict[str, Any] = {"num_film_frames": film.num_frames, "length_s": film.length_s, "key_frames": num_key_frames(path)}
         for variant, found in times.items():
             ledger.add(film.name, len(full.frames), STAGE, variant, found, equal_frames=bool(equal), **facts)
 

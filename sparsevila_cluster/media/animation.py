@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ImageOps
 
 from sparsevila_cluster.errors import BadMedia, TooLarge
-from sparsevila_cluster.media.frames import Allocate, Decoded, check_frames_bytes
+from sparsevila_cluster.media.frames import Allocate, Decoded, Frames, check_frames_bytes
 from sparsevila_cluster.media.image import open_picture, to_rgb
 from sparsevila_cluster.media.kinds import webp_frames
 from sparsevila_cluster.media.selection import pick, sample_times
@@ -43,7 +43,8 @@ def decode_animation(
         if (found := getattr(image, "n_frames", 1)) != len(ends_ms):
             raise BadMedia(f"{name} is not whole: {found} of {len(ends_ms)} frames can be read")
         check_frames_bytes(len(wanted), image.width, image.height, name, limits)
-        frames, place = None, {number: at for at, number in enumerate(wanted)}
+        frames: Frames | None = None
+        place = {number: at for at, number in enumerate(wanted)}
         for number in range(wanted[-1] + 1):
             deadline.check()
             image.seek(number)

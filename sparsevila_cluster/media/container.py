@@ -54,6 +54,7 @@ def open_video(
             "err_detect": "explode",  # report damage instead of painting over it
         }
         with av.open(file, options=options, metadata_errors="replace", timeout=deadline.left_s()) as container:
+            assert isinstance(container, av.container.InputContainer)
             # Attached pictures are the cover art of an audio file.
             videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not videos:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -36,9 +36,10 @@ Allocate = Callable[[tuple[int, ...]], Frames]
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """frames u8 [F, H, W, 3] RGB upright; times_s f64 [F], each frame's own start; the duration in seconds."""
+    """frames u8 [F, H, W, 3] RGB upright, as an array or in whatever room was given for them; times_s f64 [F], each frame's own
+    start; the duration in seconds."""
 
-    frames: Frames
+    frames: Any
     times_s: np.ndarray
     duration_s: float
 

@@ -76,7 +76,7 @@ class DecodeGuard:
             Internal: a bug of ours in there. Unavailable: the guard is closed, or no process starts.
         """
         deadline.check()
-        job = {
+        job: Message = {
             "name": blob.name, "kind": blob.kind, "fps": fps, "max_frames": max_frames, "timeout_s": deadline.timeout_s,
             "left_s": deadline.left_s(), "limits": {name: _small(value) for name, value in limits.model_dump().items()},
         }  # fmt: skip

@@ -67,8 +67,9 @@ def plan_runs(survey: Survey, codec: str, format_name: str, times_s: np.ndarray)
     shown = shown[np.argsort(pts[shown], kind="stable")]
     if (flags & BROKEN).any() or (np.diff(pts[shown]) == 0).any():
         return None
-    chosen = pick(shown, times_s, lambda row: survey.start_s(index.pts[row]))
-    runs = _merge(index, _entries(pts, flags, codec), shown[chosen].tolist())
+    rows: list[int] = shown.tolist()
+    chosen = pick(rows, times_s, lambda row: survey.start_s(index.pts[row]))
+    runs = _merge(index, _entries(pts, flags, codec), [rows[i] for i in chosen])
     cost = sum(run.last - run.entry + 1 + DELAY_COST + SEEK_COST for run in runs)
     worth = len(index) - cost >= MIN_SAVED and cost <= MAX_COST_SHARE * len(index)
     return runs if worth else None
@@ -82,18 +83,20 @@ def take_around(
 
     container, stream: freshly opened. Raises TooLarge, DeadlineExceeded.
     """
-    seek_by = getattr(survey.index, SEEK_BY[container.format.name])
+    index = survey.index
+    assert index is not None, "runs are planned with one"
+    seek_by = getattr(index, SEEK_BY[container.format.name])
     try:
         if runs[0].entry > 0:
             # Some decoders learn from the first packet which encoder made the file, and mind its bugs from then on.
             first = next(container.demux(stream))
-            if not survey.index.holds(0, first):
+            if not index.holds(0, first):
                 return False
             first.decode()
         for run in runs:
             if run.entry > 0:
                 container.seek(seek_by[run.entry], stream=stream)
-            if not all(_taken(run, container, stream, survey, shelf, limits, deadline)):
+            if not all(_taken(run, container, stream, survey, index, shelf, limits, deadline)):
                 return False
     except (av.error.MemoryError, av.error.ExitError):
         raise
@@ -103,11 +106,11 @@ def take_around(
 
 
 def _taken(
-    run: Run, container: av.container.InputContainer, stream: av.VideoStream, survey: Survey,
+    run: Run, container: av.container.InputContainer, stream: av.VideoStream, survey: Survey, index: PacketIndex,
     shelf: Shelf, limits: MediaLimits, deadline: Deadline,
 ) -> Iterator[bool]:  # fmt: skip
     """True for each wanted frame that is on the shelf; a False ends it."""
-    index, pts = survey.index, survey.index.pts
+    pts = index.pts
     wanted, rows = deque(pts[row] for row in run.wanted), set(run.wanted)
     last_pts = pts[run.entry] - 1 if run.entry > 0 else min(pts) - 1
     for row, packet in _packets(run.entry, container, stream, index, deadline):

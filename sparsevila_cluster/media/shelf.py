@@ -5,7 +5,7 @@ Knows: rotation and pixel shape, colours, and how much memory frames may take. D
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -38,11 +38,13 @@ class Shelf:
             check_frames_bytes(self.capacity, self._width, self._height, self.name, self.limits)
         picture = self._reformatter.reformat(frame, self._width, self._height, "rgb24", threads=1).to_ndarray()
         picture = _upright(picture, _orientation(frame))
-        if not self.starts_s and (self.frames is None or self.frames.shape[1:] != picture.shape):
-            self.frames = self.allocate((self.capacity, *picture.shape))
-        elif picture.shape != self.frames.shape[1:]:
+        frames = self.frames
+        if not self.starts_s and (frames is None or frames.shape[1:] != picture.shape):
+            self.frames = frames = self.allocate((self.capacity, *picture.shape))
+        assert frames is not None
+        if picture.shape != frames.shape[1:]:
             raise BadMedia(f"{self.name} turns its picture in mid-stream")
-        self.frames[len(self.starts_s)] = picture
+        frames[len(self.starts_s)] = picture
         self.starts_s.append(start_s)
 
     def clear(self) -> None:
@@ -61,7 +63,7 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
     The matrix maps a stored pixel (x, y) to (a x + c y, b x + d y); turns are rounded to multiples of 90 degrees.
     """
-    side = frame.side_data.get("DISPLAYMATRIX")
+    side: Any = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return False, False, False
     a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(side), np.int32)[:5])

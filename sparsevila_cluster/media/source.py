@@ -125,7 +125,7 @@ def _in_memory(data: bytes | bytearray | memoryview) -> BinaryIO:
     if hasattr(os, "memfd_create"):
         file: BinaryIO = os.fdopen(os.memfd_create("media"), "w+b")
     else:
-        file = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115 (closed by open_source)
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by open_source)
     file.write(data)
     file.seek(0)
     return file

@@ -120,7 +120,8 @@ def survey_packets(container: av.container.InputContainer, stream: av.VideoStrea
         if end_s < header_s * (1 - MAX_LOST_SHARE) - 0.5:
             raise BadMedia(f"{name} ends early: {end_s:.3f} s of the {header_s:.3f} s that its header declares")
     rate = stream.guessed_rate or stream.average_rate or Fraction(25)
-    if first is None or num_untimed or container.format.name == "avi":
-        return Survey(num, Fraction(0), stream.time_base, float(num / rate), 1 / rate, None)
-    length_s = (last - first) * stream.time_base + (tail * stream.time_base or 1 / rate)
-    return Survey(num, first * stream.time_base, stream.time_base, float(length_s), None, index)
+    tick_s = Fraction(stream.time_base or 1 / rate)
+    if first is None or last is None or num_untimed or container.format.name == "avi":
+        return Survey(num, Fraction(0), tick_s, float(num / rate), 1 / rate, None)
+    length_s = (last - first) * tick_s + (tail * tick_s or 1 / rate)
+    return Survey(num, first * tick_s, tick_s, float(length_s), None, index)

@@ -53,8 +53,8 @@ class SharedFrames:
         return self
 
     def __setitem__(self, number: int, picture: np.ndarray) -> None:
-        assert picture.shape == self.shape[1:] and picture.dtype == np.uint8
-        left, at = memoryview(np.ascontiguousarray(picture)).cast("B"), number * picture.size
+        assert self.fd is not None and picture.shape == self.shape[1:] and picture.dtype == np.uint8
+        left, at = np.ascontiguousarray(picture).data.cast("B"), number * picture.size
         while left:
             written = os.pwrite(self.fd, left, at)
             left, at = left[written:], at + written
@@ -82,6 +82,7 @@ def serve(sock: socket.socket) -> None:
             return
         shared = SharedFrames()
         try:
+            assert fd is not None, "a job comes with its file"
             reply = _reply(job, fd, shared)
             send(sock, reply | {"worn": kept_bytes > WORN_SHARE * job["limits"]["decode_memory_bytes"]}, shared.fd)
         finally:
