@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, WebPImagePlugin
 
 from sparsevila_cluster.errors import BadMedia, SparseVilaError, TooLarge
 from sparsevila_cluster.media.frames import Allocate, Decoded, check_pixels, out_of_memory
@@ -19,7 +19,8 @@ from sparsevila_cluster.media.frames import Allocate, Decoded, check_pixels, out
 if TYPE_CHECKING:
     from sparsevila_cluster.config import MediaLimits
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+# Importing the plugin makes WebP known; Pillow would import all its plugins to find it.
+FORMATS = ("PNG", "JPEG", WebPImagePlugin.WebPImageFile.format, "GIF")
 
 
 def decode_image(file: BinaryIO, name: str, limits: MediaLimits, allocate: Allocate) -> Decoded:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,8 +93,11 @@ def leftovers(guard: DecodeGuard, num_files: int, others: set[int]) -> str | Non
 
 
 def child_pids() -> set[int]:
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that ended since
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
 
 
 def resident_bytes() -> int:
