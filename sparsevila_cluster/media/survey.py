@@ -55,11 +55,11 @@ class PacketIndex:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """origin_s: the first frame's start; tick_s: the unit of timestamps. `frame_s` is set where timestamps are missing or unusable:
-    frames are then counted, and there is no `index`.
+    """num_shown: packets whose frames are not hidden; origin_s: the first frame's start; tick_s: the unit of timestamps. `frame_s` is
+    set where timestamps are missing or unusable: frames are then counted, and there is no `index`.
     """
 
-    num_packets: int
+    num_shown: int
     origin_s: Fraction
     tick_s: Fraction
     duration_s: float
@@ -79,7 +79,7 @@ def survey_packets(container: av.container.InputContainer, stream: av.VideoStrea
     """
     is_mkv = "matroska" in container.format.name
     declared = len(stream.index_entries) if "mp4" in container.format.name else 0
-    num, num_bad, num_untimed = 0, 0, 0
+    num, num_bad, num_shown, num_untimed = 0, 0, 0, 0
     first, last, tail = None, None, 0  # ticks: first and last start, and how long the last one shows
     ends: dict[int, int] = {}  # by stream, in its ticks
     # AVI counts frames and has no order of presentation; what FFmpeg makes up for B-frames is wrong.
@@ -105,6 +105,7 @@ def survey_packets(container: av.container.InputContainer, stream: av.VideoStrea
             index.add(packet, stream)
         if packet.is_discard:  # cut away by an edit list: decoded, never shown
             continue
+        num_shown += 1
         if pts is None:
             num_untimed += 1
             continue
@@ -122,6 +123,6 @@ def survey_packets(container: av.container.InputContainer, stream: av.VideoStrea
     rate = stream.guessed_rate or stream.average_rate or Fraction(25)
     tick_s = Fraction(stream.time_base or 1 / rate)
     if first is None or last is None or num_untimed or container.format.name == "avi":
-        return Survey(num, Fraction(0), tick_s, float(num / rate), 1 / rate, None)
+        return Survey(num_shown, Fraction(0), tick_s, float(num / rate), 1 / rate, None)
     length_s = (last - first) * tick_s + (tail * tick_s or 1 / rate)
-    return Survey(num, first * tick_s, tick_s, float(length_s), None, index)
+    return Survey(num_shown, first * tick_s, tick_s, float(length_s), None, index)

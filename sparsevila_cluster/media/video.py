@@ -97,9 +97,9 @@ def _whole_frames(
                 num_whole += 1
                 yield frame
     if num_errors:
-        check_lost(survey.num_packets - num_whole, survey.num_packets, "damaged frames", name)
-    elif num_whole < MIN_FRAMES_PER_PACKET * survey.num_packets:
-        check_lost(survey.num_packets - num_whole, survey.num_packets, "frames that do not decode", name)
+        check_lost(survey.num_shown - num_whole, survey.num_shown, "damaged frames", name)
+    elif num_whole < MIN_FRAMES_PER_PACKET * survey.num_shown:
+        check_lost(survey.num_shown - num_whole, survey.num_shown, "frames that do not decode", name)
 
 
 def _timed(frames: Iterable[av.VideoFrame], survey: Survey) -> Iterator[tuple[av.VideoFrame, float]]:

@@ -18,7 +18,7 @@ from sparsevila_cluster.media.frames import Decoded, on_heap
 from sparsevila_cluster.media.selection import choose, pick, sample_times
 from sparsevila_cluster.media.source import Deadline
 from sparsevila_cluster.media.survey import ENTRY, Survey, survey_packets
-from tests.media.media_files import can_encode, load, load_here, texture, video_bytes
+from tests.media.media_files import can_encode, indices, load, load_here, texture, video_bytes
 
 LIMITS = MediaLimits()
 X265 = "log-level=none:bframes=3:keyint="
@@ -121,6 +121,12 @@ def test_edit_lists(seeks):
     assert sum(hidden) >= 4 and hidden[0]  # packets that are decoded, and never shown
     assert_same(data, random.Random(0), 8)
     assert seeks == [True] * 8
+
+
+def test_a_film_may_be_cut_to_its_last_tenth():
+    data = shifted(video_bytes(40, fps=25, codec_options={"g": "40", "bf": "0"}), 1.44)
+    media = load(data, fps=25)
+    assert indices(media) == [36, 37, 38, 39] and media.times_s == pytest.approx([0.0, 0.04, 0.08, 0.12])
 
 
 @pytest.mark.parametrize("container, codec", [("avi", "mpeg4"), ("h264", "libx264"), ("mpeg", "mpeg2video"), ("gif", "gif")])
