@@ -55,8 +55,9 @@ class PacketIndex:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """num_shown: packets whose frames are not hidden; origin_s: the first frame's start; tick_s: the unit of timestamps. `frame_s` is
-    set where timestamps are missing or unusable: frames are then counted, and there is no `index`.
+    """num_shown: packets whose frames are not hidden; origin_s: the first frame's start; tick_s: the unit of timestamps.
+
+    `frame_s` is set where timestamps are missing or unusable: frames are then counted, and there is no `index`.
     """
 
     num_shown: int

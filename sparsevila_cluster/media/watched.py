@@ -114,6 +114,7 @@ def _environment() -> dict[str, str]:
     """Ours, but with this process's own search path for modules, and one thread where threads are of no use. glibc gives memory
     of large frames back only where threads share one arena.
     """
-    path = dict.fromkeys([ROOT, *(entry for entry in sys.path if entry)])
+    path = [entry for entry in sys.path if isinstance(entry, str) and entry]  # "" was the working directory, and may be another
+    path = path if ROOT in path else [ROOT, *path]
     alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     return os.environ | alone | {"PYTHONPATH": os.pathsep.join(path)}
