@@ -47,12 +47,6 @@ def _not_decoding(share: tuple[RunningTurn, int]) -> bool:
     return share[0].phase != "decode"
 
 
-def _speaks(share: tuple[RunningTurn, int]) -> bool:
-    """Whether a turn's rows of this step end with the one that its next token comes from."""
-    running, num = share
-    return num == len(running.input_ids)
-
-
 class DecodeEngine:
     """Holds media prefixes and conversations and generates answers."""
 
@@ -181,9 +175,9 @@ class DecodeEngine:
             torch.tensor(positions, device=device).expand(text.num_position_rows, -1),
             TurnBatch(segments, self.conversations.arena),
         )
-        if len(ids) == len(segments) == sum(map(_speaks, batch)):
+        if segments[-1].phase == "decode":  # and so are all before it
             return choose(text.logits(hidden), [running.sampler for running, _ in batch])
-        speaking = [i for i, share in enumerate(batch) if _speaks(share)]
+        speaking = [i for i, (running, num) in enumerate(batch) if num == len(running.input_ids)]
         tokens: list[int | None] = [None] * len(batch)
         if speaking:
             last = torch.tensor([segments[i].first + segments[i].num - 1 for i in speaking], device=device)
