@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.errors import BadMedia
-from sparsevila_cluster.media import Media, open_media
+from sparsevila_cluster.media import DecodeGuard, Media, open_media
 from sparsevila_cluster.request import Footage, MediaSource, PrepareRequest
 
 
@@ -37,8 +37,9 @@ def decode_again(footage: Footage) -> list[Media]:
         now = _stamp(source)
         if now is not None and now != stamp:
             raise BadMedia(f"{source.data!r} has changed since it was prepared; prepare it and ask again")
-    sampled = partial(open_media, fps=footage.fps, max_frames=footage.max_frames, limits=footage.limits)
-    return [sampled(source) for source in footage.sources]
+    with DecodeGuard() as guard:  # one process for all of them
+        sampled = partial(open_media, fps=footage.fps, max_frames=footage.max_frames, limits=footage.limits, guard=guard)
+        return [sampled(source) for source in footage.sources]
 
 
 def names_of(footage: Footage) -> list[str]:
