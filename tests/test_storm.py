@@ -4,6 +4,7 @@ import asyncio
 import io
 import logging
 import random
+import time
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ async def held_talk(pipeline, number, requests):
         sampling = SamplingParams(max_tokens=rng.choice((1, 4, 12, 30)))
         options = {"retrieve_mass": 0.6} if rng.random() < 0.3 else {"refresh_every": 3} if rng.random() < 0.5 else {}
         turn = Turn(f"{number}.{i}", f"talk {number}", media_id, f"question {i}, which is it?", sampling, **options)
-        listening_to = asyncio.ensure_future(until_there_is_room(lambda turn=turn: listen(pipeline, turn)))
+        listening_to = asyncio.ensure_future(until_there_is_room(lambda turn=turn: prepared(pipeline, request, turn)))
         fate = rng.random()
         if fate < 0.2:
             await asyncio.sleep(rng.random() * 0.05)
@@ -174,26 +175,45 @@ async def num_turns(pipeline, conversation_id):
 
 
 async def until_there_is_room(call):
-    for _ in range(2000):
+    give_up_at_s = time.monotonic() + 60
+    while time.monotonic() < give_up_at_s:
         try:
             return await call()
         except (QueueFull, NotFound):
             await asyncio.sleep(0.005)
-    raise AssertionError("no room for ten seconds")
+    raise AssertionError("no room for a minute")
+
+
+async def prepared(pipeline, request, turn):
+    await pipeline.prepare(request)  # another caller may have deleted it
+    return await listen(pipeline, turn)
 
 
 async def listen(pipeline, turn):
     return Answer.from_events([event async for event in pipeline.ask(turn)])
 
 
+def decoded_once(load):
+    """Decoding would take most of the time, and the storm is about what comes after it."""
+    known = {}
+
+    def remembered(request):
+        if request not in known:
+            known[request] = load(request)
+        return known[request]
+
+    return remembered
+
+
 def test_callers_in_threads_that_come_and_go(model):
     requests = [png(seed) for seed in range(4)]
     size = model.spec.bytes_per_token
-    tiny = {"prefix_bytes": 90 * size, "turn_bytes": 224 * size, "max_batch": 4, "max_step_tokens": 16, "slice_steps": 8}
+    tiny = {"prefix_bytes": 90 * size, "turn_bytes": 320 * size, "max_batch": 4, "max_step_tokens": 16, "slice_steps": 8}
 
     async def main():
         pipeline = LocalPipeline(build_config(model="unused", max_waiting=4, **tiny), model)
-        talks = await asyncio.wait_for(asyncio.gather(*(held_talk(pipeline, n, requests) for n in range(10))), 120)
+        pipeline.prefill.load = decoded_once(pipeline.prefill.load)
+        talks = await asyncio.wait_for(asyncio.gather(*(held_talk(pipeline, n, requests) for n in range(10))), 180)
         while (await pipeline.info())["turns_running"]:
             await asyncio.sleep(0.01)  # turns that were left end with the next step
         for number in range(10):
