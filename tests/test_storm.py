@@ -193,18 +193,6 @@ async def listen(pipeline, turn):
     return Answer.from_events([event async for event in pipeline.ask(turn)])
 
 
-def decoded_once(load):
-    """Decoding would take most of the time, and the storm is about what comes after it."""
-    known = {}
-
-    def remembered(request):
-        if request not in known:
-            known[request] = load(request)
-        return known[request]
-
-    return remembered
-
-
 def test_callers_in_threads_that_come_and_go(model):
     requests = [png(seed) for seed in range(4)]
     size = model.spec.bytes_per_token
@@ -212,7 +200,6 @@ def test_callers_in_threads_that_come_and_go(model):
 
     async def main():
         pipeline = LocalPipeline(build_config(model="unused", max_waiting=4, **tiny), model)
-        pipeline.prefill.load = decoded_once(pipeline.prefill.load)
         talks = await asyncio.wait_for(asyncio.gather(*(held_talk(pipeline, n, requests) for n in range(10))), 180)
         while (await pipeline.info())["turns_running"]:
             await asyncio.sleep(0.01)  # turns that were left end with the next step
