@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
         say("mid-size checkpoint")
         directory = make_checkpoint(options.cache, recipe)
         model = load_model(directory, device="cpu")
-        report.say(f"{MID}: {TextShape.of(model.config).num_parameters / 1e6:.0f} M text parameters, {directory}")
+        report.say(f"{MID}: {TextShape.of(model.config).num_parameters / 1e6:.0f} M text parameters, {directory.name}")
         todo = longvideo.cases(plan.long_frames, recipe.frame_px) if plan.long_frames else ()
         long_rows = longvideo.measure(directory, todo, options.threads, say, report.say)
         videos = [make_media(frames, recipe.frame_px) for frames in plan.frames]
