@@ -110,6 +110,32 @@ def test_conversation_equals_masked_transformers(kind, sparsity, stock, model):
     b.decode.check_integrity()
 
 
+def test_a_ragged_batch_equals_one_by_one(model):
+    """Turns of many lengths on two prefixes in the same steps: tokens, and the KV of every conversation's text, layer by layer."""
+    asked = [(kind, f"{kind} {i}", "what is it? " * (i + 1), 3 + 5 * i) for i in range(3) for kind in ("video", "image")]
+    kept = {}
+    for together in (True, False):
+        b = bench(model, prune_keep=0.5, retrieve_keep=0.3, refresh_every=4, max_step_tokens=24)
+        for kind in ("video", "image"):
+            b.prefix(medias_of(kind, seed=8), key=kind)
+        heard = {}
+        for kind, name, question, num in asked:
+            heard[name] = b.submit(kind, name, question, num)
+            if not together:
+                b.run()
+        b.run()
+        tokens = {name: [t for event in events for t in event.token_ids] for name, events in heard.items()}
+        tails = {}
+        for _, name, _, _ in asked:
+            state = b.decode.conversations.get(name)
+            tails[name] = [rows[: state.length].clone() for i in range(model.spec.num_layers) for rows in state.extent.rows(i)]
+        kept[together] = tokens, tails
+    assert kept[True][0] == kept[False][0] and {len(said) for said in kept[True][0].values()} == {3, 8, 13}
+    for name, rows in kept[True][1].items():
+        for one, other in zip(rows, kept[False][1][name], strict=True):
+            torch.testing.assert_close(one, other, atol=ATOL, rtol=0)
+
+
 def test_two_conversations_on_one_prefix_do_not_mix(stock, model):
     b = bench(model, prune_keep=0.5, retrieve_keep=0.3)
     media = medias_of("video", seed=3)
