@@ -17,11 +17,13 @@ GIB = 1024**3
 MIB = 1024**2
 
 
-class _Frozen(BaseModel):
+class FrozenConfig(BaseModel):
+    """Base of every configuration: immutable, and unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class MediaLimits(_Frozen):
+class MediaLimits(FrozenConfig):
     """What a media file may cost before it is refused."""
 
     max_bytes: int = Field(512 * MIB, ge=1, description="Largest source file, in bytes.")
@@ -35,7 +37,7 @@ class MediaLimits(_Frozen):
     )
 
 
-class SparsityConfig(_Frozen):
+class SparsityConfig(FrozenConfig):
     """Two-sided sparsity. Ratios are the fraction kept. None = 0.25 / 0.10 for video and 0.4 / 0.25 for images."""
 
     prune: Literal["keep_all", "random", "uniform", "salience"] = Field("salience", description="Pruning policy (prefill).")
@@ -68,7 +70,7 @@ class SparsityConfig(_Frozen):
         return value
 
 
-class EngineConfig(_Frozen):
+class EngineConfig(FrozenConfig):
     """Everything that an engine needs to start. The same fields are keyword arguments of `VideoQA`."""
 
     model: str = Field("demo", description="Checkpoint directory, or `demo` for the bundled model.")
@@ -143,7 +145,7 @@ def build_config(**fields: Any) -> EngineConfig:
     try:
         return EngineConfig(**top)
     except ValidationError as error:
-        raise BadConfig(_explain(error)) from error
+        raise BadConfig(explain(error, EngineConfig)) from error
 
 
 def load_config(path: str | Path) -> EngineConfig:
@@ -152,6 +154,11 @@ def load_config(path: str | Path) -> EngineConfig:
     Raises:
         BadConfig: unreadable file, no YAML mapping, unknown key or illegal value.
     """
+    return build_config(**read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises BadConfig: unreadable, no YAML, or something else than a mapping."""
     import yaml
 
     try:
@@ -164,18 +171,27 @@ def load_config(path: str | Path) -> EngineConfig:
         data = {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise BadConfig(f"{str(path)!r} must hold a mapping of config fields, got {type(data).__name__}")
-    return build_config(**data)
+    return data
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """What pydantic found wrong with fields of `root`, in one line that names keys, values and what is legal."""
     parts = []
     for item in error.errors():
         name = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            nested: dict[str, type[BaseModel]] = {"sparsity": SparsityConfig, "limits": MediaLimits}
-            scope = nested.get(str(item["loc"][0]), EngineConfig) if len(item["loc"]) > 1 else EngineConfig
+            scope = _scope(root, item["loc"][:-1])
             legal = ", ".join(sorted(set(scope.model_fields) | (_SPARSITY_FIELDS if scope is EngineConfig else set())))
             parts.append(f"unknown config key {name!r}; legal keys: {legal}")
         else:
             parts.append(f"{name}: {item['msg'][0].lower() + item['msg'][1:]}, got {item['input']!r}")
     return "; ".join(parts)
+
+
+def _scope(root: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that holds the fields at `path` below `root`."""
+    for name in path:
+        kind = root.model_fields[str(name)].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            root = kind
+    return root

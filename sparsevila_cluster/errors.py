@@ -1,12 +1,15 @@
 """Every error that a user, a client or an operator can meet, with its status on each protocol.
 
-Knows: which kind of failure maps to which gRPC status name and HTTP code (plain data, so that this file imports nothing).
-Does not know: protocols. The doors in `gateway/` translate; the command line prints the message and exits with 2 for `UserError`.
+Knows: which kind of failure maps to which gRPC status name and HTTP code, and how an error crosses a process boundary (both as
+plain data, so that this file imports nothing). Does not know: protocols. The doors in `gateway/` translate; the command line
+prints the message and exits with 2 for `UserError`.
 
 An error message names the offending value and the legal range.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class SparseVilaError(Exception):
@@ -56,6 +59,20 @@ class NotFound(UserError):
     http_status = 404
 
 
+class Unauthenticated(UserError):
+    """No API key, or one that nobody has."""
+
+    grpc_status = "UNAUTHENTICATED"
+    http_status = 401
+
+
+class PermissionDenied(UserError):
+    """A key, a URL or a path that may not be used for this."""
+
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class QueueFull(SparseVilaError):
     """No room now; the same call may succeed after `retry_after_s`."""
 
@@ -88,5 +105,50 @@ class Unavailable(SparseVilaError):
     http_status = 503
 
 
+class WorkerLost(Unavailable):
+    """The worker that this was asked of is gone. Another one may do it."""
+
+
+class LaneLost(Unavailable):
+    """The lane to another worker broke, or that worker fell silent. A lane at a new epoch may do it."""
+
+
+class Incompatible(SparseVilaError):
+    """Two workers that do not mean the same by the same bytes: another model, layout or wire version."""
+
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 412
+
+
+class DataLoss(SparseVilaError):
+    """Bytes that arrived are not those that were sent. Nothing was made of them."""
+
+    grpc_status = "DATA_LOSS"
+    http_status = 500
+
+
 class Internal(SparseVilaError):
     """A bug of ours. The cause is logged once, with the turn's id."""
+
+
+def to_failure(error: Exception) -> dict[str, Any]:
+    """An error as plain data for another process; what is not ours counts as Internal and keeps its class name in the message."""
+    if not isinstance(error, SparseVilaError):
+        return {"error": "Internal", "message": f"{type(error).__name__}: {error}"}
+    failure: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+    if isinstance(error, QueueFull):
+        failure["retry_after_s"] = error.retry_after_s
+    return failure
+
+
+def from_failure(failure: dict[str, Any]) -> SparseVilaError:
+    """The error that `to_failure` described; a class unknown here becomes Internal."""
+    kinds = {kind.__name__: kind for kind in _tree(SparseVilaError)}
+    kind, message = kinds.get(str(failure.get("error")), Internal), str(failure.get("message", ""))
+    if issubclass(kind, QueueFull):
+        return kind(message, float(failure.get("retry_after_s", 1.0)))
+    return kind(message)
+
+
+def _tree(root: type[SparseVilaError]) -> list[type[SparseVilaError]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in _tree(child))]

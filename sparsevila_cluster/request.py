@@ -106,7 +106,8 @@ class Usage(Shown):
     """What a turn consumed. Visual token counts: before pruning, after it, and retrieved per layer for this turn.
 
     effective_keep: retrieved / kept, of the last choice; degraded: pressure made it less than the turn wished; num_preemptions: how
-    often the turn gave up its place in the batch and went on later, with the same answer.
+    often the turn gave up its place in the batch and went on later, with the same answer; brownout: the pressure, 0 to 1, under
+    which it started.
     """
 
     visual_tokens: int
@@ -117,6 +118,7 @@ class Usage(Shown):
     effective_keep: float
     degraded: bool = False
     num_preemptions: int = 0
+    brownout: float = 0.0
     ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -130,13 +132,17 @@ class MediaSource:
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """Ask for a media prefix. `fps` and `max_frames` None = the engine's defaults; `prune_keep` None = the configured one."""
+    """Ask for a media prefix. `fps` and `max_frames` None = the engine's defaults; `prune_keep` None = the configured one.
+
+    tenant: who alone may use the prefix, part of its content key; "" = everybody.
+    """
 
     sources: tuple[MediaSource, ...]
     fps: float | None = None
     max_frames: int | None = None
     prune_keep: float | None = None
     deadline_s: float | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -180,8 +186,20 @@ class MediaHandle(Shown):
     kv_bytes: int
     dense_kv_bytes: int
     reused: bool = False
+    tenant: str = ""
     ms: dict[str, float] = field(default_factory=dict)
     footage: Footage | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An answer, or its beginning, as it was given before: these tokens are taken instead of sampled ones, and not told again.
+
+    brownout: the pressure under which the turn started then (`Usage.brownout`).
+    """
+
+    token_ids: tuple[int, ...]
+    brownout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -190,7 +208,8 @@ class Turn:
 
     retrieve_keep: fraction of the pruned visual KV that the answer attends to; with a mass, the most that it may be.
     retrieve_mass: share of the visual attention that this must hold, 1 = no mass. refresh_every: generated tokens between two
-    choices, 0 = chosen once. Evidence is of the choice after the question.
+    choices, 0 = chosen once. Evidence is of the choice after the question. after: how many turns the conversation has behind it as
+    far as the asker knows, None = unchecked. replay: go on with an answer that was begun elsewhere.
     """
 
     turn_id: str
@@ -203,6 +222,9 @@ class Turn:
     refresh_every: int | None = None
     want_evidence: bool = False
     deadline_s: float | None = None
+    tenant: str = ""
+    after: int | None = None
+    replay: Replay | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not self.question.strip():
@@ -221,8 +243,9 @@ class Turn:
 class TurnEvent:
     """One event of a turn, in this order: accepted, token (many), evidence (if wanted), done.
 
-    token: `index` of the first new token, `token_ids`, and the whole characters that they completed in `text`.
-    evidence: `evidence`. done: `finish_reason`, `usage` and the `text` held back until now, if any.
+    accepted: `conversation_id`, under which the conversation goes on; done repeats it, for it may have moved meanwhile. token:
+    `index` of the first new token, `token_ids`, and the whole characters that they completed in `text`. evidence: `evidence`.
+    done: `finish_reason`, `usage` and the `text` held back until now, if any.
     """
 
     kind: Literal["accepted", "token", "evidence", "done"]
@@ -233,6 +256,16 @@ class TurnEvent:
     evidence: Evidence = Evidence()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    conversation_id: str = ""
+
+
+@dataclass(frozen=True)
+class TurnRecord:
+    """A finished turn as it can be made again: what was asked, what was said, under which pressure."""
+
+    turn: Turn
+    token_ids: tuple[int, ...]
+    brownout: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
