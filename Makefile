@@ -45,11 +45,14 @@ fuzz: setup
 storm: setup
 	@$(PY) -m tests.storm --operations $(or $(OPERATIONS),10000) --seed $(or $(SEED),0)
 
+# The descriptor keeps the file's public name, sparsevila/v1/video_qa.proto; only the Python modules move into the package.
 protos: setup
-	@files=$$(find protos -name '*.proto' 2>/dev/null); \
-	if [ -z "$$files" ]; then echo "protos/ holds no .proto file: nothing to generate"; exit 0; fi; \
-	mkdir -p sparsevila_cluster/pb && \
-	$(PY) -m grpc_tools.protoc -I protos --python_out=sparsevila_cluster/pb --grpc_python_out=sparsevila_cluster/pb $$files
+	@rm -rf build/pb && mkdir -p build/pb sparsevila_cluster/pb
+	@$(PY) -m grpc_tools.protoc -I protos --python_out=build/pb --pyi_out=build/pb --grpc_python_out=build/pb \
+		protos/sparsevila/v1/video_qa.proto
+	@for file in build/pb/sparsevila/v1/*; do \
+		sed 's/^from sparsevila\.v1 import/from sparsevila_cluster.pb import/' $$file > sparsevila_cluster/pb/$$(basename $$file); \
+	done
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis out sparsevila-demo
