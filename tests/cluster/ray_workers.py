@@ -22,8 +22,8 @@ class Clumsy:
     def who(self):
         return self.name, os.getpid()
 
-    async def echo(self, *things):
-        return things
+    async def weigh(self, blob):
+        return len(blob)
 
     async def refuse(self):
         raise QueueFull("no room", retry_after_s=7.5)
@@ -69,4 +69,4 @@ class ClumsyReplica(Desk):
     def __init__(self):
         stay_on_loopback()
         name = serve.get_replica_context().replica_id.unique_id
-        super().__init__(name, Clumsy(name), "who echo refuse stumble sleep freeze read_log".split(), ["count"], beat_s=0.2)
+        super().__init__(name, Clumsy(name), "who weigh refuse stumble sleep freeze read_log".split(), ["count"], beat_s=0.2)
