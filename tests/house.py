@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent
 OURS, KERNELS = "sparsevila_cluster", "sparsevila_kernels"
 
 FLOORS = {
-    0: "errors config cluster_config display sight request calls metrics patience pb",
+    0: "errors config cluster_config display sight request calls metrics patience blocking pb",
     1: "media models pruning retrieval kv awq sampling attention",
     2: "wire transport",
-    3: "scheduler step_batch running_turn turn_retrieval evidence prefill_engine decode_engine detokenize conversation content_key "
-    "engine_thread sharing turn_events pipeline footage page heatmap progress ask_many async_qa video_qa",
+    3: "scheduler step_batch running_turn turn_retrieval turn_answer evidence prompt_rows prefill_engine decode_engine detokenize "
+    "conversation content_key media_handle engine_thread sharing turn_events pipeline footage page heatmap progress ask_many "
+    "async_qa video_qa",
     4: "cluster gateway",
     5: "app cli demo trip __main__",
 }
@@ -50,7 +51,7 @@ DOORS = {
     "pickle": set(),
     "cloudpickle": set(),
 }
-NO_TENSORS = set("errors config cluster_config display sight request calls metrics patience scheduler client".split())
+NO_TENSORS = set("errors config cluster_config display sight request calls metrics patience blocking scheduler client".split())
 MAX_LINES = 330
 LONG_FILES: dict[str, str] = {}  # path -> why it is better in one piece
 FOLDERS = {"pb", "models", "pruning", "retrieval", "transport", "cluster", "gateway", "demo"}  # others earn it
