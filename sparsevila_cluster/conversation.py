@@ -26,8 +26,8 @@ class Conversation:
 
     length: rows of the tail that belong to finished turns; written: rows that hold KV, those of a turn that is under way
     included; next_pos: position of the next row; pending: the last sampled token, which has no KV yet and is prefilled with the
-    next question. A turn changes all but `written` only when it ends well, so that a turn that is aborted or fails leaves the
-    conversation as it was.
+    next question; tenant: who alone may go on with it, "" = everybody. A turn changes all but `written` only when it ends well, so
+    that a turn that is aborted or fails leaves the conversation as it was.
     """
 
     conversation_id: str
@@ -37,6 +37,7 @@ class Conversation:
     written: int = 0
     pending: int | None = None
     num_turns: int = 0
+    tenant: str = ""
     extent: Extent | None = None
     parked: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
@@ -75,13 +76,13 @@ class ConversationStore:
             self._all.move_to_end(conversation_id)
         return conversation
 
-    def open(self, conversation_id: str, media_id: str, next_pos: int) -> Conversation:
+    def open(self, conversation_id: str, media_id: str, next_pos: int, tenant: str = "") -> Conversation:
         """A new conversation; the least recently used idle one is closed if there are too many."""
         assert conversation_id not in self._all, conversation_id
         idle = (c for c in list(self._all) if not self._busy.get(c))
         while len(self._all) >= self.max_conversations and (victim := next(idle, None)) is not None:
             self.close(victim)
-        conversation = Conversation(conversation_id, media_id, next_pos)
+        conversation = Conversation(conversation_id, media_id, next_pos, tenant=tenant)
         self._all[conversation_id] = conversation
         return conversation
 
@@ -93,6 +94,10 @@ class ConversationStore:
         if conversation.extent is not None:
             self.arena.free(conversation.extent)
         return True
+
+    def busy(self, conversation_id: str) -> bool:
+        """Whether a turn of it waits or runs."""
+        return conversation_id in self._busy
 
     def enter(self, conversation: Conversation) -> None:
         """A turn waits or runs: the conversation may not be closed until it leaves."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from sparsevila_cluster.config import EngineConfig
-from sparsevila_cluster.conversation import ConversationStore
+from sparsevila_cluster.conversation import Conversation, ConversationStore
 from sparsevila_cluster.errors import (
     BadRequest,
     Cancelled,
@@ -30,7 +30,7 @@ from sparsevila_cluster.errors import (
     SparseVilaError,
     TooLarge,
 )
-from sparsevila_cluster.kv import Arena, PrefixStore
+from sparsevila_cluster.kv import Arena, MediaPrefix, PrefixStore
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.request import Turn, TurnEvent
 from sparsevila_cluster.retrieval import budget_of
@@ -70,31 +70,49 @@ class DecodeEngine:
         """Queue a turn; its events, or one error, go to `sink`.
 
         Raises:
-            NotFound: unknown media. BadRequest, TooLarge: illegal or over-long question, or a wish that the configured retrieval
-            cannot fulfil. QueueFull: too many turns wait.
+            NotFound: unknown media, or a conversation that is not here as `turn.after` says, or is another tenant's. BadRequest,
+            TooLarge: illegal or over-long question, or a wish that the configured retrieval cannot fulfil. QueueFull: too many
+            turns wait.
         """
         if turn.turn_id in self.turns:
             raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
         if self.scheduler.full:
             raise QueueFull(f"{self.scheduler.num_waiting} turns wait already; the limit is {self.config.max_waiting}")
-        prefix = self.prefixes.get(turn.media_id)
-        if prefix is None:
-            raise NotFound(f"media {turn.media_id!r} is not resident; prepare it first")
-        conversation = self.conversations.get(turn.conversation_id)
-        if conversation is not None and conversation.media_id != turn.media_id:
-            raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")
+        prefix = self.prefix_of(turn.media_id, turn.tenant)
+        conversation = self._conversation_of(turn)
         _, start, stop = self.model.chat.question_ids(turn.question, first=True, pending=None)
         words = stop - start
         if words > self.config.max_question_tokens:
             raise TooLarge(f"the question has {words} tokens; the limit is {self.config.max_question_tokens}")
         budget_of(turn, self.config.sparsity, prefix.kind)
         if conversation is None:
-            conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.next_pos)
+            conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.next_pos, turn.tenant)
         self.prefixes.hold(prefix.key)
         self.conversations.enter(conversation)
         self.turns[turn.turn_id] = RunningTurn(turn, conversation, prefix, self.model, self.config, sink)
         self.scheduler.add(turn.turn_id, turn.conversation_id)
-        sink(TurnEvent("accepted", turn.turn_id))
+        sink(TurnEvent("accepted", turn.turn_id, conversation_id=turn.conversation_id))
+
+    def prefix_of(self, media_id: str, tenant: str = "") -> MediaPrefix:
+        """A resident prefix. Raises NotFound: there is none, or it is another tenant's, which looks the same."""
+        prefix = self.prefixes.get(media_id)
+        if prefix is None or not prefix.serves(tenant):
+            raise NotFound(f"media {media_id!r} is not resident; prepare it first")
+        return prefix
+
+    def _conversation_of(self, turn: Turn) -> Conversation | None:
+        """The conversation that the turn goes on with, None if it opens one."""
+        conversation = self.conversations.get(turn.conversation_id)
+        if conversation is not None and conversation.tenant not in ("", turn.tenant):
+            raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
+        if conversation is not None and conversation.media_id != turn.media_id:
+            raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")
+        num_turns = 0 if conversation is None else conversation.num_turns
+        if turn.after not in (None, num_turns) and not self.conversations.busy(turn.conversation_id):
+            raise NotFound(
+                f"conversation {turn.conversation_id!r} is not here as it was: it has {num_turns} turns behind it, not {turn.after}"
+            )
+        return conversation
 
     def abort(self, turn_id: str, error: SparseVilaError | None = None) -> bool:
         """End a turn in any phase; its conversation stays as it was before it. False if the turn is unknown."""

@@ -160,7 +160,7 @@ class MediaPrefix:
     is_visual bool [n], False for text and for structural visual tokens (row ends), which always stay; positions i64 [R, n];
     token_map i32 [n, 3] = (group, row, col), -1 where not visual; per group its grid (rows, cols), the index of its media, its
     frame and time_s; kind: "image" if all media are images; next_pos: position of the first token after it; generation_floor:
-    see PromptPlan.
+    see PromptPlan; tenant: who alone may use it, "" = everybody.
     """
 
     key: str
@@ -179,6 +179,7 @@ class MediaPrefix:
     num_frames: int
     duration_s: float
     num_visual: int
+    tenant: str = ""
     visual_index: Tensor = field(init=False)
     other_index: Tensor = field(init=False)
 
@@ -186,6 +187,10 @@ class MediaPrefix:
         assert self.extent.length == len(self.is_visual) == len(self.token_map) == self.positions.shape[1]
         self.visual_index = self.is_visual.nonzero()[:, 0]
         self.other_index = (~self.is_visual).nonzero()[:, 0]
+
+    def serves(self, tenant: str) -> bool:
+        """Whether a caller of this tenant may know of it."""
+        return self.tenant in ("", tenant)
 
     @property
     def length(self) -> int:

@@ -21,6 +21,7 @@ from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.engine_thread import EngineThread
 from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, SparseVilaError, Unavailable
 from sparsevila_cluster.kv import Extent, MediaPrefix
+from sparsevila_cluster.media_handle import as_reused, handle_of
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.patience import GRACE_S, Caller, wait_within
@@ -56,7 +57,15 @@ class Pipeline(Protocol):
 
     async def close_conversation(self, conversation_id: str) -> bool: ...
 
-    async def delete_media(self, media_id: str) -> bool: ...
+    async def media(self, media_id: str, tenant: str = "") -> MediaHandle:
+        """What is known of a prefix that is resident. Raises NotFound, also where it is another tenant's."""
+        ...
+
+    async def delete_media(self, media_id: str, tenant: str = "") -> bool: ...
+
+    async def ready(self) -> bool:
+        """Whether media can be prepared and questions answered now. Never raises."""
+        ...
 
     async def set_brownout(self, level: float) -> None: ...
 
@@ -115,14 +124,15 @@ class LocalPipeline:
     async def _prepare(self, preparation: Preparation) -> MediaHandle:
         key = await self._in_prefill(self.prefill.key_of, preparation.request)
         handle, shared = await self._sharing.get(key, lambda: self._find_or_make(preparation, key))
-        return _as_reused(handle) if shared else handle
+        return as_reused(handle) if shared else handle
 
     async def _find_or_make(self, preparation: Preparation, key: str) -> MediaHandle:
         resident = await self._on_decode(lambda engine: engine.prefixes.get(key))
         if resident is not None:
-            handle = _handle(resident, True, {})
+            handle = handle_of(resident, reused=True)
         else:
-            handle = _handle(await self._in_prefill(self._make, preparation, key), False, preparation.stage_ms())
+            made = await self._in_prefill(self._make, preparation, key)
+            handle = handle_of(made, ms=preparation.stage_ms())
         self._remember(key, preparation.request)
         return handle
 
@@ -153,10 +163,25 @@ class LocalPipeline:
         if not reserved.cancelled() and reserved.exception() is None:
             self._decode_thread.post(lambda engine: engine.prefixes.cancel(reserved.result()))
 
-    async def delete_media(self, media_id: str) -> bool:
-        """Drop a prefix. False if it is unknown or a turn is using it."""
-        self._remembered.pop(media_id, None)
-        return await self._on_decode(lambda engine: engine.prefixes.remove(media_id))
+    async def media(self, media_id: str, tenant: str = "") -> MediaHandle:
+        """The handle of a resident prefix. Raises NotFound, Unavailable."""
+        return handle_of(await self._on_decode(lambda engine: engine.prefix_of(media_id, tenant)), reused=True)
+
+    async def delete_media(self, media_id: str, tenant: str = "") -> bool:
+        """Drop a prefix. False if it is unknown, another tenant's, or a turn is using it."""
+        request = self._remembered.get(media_id)
+        if request is not None and request.tenant in ("", tenant):
+            del self._remembered[media_id]
+
+        def drop(engine: DecodeEngine) -> bool:
+            prefix = engine.prefixes.get(media_id)
+            return prefix is not None and prefix.serves(tenant) and engine.prefixes.remove(media_id)
+
+        return await self._on_decode(drop)
+
+    async def ready(self) -> bool:
+        """Until it is closed."""
+        return not self._closed
 
     def _remember(self, key: str, request: PrepareRequest) -> None:
         self._remembered[key] = request
@@ -195,12 +220,19 @@ class LocalPipeline:
                 yield event
 
     async def _submit(self, turn: Turn, submit: Callable[[DecodeEngine], None]) -> None:
+        evicted = False
+
+        def attempt(engine: DecodeEngine) -> None:
+            nonlocal evicted
+            evicted = turn.media_id not in engine.prefixes
+            submit(engine)
+
         for _ in range(MAX_REMAKES):
             try:
-                return await self._on_decode(submit)
+                return await self._on_decode(attempt)
             except NotFound:
                 request = self._remembered.get(turn.media_id)
-                if request is None:
+                if not evicted or request is None or request.tenant not in ("", turn.tenant):
                     raise
                 handle = await self.prepare(request)
                 if handle.media_id != turn.media_id:
@@ -289,23 +321,3 @@ class LocalPipeline:
             self._prefill_thread.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.prefill.close)
             await asyncio.to_thread(self._decode_thread.close, self.config.close_timeout_s)
-
-
-def _handle(prefix: MediaPrefix, reused: bool, ms: dict[str, float]) -> MediaHandle:
-    return MediaHandle(
-        media_id=prefix.key,
-        kind=prefix.kind,
-        num_frames=prefix.num_frames,
-        duration_s=prefix.duration_s,
-        visual_tokens=prefix.num_visual,
-        visual_tokens_kept=prefix.num_kept,
-        prefix_tokens=prefix.length,
-        kv_bytes=prefix.kv_bytes,
-        dense_kv_bytes=prefix.dense_kv_bytes,
-        reused=reused,
-        ms=ms,
-    )
-
-
-def _as_reused(handle: MediaHandle) -> MediaHandle:
-    return MediaHandle(**{**vars(handle), "reused": True, "ms": {}})

@@ -8,9 +8,10 @@ who owns the arena that it writes to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from sparsevila_cluster.errors import BadRequest, TooLarge
 from sparsevila_cluster.kv import Extent, MediaPrefix
 from sparsevila_cluster.media import DecodeGuard, Media, identify, open_media
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
+from sparsevila_cluster.prompt_rows import chunk_bounds, close_gaps, keep_of_each, kept_prompt_rows
 from sparsevila_cluster.pruning import PruningPolicy, Scope, build_pruning
 from sparsevila_cluster.request import PrepareRequest, Timeline
 from sparsevila_cluster.step_batch import MediaBatch
@@ -32,6 +34,18 @@ Progress = Callable[[str, int, int], None]
 DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
 DEFAULT_SCOPE: dict[str, Scope] = {"video": "per_group", "image": "global"}
 STAGES = ("decode", "encode", "prune", "prefill")
+
+
+class Watch(Protocol):
+    """Who follows a prefix while it is made, to send it on or to copy it. Called in the prefill's thread; raising ends it."""
+
+    def begins(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
+        """All of `prefix` but its KV rows is known. They will be written chunk by chunk, [bounds[i], bounds[i + 1])."""
+        ...
+
+    def wrote(self, layer: int, start: int, stop: int) -> None:
+        """Rows [start, stop) of a layer are in the extent and final; on a GPU, as soon as what is enqueued by now has run."""
+        ...
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -63,9 +77,11 @@ class PrefillEngine:
     Owns the processes in which sources are decoded, from the first `load` to `close`, which any thread may call.
     """
 
-    def __init__(self, model: Model, config: EngineConfig):
+    def __init__(self, model: Model, config: EngineConfig, wire: str = "none"):
+        """wire: how KV is quantized on its way to where it is used; it is part of the content key."""
         self.model = model
         self.config = config
+        self.wire = wire
         self.guard = DecodeGuard()
         self.num_prefills = 0
 
@@ -89,6 +105,8 @@ class PrefillEngine:
             positions=self.config.positions,
             video_text_pos=self.config.video_text_pos,
             prefix_ids=self.model.chat.prefix_ids(kinds, self.config.system_prompt),
+            salt=request.tenant,
+            wire=self.wire,
         )
 
     def load(self, request: PrepareRequest) -> list[Media]:
@@ -118,15 +136,20 @@ class PrefillEngine:
 
     @torch.inference_mode()
     def prefill(
-        self, preparation: Preparation, medias: Iterable[Media], key: str, reserve: Callable[[int], Extent]
+        self,
+        preparation: Preparation,
+        medias: Iterable[Media],
+        key: str,
+        reserve: Callable[[int], Extent],
+        watch: Watch | None = None,
     ) -> MediaPrefix:
-        """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives.
+        """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives. `watch` is told of them.
 
         `medias` is read once. Frames are let go as soon as they are patches, and patches when they are visual tokens, so that
         memory holds them no longer than the caller does.
 
         Raises:
-            BadMedia, TooLarge: media that the model cannot take. Whatever `reserve` or the progress callback raises.
+            BadMedia, TooLarge: media that the model cannot take. Whatever `reserve`, `watch` or the progress callback raises.
         """
         preparation.stage("encode")
         inputs, medias = self.patchify(medias)
@@ -143,8 +166,8 @@ class PrefillEngine:
         preparation.stage("prefill")
         kept_rows = kept_prompt_rows(plan, keep)
         extent = reserve(len(kept_rows))
-        prefix = self._describe(key, plan, inputs, medias, tokens, keep, kept_rows, extent)
-        self._run_text(preparation, plan, tokens, keep, kept_rows, prefix)
+        prefix = self._describe(key, preparation.request.tenant, plan, inputs, medias, tokens, keep, kept_rows, extent)
+        self._run_text(preparation, plan, tokens, keep, kept_rows, prefix, watch)
         preparation.timeline.mark("ready")
         preparation.progress("prefill", 1, 1)
         self.num_prefills += 1
@@ -186,15 +209,26 @@ class PrefillEngine:
         )
 
     def _run_text(
-        self, preparation: Preparation, plan: PromptPlan, tokens: VisualTokens, keep: Tensor, rows: Tensor, prefix: MediaPrefix
+        self,
+        preparation: Preparation,
+        plan: PromptPlan,
+        tokens: VisualTokens,
+        keep: Tensor,
+        rows: Tensor,
+        prefix: MediaPrefix,
+        watch: Watch | None = None,
     ) -> None:
         """Chunk by chunk, so that activations and embeddings are those of one chunk; what a chunk attends to lies in the extent."""
         text, num_layers = self.model.text, self.model.spec.num_layers
 
         def wrote(layer: int, start: int, stop: int) -> None:
+            if watch is not None:
+                watch.wrote(layer, start, stop)
             preparation.progress("prefill", start + (stop - start) * (layer + 1) // num_layers, prefix.length)
 
         bounds = chunk_bounds(prefix.length, self.config.prefill_chunk)
+        if watch is not None:
+            watch.begins(prefix, bounds)
         placed = plan.visual_mask[rows].nonzero()[:, 0]
         ordinals = torch.searchsorted(placed, torch.tensor(bounds, device=rows.device)).tolist()
         for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(ordinals), strict=True):
@@ -208,6 +242,7 @@ class PrefillEngine:
     def _describe(
         self,
         key: str,
+        tenant: str,
         plan: PromptPlan,
         inputs: list[VisualInputs],
         medias: list[Media],
@@ -246,50 +281,9 @@ class PrefillEngine:
             num_frames=sum(len(media.times_s) for media in medias),
             duration_s=sum(media.duration_s for media in medias),
             num_visual=int(scored.sum()),
+            tenant=tenant,
         )
-
-
-def keep_of_each(policies: list[PruningPolicy], inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
-    """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by its own policy."""
-    kept, start = [], 0
-    for policy, media in zip(policies, inputs, strict=True):
-        rows = slice(start, start + media.num_tokens)
-        kept.append(start + policy.keep(tokens.salience[rows], tokens.group[rows]))
-        start = rows.stop
-    return torch.cat(kept)
-
-
-def chunk_bounds(num_rows: int, most: int) -> list[int]:
-    """Where chunks of nearly equal length, none above `most` rows, begin and end: [0, ..., num_rows]."""
-    num = -(-num_rows // most)
-    return [num_rows * i // num for i in range(num + 1)]
 
 
 def _without_frames(media: Media) -> Media:
     return replace(media, frames=np.empty((0, *media.frames.shape[1:]), np.uint8))
-
-
-def kept_prompt_rows(plan: PromptPlan, keep: Tensor) -> Tensor:
-    """Rows of the unpruned prompt that stay: all text, and visual tokens `keep` (ascending). i64, ascending."""
-    stays = ~plan.visual_mask
-    stays[plan.visual_mask.nonzero()[:, 0][keep]] = True
-    return stays.nonzero()[:, 0]
-
-
-def close_gaps(positions: Tensor, is_visual: Tensor) -> tuple[Tensor, int]:
-    """Positions [R, n] closed up after pruning, and the next free one.
-
-    Each run of visual tokens gets its minimal grid (the distinct values of every row of positions, renumbered without gaps); the
-    text after it goes on at the largest position plus one.
-    """
-    closed = torch.empty_like(positions)
-    bounds = (is_visual[1:] != is_visual[:-1]).nonzero()[:, 0].add(1).tolist()
-    offset = 0
-    for start, stop in zip([0, *bounds], [*bounds, len(is_visual)], strict=True):
-        run = positions[:, start:stop]
-        if is_visual[start]:
-            closed[:, start:stop] = offset + torch.stack([row.unique(return_inverse=True)[1] for row in run])
-        else:
-            closed[:, start:stop] = offset + torch.arange(stop - start, device=run.device)
-        offset = int(closed[:, start:stop].max()) + 1
-    return closed, offset

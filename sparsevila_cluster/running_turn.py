@@ -220,7 +220,7 @@ class RunningTurn:
         self.sink(
             TurnEvent(
                 "done", self.turn.turn_id, index=len(self.tokens), text=self._text.finish(), finish_reason=self.finish_reason,
-                usage=self._usage(),
+                usage=self._usage(), conversation_id=self.turn.conversation_id,
             )
         )
 
@@ -247,5 +247,6 @@ class RunningTurn:
             effective_keep=retrieved / kept if kept else 1.0,
             degraded=self.retrieval.degraded,
             num_preemptions=self.num_preemptions,
+            brownout=self.retrieval.brownout,
             ms={name: round(ms, 3) for name, ms in spans.items() if ms is not None},
         )

@@ -37,6 +37,7 @@ class TurnRetrieval:
 
     def start(self, brownout: float) -> None:
         """Fix the budget: the turn starts under this level of pressure and keeps it to its end."""
+        self.brownout = brownout
         self._budget = self._wanted.lowered(brownout, self._sparsity.brownout_floor)
         self._policy = self._budget.policy()
 

@@ -19,8 +19,9 @@ FLOORS = {
     0: "errors config cluster_config display sight request calls metrics patience pb",
     1: "media models pruning retrieval kv awq sampling attention",
     2: "wire transport",
-    3: "scheduler step_batch running_turn turn_retrieval evidence prefill_engine decode_engine detokenize conversation content_key "
-    "engine_thread sharing turn_events pipeline footage page heatmap progress ask_many async_qa video_qa",
+    3: "scheduler step_batch running_turn turn_retrieval turn_answer evidence prompt_rows prefill_engine decode_engine detokenize "
+    "conversation content_key media_handle engine_thread sharing turn_events pipeline footage page heatmap progress ask_many "
+    "async_qa video_qa",
     4: "cluster gateway",
     5: "app cli demo trip __main__",
 }

@@ -14,7 +14,8 @@ from sparsevila_cluster.kv import Arena, KVSpec, MediaPrefix
 from sparsevila_cluster.models import hf, load_model
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualTokens
 from sparsevila_cluster.models.lean import LeanDecoder
-from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation, chunk_bounds, kept_prompt_rows
+from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation
+from sparsevila_cluster.prompt_rows import chunk_bounds, kept_prompt_rows
 from sparsevila_cluster.request import MediaSource, PrepareRequest
 from tests.oracle import random_media
 from tests.tiny import make_qwen2_5_vl
