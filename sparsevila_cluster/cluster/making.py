@@ -37,14 +37,14 @@ class Making:
         self._asked_s = time.perf_counter()
         self._copy: Extent | None = None
         self._staged: Extent | None = None
-        self._holds = False
+        self.holds = False
 
     def run(self, engine: PrefillEngine) -> MediaPrefix:
         """The finished copy, held. Whatever ends it early, `release` is to follow once the shipment has ended."""
         self.waited_s = time.perf_counter() - self._asked_s
         kept = self._copies.hold(self.key)
         if kept is not None:  # made meanwhile, for another caller
-            self._holds = self.reused = True
+            self.holds = self.reused = True
             return kept
         self.preparation.stage("decode")
         medias = engine.load(self.preparation.request)
@@ -54,7 +54,7 @@ class Making:
         if self._staged is not None:
             prefix = in_host_memory(prefix, self._copy)
         prefix = self._copies.publish(prefix)
-        self._copy, self._holds = None, True
+        self._copy, self.holds = None, True
         return prefix
 
     def reserve(self, length: int) -> Extent:
@@ -88,8 +88,8 @@ class Making:
         if self._copy is not None:
             self._copies.cancel(self._copy)
         self._staged = self._copy = None
-        if self._holds:
-            self._holds = False
+        if self.holds:
+            self.holds = False
             self._copies.release(self.key)
 
 
