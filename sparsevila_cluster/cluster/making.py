@@ -34,6 +34,7 @@ class Making:
         self.refusal: SparseVilaError | None = None  # of the lane, which does not end the prefill
         self.waited_s = 0.0
         self.reused = False
+        self.done = False  # the copy is there: what is left is to send it
         self._asked_s = time.perf_counter()
         self._copy: Extent | None = None
         self._staged: Extent | None = None

@@ -1,7 +1,7 @@
 """A worker that makes media prefixes, keeps a copy of each and sends them to decode workers.
 
-Knows: one engine and its thread, the host copies, what is under way. Does not know: Ray, other workers beyond the tickets that it is
-given, questions or conversations. Create and use it within one event loop.
+Knows: one engine and its thread, the host copies, what is under way. Does not know: Ray, other workers beyond the tickets that it
+is given, questions or conversations. Create and use it within one event loop.
 
     make: sources -> [PrefillEngine] -> rows in the host copy, and onto the lane while later rows are still computed
     ship: the host copy -> a lane
@@ -25,6 +25,7 @@ from sparsevila_cluster.cluster.stages import tell_memory, tell_prefill
 from sparsevila_cluster.cluster.warming import tiny_picture
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, QueueFull, SparseVilaError, Unavailable
+from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.media_handle import handle_of
 from sparsevila_cluster.metrics import Sink, Tally
 from sparsevila_cluster.models import load_model
@@ -112,17 +113,21 @@ class PrefillWorker:
             yield "made", handle, report
         finally:
             caller.leave()
-            if not task.done() and making.shipment is not None:
-                self._sending.abort(making.shipment, "the caller left")
+            self._end(task, making, "the caller left")
+
+    def _end(self, task: asyncio.Task, making: Making, reason: str) -> None:
+        """Have a preparation end soon. One that is in the prefill thread cannot be cancelled: it ends at its next report."""
+        if making.done:
+            task.cancel()
+        elif not task.done() and making.shipment is not None:
+            self._sending.abort(making.shipment, reason)
 
     def _made(self, task: asyncio.Task) -> None:
         del self._making[task]
         if not task.cancelled():
             task.exception()  # it may be that nobody waits for it any more
 
-    async def _make(
-        self, making: Making, caller: Caller, words: LastWords, ticket: Ticket
-    ) -> tuple[MediaHandle, dict[str, Any]]:
+    async def _make(self, making: Making, caller: Caller, words: LastWords, ticket: Ticket) -> tuple[MediaHandle, dict[str, Any]]:
         def run(engine: PrefillEngine) -> Any:
             self._running, words.heard_s = words, time.perf_counter()
             try:
@@ -137,19 +142,14 @@ class PrefillWorker:
                 making.reused = making.holds = True
             else:
                 prefix = await self._in(self._prefill_thread, run, self.engine)
+            making.done = True
+            ms = self._tell(making, prefix, facts)
+            caller.check("sending media")
+            if making.refusal is not None:
+                raise making.refusal
         except BaseException:
             self._sending.undo(making.shipment, making.release)
             raise
-        ms: dict[str, float] = {}
-        if not making.reused:
-            ms = making.preparation.stage_ms()
-            self.num_prefills += 1
-            tell_prefill(self.sink, ms, prefix)
-            self.sink.observe("queue_wait_seconds", making.waited_s, pool="prefill")
-            log.info("media prefix made", extra={**facts, "tokens": prefix.length, "ms": ms})
-        if making.refusal is not None:
-            making.release()
-            raise making.refusal
         within_s = min(caller.left_s, ticket.deadline_s)
         if making.shipment is None:
             bounds = chunk_bounds(prefix.length, self.config.engine.prefill_chunk)
@@ -158,6 +158,17 @@ class PrefillWorker:
             report = await self._sending.finish(making.shipment, ticket, within_s, making.release)
         log.info("media prefix sent", extra={**facts, **report})
         return handle_of(prefix, reused=making.reused, ms=ms), report
+
+    def _tell(self, making: Making, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
+        """Count a finished prefill; milliseconds of its stages."""
+        if making.reused:
+            return {}
+        ms = making.preparation.stage_ms()
+        self.num_prefills += 1
+        tell_prefill(self.sink, ms, prefix)
+        self.sink.observe("queue_wait_seconds", making.waited_s, pool="prefill")
+        log.info("media prefix made", extra={**facts, "tokens": prefix.length, "ms": ms})
+        return ms
 
     async def ship(self, key: str, ticket: Ticket) -> dict[str, Any]:
         """Send the copy of a prefix; the TransferReport as a dict. Cancelling it aborts the shipment.
@@ -243,12 +254,7 @@ class PrefillWorker:
                 self.copies.drop("warm")
 
         await wait_within(self._in(self._prefill_thread, run), self.config.engine.prepare_timeout_s, "warming up")
-        dial_s = self.config.transport.dial_timeout_s
-        for dock in docks:
-            try:
-                await self._in(self._key_thread, self.shipper.warm, dock, dial_s)
-            except SparseVilaError as error:
-                log.warning("no lane yet", extra={"worker": self.name, "to": dock.worker, "why": str(error)})
+        await self._sending.warm(docks)
 
     # ---- threads -----------------------------------------------------------------------------------------------------------
 
@@ -291,9 +297,8 @@ class PrefillWorker:
             return
         self._closed = True
         within_s = self.config.engine.close_timeout_s
-        for making in self._making.values():
-            if making.shipment is not None:
-                self._sending.abort(making.shipment, "the worker closes")
+        for task, making in self._making.items():
+            self._end(task, making, "the worker closes")
         self._prefill_thread.shutdown(wait=False, cancel_futures=True)
         self._key_thread.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.engine.close)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from sparsevila_cluster.errors import DeadlineExceeded, LaneLost, Unavailable
+from sparsevila_cluster.errors import DeadlineExceeded, LaneLost, SparseVilaError, Unavailable
 from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.patience import GRACE_S, wait_within
-from sparsevila_cluster.transport import Shipment, Shipper, Ticket
+from sparsevila_cluster.transport import DockAddress, Shipment, Shipper, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +32,11 @@ class Sending:
         # Of its own: an abort must not stand in line behind the waits that it is to end.
         self._aborters = ThreadPoolExecutor(4, thread_name_prefix="abort")
         self._going: set[Future[Any]] = set()
+        self._shipments: set[Shipment] = set()
 
-    async def ship(self, prefix: MediaPrefix, bounds: Sequence[int], ticket: Ticket, release: Callable[[], object]) -> dict[str, Any]:
+    async def ship(
+        self, prefix: MediaPrefix, bounds: Sequence[int], ticket: Ticket, release: Callable[[], object]
+    ) -> dict[str, Any]:
         """Send a prefix all of whose rows are there. The rest as `finish`."""
         try:
             shipment = self.shipper.begin(prefix, bounds, ticket)
@@ -45,6 +47,15 @@ class Sending:
             release()
             raise
         return await self.finish(shipment, ticket, ticket.deadline_s, release)
+
+    async def warm(self, docks: Iterable[DockAddress]) -> None:
+        """Build lanes ahead, one after the other. One that cannot be built now is built with the first shipment."""
+        dial_s = self.shipper.config.dial_timeout_s
+        for dock in docks:
+            try:
+                await asyncio.wrap_future(self._finishers.submit(self.shipper.warm, dock, dial_s))
+            except SparseVilaError as error:
+                log.warning("no lane yet", extra={"to": dock.worker, "why": str(error)})
 
     async def finish(self, shipment: Shipment, ticket: Ticket, within_s: float, release: Callable[[], object]) -> dict[str, Any]:
         """The report of a shipment when all of it has arrived. Cancelling this aborts the shipment.
@@ -69,12 +80,14 @@ class Sending:
 
     def _finish_soon(self, shipment: Shipment, within_s: float, release: Callable[[], object]) -> Future[dict[str, Any]]:
         def work() -> dict[str, Any]:
+            self._shipments.add(shipment)
             try:
-                return asdict(shipment.finish(within_s))
+                return shipment.finish(within_s).as_dict()
             except BaseException:
                 shipment.abort("it did not arrive")
                 raise
             finally:
+                self._shipments.discard(shipment)
                 release()
 
         try:
@@ -111,7 +124,9 @@ class Sending:
         return future
 
     def close(self, within_s: float) -> bool:
-        """Wait for what is under way, then end the lanes and the threads. False if something did not end in time."""
+        """End what is under way, the lanes and the threads. False if something did not end in time."""
+        for shipment in list(self._shipments):
+            self.abort(shipment, "the worker closes")
         over = not wait(list(self._going), within_s).not_done
         self.shipper.close()
         self._finishers.shutdown(wait=False, cancel_futures=True)

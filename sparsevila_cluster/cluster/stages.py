@@ -11,7 +11,12 @@ from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.request import Usage
 
-STAGE_METRICS = {"decode": "media_decode_seconds", "encode": "encode_seconds", "prune": "prune_seconds", "prefill": "prefill_seconds"}
+STAGE_METRICS = {
+    "decode": "media_decode_seconds",
+    "encode": "encode_seconds",
+    "prune": "prune_seconds",
+    "prefill": "prefill_seconds",
+}
 
 
 def tell_prefill(sink: Sink, ms: Mapping[str, float], prefix: MediaPrefix) -> None:
