@@ -25,7 +25,7 @@ from sparsevila_cluster.cluster.sending import Sending
 from sparsevila_cluster.cluster.stages import tell_memory
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.decode_engine import DecodeEngine
-from sparsevila_cluster.errors import DeadlineExceeded, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, Unavailable
 from sparsevila_cluster.metrics import Sink, Tally
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import DECODE_PARTS, Model
@@ -78,7 +78,7 @@ class DecodeWorker:
         The bytes themselves are taken when the sender says how many they are.
 
         Raises:
-            TooLarge: more bytes than all prefixes may take. QueueFull: running turns hold so much that it could not fit now.
+            BadRequest: a transfer_id that was used before. TooLarge: more bytes than all prefixes may take. QueueFull: running turns hold so much that it could not fit now.
             Unavailable (closed).
         """
         self._check_open()
@@ -92,12 +92,17 @@ class DecodeWorker:
                 raise QueueFull(f"no room for a media prefix of {rows} tokens or more: prefixes in use leave {room}")
 
         await self._desk.call(look)
-        await asyncio.to_thread(self.dock.expect, transfer_id, key, lease_s)
+        try:
+            state = self.dock.state(transfer_id)
+        except NotFound:
+            self.dock.expect(transfer_id, key, lease_s)
+        else:
+            raise BadRequest(f"transfer {transfer_id!r} was reserved before; it is {state.value}")
         return self.dock.address
 
     async def release(self, transfer_id: str) -> None:
         """Give a transfer up, in any state; one that has arrived stays. Harmless when repeated."""
-        await asyncio.to_thread(self.dock.forget, transfer_id)
+        self.dock.forget(transfer_id)
 
     async def ship(self, key: str, ticket: Ticket) -> dict[str, Any]:
         """Send a resident prefix to another worker, holding it meanwhile. As `PrefillWorker.ship`."""
