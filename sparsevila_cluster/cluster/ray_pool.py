@@ -1,6 +1,6 @@
 """A `Pool` over the replicas of one Serve deployment: method calls and streams, by worker's name.
 
-Knows: Serve handles, the envelopes that a `Desk` answers in, and every way in which Ray tells that a replica is gone. Does not
+Knows: Serve handles, the envelopes that a `Clerk` answers in, and every way in which Ray tells that a replica is gone. Does not
 know: what the methods do. A worker's name is the id of its replica, which is never used again.
 
 Errors of methods come as values, so that no exception crosses Ray. One call is one message there and one back: the request names

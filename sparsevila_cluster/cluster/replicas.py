@@ -1,4 +1,4 @@
-"""What Serve runs: one worker, or the registry, behind a desk.
+"""What Serve runs: one worker, or the registry, behind a clerk.
 
 Knows: the life of a replica under Serve, and what may be asked of each kind. Does not know: how workers do it. The workers are
 imported where they are made, so that building the application, and the registry, need no torch.
@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from sparsevila_cluster.cluster.desk import Desk
+from sparsevila_cluster.cluster.clerk import Clerk
 from sparsevila_cluster.cluster.directory import Directory
 from sparsevila_cluster.cluster.loopback import stay_on_loopback
 from sparsevila_cluster.cluster.ray_metrics import RaySink
@@ -51,7 +51,7 @@ def placed(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"transport": transport})
 
 
-class RegistryReplica(Desk):
+class RegistryReplica(Clerk):
     """The directory. There is one: Serve starts it again when it dies, and the workers' reports fill it."""
 
     def __init__(self, config: ClusterConfig, verbose: bool = False):
@@ -61,7 +61,7 @@ class RegistryReplica(Desk):
         super().__init__(replica_name(), directory, REGISTRY_CALLS, beat_s=config.transport.beat_s)
 
 
-class WorkerReplica(Desk):
+class WorkerReplica(Clerk):
     """What prefill and decode replicas share: reports, health, the end."""
 
     def _open(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class WorkerReplica(Desk):
         }
 
     def _begin(self, worker: Any, calls: tuple[str, ...], streams: tuple[str, ...]) -> None:
-        Desk.__init__(self, replica_name(), worker, calls, streams, self._config.transport.beat_s)
+        Clerk.__init__(self, replica_name(), worker, calls, streams, self._config.transport.beat_s)
         self._reporting = asyncio.create_task(self._report())
 
     async def check_health(self) -> None:

@@ -1,4 +1,4 @@
-"""A worker that does on demand what workers do wrong, behind a real desk in a real replica."""
+"""A worker that does on demand what workers do wrong, behind a real clerk in a real replica."""
 
 import asyncio
 import os
@@ -7,7 +7,7 @@ import time
 
 from ray import serve
 
-from sparsevila_cluster.cluster.desk import Desk
+from sparsevila_cluster.cluster.clerk import Clerk
 from sparsevila_cluster.cluster.loopback import stay_on_loopback
 from sparsevila_cluster.errors import NotFound, QueueFull
 
@@ -65,7 +65,7 @@ class Clumsy:
         return "not in the table"
 
 
-class ClumsyReplica(Desk):
+class ClumsyReplica(Clerk):
     def __init__(self):
         stay_on_loopback()
         name = serve.get_replica_context().replica_id.unique_id
