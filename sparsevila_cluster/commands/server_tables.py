@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Where nobody watches there is no width to fit into.
 WIDTH_IN_FILES = 200
-MAX_TEXT_CHARS = 40
+MAX_TEXT_CHARS = 64
 MAX_ROWS = 100
 
 
@@ -41,6 +41,7 @@ def show_info(target: str, info: dict[str, Any]) -> None:
 
 def _show(console: Console, name: str, value: object) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     if isinstance(value, dict):
         value = [value]
@@ -56,7 +57,7 @@ def _show(console: Console, name: str, value: object) -> None:
         numeric = all(isinstance(row.get(column, 0), int | float) for row in rows)
         table.add_column(_plain(column.rpartition(".")[2]), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(cell(column, row[column]) if column in row else "" for column in columns))
+        table.add_row(*(Text(cell(column, row[column])) if column in row else "" for column in columns))
     console.print(table if columns else f"{title}: none", markup=False)
 
 
