@@ -108,6 +108,16 @@ def test_several_sources_make_one_media(checkpoint, clips):
     run(checkpoint, work)
 
 
+def test_a_broken_stream_goes_on_behind_what_was_said(checkpoint, clips):
+    async def work(house):
+        media = await prepare(house.stub, clips[0])
+        text, ids, _ = await streamed(house.stub, ask(media.media_id, max_tokens=12))
+        rest, all_ids, _ = await streamed(house.stub, ask(media.media_id, max_tokens=12, said_token_ids=ids[:5]))
+        assert all_ids == ids and text.endswith(rest.lstrip("\ufffd"))
+
+    run(checkpoint, work)
+
+
 def test_the_server_tells_its_limits_and_what_it_does(checkpoint, clips):
     async def work(house):
         await prepare(house.stub, clips[0])
