@@ -1,82 +1,106 @@
-"""The desk at which others ask a worker: two methods for all, and a table of what may be asked.
+"""A decode engine and its thread, as one worker sees them: calls into the thread, and how the engine stands.
 
-Knows: envelopes, beats, and that errors leave as values. Does not know: Ray, or what the methods do.
-
-    call:    ("value", result) or ("failure", the error as data)
-    stream:  ("beat", None) on arrival and whenever the worker has nothing to say; ("value", item)*; ("end", None) or ("failure", ...)
+Knows: when to look at the engine, how hard the line in front of it presses, when its thread counts as stuck. Does not know: turns,
+transfers, or who asks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
-from sparsevila_cluster.errors import Internal, SparseVilaError, WorkerLost, to_failure
-from sparsevila_cluster.patience import GRACE_S
+from sparsevila_cluster.cluster.standing import Standing, pressure
+from sparsevila_cluster.decode_engine import DecodeEngine
+from sparsevila_cluster.engine_thread import EngineThread
+from sparsevila_cluster.errors import Internal, Unavailable
+from sparsevila_cluster.kv import MediaPrefix
+from sparsevila_cluster.patience import wait_within
 
-log = logging.getLogger(__name__)
-
-Envelope = tuple[str, Any]
-END = object()
+R = TypeVar("R")
 
 
 class Desk:
-    """Answers for `worker`, which others know as `name`. `calls` and `streams` are the methods that may be asked for."""
+    def __init__(self, worker: str, engine: DecodeEngine, brownout_at: float):
+        """worker: its name, for messages. brownout_at: `DecodeConfig.brownout_at`."""
+        self.worker, self.engine = worker, engine
+        self._brownout_at = brownout_at
+        self._brownout = 0.0  # as asked for; the line may press harder
+        self._standing = Standing.of(engine)
+        self._thread = EngineThread(engine, "decode")
+        self._call_s = engine.config.turn_timeout_s
 
-    def __init__(self, name: str, worker: Any, calls: Iterable[str], streams: Iterable[str] = (), beat_s: float = 1.0):
-        self.name = name
-        self.worker = worker
-        self._calls, self._streams = frozenset(calls), frozenset(streams)
-        self._beat_s = beat_s
+    @property
+    def standing(self) -> Standing:
+        """The last look: taken after whatever changed it, without waiting for the engine."""
+        return self._standing
 
-    async def call(self, addressee: str | None, method: str, args: tuple[Any, ...]) -> Envelope:
-        """The result of a method, sync or async."""
+    def post(self, call: Callable[[DecodeEngine], R]) -> Future[R]:
+        """Have `call(engine)` run in the engine's thread. From any thread. The future fails with Unavailable after `close`."""
+
+        def run(engine: DecodeEngine) -> R:
+            try:
+                return call(engine)
+            finally:
+                self.look(engine)
+
+        return self._thread.post(run)
+
+    async def call(self, call: Callable[[DecodeEngine], R], within_s: float | None = None) -> R:
+        """What `call(engine)` returns. Raises DeadlineExceeded, Unavailable (closed), whatever it raises."""
+        within_s = self._call_s if within_s is None else within_s
+        return await wait_within(asyncio.wrap_future(self.post(call)), within_s, f"the decode engine of {self.worker}")
+
+    def look(self, engine: DecodeEngine) -> Standing:
+        """In the engine's thread, after anything that changes how it stands."""
+        level = max(self._brownout, pressure(engine.scheduler.num_waiting, engine.config.max_waiting, self._brownout_at))
+        if level != engine.brownout:
+            engine.set_brownout(level)
+        self._standing = Standing.of(engine, self._standing)
+        return self._standing
+
+    async def set_brownout(self, level: float) -> None:
+        """The least pressure to be under, whatever the line. Raises BadRequest."""
+
+        def brown(engine: DecodeEngine) -> None:
+            engine.set_brownout(level)
+            self._brownout = engine.brownout
+
+        await self.call(brown)
+
+    async def hold(self, key: str) -> MediaPrefix | None:
+        """A resident prefix, which stays until `let_go`; None if there is none."""
+        future = self.post(lambda engine: engine.prefixes.hold(key) if key in engine.prefixes else None)
         try:
-            result = self._method(addressee, method, self._calls)(*args)
-            return "value", await result if inspect.isawaitable(result) else result
-        except Exception as error:
-            return "failure", self._told(error, method)
+            waited = asyncio.shield(asyncio.wrap_future(future))  # whoever leaves now may hold it a moment later
+            return await wait_within(waited, self._call_s, f"the decode engine of {self.worker}")
+        except BaseException:
+            future.add_done_callback(lambda held: None if held.exception() or held.result() is None else self.let_go(key))
+            raise
 
-    async def stream(self, addressee: str | None, method: str, args: tuple[Any, ...]) -> AsyncGenerator[Envelope, None]:
-        """What a method yields. Leaving early closes the method's generator."""
-        items: AsyncGenerator[Any, None] | None = None
-        pending: asyncio.Task[Any] | None = None
+    def let_go(self, key: str) -> None:
+        self.post(lambda engine: engine.prefixes.release(key))
+
+    def check(self) -> None:
+        """Raises Internal: the thread has ended, or a step has taken longer than any turn in it may."""
+        if not self._thread.alive:
+            raise Internal(f"worker {self.worker}: the engine's thread has ended")
+        if (stuck_s := self._thread.stuck_s) > self._call_s:
+            raise Internal(f"worker {self.worker}: a step has taken {stuck_s:.0f} s; a turn may take {self._call_s:g} s")
+
+    async def close(self, within_s: float) -> None:
+        """Abort every turn, forget every conversation and prefix, end the thread. Raises DeadlineExceeded."""
+
+        def empty(engine: DecodeEngine) -> None:
+            for turn_id in list(engine.turns):
+                engine.abort(turn_id, Unavailable(f"worker {self.worker} is closing"))
+            for conversation_id in list(engine.conversations):
+                engine.close_conversation(conversation_id)
+            for key in [prefix.key for prefix in engine.prefixes]:
+                engine.prefixes.remove(key)
+
         try:
-            items = self._method(addressee, method, self._streams)(*args)
-            yield "beat", None
-            while True:
-                pending = asyncio.create_task(_next(items))
-                while not (await asyncio.wait({pending}, timeout=self._beat_s))[0]:
-                    yield "beat", None
-                item = pending.result()
-                if item is END:
-                    break
-                yield "value", item
-            yield "end", None
-        except Exception as error:
-            yield "failure", self._told(error, method)
+            await self.call(empty, within_s)
         finally:
-            if pending is not None and not pending.done():
-                pending.cancel()
-                await asyncio.wait({pending}, timeout=GRACE_S)
-            if items is not None and (pending is None or pending.done()):
-                await items.aclose()
-
-    def _method(self, addressee: str | None, method: str, table: frozenset[str]) -> Any:
-        if addressee not in (None, self.name):
-            raise WorkerLost(f"worker {addressee} is gone")
-        if method not in table:
-            raise Internal(f"{type(self.worker).__name__} answers no {method!r}; legal: {', '.join(sorted(table))}")
-        return getattr(self.worker, method)
-
-    def _told(self, error: Exception, method: str) -> dict[str, Any]:
-        if not isinstance(error, SparseVilaError):
-            log.error("%s failed", method, exc_info=error, extra={"worker": self.name})
-        return to_failure(error)
-
-
-async def _next(items: AsyncIterator[Any]) -> Any:
-    return await anext(items, END)
+            await asyncio.to_thread(self._thread.close, within_s)

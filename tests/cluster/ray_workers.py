@@ -1,4 +1,4 @@
-"""A worker that does on demand what workers do wrong, behind a real desk in a real replica."""
+"""A worker that does on demand what workers do wrong, behind a real clerk in a real replica."""
 
 import asyncio
 import os
@@ -7,7 +7,7 @@ import time
 
 from ray import serve
 
-from sparsevila_cluster.cluster.desk import Desk
+from sparsevila_cluster.cluster.clerk import Clerk
 from sparsevila_cluster.cluster.loopback import stay_on_loopback
 from sparsevila_cluster.errors import NotFound, QueueFull
 
@@ -22,8 +22,8 @@ class Clumsy:
     def who(self):
         return self.name, os.getpid()
 
-    async def echo(self, *things):
-        return things
+    async def weigh(self, blob):
+        return len(blob)
 
     async def refuse(self):
         raise QueueFull("no room", retry_after_s=7.5)
@@ -65,8 +65,8 @@ class Clumsy:
         return "not in the table"
 
 
-class ClumsyReplica(Desk):
+class ClumsyReplica(Clerk):
     def __init__(self):
         stay_on_loopback()
         name = serve.get_replica_context().replica_id.unique_id
-        super().__init__(name, Clumsy(name), "who echo refuse stumble sleep freeze read_log".split(), ["count"], beat_s=0.2)
+        super().__init__(name, Clumsy(name), "who weigh refuse stumble sleep freeze read_log".split(), ["count"], beat_s=0.2)
