@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -91,9 +92,21 @@ async def test_concurrent_clients_get_the_answers_of_a_local_engine(checkpoint, 
     assert info["prefills"] == len(clips) and info["conversations"] == 0
 
 
+def slow_down(pipeline):
+    """Let a step take long enough for a client to do something about it in mid-answer."""
+    step = pipeline.decode.step
+
+    def slowly():
+        time.sleep(0.02)
+        step()
+
+    pipeline.decode.step = slowly
+
+
 @pytest.mark.parametrize("num_cuts", [1, 3])
 async def test_an_answer_survives_a_cut_connection(checkpoint, clips, expected, num_cuts):  # noqa: F811
     async with door_over(checkpoint) as (port, pipeline):
+        slow_down(pipeline)
         wire = Wire(port)
         await wire.start()
         async with connect(wire.port) as client:
@@ -107,6 +120,27 @@ async def test_an_answer_survives_a_cut_connection(checkpoint, clips, expected, 
                         wire.cut()
             same(chat.turns, expected[0].turns)
         assert wire.num_connections > num_cuts and (await pipeline.info())["prefills"] == 1
+        await wire.stop()
+
+
+async def test_an_answer_goes_on_under_the_pressure_that_it_began_with(checkpoint, clips):  # noqa: F811
+    async with door_over(checkpoint) as (port, pipeline):
+        slow_down(pipeline)
+        wire = Wire(port)
+        await wire.start()
+        async with connect(wire.port) as client:
+            media = await client.prepare(clips[0])
+            easy = await client.ask(media, QUESTIONS[0], **ASK)
+            await pipeline.set_brownout(1.0)
+            whole = await client.ask(media, QUESTIONS[0], **ASK)
+            pieces = []
+            async for piece in client.stream(media, QUESTIONS[0], **ASK):
+                pieces.append(piece)
+                if len(pieces) == 4:
+                    await pipeline.set_brownout(0.0)
+                    wire.cut()
+        assert "".join(pieces) == whole.text != easy.text and whole.usage.brownout == 1.0
+        assert whole.usage.visual_tokens_retrieved < easy.usage.visual_tokens_retrieved and wire.num_connections == 2
         await wire.stop()
 
 
