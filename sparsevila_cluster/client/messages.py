@@ -77,8 +77,8 @@ def to_event(turn_id: str, event: pb.AskEvent) -> TurnEvent | None:
         return TurnEvent("accepted", turn_id, conversation_id=event.accepted.conversation_id)
     if kind == "token":
         token = event.token
-        said = {"token_ids": tuple(token.token_ids), "text": token.text, "brownout": token.brownout}
-        return TurnEvent("token", turn_id, index=token.index, **said)
+        ids = tuple(token.token_ids)
+        return TurnEvent("token", turn_id, index=token.index, token_ids=ids, text=token.text, brownout=token.brownout)
     if kind == "evidence":
         return TurnEvent("evidence", turn_id, evidence=Evidence(tuple(map(_frame, event.evidence.frames))))
     if kind == "done":
