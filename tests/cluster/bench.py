@@ -1,6 +1,7 @@
 """Real workers in one process, for tests: tiny checkpoints, clips, tickets, and what must be free again in the end."""
 
 import asyncio
+import threading
 import time
 import uuid
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ import av
 import numpy as np
 
 from sparsevila_cluster.cluster.decode_worker import DecodeWorker
+from sparsevila_cluster.cluster.making import Making
 from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
 from sparsevila_cluster.cluster_config import build_cluster_config
 from sparsevila_cluster.decode_engine import DecodeEngine
@@ -134,3 +136,29 @@ async def answer(decode, turn, history=None):
 def rows_of(prefix):
     """Keys and values of all layers, copied."""
     return [rows.clone() for layer in range(prefix.spec.num_layers) for rows in prefix.extent.rows(layer)]
+
+
+async def until(true, within_s=10.0):
+    until_s = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < until_s
+        await asyncio.sleep(0.005)
+
+
+class Gate:
+    """Stops prefills before the piece of layer `layer` that begins at row `start`, until it is opened."""
+
+    def __init__(self, monkeypatch, start=16, layer=0):
+        self.reached, self.opened = threading.Event(), threading.Event()
+        wrote = Making.wrote
+
+        def gated(making, at, first, stop):
+            if at == layer and first >= start and not self.opened.is_set():
+                self.reached.set()
+                assert self.opened.wait(20)
+            wrote(making, at, first, stop)
+
+        monkeypatch.setattr(Making, "wrote", gated)
+
+    async def wait(self):
+        assert await asyncio.to_thread(self.reached.wait, 20)

@@ -1,14 +1,12 @@
 """A prefill worker with a real engine: chunks leave early, copies stay, whatever ends early gives every byte back."""
 
 import asyncio
-import threading
 import time
 import uuid
 
 import pytest
 
 from sparsevila_cluster.cluster.copies import Copies
-from sparsevila_cluster.cluster.making import Making
 from sparsevila_cluster.errors import (
     BadMedia,
     BadRequest,
@@ -24,47 +22,9 @@ from sparsevila_cluster.errors import (
 )
 from sparsevila_cluster.transport import Ticket
 from tests.cluster import bench
-from tests.cluster.bench import answer, landed, made, request_of, settled, ticket_for, turn_of
-from tests.tiny import make_qwen2_5_vl
+from tests.cluster.bench import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
 
 KINDS = ("inproc", "gloo")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_qwen2_5_vl(tmp_path_factory.mktemp("tiny"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    return [bench.write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
-
-
-async def until(true, within_s=10.0):
-    until_s = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < until_s
-        await asyncio.sleep(0.005)
-
-
-class Gate:
-    """Stops prefills before the piece of layer `layer` that begins at row `start`, until it is opened."""
-
-    def __init__(self, monkeypatch, start=16, layer=0):
-        self.reached, self.opened = threading.Event(), threading.Event()
-        wrote = Making.wrote
-
-        def gated(making, at, first, stop):
-            if at == layer and first >= start and not self.opened.is_set():
-                self.reached.set()
-                assert self.opened.wait(20)
-            wrote(making, at, first, stop)
-
-        monkeypatch.setattr(Making, "wrote", gated)
-
-    async def wait(self):
-        assert await asyncio.to_thread(self.reached.wait, 20)
 
 
 def nothing_is_left(prefill, decode):
@@ -167,7 +127,7 @@ def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypa
     gate = Gate(monkeypatch)
 
     async def main():
-        config = bench.config_of(checkpoint, "gloo", transport={"dial_timeout_s": 2.0, "op_timeout_s": 2.0})
+        config = bench.config_of(checkpoint, "gloo", transport={"dial_timeout_s": 0.5, "op_timeout_s": 2.0})
         async with bench.workers(config, decode=2) as ([prefill], [gone, other]):
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(gone, key)))

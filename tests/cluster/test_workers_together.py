@@ -11,23 +11,11 @@ from sparsevila_cluster.pipeline import LocalPipeline
 from sparsevila_cluster.request import Answer
 from tests.cluster import bench
 from tests.cluster.bench import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
-from tests.tiny import make_qwen2_5_vl
 
 KINDS = ("inproc", "gloo")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_qwen2_5_vl(tmp_path_factory.mktemp("tiny"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    return [bench.write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def local(checkpoint, clips):
     """What one process with both engines makes of each clip: (handle, rows of KV, tokens of three answers in a row)."""
 
