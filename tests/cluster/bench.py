@@ -57,11 +57,32 @@ def config_of(checkpoint, kind="inproc", engine=None, transport=None, **fields):
     )  # fmt: skip
 
 
+class Store:
+    """A courier within one event loop: what is put lies in a dict, docks are called through their workers' coroutines."""
+
+    def __init__(self):
+        self.loop, self.objects, self.docks = asyncio.get_running_loop(), {}, {}
+
+    def put(self, array):
+        token = uuid.uuid4().hex
+        self.objects[token] = array.copy()
+        return token
+
+    def get(self, token, within_s):
+        return self.objects.pop(token)
+
+    def exchange(self, dock, lane_id, messages, wait_s):
+        call = self.docks[dock.worker].exchange(lane_id, messages, wait_s)
+        return asyncio.run_coroutine_threadsafe(call, self.loop).result(wait_s + 10)
+
+
 @asynccontextmanager
 async def workers(config, prefill=1, decode=1, **given):
     """(prefill workers, decode workers), closed at the end; then nothing of theirs may be left in an arena."""
     made = [PrefillWorker(f"prefill-{i}", config, sink=Tally(), **given) for i in range(prefill)]
     held = [DecodeWorker(f"decode-{i}", config, sink=Tally(), **given) for i in range(decode)]
+    if "courier" in given:
+        given["courier"].docks = {worker.name: worker for worker in held}
     try:
         yield made, held
         for worker in held:

@@ -1,6 +1,7 @@
 """A decode worker with a real engine: tickets, turns told in lists, conversations made again, brownout, health, closing."""
 
 import asyncio
+import json
 import threading
 import uuid
 from dataclasses import replace
@@ -131,7 +132,7 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             values = decode.sink.values
             assert values[("media_objects", "decode")] == 1 and values[("conversations",)] == 1
             assert values[("kv_bytes", "decode", "prefixes")] == handle.kv_bytes
-            info = await decode.info()
+            info = json.loads(json.dumps(await decode.info()))
             assert info["residents"] == [handle.media_id] and info["conversations"] == 1
             assert await decode.drop(handle.media_id) and not await decode.drop(handle.media_id)
             assert decode.report(False).residents == ()

@@ -1,6 +1,7 @@
 """A prefill worker with a real engine: chunks leave early, copies stay, whatever ends early gives every byte back."""
 
 import asyncio
+import json
 import time
 import uuid
 
@@ -149,6 +150,27 @@ def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypa
     asyncio.run(main())
 
 
+def test_a_lane_that_breaks_is_built_anew(checkpoint, clips, monkeypatch):
+    gate = Gate(monkeypatch, start=32)
+
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint, "gloo")) as ([prefill], [decode]):
+            key = await prefill.key_of(request_of(clips[0]))
+            making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
+            await gate.wait()
+            await until(lambda: decode.sink.counts[("kv_transfer_bytes_total", "in", "gloo")] > 0)
+            for lane in decode.dock._all_lanes():
+                lane.fail(LaneLost("cut by a test"))
+            gate.opened.set()
+            _, report, _ = await making
+            assert report["attempts"] == 2 and prefill.num_prefills == 1
+            rows = bench.rows_of(decode.engine.prefixes.get(key))
+            assert all(a.equal(b) for a, b in zip(rows, bench.rows_of(prefill.copies.all()[0]), strict=True))
+            assert decode.engine.prefixes.arena.used_bytes == prefill.copies.used_bytes
+
+    asyncio.run(main())
+
+
 def test_a_transfer_that_is_given_up_over_there_leaves_the_copy(checkpoint, clips, monkeypatch):
     gate = Gate(monkeypatch)
 
@@ -276,7 +298,7 @@ def test_a_prefill_that_says_nothing_fails_the_check_and_keys_do_not_wait_for_it
             await making
             assert (await waiting)[1]["num_bytes"] > 0
             await prefill.check()
-            # The same media for two decode workers at once: made once.
+            json.dumps(await prefill.info())
             assert prefill.num_prefills == 2
 
     asyncio.run(main())

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound
+from sparsevila_cluster.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound
 from sparsevila_cluster.request import Replay
 from tests.cluster import bench
 from tests.cluster.bench import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of, until
@@ -84,6 +84,25 @@ def test_a_replay_that_is_cut_leaves_nothing_behind(checkpoint, clips, endless):
             await until(lambda: decode.engine.conversations.get("d") is None and not decode.engine.turns)
             assert [journal.conversation_id for journal in decode.report(full=True).records] == ["c"]
             assert await answer(decode, turn_of(key, QUESTIONS[1], "d"), records[:1]) == wanted[1]
+
+    asyncio.run(main())
+
+
+def test_a_turn_that_is_asked_again_takes_the_place_of_the_one_before(checkpoint, clips, endless):
+    """Its reader went away unnoticed, and comes back for the rest."""
+
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            turn = turn_of(handle.media_id, max_tokens=40)
+            wanted = await answer(decode, replace(turn, conversation_id="d"))
+            stream = decode.ask(turn)
+            first = await anext(stream)
+            got = tokens_of(first)
+            rest = await answer(decode, replace(turn, replay=Replay(got), after=0), ())
+            assert got + rest == wanted
+            with pytest.raises(Cancelled):
+                await events_of(stream)
 
     asyncio.run(main())
 

@@ -12,7 +12,11 @@ from sparsevila_cluster.request import Answer
 from tests.cluster import bench
 from tests.cluster.bench import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
 
-KINDS = ("inproc", "gloo")
+KINDS = ("inproc", "gloo", "objectstore")
+
+
+def given_for(kind):
+    return {"courier": bench.Store()} if kind == "objectstore" else {}
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +43,7 @@ def local(checkpoint, clips):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_lands_bit_equal_and_is_answered_from(checkpoint, clips, local, kind):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind)) as ([prefill], [decode]):
+        async with bench.workers(bench.config_of(checkpoint, kind), **given_for(kind)) as ([prefill], [decode]):
             assert prefill.model.parts == PREFILL_PARTS and prefill.model.text.head_weight is None
             assert decode.model.parts == DECODE_PARTS
             for clip, (handle, rows, answers) in zip(clips, local, strict=True):
@@ -64,7 +68,7 @@ def test_a_copy_and_a_resident_prefix_are_shipped_without_a_prefill(checkpoint, 
     key = handle.media_id
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind), decode=3) as ([prefill], decodes):
+        async with bench.workers(bench.config_of(checkpoint, kind), decode=3, **given_for(kind)) as ([prefill], decodes):
             await landed(prefill, decodes[0], request_of(clips[0]))
             await prefill.ship(key, await bench.ticket_for(decodes[1], key, num_bytes=handle.kv_bytes))
             await decodes[1].ship(key, await bench.ticket_for(decodes[2], key, num_bytes=handle.kv_bytes))
