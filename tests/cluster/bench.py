@@ -14,6 +14,7 @@ from sparsevila_cluster.cluster.making import Making
 from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
 from sparsevila_cluster.cluster_config import build_cluster_config
 from sparsevila_cluster.decode_engine import DecodeEngine
+from sparsevila_cluster.media import DecodeGuard
 from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn
 from sparsevila_cluster.transport import Ticket
@@ -57,6 +58,16 @@ def config_of(checkpoint, kind="inproc", engine=None, transport=None, **fields):
     )  # fmt: skip
 
 
+class SharedGuard(DecodeGuard):
+    """One process that decodes for every worker of every test: starting one takes longer than most tests."""
+
+    def close(self):
+        pass
+
+
+GUARD = SharedGuard()
+
+
 class Store:
     """A courier within one event loop: what is put lies in a dict, docks are called through their workers' coroutines."""
 
@@ -80,6 +91,8 @@ class Store:
 async def workers(config, prefill=1, decode=1, **given):
     """(prefill workers, decode workers), closed at the end; then nothing of theirs may be left in an arena."""
     made = [PrefillWorker(f"prefill-{i}", config, sink=Tally(), **given) for i in range(prefill)]
+    for worker in made:
+        worker.engine.guard = GUARD
     held = [DecodeWorker(f"decode-{i}", config, sink=Tally(), **given) for i in range(decode)]
     if "courier" in given:
         given["courier"].docks = {worker.name: worker for worker in held}
