@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast, get_args
 
 from sparsevila_cluster.calls import AskOptions
-from sparsevila_cluster.config import EngineConfig, SparsityConfig, build_config, load_config
+from sparsevila_cluster.cli_serve import add_serve_options, run_serve
+from sparsevila_cluster.cluster_config import ClusterConfig, cluster_config_of
+from sparsevila_cluster.config import EngineConfig, SparsityConfig, build_config, load_config, read_yaml
 from sparsevila_cluster.errors import BadRequest, Internal, SparseVilaError, UserError
 from sparsevila_cluster.progress import ProgressLine
 from sparsevila_cluster.request import MediaSource, SamplingParams, Turn, check_ratio, with_defaults
@@ -160,6 +162,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output_options(demo)
     demo.set_defaults(run=_demo)
 
+    serve = commands.add_parser("serve", allow_abbrev=False, help="answer over gRPC, with pools of workers")
+    add_serve_options(serve)
+    serve.add_argument("-v", "--verbose", action="store_true", help="logs on stderr")
+    serve.set_defaults(run=run_serve)
+
     config = commands.add_parser("config", allow_abbrev=False, help="work with configuration files")
     actions = config.add_subparsers(metavar="ACTION", required=True)
     check = actions.add_parser("check", allow_abbrev=False, help="validate a YAML file and print it with all defaults")
@@ -217,7 +224,9 @@ def _version() -> str:
 
 
 def _config_check(args: argparse.Namespace) -> int:
-    fields = load_config(args.file).model_dump()
+    given = read_yaml(args.file)
+    config = cluster_config_of(given) if set(given) & set(ClusterConfig.model_fields) else load_config(args.file)
+    fields = config.model_dump()
     if args.json:
         print(json.dumps({"file": args.file, "config": fields}))
     else:
