@@ -38,14 +38,12 @@ class Making:
         self._asked_s = time.perf_counter()
         self._copy: Extent | None = None
         self._staged: Extent | None = None
-        self.holds = False
+        self._holds = False
 
     def run(self, engine: PrefillEngine) -> MediaPrefix:
         """The finished copy, held. Whatever ends it early, `release` is to follow once the shipment has ended."""
         self.waited_s = time.perf_counter() - self._asked_s
-        kept = self._copies.hold(self.key)
-        if kept is not None:  # made meanwhile, for another caller
-            self.holds = self.reused = True
+        if (kept := self.kept()) is not None:  # made meanwhile, for another caller
             return kept
         self.preparation.stage("decode")
         medias = engine.load(self.preparation.request)
@@ -55,7 +53,13 @@ class Making:
         if self._staged is not None:
             prefix = in_host_memory(prefix, self._copy)
         prefix = self._copies.publish(prefix)
-        self._copy, self.holds = None, True
+        self._copy, self._holds = None, True
+        return prefix
+
+    def kept(self) -> MediaPrefix | None:
+        """The copy if it is there already, held: nothing has to be made."""
+        prefix = self._copies.hold(self.key)
+        self._holds = self.reused = prefix is not None
         return prefix
 
     def reserve(self, length: int) -> Extent:
@@ -89,8 +93,8 @@ class Making:
         if self._copy is not None:
             self._copies.cancel(self._copy)
         self._staged = self._copy = None
-        if self.holds:
-            self.holds = False
+        if self._holds:
+            self._holds = False
             self._copies.release(self.key)
 
 

@@ -66,7 +66,7 @@ class PrefillWorker:
         self.staging = None if device.type == "cpu" else Copies(spec, engine.prefix_bytes, device)
         self.shipper = Shipper(name, spec, config.transport, courier=courier, sink=self.sink)
         self.num_prefills = 0
-        self._sending = Sending(self.shipper)
+        self._sending = Sending(self.shipper, config.transport.dial_timeout_s)
         self._prefill_thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
         self._key_thread = ThreadPoolExecutor(1, thread_name_prefix="key")
         self._making: dict[asyncio.Task, Making] = {}
@@ -128,7 +128,7 @@ class PrefillWorker:
             task.exception()  # it may be that nobody waits for it any more
 
     async def _make(self, making: Making, caller: Caller, words: LastWords, ticket: Ticket) -> tuple[MediaHandle, dict[str, Any]]:
-        def run(engine: PrefillEngine) -> Any:
+        def run(engine: PrefillEngine) -> MediaPrefix:
             self._running, words.heard_s = words, time.perf_counter()
             try:
                 return making.run(engine)
@@ -137,10 +137,8 @@ class PrefillWorker:
 
         facts = {"transfer_id": ticket.transfer_id, "media_id": making.key, "worker": self.name}
         try:
-            prefix = self.copies.hold(making.key)
-            if prefix is not None:
-                making.reused = making.holds = True
-            else:
+            prefix = making.kept()
+            if prefix is None:
                 prefix = await self._in(self._prefill_thread, run, self.engine)
             making.done = True
             ms = self._tell(making, prefix, facts)

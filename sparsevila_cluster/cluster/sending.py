@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import Any
 
 from sparsevila_cluster.errors import DeadlineExceeded, LaneLost, SparseVilaError, Unavailable
@@ -26,8 +25,10 @@ MAX_WAITED = 64
 class Sending:
     """What a worker sends. Create and use it within one event loop; `undo` may be called from any thread."""
 
-    def __init__(self, shipper: Shipper):
+    def __init__(self, shipper: Shipper, dial_s: float):
+        """dial_s: how long `warm` tries to build one lane."""
         self.shipper = shipper
+        self._dial_s = dial_s
         self._finishers = ThreadPoolExecutor(MAX_WAITED, thread_name_prefix="finish")
         # Of its own: an abort must not stand in line behind the waits that it is to end.
         self._aborters = ThreadPoolExecutor(4, thread_name_prefix="abort")
@@ -40,9 +41,7 @@ class Sending:
         """Send a prefix all of whose rows are there. The rest as `finish`."""
         try:
             shipment = self.shipper.begin(prefix, bounds, ticket)
-            for start, stop in pairwise(bounds):
-                for layer in range(prefix.spec.num_layers):
-                    shipment.wrote(layer, start, stop)
+            shipment.wrote_all()
         except BaseException:
             release()
             raise
@@ -50,10 +49,9 @@ class Sending:
 
     async def warm(self, docks: Iterable[DockAddress]) -> None:
         """Build lanes ahead, one after the other. One that cannot be built now is built with the first shipment."""
-        dial_s = self.shipper.config.dial_timeout_s
         for dock in docks:
             try:
-                await asyncio.wrap_future(self._finishers.submit(self.shipper.warm, dock, dial_s))
+                await asyncio.wrap_future(self._finishers.submit(self.shipper.warm, dock, self._dial_s))
             except SparseVilaError as error:
                 log.warning("no lane yet", extra={"to": dock.worker, "why": str(error)})
 

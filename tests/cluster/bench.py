@@ -11,6 +11,7 @@ import numpy as np
 from sparsevila_cluster.cluster.decode_worker import DecodeWorker
 from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
 from sparsevila_cluster.cluster_config import build_cluster_config
+from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn
 from sparsevila_cluster.transport import Ticket
@@ -81,9 +82,9 @@ async def settled(worker, within_s=10.0):
             if isinstance(worker, PrefillWorker):
                 worker.copies.check_integrity()
                 assert worker.copies.used_bytes == sum(prefix.kv_bytes for prefix in worker.copies.all())
-                assert not (await worker.info())["preparations"]
-            else:
-                await worker._desk.call(lambda engine: engine.check_integrity())
+                assert not worker._making
+            elif not worker._closed:
+                await worker._desk.call(DecodeEngine.check_integrity)
                 resident = await worker._desk.call(lambda engine: sum(p.kv_bytes for p in engine.prefixes))
                 assert worker.engine.prefixes.arena.used_bytes == resident
                 assert not worker.engine.turns
