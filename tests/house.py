@@ -23,7 +23,7 @@ FLOORS = {
     "conversation content_key media_handle engine_thread sharing turn_events pipeline footage page heatmap progress ask_many "
     "async_qa video_qa",
     4: "cluster gateway",
-    5: "app serving cli cli_serve demo trip __main__",
+    5: "app serving cli commands demo trip __main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 SIDE = {"client"}  # floor 0 only; the command line may use it
@@ -32,7 +32,7 @@ NEIGHBOURS = {
     1: {"pruning": {"kv"}, "retrieval": {"kv"}, "models": {"media", "kv", "awq"}},
     2: {"transport": {"wire"}},
     4: {},
-    5: {"cli": {"app", "cli_serve", "demo", "trip"}, "cli_serve": {"serving"}, "serving": {"app"}, "demo": {"trip"}, "__main__": {"cli"}},
+    5: {"cli": {"commands"}, "commands": {"serving", "demo", "trip"}, "serving": {"app"}, "demo": {"trip"}, "__main__": {"cli"}},
 }
 MAY_USE_KERNELS = {"pruning", "retrieval", "awq"} | {room for room, floor in FLOOR.items() if floor in (2, 3)}
 # Who may import what from outside.
@@ -133,7 +133,7 @@ def check_imports(path: str, tree: ast.AST) -> Iterator[str]:
         if target == room:
             continue
         if target in SIDE:
-            legal = room == "cli"
+            legal = room == "commands"
         elif target not in FLOOR:
             yield f"{line}: {name}: import the module that holds it; a module needs a floor"
             continue

@@ -34,6 +34,7 @@ class Asking:
         self.num_streams = 0
         self._connection = connection
         self._within_s = within_s
+        self._where = f"{connection.target}: turn {turn.turn_id}"
         self._said: list[int] = []
         self._told: set[str] = set()
 
@@ -43,7 +44,7 @@ class Asking:
         Raises:
             What the server tells. Unavailable: it cannot be reached. DeadlineExceeded. DataLoss: a token that is out of order.
         """
-        attempts = Attempts(self._within_s, f"{self._connection.target}: turn {self.turn.turn_id}")
+        attempts = Attempts(self._within_s, self._where)
         try:
             while "done" not in self._told:
                 num_said = len(self._said)
@@ -53,7 +54,7 @@ class Asking:
                             for new in self._take(event):
                                 yield new
                     if "done" not in self._told:
-                        raise Unavailable(f"{self._connection.target}: turn {self.turn.turn_id}: the stream ended early")
+                        raise Unavailable(f"{self._where}: the stream ended early")
                 except SparseVilaError as error:
                     if len(self._said) > num_said:
                         attempts.worked()
@@ -78,11 +79,13 @@ class Asking:
         self.conversation_id = event.conversation_id or self.conversation_id
         if event.kind == "token":
             if event.index != len(self._said):
-                where = f"{self._connection.target}: turn {self.turn.turn_id}"
-                raise DataLoss(f"{where}: token {event.index} arrived where token {len(self._said)} was due")
+                raise DataLoss(f"{self._where}: token {event.index} arrived where token {len(self._said)} was due")
             self._said += event.token_ids
         elif event.kind in self._told:
             return
+        elif event.kind == "done" and message.done.num_tokens != len(self._said):
+            num_said = message.done.num_tokens
+            raise DataLoss(f"{self._where}: {len(self._said)} tokens arrived of an answer of {num_said}")
         self._told.add(event.kind)
         yield event
 

@@ -111,14 +111,13 @@ class Parcel:
         Raises:
             BadMedia: a file that cannot be read. Whatever the server tells of an upload.
         """
-        packed, room_bytes = [], None
+        packed = []
+        sizes = {i: await asyncio.to_thread(one.size) for i, one in enumerate(self._sources) if isinstance(one, Held)}
+        room_bytes = await self._inline_bytes(attempts) if sizes else 0
         for i, source in enumerate(self._sources):
             if isinstance(source, Held):
-                if room_bytes is None:
-                    room_bytes = await self._inline_bytes(attempts)
-                num_bytes = await asyncio.to_thread(source.size)
-                if num_bytes <= room_bytes:
-                    room_bytes -= num_bytes
+                if sizes[i] <= room_bytes:
+                    room_bytes -= sizes[i]
                     packed.append(pb.MediaSource(inline=await asyncio.to_thread(_all_of, source), kind=source.kind))
                     continue
                 source = self._sources[i] = await upload(self._connection, source, attempts, self._progress)

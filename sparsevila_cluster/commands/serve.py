@@ -9,24 +9,27 @@ import argparse
 from typing import Any
 
 from sparsevila_cluster.cluster_config import ClusterConfig, DoorConfig, build_cluster_config, load_cluster_config
+from sparsevila_cluster.commands.options import OK
 
 
-def add_serve_options(serve: argparse.ArgumentParser) -> None:
-    """Everything besides -v."""
+def add_to(commands: Any) -> None:
+    """The parser of `serve`."""
     door = DoorConfig.model_fields
+    serve = commands.add_parser("serve", allow_abbrev=False, help="answer over gRPC, with pools of workers")
     serve.add_argument("--config", metavar="FILE", help="YAML file of a cluster (the bundled model on this machine)")
-    serve.add_argument("--address", metavar="ADDRESS", help="a Ray cluster that is there, as auto or HOST:PORT (one of its own)")
+    serve.add_argument("--address", help="a Ray cluster that is there, as auto or HOST:PORT (one of its own)")
     serve.add_argument("--host", help=f"{door['host'].description} ({door['host'].default})")
     serve.add_argument("--port", type=int, metavar="P", help=f"{door['port'].description} ({door['port'].default})")
+    serve.add_argument("-v", "--verbose", action="store_true", help="logs of all processes on stderr")
+    serve.set_defaults(run=_serve)
 
 
-def run_serve(args: argparse.Namespace) -> int:
-    """Serve until interrupted; 0 then."""
+def _serve(args: argparse.Namespace) -> int:
     config = _read_options(args)
     from sparsevila_cluster.serving import serve_cluster
 
     serve_cluster(config, args.address, args.verbose)
-    return 0
+    return OK
 
 
 def _read_options(args: argparse.Namespace) -> ClusterConfig:
