@@ -41,6 +41,11 @@ class Caller:
         self._until_s = time.perf_counter() + deadline_s
         self._left = threading.Event()
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline, 0 once it is over."""
+        return max(0.0, self._until_s - time.perf_counter())
+
     def leave(self) -> None:
         """Stop waiting. Idempotent, from any thread."""
         self._left.set()
