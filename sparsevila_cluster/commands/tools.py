@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsevila_cluster.cluster_config import ClusterConfig, cluster_config_of
 from sparsevila_cluster.commands.options import OK, add_output_options
-from sparsevila_cluster.config import load_config
+from sparsevila_cluster.config import load_config, read_yaml
 from sparsevila_cluster.progress import ProgressLine
 
 
@@ -24,6 +25,7 @@ def add_to(commands: Any) -> None:
         "--out", default="sparsevila-demo", metavar="DIR", help="where videos and heat map go (%(default)s)"
     )
     demo.add_argument("--model", metavar="DIR", help="another checkpoint of the demo world")
+    demo.add_argument("--local", action="store_true", help="in this process, without a cluster, and compared with a dense engine")
     add_output_options(demo)
     demo.set_defaults(run=_demo)
 
@@ -36,7 +38,9 @@ def add_to(commands: Any) -> None:
 
 
 def _config_check(args: argparse.Namespace) -> int:
-    fields = load_config(args.file).model_dump()
+    given = read_yaml(args.file)
+    cluster = set(given) & set(ClusterConfig.model_fields)
+    fields = (cluster_config_of(given) if cluster else load_config(args.file)).model_dump()
     if args.json:
         print(json.dumps({"file": args.file, "config": fields}))
     else:
@@ -47,7 +51,10 @@ def _config_check(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from sparsevila_cluster.demo.tour import run_tour
+    if args.local:
+        from sparsevila_cluster.demo.tour import run_tour as run
+    else:
+        from sparsevila_cluster.demo.cluster_tour import run_cluster_tour as run
 
     with ProgressLine() as progress:
-        return run_tour(Path(args.out), args.model or "demo", args.json, progress.stage)
+        return run(Path(args.out), args.model or "demo", args.json, progress.stage)
