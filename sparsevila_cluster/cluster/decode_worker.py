@@ -62,7 +62,7 @@ class DecodeWorker:
         self._desk = Desk(name, self.engine, config.decode.brownout_at)
         self._journals = Journals(engine.max_conversations)
         self._answering = Answering(self._desk, self._journals, self.sink)
-        landing = EngineLanding(spec, self._desk.post, transport.op_timeout_s)
+        landing = EngineLanding(spec, self._desk.post, transport.lease_s)
         self.dock = Dock(name, landing, spec, transport, device=self.model.device, courier=courier, sink=self.sink)
         self._sending = Sending(Shipper(name, spec, transport, courier=courier, sink=self.sink), transport.dial_timeout_s)
         self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="exchange")
