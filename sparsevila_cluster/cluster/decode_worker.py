@@ -36,7 +36,7 @@ from sparsevila_cluster.transport import Courier, Dock, DockAddress, Shipper, Ti
 log = logging.getLogger(__name__)
 
 # Messages of senders without a lane of their own that are waited for at once.
-MAX_EXCHANGES = 16
+MAX_EXCHANGES = 64
 
 
 class DecodeWorker:
@@ -182,6 +182,8 @@ class DecodeWorker:
     async def info(self) -> dict[str, Any]:
         """Plain data, for people."""
         standing = await self._desk.call(self._desk.look)
+        dock = self.dock.info()
+        lanes = [{"direction": "in", "peer": lane.pop("worker"), **lane} for lane in dock.pop("lanes")]
         return {
             "worker": self.name,
             "pool": "decode",
@@ -196,8 +198,8 @@ class DecodeWorker:
             "turns_preempted": standing.num_preempted,
             "brownout": standing.brownout,
             "steps": standing.num_steps,
-            "dock": self.dock.info(),
-            "lanes": self._sending.shipper.info(),
+            "dock": dock,
+            "lanes": [*lanes, *self._sending.lanes()],
         }
 
     async def check(self) -> None:

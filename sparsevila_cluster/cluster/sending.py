@@ -56,6 +56,10 @@ class Sending:
             except SparseVilaError as error:
                 log.warning("no lane yet", extra={"to": dock.worker, "why": str(error)})
 
+    def lanes(self) -> list[dict[str, Any]]:
+        """Lanes to other workers, as plain data."""
+        return [{"direction": "out", "peer": lane.pop("dock"), **lane} for lane in self.shipper.info()["lanes"]]
+
     async def finish(self, shipment: Shipment, ticket: Ticket, within_s: float, release: Callable[[], object]) -> dict[str, Any]:
         """The report of a shipment when all of it has arrived. Cancelling this aborts the shipment.
 
