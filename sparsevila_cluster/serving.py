@@ -60,6 +60,7 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         else:
             progress.stage("connect to Ray", 0, 1)
             stack.enter_context(_connected(address, verbose))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         serve.run_many(
             [RunTarget(application(config, verbose), name=config.name, route_prefix=None)], wait_for_applications_running=False
         )
