@@ -25,7 +25,7 @@ from sparsevila_cluster.cluster.own_ray import own_ray
 from sparsevila_cluster.cluster.ray_pool import RayPool
 from sparsevila_cluster.cluster.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import DeadlineExceeded, Internal, SparseVilaError, Unavailable, UserError, from_failure
+from sparsevila_cluster.errors import BadCheckpoint, DeadlineExceeded, Internal, SparseVilaError, Unavailable, UserError, from_failure
 from sparsevila_cluster.patience import GRACE_S
 from sparsevila_cluster.progress import ProgressLine
 
@@ -52,6 +52,8 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         progress = stack.enter_context(ProgressLine())
         if address is None:
             _check_port(config)
+            if not config.engine.model_dir.is_dir():
+                raise BadCheckpoint(f"{str(config.engine.model_dir)!r} is not a directory")
             progress.stage("start Ray", 0, 1)
             folder = stack.enter_context(own_ray(config, verbose))
             if config.door.spool_dir is None:  # routers share it, and it goes with the rest

@@ -197,7 +197,7 @@ class DecodeWorker:
             "brownout": standing.brownout,
             "steps": standing.num_steps,
             "dock": self.dock.info(),
-            "lanes": self._sending.shipper.info(),
+            "lanes": self._sending.shipper.info()["lanes"],
         }
 
     async def check(self) -> None:
