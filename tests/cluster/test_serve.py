@@ -61,7 +61,7 @@ def client(served):
 
 
 def num_prefills(client):
-    return sum(worker["info"]["prefills"] for worker in client.info()["pools"]["prefill"])
+    return sum(worker["info"]["prefills"] for worker in client.info()["details"]["pools"]["prefill"])
 
 
 def test_answers_are_those_of_one_process_and_later_turns_prefill_nothing(client, films, right):
@@ -105,7 +105,7 @@ def other_chat_text(client, path, questions, turn):
 
 def test_info_tells_pools_residents_and_lanes(client, films):
     media = client.prepare(films[0][0])
-    info = client.info()
+    info = client.info()["details"]
     assert (len(info["pools"]["prefill"]), len(info["pools"]["decode"])) == (1, 2)
     (entry,) = [entry for entry in info["media"] if entry["media_id"] == media.media_id]
     assert entry["holders"] and entry["copies"] == [info["pools"]["prefill"][0]["worker"]]
