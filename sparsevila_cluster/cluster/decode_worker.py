@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -188,6 +189,7 @@ class DecodeWorker:
             "worker": self.name,
             "pool": "decode",
             "node": self.node,
+            "pid": os.getpid(),
             "model": self.config.engine.model,
             "fingerprint": self.model.fingerprint,
             "device": str(self.model.device),

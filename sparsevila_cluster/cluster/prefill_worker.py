@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -225,6 +226,7 @@ class PrefillWorker:
             "worker": self.name,
             "pool": "prefill",
             "node": self.node,
+            "pid": os.getpid(),
             "model": self.config.engine.model,
             "fingerprint": self.model.fingerprint,
             "device": str(self.model.device),

@@ -190,7 +190,7 @@ async def _accident(client: AsyncClient, target: str, film: Film, media: MediaHa
 
 
 async def _kill_once(client: AsyncClient, target: str, film: Film, media: MediaHandle) -> Accident:
-    workers = {worker["worker"]: worker["pid"] for worker in await _decode_workers(client)}
+    workers = {worker["worker"]: worker["info"]["pid"] for worker in await _decode_workers(client)}
     before = await _num_prefills(client)
     questions = _long_questions(film)
     streams = [Stream(questions[i % len(questions)], client.conversation(media)) for i in range(NUM_STREAMS)]
@@ -235,7 +235,7 @@ async def _decode_workers(client: AsyncClient) -> list[dict[str, Any]]:
 
 async def _num_prefills(client: AsyncClient) -> int:
     pools = (await client.info())["details"]["pools"]
-    return sum(int(worker["prefills"]) for worker in pools["prefill"])
+    return sum(int(worker["info"]["prefills"]) for worker in pools["prefill"])
 
 
 # ---- what people see -----------------------------------------------------------------------------------------------------------
