@@ -88,6 +88,23 @@ def test_a_copy_and_a_resident_prefix_are_shipped_without_a_prefill(checkpoint, 
     asyncio.run(main())
 
 
+def test_int8_on_the_wire_is_close_and_smaller(checkpoint, clips, local):
+    plain, rows, _ = local[0]
+
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint, transport={"quantization": "int8"})) as ([prefill], [decode]):
+            handle, report = await landed(prefill, decode, request_of(clips[0]))
+            assert handle.media_id != plain.media_id and handle.kv_bytes == plain.kv_bytes
+            assert report["num_bytes"] < 0.5 * handle.kv_bytes
+            kept, landed_rows = bench.rows_of(prefill.copies.all()[0]), bench.rows_of(decode.engine.prefixes.get(handle.media_id))
+            assert all(torch.equal(a, b) for a, b in zip(kept, rows, strict=True))
+            for a, b in zip(landed_rows, rows, strict=True):
+                assert not torch.equal(a, b) and torch.allclose(a, b, atol=float(b.abs().max()) / 127)
+            assert await answer(decode, turn_of(handle.media_id))
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])
 def test_other_families_are_served_by_workers_with_only_their_parts(family, tmp_path, clips):
     """Warmed first, as a worker is."""
