@@ -190,7 +190,7 @@ class Dock:
         log.info("lane up", extra={"lane": lane.lane_id, "worker": lane.worker, "epoch": lane.epoch})
 
     def admit(self, lane: ReceiveLane, transfer_id: str, key: str) -> float | None:
-        while True:
+        for _ in range(3):
             with self._lock:
                 one = self._transfers.get(transfer_id)
                 if one is None or one.key != key:
@@ -207,6 +207,9 @@ class Dock:
                 raise NotFound(f"transfer {transfer_id} is under way from {before.worker}")
             # The sender gave that lane up before this side noticed.
             before.fail(LaneLost(f"transfer {transfer_id} came again over a newer lane"))
+            if one.lane is before:  # it is being published
+                before.join(self._config.op_timeout_s)
+        raise LaneLost(f"transfer {transfer_id} is still being published")
 
     def moved(self, lane: ReceiveLane, transfer_id: str, state: TransferState) -> None:
         with self._lock:

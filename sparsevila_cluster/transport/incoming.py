@@ -48,6 +48,7 @@ class Incoming:
     state: TransferState = TransferState.RESERVED
     refused: bool = False
     ended: bool = False
+    publishing: bool = False
     heard_s: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 

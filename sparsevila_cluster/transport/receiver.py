@@ -121,7 +121,8 @@ class ReceiveLane:
             left, self._incoming = list(self._incoming.values()), {}
         for one in left:
             self._give_back(one)
-            if not one.state.terminal:
+            # What is being published is verified: its lander has the last word.
+            if not one.state.terminal and not one.publishing:
                 self._desk.moved(self, one.transfer_id, TransferState.RESERVED)
         self._jobs.put(None)
         self._desk.gone(self)
@@ -287,12 +288,12 @@ class ReceiveLane:
             extent, one.extent = one.extent, None
             if one.ended or extent is None:
                 return
-            one.ended = True
+            one.ended = one.publishing = True
         try:
             self._landing.publish(one.manifest, extent)
         except SparseVilaError as error:
             self._landing.cancel(extent)
-            one.ended = False
+            one.ended = one.publishing = False
             return self._refuse(one, error)
         self._move(one, TransferState.ACKED)
         with self._lock:

@@ -54,7 +54,8 @@ class TestEveryKind:
         assert rows_equal(sent, came) and came.extent.arena is not sent.extent.arena
         for name in ("is_visual", "positions", "token_map", "visual_index"):
             assert torch.equal(getattr(came, name), getattr(sent, name)), name
-        for name in "next_pos generation_floor grids media frames times_s kind num_frames duration_s num_visual tenant spec".split():
+        plain = "next_pos generation_floor grids media frames times_s kind num_frames duration_s num_visual tenant spec"
+        for name in plain.split():
             assert getattr(came, name) == getattr(sent, name), name
         assert (report.kind, report.attempts, report.epoch, report.num_bytes) == (kind, 1, 1, sent.kv_bytes)
         harbour.settle(sent.kv_bytes)
