@@ -90,7 +90,8 @@ class ScriptedPrefill:
             await self.lever.passes("encode")
             self.num_encoded += 1
             yield "progress", "prefill", 0, 1
-            handle = MediaHandle(key, "video", 8, 4.0, 100, 25, 30, KV_BYTES, 4 * KV_BYTES, tenant=request.tenant, ms={"encode": 1.0})
+            facts = {"tenant": request.tenant, "ms": {"encode": 1.0}}
+            handle = MediaHandle(key, "video", 8, 4.0, 100, 25, 30, KV_BYTES, 4 * KV_BYTES, **facts)
             self.copies[key] = handle
             yield "progress", "prefill", 1, 1
             await self._send(handle, ticket)
@@ -118,7 +119,8 @@ class ScriptedPrefill:
         return self.copies.pop(key, None) is not None
 
     def info(self):
-        return {"prefills": self.num_encoded, "copies": list(self.copies), "lanes": [{"to": name} for name in self._lanes]}
+        lanes = [{"to": name} for name in self._lanes]
+        return {"prefills": self.num_encoded, "copies": list(self.copies), "lanes": {"lanes": lanes}}
 
     def report(self, full):
         return WorkerReport(self.name, "prefill", load=Load(num_running=self.num_making), residents=tuple(self.copies.values()))
@@ -209,7 +211,7 @@ class ScriptedDecode:
         self.brownout = level
 
     def info(self):
-        return {"brownout": self.brownout, "residents": list(self.residents), "lanes": []}
+        return {"brownout": self.brownout, "residents": list(self.residents), "lanes": {"lanes": []}}
 
     def report(self, full):
         used = (len(self.residents) + len(self.reserved)) * KV_BYTES
@@ -217,7 +219,8 @@ class ScriptedDecode:
         records = None
         if full:
             records = tuple(Journal(name, chat[0].turn.media_id, tuple(chat)) for name, chat in self.chats.items() if chat)
-        return WorkerReport(self.name, "decode", address=self.name, load=load, residents=tuple(self.residents.values()), records=records)
+        residents = tuple(self.residents.values())
+        return WorkerReport(self.name, "decode", address=self.name, load=load, residents=residents, records=records)
 
 
 async def _either(work, ended):
@@ -326,5 +329,6 @@ async def cluster_of(*args, **fields):
             await router.close()
 
 
-def video(content=b"a video", **fields):
+def video(content=b"a video 20", **fields):
+    """Among equals, the key of the default content prefers p0 and d0."""
     return PrepareRequest((MediaSource(b"\x00\x00\x00\x18ftypmp42" + content, "video"),), **fields)
