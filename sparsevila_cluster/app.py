@@ -108,8 +108,8 @@ class RouterReplica(Clerk):
         from sparsevila_cluster.gateway import Door
 
         sink, silence_s = RaySink(), config.transport.silence_s
-        pools = (RayPool(handle, silence_s) for handle in (prefill, decode, registry))
-        self._pipeline = ClusterPipeline(config, *pools, sink, replica_name())
+        pools = [RayPool(handle, silence_s) for handle in (prefill, decode, registry)]
+        self._pipeline = ClusterPipeline(config, pools[0], pools[1], pools[2], sink, replica_name())
         self._door = Door(self._pipeline, config.door, config.engine, sink)
         self._leaving = False
         super().__init__(replica_name(), self, ("state", "leave"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -186,6 +187,7 @@ class DecodeWorker:
             "worker": self.name,
             "pool": "decode",
             "node": self.node,
+            "pid": os.getpid(),
             "model": self.config.engine.model,
             "fingerprint": self.model.fingerprint,
             "device": str(self.model.device),
@@ -197,7 +199,7 @@ class DecodeWorker:
             "brownout": standing.brownout,
             "steps": standing.num_steps,
             "dock": self.dock.info(),
-            "lanes": self._sending.shipper.info(),
+            "lanes": self._sending.shipper.info()["lanes"],
         }
 
     async def check(self) -> None:
