@@ -228,7 +228,7 @@ class ClusterPipeline:
         registry = self._fleet.registry
         snapshot, census = await asyncio.gather(registry.snapshot(caller), registry.census(caller))
         told = await asyncio.gather(*(self._info_of(one, caller) for one in snapshot.workers))
-        lanes = [{"worker": one["worker"], **lane} for one in told for lane in one["info"].pop("lanes", {}).get("lanes", ())]
+        lanes = [{"worker": one["worker"], **lane} for one in told for lane in one["info"].pop("lanes", ())]
         media = []
         for one in census:
             facts = {name: getattr(one.handle, name) for name in ("media_id", "kind", "visual_tokens_kept", "kv_bytes")}
