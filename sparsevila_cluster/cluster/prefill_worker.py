@@ -235,7 +235,7 @@ class PrefillWorker:
             "copies": [prefix.key for prefix in self.copies.all()],
             "copy_bytes": self.copies.used_bytes,
             "copy_budget_bytes": self.copies.budget_bytes,
-            "lanes": self.shipper.info()["lanes"],
+            "lanes": self._sending.lanes(),
         }
 
     async def check(self) -> None:

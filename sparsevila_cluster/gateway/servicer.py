@@ -111,7 +111,7 @@ class Service(VideoQAServicer):
         info = _visible(await self._pipeline.info(), context.guest)
         door = {"calls": self._guard.num_calls, "spool_bytes": self._spool.num_bytes}
         return pb.ServerInfo(
-            version=metadata.version("sparsevila-cluster"),
+            version=_version(),
             model=str(info.get("model", "")),
             fingerprint=str(info.get("fingerprint", "")),
             max_message_bytes=self._config.max_message_bytes,
@@ -163,6 +163,13 @@ class Service(VideoQAServicer):
             self._fresh[handle.media_id] = None
             while len(self._fresh) > MAX_FRESH:
                 self._fresh.popitem(last=False)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("sparsevila-cluster")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
 
 
 async def _end(work: asyncio.Future[MediaHandle]) -> None:
