@@ -143,14 +143,9 @@ class Dock:
     def _accept(self, link: Link) -> None:
         lane = ReceiveLane(link, self, self._landing, self._spec, self._config)
         with self._lock:
-            crowded = len(self._lanes) >= self._config.max_lanes
-            idle = min((one for one in self._lanes if one.idle), key=lambda one: one.used_s, default=None) if crowded else None
             self._lanes.append(lane)
-        if idle is not None:
-            idle.fail(QueueFull("an idle lane makes way for another one"), quiet=True)
-        if self._closed.is_set() or (crowded and idle is None):
-            lane.fail(QueueFull(f"{self._worker} has {self._config.max_lanes} lanes, none of them idle"))
-            return
+        if self._closed.is_set():
+            return lane.fail(Unavailable(f"{self._worker} is closing"), quiet=True)
         lane.start()
         self._count_lanes()
 
@@ -186,6 +181,13 @@ class Dock:
             raise PermissionDenied("a lane without the token of this dock")
         if hello.get("version") != VERSION:
             raise Incompatible(f"a lane of version {hello.get('version')!r}; this worker speaks {VERSION}")
+        with self._lock:
+            crowded = len(self._lanes) > self._config.max_lanes
+            idle = [one for one in self._lanes if one is not lane and one.lane_id and one.idle]
+        if crowded and not idle:
+            raise QueueFull(f"{self._worker} has {self._config.max_lanes} lanes, none of them idle")
+        if crowded:
+            min(idle, key=lambda one: one.used_s).fail(QueueFull("an idle lane makes way for another one"), quiet=True)
         lane.lane_id, lane.worker, lane.epoch = str(hello["lane"]), str(hello["worker"]), int(hello["epoch"])
         log.info("lane up", extra={"lane": lane.lane_id, "worker": lane.worker, "epoch": lane.epoch})
 

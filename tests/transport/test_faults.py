@@ -13,19 +13,14 @@ from sparsevila_cluster.transport.chunks import Cargo
 from sparsevila_cluster.transport.inproc import InprocLink
 from sparsevila_cluster.transport.objectstore import ObjectstoreLink
 from tests.transport.faults import OF_BULK, OF_MESSAGES, Fault, Script
-from tests.transport.harbour import BOUNDS, KINDS, Cupboard, Harbour, make_prefix, rows_equal, until
+from tests.transport.harbour import BOUNDS, Cupboard, Harbour, make_prefix, rows_equal, until
 
-FINE = {"chunk_bytes": 65536, "silence_s": 0.8, "op_timeout_s": 0.8, "dial_timeout_s": 1.0}
-
-
-@pytest.fixture(params=KINDS)
-def kind(request):
-    return request.param
+HASTY = {"chunk_bytes": 65536, "silence_s": 0.8, "op_timeout_s": 0.8, "dial_timeout_s": 1.0}
 
 
 @pytest.fixture
 def harbour(kind):
-    one = Harbour(kind, **FINE)
+    one = Harbour(kind, **HASTY)
     yield one
     one.close()
 
@@ -51,7 +46,9 @@ def check_after(harbour, there, resident, sent, outcome):
 
 # Operation 0 of a lane is the hello, 1 the offer, 2 ff. the chunks; what comes back: welcome, grants, acknowledgement.
 @pytest.mark.parametrize("what", OF_MESSAGES)
-@pytest.mark.parametrize(("op", "at"), [("send", 0), ("send", 1), ("send", 2), ("send", 9), ("receive", 0), ("receive", 1), ("receive", 7)])
+@pytest.mark.parametrize(
+    ("op", "at"), [("send", 0), ("send", 1), ("send", 2), ("send", 9), ("receive", 0), ("receive", 1), ("receive", 7)]
+)
 def test_one_bad_message(harbour, monkeypatch, what, op, at):
     there, resident = send_beside_another(harbour)
     script = Script([Fault(what, op, at)]).install(monkeypatch)
@@ -100,7 +97,7 @@ def test_no_lane_holds(harbour, monkeypatch, what):
 
 @pytest.mark.parametrize("kind", ["inproc", "gloo"], indirect=True)
 def test_the_object_store_takes_over(kind, monkeypatch):
-    harbour = Harbour(kind, Cupboard(), **FINE)
+    harbour = Harbour(kind, Cupboard(), **HASTY)
     try:
         script = Script([Fault("break", "ship", 3)], every_link=True)
         script.install(monkeypatch)
@@ -121,7 +118,7 @@ def test_the_object_store_takes_over(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gloo"], indirect=True)
 def test_no_fallback_where_none_is_wanted(kind, monkeypatch):
-    harbour = Harbour(kind, Cupboard(), fallback=False, **FINE)
+    harbour = Harbour(kind, Cupboard(), fallback=False, **HASTY)
     try:
         script = Script([Fault("break", "ship", 0)], every_link=True).install(monkeypatch)
         with pytest.raises(LaneLost):
@@ -134,7 +131,7 @@ def test_no_fallback_where_none_is_wanted(kind, monkeypatch):
 
 def test_an_object_store_that_dies():
     cupboard = Cupboard()
-    harbour = Harbour("objectstore", cupboard, **FINE)
+    harbour = Harbour("objectstore", cupboard, **HASTY)
     try:
         shipment = harbour.begin(make_prefix(), BOUNDS)
         shipment.wrote(0, 0, 1500)
@@ -183,7 +180,7 @@ def test_a_sender_that_grants_itself_something(harbour, monkeypatch):
 def test_a_storm_of_cancels_and_faults(kind, seed, monkeypatch):
     """Many transfers, some aborted, forgotten or overdue, over links that break now and then: every byte comes back."""
     dice = random.Random(seed)
-    harbour = Harbour(kind, num_slots=4000, **FINE)
+    harbour = Harbour(kind, num_slots=4000, **HASTY)
     faults = [Fault(dice.choice(OF_MESSAGES), dice.choice(["send", "receive"]), dice.randrange(400)) for _ in range(3)]
     Script(faults).install(monkeypatch)
     outcomes = []

@@ -1,4 +1,4 @@
-"""Two real processes over gloo: either side is killed or stopped at every state of a transfer; the other one lives and cleans up."""
+"""Two real processes over gloo: either side is killed or stopped at every state of a transfer; the other one cleans up."""
 
 import signal
 import socket
