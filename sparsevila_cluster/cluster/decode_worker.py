@@ -22,10 +22,10 @@ from sparsevila_cluster.cluster.journals import Journals
 from sparsevila_cluster.cluster.landing import EngineLanding
 from sparsevila_cluster.cluster.reports import WorkerReport
 from sparsevila_cluster.cluster.sending import Sending
-from sparsevila_cluster.cluster.stages import tell_memory
+from sparsevila_cluster.cluster.stages import count, tell_memory
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.decode_engine import DecodeEngine
-from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, WorkerLost
 from sparsevila_cluster.metrics import Sink, Tally
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import DECODE_PARTS, Model
@@ -78,8 +78,8 @@ class DecodeWorker:
         The bytes themselves are taken when the sender says how many they are.
 
         Raises:
-            BadRequest: a transfer_id that was used before. TooLarge: more bytes than all prefixes may take. QueueFull: running turns hold so much that it could not fit now.
-            Unavailable (closed).
+            BadRequest: a transfer_id that was used before. TooLarge: more than all prefixes may take. QueueFull: running turns
+            hold so much that it could not fit now. WorkerLost (closed).
         """
         self._check_open()
         rows = 1 if num_bytes is None else -(-num_bytes // self.model.spec.bytes_per_token)
@@ -132,7 +132,7 @@ class DecodeWorker:
 
         Raises:
             NotFound: the media is not resident, or `after` is at odds with the conversation. BadRequest, TooLarge, QueueFull,
-            DeadlineExceeded, Cancelled (aborted), Unavailable (closed), Internal.
+            DeadlineExceeded, Cancelled (aborted), WorkerLost (closed), Internal.
         """
         self._check_open()
         async with aclosing(self._answering.ask(turn, history)) as lists:
@@ -156,7 +156,7 @@ class DecodeWorker:
     def report(self, full: bool) -> WorkerReport:
         """How this worker stands; the residents only if they have changed since the last report, everything if `full`."""
         standing = self._desk.standing
-        load, changed = standing.load, full or self._told is not standing.residents
+        load, changed = self._desk.load, full or self._told is not standing.residents
         self._told = standing.residents
         tell_memory(
             self.sink,
@@ -167,7 +167,7 @@ class DecodeWorker:
         self.sink.set("conversations", standing.num_conversations)
         self.sink.set("turns_running", load.num_running)
         self.sink.set("turns_waiting", load.num_waiting)
-        self.sink.count("preemptions_total", standing.num_preempted - self._preempted)
+        count(self.sink, "preemptions_total", standing.num_preempted - self._preempted)
         self._preempted = standing.num_preempted
         return WorkerReport(
             worker=self.name,
@@ -189,7 +189,7 @@ class DecodeWorker:
             "model": self.config.engine.model,
             "fingerprint": self.model.fingerprint,
             "device": str(self.model.device),
-            "load": asdict(standing.load),
+            "load": asdict(self._desk.load),
             "residents": [handle.media_id for handle in standing.residents],
             "conversations": standing.num_conversations,
             "prefixes_evicted": standing.num_evicted,
@@ -201,7 +201,7 @@ class DecodeWorker:
         }
 
     async def check(self) -> None:
-        """Raises Unavailable (closed, or its dock is) or Internal (the engine is stuck or gone)."""
+        """Raises Unavailable (it or its dock is closed) or Internal (the engine is stuck or gone)."""
         self._check_open()
         self._desk.check()
         self.dock.check()
@@ -213,7 +213,7 @@ class DecodeWorker:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise Unavailable(f"worker {self.name} is closed")
+            raise WorkerLost(f"worker {self.name} is closed")
 
     async def close(self) -> None:
         """Abort every turn and transfer and free everything, which takes at most a few times `close_timeout_s`. Idempotent.

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from sparsevila_cluster.cluster.standing import Standing, pressure
+from sparsevila_cluster.cluster.reports import Load
+from sparsevila_cluster.cluster.standing import Standing, load_of, pressure
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.engine_thread import EngineThread
-from sparsevila_cluster.errors import Internal, Unavailable
+from sparsevila_cluster.errors import Internal, Unavailable, WorkerLost
 from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.patience import wait_within
 
@@ -36,6 +37,11 @@ class Desk:
         """The last look: taken after whatever changed it, without waiting for the engine."""
         return self._standing
 
+    @property
+    def load(self) -> Load:
+        """How busy the engine is now; read from outside its thread, so that a figure may be one call old."""
+        return load_of(self.engine)
+
     def post(self, call: Callable[[DecodeEngine], R]) -> Future[R]:
         """Have `call(engine)` run in the engine's thread. From any thread. The future fails with Unavailable after `close`."""
 
@@ -48,9 +54,12 @@ class Desk:
         return self._thread.post(run)
 
     async def call(self, call: Callable[[DecodeEngine], R], within_s: float | None = None) -> R:
-        """What `call(engine)` returns. Raises DeadlineExceeded, Unavailable (closed), whatever it raises."""
+        """What `call(engine)` returns. Raises DeadlineExceeded, WorkerLost (closed), whatever it raises."""
         within_s = self._call_s if within_s is None else within_s
-        return await wait_within(asyncio.wrap_future(self.post(call)), within_s, f"the decode engine of {self.worker}")
+        try:
+            return await wait_within(asyncio.wrap_future(self.post(call)), within_s, f"the decode engine of {self.worker}")
+        except Unavailable as error:
+            raise WorkerLost(f"worker {self.worker} is closed") from error
 
     def look(self, engine: DecodeEngine) -> Standing:
         """In the engine's thread, after anything that changes how it stands."""
@@ -94,7 +103,7 @@ class Desk:
 
         def empty(engine: DecodeEngine) -> None:
             for turn_id in list(engine.turns):
-                engine.abort(turn_id, Unavailable(f"worker {self.worker} is closing"))
+                engine.abort(turn_id, WorkerLost(f"worker {self.worker} is closing"))
             for conversation_id in list(engine.conversations):
                 engine.close_conversation(conversation_id)
             for key in [prefix.key for prefix in engine.prefixes]:

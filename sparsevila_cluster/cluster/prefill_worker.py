@@ -24,7 +24,7 @@ from sparsevila_cluster.cluster.sending import Sending
 from sparsevila_cluster.cluster.stages import tell_memory, tell_prefill
 from sparsevila_cluster.cluster.warming import tiny_picture
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, QueueFull, SparseVilaError, Unavailable
+from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, QueueFull, SparseVilaError, WorkerLost
 from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.media_handle import handle_of
 from sparsevila_cluster.metrics import Sink, Tally
@@ -77,7 +77,7 @@ class PrefillWorker:
     # ---- media prefixes ----------------------------------------------------------------------------------------------------
 
     async def key_of(self, request: PrepareRequest) -> str:
-        """The content key of what `make` would make. Raises BadMedia, BadRequest, TooLarge, DeadlineExceeded, Unavailable."""
+        """The content key of what `make` would make. Raises BadMedia, BadRequest, TooLarge, DeadlineExceeded, WorkerLost."""
         within_s = self._within_s(request)
         return await wait_within(self._in(self._key_thread, self.engine.key_of, request), within_s, "reading the sources")
 
@@ -92,11 +92,11 @@ class PrefillWorker:
         Raises:
             BadMedia, BadRequest, TooLarge: media that cannot be used. QueueFull: too many wait, or no room for the copy or at the
             other end. LaneLost: the worker of the ticket is gone; the copy stays, to be shipped to another one. DataLoss,
-            Incompatible, NotFound (the ticket): as `ship`. DeadlineExceeded, Unavailable (closed), Internal.
+            Incompatible, NotFound (the ticket): as `ship`. DeadlineExceeded, WorkerLost (closed), Internal.
         """
         self._check_open()
-        if len(self._making) > self.config.engine.max_waiting:
-            raise QueueFull(f"{len(self._making) - 1} preparations wait already; the limit is {self.config.engine.max_waiting}")
+        if self._num_waiting >= self.config.engine.max_waiting:
+            raise QueueFull(f"{self._num_waiting} preparations wait already; the limit is {self.config.engine.max_waiting}")
         caller = Caller(self._within_s(request))
         words = LastWords(caller)
         preparation = Preparation(request, self._guarded(words))
@@ -121,6 +121,11 @@ class PrefillWorker:
             task.cancel()
         elif not task.done() and making.shipment is not None:
             self._sending.abort(making.shipment, reason)
+
+    @property
+    def _num_waiting(self) -> int:
+        """Preparations in line: neither in the prefill thread nor on their lanes."""
+        return max(0, sum(not making.done for making in self._making.values()) - (self._running is not None))
 
     def _made(self, task: asyncio.Task) -> None:
         del self._making[task]
@@ -173,7 +178,7 @@ class PrefillWorker:
 
         Raises:
             NotFound: no copy, or no such ticket. LaneLost: names the worker that is gone. QueueFull, TooLarge, Incompatible: the
-            other end cannot take it. DataLoss, DeadlineExceeded, Unavailable (closed).
+            other end cannot take it. DataLoss, DeadlineExceeded, WorkerLost (closed).
         """
         self._check_open()
         prefix = self.copies.hold(key)
@@ -204,7 +209,7 @@ class PrefillWorker:
             address=None,
             load=Load(
                 num_running=int(self._running is not None),
-                num_waiting=max(0, len(self._making) - 1),
+                num_waiting=self._num_waiting,
                 prefix_bytes=used_bytes,
                 prefix_budget_bytes=self.copies.budget_bytes,
                 turn_bytes=0,
@@ -232,7 +237,7 @@ class PrefillWorker:
         }
 
     async def check(self) -> None:
-        """Raises Unavailable (closed) or Internal (a prefill that has said nothing for longer than any may take)."""
+        """Raises WorkerLost (closed) or Internal (a prefill that has said nothing for longer than any may take)."""
         self._check_open()
         running = self._running
         most_s = self.config.engine.prepare_timeout_s
@@ -274,7 +279,7 @@ class PrefillWorker:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise Unavailable(f"worker {self.name} is closed") from None  # `close` emptied the queue
+            raise WorkerLost(f"worker {self.name} is closed") from None  # `close` emptied the queue
         except SparseVilaError:
             raise
         except Exception as error:
@@ -283,7 +288,7 @@ class PrefillWorker:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise Unavailable(f"worker {self.name} is closed")
+            raise WorkerLost(f"worker {self.name} is closed")
 
     async def close(self) -> None:
         """End what is under way and free everything, which takes at most three times `close_timeout_s`. Idempotent.

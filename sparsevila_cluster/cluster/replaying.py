@@ -39,6 +39,9 @@ def needs_replay(engine: DecodeEngine, turn: Turn, history: Sequence[TurnRecord]
 
     If so, what was there of it is closed.
     """
+    asked_before = engine.turns.get(turn.turn_id)
+    if asked_before is not None and asked_before.conversation.conversation_id == turn.conversation_id:
+        engine.abort(turn.turn_id)  # whoever asked for it went away, and comes back for the rest
     if engine.conversations.busy(turn.conversation_id):
         return False  # a turn that was asked before this one is under way: it is part of the conversation by the time of this one
     conversation = engine.conversations.get(turn.conversation_id)

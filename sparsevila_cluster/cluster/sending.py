@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from sparsevila_cluster.errors import DeadlineExceeded, LaneLost, SparseVilaError, Unavailable
+from sparsevila_cluster.errors import DeadlineExceeded, LaneLost, SparseVilaError, WorkerLost
 from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.patience import GRACE_S, wait_within
 from sparsevila_cluster.transport import DockAddress, Shipment, Shipper, Ticket
@@ -34,6 +34,7 @@ class Sending:
         self._aborters = ThreadPoolExecutor(4, thread_name_prefix="abort")
         self._going: set[Future[Any]] = set()
         self._shipments: set[Shipment] = set()
+        self._closing = False
 
     async def ship(
         self, prefix: MediaPrefix, bounds: Sequence[int], ticket: Ticket, release: Callable[[], object]
@@ -80,6 +81,8 @@ class Sending:
         def work() -> dict[str, Any]:
             self._shipments.add(shipment)
             try:
+                if self._closing:
+                    shipment.abort("the worker closes")
                 return shipment.finish(within_s).as_dict()
             except BaseException:
                 shipment.abort("it did not arrive")
@@ -92,7 +95,7 @@ class Sending:
             return self._track(self._finishers.submit(work))
         except RuntimeError as error:
             self.undo(shipment, release)
-            raise Unavailable("the worker is closed") from error
+            raise WorkerLost("the worker is closed") from error
 
     def abort(self, shipment: Shipment, reason: str) -> None:
         """Have it end soon; does not wait."""
@@ -123,6 +126,7 @@ class Sending:
 
     def close(self, within_s: float) -> bool:
         """End what is under way, the lanes and the threads. False if something did not end in time."""
+        self._closing = True
         for shipment in list(self._shipments):
             self.abort(shipment, "the worker closes")
         over = not wait(list(self._going), within_s).not_done

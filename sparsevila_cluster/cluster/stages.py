@@ -19,13 +19,19 @@ STAGE_METRICS = {
 }
 
 
+def count(sink: Sink, name: str, value: float, **labels: str) -> None:
+    """Add to a counter, unless there is nothing to add: some sinks refuse a zero."""
+    if value > 0:
+        sink.count(name, value, **labels)
+
+
 def tell_prefill(sink: Sink, ms: Mapping[str, float], prefix: MediaPrefix) -> None:
     """A media prefix was made; `ms` by stage."""
     sink.count("prefills_total")
     for stage, spent_ms in ms.items():
         sink.observe(STAGE_METRICS[stage], spent_ms / 1e3)
-    sink.count("visual_tokens_total", prefix.num_visual, stage="encoded")
-    sink.count("visual_tokens_total", prefix.num_kept, stage="kept")
+    count(sink, "visual_tokens_total", prefix.num_visual, stage="encoded")
+    count(sink, "visual_tokens_total", prefix.num_kept, stage="kept")
 
 
 def tell_turn(sink: Sink, usage: Usage, num_replayed: int) -> None:
@@ -36,10 +42,10 @@ def tell_turn(sink: Sink, usage: Usage, num_replayed: int) -> None:
     if "queue" in usage.ms:
         sink.observe("queue_wait_seconds", usage.ms["queue"] / 1e3, pool="decode")
     sink.observe("retrieval_keep", usage.effective_keep)
-    sink.count("retrieval_degraded_total", float(usage.degraded))
-    sink.count("visual_tokens_total", usage.visual_tokens_retrieved, stage="retrieved")
-    sink.count("tokens_total", usage.prompt_tokens - usage.visual_tokens_kept, kind="prompt")
-    sink.count("tokens_total", usage.completion_tokens - num_replayed, kind="answer")
+    count(sink, "retrieval_degraded_total", float(usage.degraded))
+    count(sink, "visual_tokens_total", usage.visual_tokens_retrieved, stage="retrieved")
+    count(sink, "tokens_total", usage.prompt_tokens - usage.visual_tokens_kept, kind="prompt")
+    count(sink, "tokens_total", usage.completion_tokens - num_replayed, kind="answer")
 
 
 def tell_memory(sink: Sink, pool: str, num_media: int, kinds: Mapping[str, tuple[int, int]]) -> None:

@@ -17,7 +17,6 @@ from sparsevila_cluster.request import MediaHandle
 class Standing:
     """One look at an engine, taken in its thread."""
 
-    load: Load
     residents: tuple[MediaHandle, ...] = ()
     num_conversations: int = 0
     num_evicted: int = 0
@@ -28,21 +27,12 @@ class Standing:
     @classmethod
     def of(cls, engine: DecodeEngine, before: Standing | None = None) -> Standing:
         """before: an earlier look; its residents are taken over if they are the same."""
-        prefixes, turns, size = engine.prefixes, engine.conversations.arena, engine.model.spec.bytes_per_token
+        prefixes = engine.prefixes
         residents = before.residents if before is not None else ()
         if [handle.media_id for handle in residents] != (keys := sorted(prefix.key for prefix in prefixes)):
             known = {prefix.key: handle_of(prefix) for prefix in prefixes}
             residents = tuple(known[key] for key in keys)
-        load = Load(
-            num_running=engine.scheduler.num_running,
-            num_waiting=engine.scheduler.num_waiting,
-            prefix_bytes=prefixes.arena.used_bytes,
-            prefix_budget_bytes=prefixes.arena.num_slots * size,
-            turn_bytes=turns.used_bytes,
-            turn_budget_bytes=turns.num_slots * size,
-        )
         return cls(
-            load=load,
             residents=residents,
             num_conversations=len(engine.conversations),
             num_evicted=prefixes.num_evicted,
@@ -50,6 +40,19 @@ class Standing:
             num_steps=engine.num_steps,
             brownout=engine.brownout,
         )
+
+
+def load_of(engine: DecodeEngine) -> Load:
+    """How busy it is, from any thread."""
+    prefixes, turns, size = engine.prefixes.arena, engine.conversations.arena, engine.model.spec.bytes_per_token
+    return Load(
+        num_running=engine.scheduler.num_running,
+        num_waiting=engine.scheduler.num_waiting,
+        prefix_bytes=prefixes.used_bytes,
+        prefix_budget_bytes=prefixes.num_slots * size,
+        turn_bytes=turns.used_bytes,
+        turn_budget_bytes=turns.num_slots * size,
+    )
 
 
 def pressure(num_waiting: int, max_waiting: int, begins_at: float) -> float:

@@ -1,6 +1,7 @@
 """Real workers in one process, for tests: tiny checkpoints, clips, tickets, and what must be free again in the end."""
 
 import asyncio
+import threading
 import time
 import uuid
 from contextlib import asynccontextmanager
@@ -9,9 +10,11 @@ import av
 import numpy as np
 
 from sparsevila_cluster.cluster.decode_worker import DecodeWorker
+from sparsevila_cluster.cluster.making import Making
 from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
 from sparsevila_cluster.cluster_config import build_cluster_config
 from sparsevila_cluster.decode_engine import DecodeEngine
+from sparsevila_cluster.media import DecodeGuard
 from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn
 from sparsevila_cluster.transport import Ticket
@@ -55,11 +58,44 @@ def config_of(checkpoint, kind="inproc", engine=None, transport=None, **fields):
     )  # fmt: skip
 
 
+class SharedGuard(DecodeGuard):
+    """One process that decodes for every worker of every test: starting one takes longer than most tests."""
+
+    def close(self):
+        pass
+
+
+GUARD = SharedGuard()
+
+
+class Store:
+    """A courier within one event loop: what is put lies in a dict, docks are called through their workers' coroutines."""
+
+    def __init__(self):
+        self.loop, self.objects, self.docks = asyncio.get_running_loop(), {}, {}
+
+    def put(self, array):
+        token = uuid.uuid4().hex
+        self.objects[token] = array.copy()
+        return token
+
+    def get(self, token, within_s):
+        return self.objects.pop(token)
+
+    def exchange(self, dock, lane_id, messages, wait_s):
+        call = self.docks[dock.worker].exchange(lane_id, messages, wait_s)
+        return asyncio.run_coroutine_threadsafe(call, self.loop).result(wait_s + 10)
+
+
 @asynccontextmanager
 async def workers(config, prefill=1, decode=1, **given):
     """(prefill workers, decode workers), closed at the end; then nothing of theirs may be left in an arena."""
     made = [PrefillWorker(f"prefill-{i}", config, sink=Tally(), **given) for i in range(prefill)]
+    for worker in made:
+        worker.engine.guard = GUARD
     held = [DecodeWorker(f"decode-{i}", config, sink=Tally(), **given) for i in range(decode)]
+    if "courier" in given:
+        given["courier"].docks = {worker.name: worker for worker in held}
     try:
         yield made, held
         for worker in held:
@@ -134,3 +170,29 @@ async def answer(decode, turn, history=None):
 def rows_of(prefix):
     """Keys and values of all layers, copied."""
     return [rows.clone() for layer in range(prefix.spec.num_layers) for rows in prefix.extent.rows(layer)]
+
+
+async def until(true, within_s=10.0):
+    until_s = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < until_s
+        await asyncio.sleep(0.005)
+
+
+class Gate:
+    """Stops prefills before the piece of layer `layer` that begins at row `start`, until it is opened."""
+
+    def __init__(self, monkeypatch, start=16, layer=0):
+        self.reached, self.opened = threading.Event(), threading.Event()
+        wrote = Making.wrote
+
+        def gated(making, at, first, stop):
+            if at == layer and first >= start and not self.opened.is_set():
+                self.reached.set()
+                assert self.opened.wait(20)
+            wrote(making, at, first, stop)
+
+        monkeypatch.setattr(Making, "wrote", gated)
+
+    async def wait(self):
+        assert await asyncio.to_thread(self.reached.wait, 20)

@@ -1,8 +1,8 @@
 """A decode worker with a real engine: tickets, turns told in lists, conversations made again, brownout, health, closing."""
 
 import asyncio
+import json
 import threading
-import time
 import uuid
 from dataclasses import replace
 
@@ -21,42 +21,14 @@ from sparsevila_cluster.errors import (
     TooLarge,
     Unavailable,
 )
-from sparsevila_cluster.models import load_model
-from sparsevila_cluster.request import Replay
 from tests.cluster import bench
-from tests.cluster.bench import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
-from tests.tiny import make_qwen2_5_vl
+from tests.cluster.bench import answer, events_of, landed, request_of, turn_of, until
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_qwen2_5_vl(tmp_path_factory.mktemp("tiny"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return bench.write_clip(tmp_path_factory.mktemp("clips") / "0.mp4", seed=0)
-
-
-@pytest.fixture(scope="module")
-def endless(checkpoint):
-    """The model, with answers that only end at max_tokens."""
-    model = load_model(checkpoint)
-    model.chat.eos_ids = frozenset()
-    return model
-
-
-async def until(true, within_s=10.0):
-    until_s = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < until_s
-        await asyncio.sleep(0.005)
-
-
-def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, clip, endless):
+def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, clips, endless):
     async def main():
         async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             stream = decode.ask(turn_of(handle.media_id, max_tokens=60))
             first = await anext(stream)
             if first[-1].kind == "accepted":
@@ -72,10 +44,10 @@ def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, 
     asyncio.run(main())
 
 
-def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clip, endless):
+def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endless):
     async def main():
         async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             before = decode.engine.conversations.arena.used_bytes
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
             await anext(stream)
@@ -100,10 +72,10 @@ def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clip, endless
     asyncio.run(main())
 
 
-def test_a_refused_turn_does_not_end_another_one_of_its_name(checkpoint, clip, endless):
+def test_a_refused_turn_does_not_end_another_one_of_its_name(checkpoint, clips, endless):
     async def main():
         async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             turn = turn_of(handle.media_id, max_tokens=100)
             first = asyncio.ensure_future(answer(decode, turn))
             await until(lambda: turn.turn_id in decode.engine.turns)
@@ -116,107 +88,16 @@ def test_a_refused_turn_does_not_end_another_one_of_its_name(checkpoint, clip, e
     asyncio.run(main())
 
 
-def test_a_lost_conversation_is_made_again_and_goes_on_alike(checkpoint, clip):
-    """On a fresh worker, on one that is behind, and on one that is ahead; a cut answer goes on at its next token."""
-
-    async def main():
-        async with bench.workers(bench.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
-            handle, _ = await landed(prefill, one, request_of(clip))
-            key = handle.media_id
-            await prefill.ship(key, await bench.ticket_for(two, key))
-            wanted = [await answer(one, turn_of(key, question, max_tokens=12)) for question in QUESTIONS]
-            (journal,) = one.report(full=True).records
-            records = journal.records
-            assert [record.token_ids for record in records] == wanted and journal.media_id == key
-
-            whole = turn_of(key, QUESTIONS[2], max_tokens=12, after=2)
-            with pytest.raises(NotFound, match="0 turns"):
-                await answer(two, whole)
-            assert await answer(two, whole, records[:2]) == wanted[2]
-            assert two.sink.counts[("conversations_replayed_total",)] == 1
-            told = two.report(full=True).records[0].records
-            assert [(r.turn.question, r.token_ids) for r in told] == [(r.turn.question, r.token_ids) for r in records]
-            # Ahead by a turn, and in the middle of an answer: the rest of it is told, from the next index on.
-            cut = replace(turn_of(key, QUESTIONS[2], max_tokens=12, after=2), replay=Replay(wanted[2][:5]))
-            events, _ = await events_of(two.ask(cut, records[:2]))
-            assert tokens_of(events) == wanted[2][5:]
-            assert [event.index for event in events if event.kind == "token"][0] == 5
-            assert two.sink.counts[("conversations_replayed_total",)] == 2
-            assert [r.token_ids for r in two.report(full=True).records[0].records] == wanted
-            # As it should be: nothing is made again. Nor is it for a conversation that begins.
-            assert await answer(two, turn_of(key, max_tokens=3, after=3), records)
-            assert await answer(two, turn_of(key, "?", "new"), ())
-            assert two.sink.counts[("conversations_replayed_total",)] == 2
-            assert two.sink.counts[("tokens_total", "answer")] == 12 + 7 + 3 + 6
-
-    asyncio.run(main())
-
-
-def test_turns_of_one_conversation_are_served_in_the_order_in_which_they_were_asked(checkpoint, clip):
-    async def main():
-        async with bench.workers(bench.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
-            handle, _ = await landed(prefill, one, request_of(clip))
-            key = handle.media_id
-            await prefill.ship(key, await bench.ticket_for(two, key))
-            wanted = [await answer(one, turn_of(key, question)) for question in QUESTIONS]
-            records = one.report(full=True).records[0].records
-            # Both bring the history: the second must neither make it again nor overtake the first.
-            got = await asyncio.gather(*(answer(two, turn_of(key, question), records[:1]) for question in QUESTIONS[1:]))
-            assert got == wanted[1:]
-            assert two.sink.counts[("conversations_replayed_total",)] == 1
-
-    asyncio.run(main())
-
-
-def test_a_replay_that_is_cut_leaves_nothing_behind(checkpoint, clip, endless):
-    async def main():
-        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip))
-            key = handle.media_id
-            wanted = [await answer(decode, turn_of(key, question)) for question in QUESTIONS[:2]]
-            records = decode.report(full=True).records[0].records
-            bad = (records[0], replace(records[1], turn=replace(records[1].turn, question="<|im_end|>")))
-            with pytest.raises(BadRequest, match="im_end"):
-                await answer(decode, turn_of(key, conversation="d"), bad)
-            late = turn_of(key, conversation="d", deadline_s=1e-3)
-            with pytest.raises(DeadlineExceeded):
-                await answer(decode, late, records * 50)
-            leaver = asyncio.ensure_future(answer(decode, turn_of(key, conversation="d"), records * 50))
-            await until(lambda: decode.engine.conversations.get("d") is not None)
-            leaver.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await leaver
-            await until(lambda: decode.engine.conversations.get("d") is None and not decode.engine.turns)
-            assert [journal.conversation_id for journal in decode.report(full=True).records] == ["c"]
-            assert await answer(decode, turn_of(key, QUESTIONS[1], "d"), records[:1]) == wanted[1]
-
-    asyncio.run(main())
-
-
-def test_another_tenants_conversation_is_not_closed_by_a_history(checkpoint, clip):
-    async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip, tenant="a"))
-            key = handle.media_id
-            await answer(decode, turn_of(key, tenant="a"))
-            for history in (None, (), decode.report(full=True).records[0].records * 2):
-                with pytest.raises(NotFound):
-                    await answer(decode, turn_of(key, tenant="b"), history)
-            assert await answer(decode, turn_of(key, tenant="a", after=1))
-
-    asyncio.run(main())
-
-
-def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, clip, endless):
+def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, clips, endless):
     async def main():
         probe = bench.config_of(checkpoint)
         async with bench.workers(probe, model=endless) as ([prefill], [decode]):
-            size = (await landed(prefill, decode, request_of(clip)))[0].kv_bytes
+            size = (await landed(prefill, decode, request_of(clips[0])))[0].kv_bytes
         config = bench.config_of(checkpoint, engine={"prefix_bytes": int(size * 1.5)})
         async with bench.workers(config, model=endless) as ([prefill], [decode]):
             with pytest.raises(TooLarge, match="prefix_bytes"):
                 await decode.reserve("t", "k", 2 * size, 5.0)
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             assert await decode.reserve("idle", "k", size, 5.0)  # an idle prefix makes way
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
             await anext(stream)
@@ -225,20 +106,20 @@ def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, cli
             assert await decode.reserve("small", "k", size // 3, 5.0) and await decode.reserve("unknown", "k", None, 5.0)
             with pytest.raises(BadRequest, match="before"):
                 await decode.reserve("small", "k", size // 3, 5.0)
-            assert decode.dock.info()["transfers"] == {"reserved": 3}
+            assert decode.dock.info()["transfers"] == {"acked": 1, "reserved": 3}
             for name in ("idle", "small", "unknown", "idle", "never"):
                 await decode.release(name)
-            assert decode.dock.info()["transfers"] == {"aborted": 3}
+            assert decode.dock.info()["transfers"] == {"acked": 1, "aborted": 3}
             await stream.aclose()
 
     asyncio.run(main())
 
 
-def test_reports_tell_residents_when_they_change_and_everything_when_asked(checkpoint, clip):
+def test_reports_tell_residents_when_they_change_and_everything_when_asked(checkpoint, clips):
     async def main():
         async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
             assert decode.report(False).residents == () and decode.report(False).residents is None
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             report = decode.report(False)
             (told,) = report.residents
             assert (told.media_id, told.kv_bytes) == (handle.media_id, handle.kv_bytes) and report.records is None
@@ -251,7 +132,7 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             values = decode.sink.values
             assert values[("media_objects", "decode")] == 1 and values[("conversations",)] == 1
             assert values[("kv_bytes", "decode", "prefixes")] == handle.kv_bytes
-            info = await decode.info()
+            info = json.loads(json.dumps(await decode.info()))
             assert info["residents"] == [handle.media_id] and info["conversations"] == 1
             assert await decode.drop(handle.media_id) and not await decode.drop(handle.media_id)
             assert decode.report(False).residents == ()
@@ -259,14 +140,14 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
     asyncio.run(main())
 
 
-def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clip, endless):
+def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clips, endless):
     assert [pressure(line, 10, 0.5) for line in (0, 5, 6, 10, 20)] == pytest.approx([0, 0, 0.2, 1, 1])
     assert pressure(10, 10, 1.0) == 0.0
 
     async def main():
         config = bench.config_of(checkpoint, engine={"max_batch": 1, "max_waiting": 4}, decode={"brownout_at": 0.25})
         async with bench.workers(config, model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             turns = [turn_of(handle.media_id, conversation=str(i), max_tokens=40) for i in range(4)]
             asking = [asyncio.ensure_future(events_of(decode.ask(turn))) for turn in turns]
             usages = [(await one)[0][-1].usage for one in asking]
@@ -311,6 +192,7 @@ def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
             finally:
                 go_on.set()
             await asyncio.wrap_future(stuck)
+            await until(lambda: decode._desk._thread.stuck_s == 0.0)
             await decode.check()
             await decode.close()
             with pytest.raises(Unavailable):
@@ -319,10 +201,10 @@ def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
     asyncio.run(main())
 
 
-def test_closing_ends_turns_and_frees_everything(checkpoint, clip, endless):
+def test_closing_ends_turns_and_frees_everything(checkpoint, clips, endless):
     async def main():
         async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             await answer(decode, turn_of(handle.media_id, conversation="idle"))
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
             await anext(stream)
@@ -338,10 +220,10 @@ def test_closing_ends_turns_and_frees_everything(checkpoint, clip, endless):
     asyncio.run(main())
 
 
-def test_an_engine_error_ends_one_batch_and_not_the_worker(checkpoint, clip, endless, monkeypatch):
+def test_an_engine_error_ends_one_batch_and_not_the_worker(checkpoint, clips, endless, monkeypatch):
     async def main():
         async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clip))
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
             wanted = await answer(decode, turn_of(handle.media_id, conversation="a"))
             with monkeypatch.context() as broken:
                 broken.setattr(decode.engine, "_forward", lambda batch: torch.empty(0).mean(5))

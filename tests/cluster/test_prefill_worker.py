@@ -1,14 +1,13 @@
 """A prefill worker with a real engine: chunks leave early, copies stay, whatever ends early gives every byte back."""
 
 import asyncio
-import threading
+import json
 import time
 import uuid
 
 import pytest
 
 from sparsevila_cluster.cluster.copies import Copies
-from sparsevila_cluster.cluster.making import Making
 from sparsevila_cluster.errors import (
     BadMedia,
     BadRequest,
@@ -24,47 +23,9 @@ from sparsevila_cluster.errors import (
 )
 from sparsevila_cluster.transport import Ticket
 from tests.cluster import bench
-from tests.cluster.bench import answer, landed, made, request_of, settled, ticket_for, turn_of
-from tests.tiny import make_qwen2_5_vl
+from tests.cluster.bench import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
 
 KINDS = ("inproc", "gloo")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_qwen2_5_vl(tmp_path_factory.mktemp("tiny"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    return [bench.write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
-
-
-async def until(true, within_s=10.0):
-    until_s = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < until_s
-        await asyncio.sleep(0.005)
-
-
-class Gate:
-    """Stops prefills before the piece of layer `layer` that begins at row `start`, until it is opened."""
-
-    def __init__(self, monkeypatch, start=16, layer=0):
-        self.reached, self.opened = threading.Event(), threading.Event()
-        wrote = Making.wrote
-
-        def gated(making, at, first, stop):
-            if at == layer and first >= start and not self.opened.is_set():
-                self.reached.set()
-                assert self.opened.wait(20)
-            wrote(making, at, first, stop)
-
-        monkeypatch.setattr(Making, "wrote", gated)
-
-    async def wait(self):
-        assert await asyncio.to_thread(self.reached.wait, 20)
 
 
 def nothing_is_left(prefill, decode):
@@ -167,7 +128,7 @@ def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypa
     gate = Gate(monkeypatch)
 
     async def main():
-        config = bench.config_of(checkpoint, "gloo", transport={"dial_timeout_s": 2.0, "op_timeout_s": 2.0})
+        config = bench.config_of(checkpoint, "gloo", transport={"dial_timeout_s": 0.5, "op_timeout_s": 2.0})
         async with bench.workers(config, decode=2) as ([prefill], [gone, other]):
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(gone, key)))
@@ -185,6 +146,27 @@ def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypa
             assert prefill.sink.counts[("prefills_total",)] == 1
             with pytest.raises(LaneLost, match="decode-0"):
                 await prefill.ship(key, Ticket("t", gone.dock.address, 5.0))
+
+    asyncio.run(main())
+
+
+def test_a_lane_that_breaks_is_built_anew(checkpoint, clips, monkeypatch):
+    gate = Gate(monkeypatch, start=32)
+
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint, "gloo")) as ([prefill], [decode]):
+            key = await prefill.key_of(request_of(clips[0]))
+            making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
+            await gate.wait()
+            await until(lambda: decode.sink.counts[("kv_transfer_bytes_total", "in", "gloo")] > 0)
+            for lane in decode.dock._all_lanes():
+                lane.fail(LaneLost("cut by a test"))
+            gate.opened.set()
+            _, report, _ = await making
+            assert report["attempts"] == 2 and prefill.num_prefills == 1
+            rows = bench.rows_of(decode.engine.prefixes.get(key))
+            assert all(a.equal(b) for a, b in zip(rows, bench.rows_of(prefill.copies.all()[0]), strict=True))
+            assert decode.engine.prefixes.arena.used_bytes == prefill.copies.used_bytes
 
     asyncio.run(main())
 
@@ -316,7 +298,7 @@ def test_a_prefill_that_says_nothing_fails_the_check_and_keys_do_not_wait_for_it
             await making
             assert (await waiting)[1]["num_bytes"] > 0
             await prefill.check()
-            # The same media for two decode workers at once: made once.
+            json.dumps(await prefill.info())
             assert prefill.num_prefills == 2
 
     asyncio.run(main())

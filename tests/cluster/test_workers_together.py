@@ -11,23 +11,15 @@ from sparsevila_cluster.pipeline import LocalPipeline
 from sparsevila_cluster.request import Answer
 from tests.cluster import bench
 from tests.cluster.bench import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
-from tests.tiny import make_qwen2_5_vl
 
-KINDS = ("inproc", "gloo")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_qwen2_5_vl(tmp_path_factory.mktemp("tiny"), seed=0)
+KINDS = ("inproc", "gloo", "objectstore")
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    return [bench.write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
+def given_for(kind):
+    return {"courier": bench.Store()} if kind == "objectstore" else {}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def local(checkpoint, clips):
     """What one process with both engines makes of each clip: (handle, rows of KV, tokens of three answers in a row)."""
 
@@ -51,7 +43,7 @@ def local(checkpoint, clips):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_lands_bit_equal_and_is_answered_from(checkpoint, clips, local, kind):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind)) as ([prefill], [decode]):
+        async with bench.workers(bench.config_of(checkpoint, kind), **given_for(kind)) as ([prefill], [decode]):
             assert prefill.model.parts == PREFILL_PARTS and prefill.model.text.head_weight is None
             assert decode.model.parts == DECODE_PARTS
             for clip, (handle, rows, answers) in zip(clips, local, strict=True):
@@ -76,7 +68,7 @@ def test_a_copy_and_a_resident_prefix_are_shipped_without_a_prefill(checkpoint, 
     key = handle.media_id
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind), decode=3) as ([prefill], decodes):
+        async with bench.workers(bench.config_of(checkpoint, kind), decode=3, **given_for(kind)) as ([prefill], decodes):
             await landed(prefill, decodes[0], request_of(clips[0]))
             await prefill.ship(key, await bench.ticket_for(decodes[1], key, num_bytes=handle.kv_bytes))
             await decodes[1].ship(key, await bench.ticket_for(decodes[2], key, num_bytes=handle.kv_bytes))
