@@ -1,7 +1,7 @@
 """Logs as JSON, one object per line on stderr, with the ids that belong to a line as fields of their own.
 
-Knows: how a line looks. Does not know: who logs what; every `extra` that code hands over (turn_id, transfer_id, lane, ...) is a field. Nothing is set up by importing this: processes that we start
-call `log_to_stderr`.
+Knows: how a line looks. Does not know: who logs what; everything that code hands over in `extra` (turn_id, transfer_id, lane, ...)
+is a field. Nothing is set up by importing this: processes that we start call `log_to_stderr`.
 """
 
 from __future__ import annotations

@@ -56,3 +56,8 @@ class Caller:
             raise Cancelled(f"{what} was cancelled")
         if time.perf_counter() > self._until_s:
             raise DeadlineExceeded(f"{what} took longer than {self.deadline_s:g} s")
+
+    def remaining_s(self, what: str) -> float:
+        """Seconds until the deadline, more than 0. Raises as `check` does."""
+        self.check(what)
+        return max(1e-3, self._until_s - time.perf_counter())

@@ -36,6 +36,7 @@ class Asking:
         self._within_s = within_s
         self._where = f"{connection.target}: turn {turn.turn_id}"
         self._said: list[int] = []
+        self._brownout = 0.0
         self._told: set[str] = set()
 
     async def events(self) -> AsyncGenerator[TurnEvent, None]:
@@ -68,7 +69,7 @@ class Asking:
 
     def _stream(self, within_s: float) -> AsyncGenerator[pb.AskEvent, None]:
         self.num_streams += 1
-        message = ask_message(self.turn, self.conversation_id, self._said)
+        message = ask_message(self.turn, self.conversation_id, self._said, self._brownout)
         return self._connection.stream("Ask", message, within_s, f"turn {self.turn.turn_id}")
 
     def _take(self, message: pb.AskEvent) -> Iterator[TurnEvent]:
@@ -81,6 +82,7 @@ class Asking:
             if event.index != len(self._said):
                 raise DataLoss(f"{self._where}: token {event.index} arrived where token {len(self._said)} was due")
             self._said += event.token_ids
+            self._brownout = event.brownout
         elif event.kind in self._told:
             return
         elif event.kind == "done" and message.done.num_tokens != len(self._said):

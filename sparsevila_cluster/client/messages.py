@@ -23,8 +23,8 @@ def prepare_message(request: PrepareRequest, sources: Sequence[pb.MediaSource]) 
     )
 
 
-def ask_message(turn: Turn, conversation_id: str, said: Sequence[int]) -> pb.AskRequest:
-    """A question, or the rest of its answer behind the tokens `said`."""
+def ask_message(turn: Turn, conversation_id: str, said: Sequence[int], brownout: float) -> pb.AskRequest:
+    """A question, or the rest of its answer behind the tokens `said`, which came under this `brownout`."""
     wish = _filled(pb.Retrieval, keep=turn.retrieve_keep, mass=turn.retrieve_mass, refresh_every=turn.refresh_every)
     return _filled(
         pb.AskRequest,
@@ -36,6 +36,7 @@ def ask_message(turn: Turn, conversation_id: str, said: Sequence[int]) -> pb.Ask
         want_evidence=turn.want_evidence,
         turn_id=turn.turn_id,
         said_token_ids=said,
+        said_brownout=brownout,
     )
 
 
@@ -76,7 +77,8 @@ def to_event(turn_id: str, event: pb.AskEvent) -> TurnEvent | None:
         return TurnEvent("accepted", turn_id, conversation_id=event.accepted.conversation_id)
     if kind == "token":
         token = event.token
-        return TurnEvent("token", turn_id, index=token.index, token_ids=tuple(token.token_ids), text=token.text)
+        ids = tuple(token.token_ids)
+        return TurnEvent("token", turn_id, index=token.index, token_ids=ids, text=token.text, brownout=token.brownout)
     if kind == "evidence":
         return TurnEvent("evidence", turn_id, evidence=Evidence(tuple(map(_frame, event.evidence.frames))))
     if kind == "done":

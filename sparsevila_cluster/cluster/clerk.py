@@ -3,7 +3,7 @@
 Knows: envelopes, beats, and that errors leave as values. Does not know: Ray, or what the methods do.
 
     call:    ("value", result) or ("failure", the error as data)
-    stream:  ("beat", None) on arrival and whenever the worker has nothing to say, ("value", item)*, ("end", None) or ("failure", ...)
+    stream:  ("beat", None) on arrival and whenever nothing is said for a while, ("value", item)*, ("end", None) or ("failure", ...)
 """
 
 from __future__ import annotations

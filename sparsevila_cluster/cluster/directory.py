@@ -8,7 +8,7 @@ the least recently used goes first. Plain and synchronous; one thread at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -128,19 +128,12 @@ class Directory:
         """Requests with this digest ask for this content key."""
         self._digests.put(digest, key)
 
-    def note_held(self, worker: str, handle: MediaHandle) -> bool:
-        """A router saw a prefix arrive at a worker, which may report so only later. False if the worker is not known."""
-        known = self._workers.get(worker)
-        if known is not None:
+    def note_held(self, handle: MediaHandle, workers: Sequence[str], digest: str | None = None) -> None:
+        """A router saw a prefix arrive at these workers, which may report so only later, after a request with this digest."""
+        for known in [self._workers[worker] for worker in workers if worker in self._workers]:
             known.noted[handle.media_id] = (handle, self._clock())
-        return known is not None
-
-    def note_gone(self, worker: str, key: str) -> None:
-        """A router was told by a worker that it has this prefix no more."""
-        known = self._workers.get(worker)
-        if known is not None:
-            known.residents.pop(key, None)
-            known.noted.pop(key, None)
+        if digest is not None:
+            self.note_digest(digest, handle.media_id)
 
     def drop_media(self, key: str) -> bool:
         """Forget who holds a prefix and which requests ask for it. False if nobody held it."""

@@ -32,8 +32,8 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
     """Ray and Serve for `config` on 127.0.0.1 while the context lasts; yields the folder of its logs.
 
-    What the pools ask for counts as there: workers share the processors. Ray's token authentication is on, as it is by default, with a
-    token that no file holds.
+    What the pools ask for counts as there: workers share the processors. Ray's token authentication is on, as it is by
+    default, with a token that no file holds.
     """
     import ray
     from ray import serve
@@ -85,7 +85,7 @@ def _labels(pools: list[PoolConfig]) -> dict[str, str]:
     for pool in pools:
         for name, value in pool.labels.items():
             if labels.setdefault(name, value) != value:
-                raise BadConfig(f"one machine cannot be both {name}={labels[name]!r} and {name}={value!r}; legal: labels that agree")
+                raise BadConfig(f"one machine cannot be both {name}={labels[name]!r} and {name}={value!r}; legal: one of them")
     return labels
 
 

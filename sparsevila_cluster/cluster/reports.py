@@ -45,7 +45,7 @@ class Journal:
 class WorkerReport:
     """One worker, now.
 
-    address: what a sender needs to reach its dock (a `transport.DockAddress`), None for a worker without one. residents: every
+    address: of its dock (a `transport.DockAddress`), to build lanes ahead; None for a worker without one. residents: every
     prefix that it holds or keeps a copy of, None = as in the report before. records: every conversation that it holds, told to a
     directory that asks for everything; None otherwise.
     """

@@ -83,6 +83,8 @@ def _add_action(actions: Any, name: str, help: str, run: Callable[[argparse.Name
 
 
 def _connect(args: argparse.Namespace) -> Client:
+    if not args.verbose:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when gRPC is imported: it writes to stderr what errors say already
     from sparsevila_cluster.client import Client, Tls
 
     own = {name: value for name, value in (("certificate", args.tls_certificate), ("key", args.tls_key)) if value is not None}

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsevila_cluster.cluster_config import ClusterConfig, cluster_config_of
 from sparsevila_cluster.commands.options import OK, add_output_options
-from sparsevila_cluster.config import load_config
+from sparsevila_cluster.config import load_config, read_yaml
 from sparsevila_cluster.progress import ProgressLine
 
 
@@ -36,7 +37,9 @@ def add_to(commands: Any) -> None:
 
 
 def _config_check(args: argparse.Namespace) -> int:
-    fields = load_config(args.file).model_dump()
+    given = read_yaml(args.file)
+    cluster = set(given) & set(ClusterConfig.model_fields)
+    fields = (cluster_config_of(given) if cluster else load_config(args.file)).model_dump()
     if args.json:
         print(json.dumps({"file": args.file, "config": fields}))
     else:

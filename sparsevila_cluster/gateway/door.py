@@ -119,10 +119,11 @@ class Door:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise BadConfig(f"cannot listen on {address}: {error}") from error
+        except RuntimeError:
+            port = 0
         if not port:
-            raise BadConfig(f"cannot listen on {address}: the address is in use, or the TLS files do not fit together")
+            tls = "" if credentials is None else ", or the TLS files do not fit together"
+            raise BadConfig(f"cannot listen on {address}: it is in use or not an address of this machine{tls}")
         return int(port)
 
     def _warn(self) -> None:

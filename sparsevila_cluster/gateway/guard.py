@@ -50,10 +50,12 @@ class Call:
         left_s = self._context.time_remaining()
         return left_s is not None and left_s <= 0
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the client went away."""
-        return bool(self._context.cancelled() or self._context.done())
+    async def confirm(self) -> None:
+        """Make sure that the client is still there: a stream that breaks ends as one that was sent whole. Raises Cancelled."""
+        try:
+            await self._context.send_initial_metadata(())  # cannot be sent, or is cancelled meanwhile
+        except grpc.aio.InternalError as error:
+            raise Cancelled("the client went away") from error
 
     async def write(self, message: Message) -> None:
         """Send one message of a stream; waits while the client reads slowly. Raises Cancelled: nobody reads any more."""

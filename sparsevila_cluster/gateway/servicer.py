@@ -50,8 +50,6 @@ class Service(VideoQAServicer):
 
     async def UploadMedia(self, request_iterator: AsyncIterator[Any], context: Call) -> pb.MediaUpload:
         upload = await self._sources.receive(request_iterator, context)
-        if context.is_over:  # a stream that broke looks like one that ended
-            self._spool.remove(context.guest.owner, upload.upload_id)
         return pb.MediaUpload(
             upload_id=upload.upload_id, num_bytes=upload.num_bytes, digest=upload.digest, expires_in_s=upload.expires_in_s
         )

@@ -66,7 +66,8 @@ class Sources:
                 await self._in_thread(part.write, chunk.data)
             if part.num_bytes == 0:
                 raise BadRequest("the upload is empty; media need at least one byte")
-            return await self._in_thread(part.keep, kind)
+            await call.confirm()
+            return part.keep(kind)
         except BaseException:
             part.discard()
             raise

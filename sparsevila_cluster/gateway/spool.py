@@ -151,13 +151,6 @@ class Spool:
             self._held.pop(path, None)
             self._delete(path)
 
-    def remove(self, owner: str, upload_id: str) -> None:
-        """Delete a whole upload at once, unless it is in use: then when it expires."""
-        with self._lock, suppress(NotFound):
-            path = self._find(owner, upload_id)
-            if not self._held[path]:
-                self._delete(path)
-
     @property
     def ttl_s(self) -> float:
         return self._ttl_s

@@ -48,7 +48,7 @@ def to_turn(message: pb.AskRequest, *, turn_id: str, conversation_id: str, deadl
         want_evidence=message.want_evidence,
         deadline_s=deadline_s,
         tenant=tenant,
-        replay=Replay(tuple(message.said_token_ids)) if message.said_token_ids else None,
+        replay=Replay(tuple(message.said_token_ids), message.said_brownout) if message.said_token_ids else None,
         **{f"retrieve_{name}": value for name, value in retrieval.items()},
         **_given(message.retrieval, "refresh_every"),
     )
@@ -75,7 +75,8 @@ def to_event(event: TurnEvent, *, turn_id: str, conversation_id: str, num_tokens
     if event.kind == "accepted":
         return pb.AskEvent(accepted=pb.Accepted(turn_id=turn_id, conversation_id=conversation_id))
     if event.kind == "token":
-        return pb.AskEvent(token=pb.Token(index=event.index, token_ids=event.token_ids, text=event.text))
+        token = pb.Token(index=event.index, token_ids=event.token_ids, text=event.text, brownout=event.brownout)
+        return pb.AskEvent(token=token)
     if event.kind == "evidence":
         return pb.AskEvent(evidence=to_evidence(event.evidence))
     assert event.finish_reason is not None and event.usage is not None

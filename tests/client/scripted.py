@@ -72,7 +72,7 @@ class Scripted(VideoQAServicer):
                 if i - said == cut_after:
                     if await cut(context) == "end":
                         return
-                yield pb.AskEvent(token=pb.Token(index=i, token_ids=[TOKENS[i]], text=WORDS[i]))
+                yield pb.AskEvent(token=pb.Token(index=i, token_ids=[TOKENS[i]], text=WORDS[i], brownout=0.5))
             if request.want_evidence:
                 frame = pb.EvidenceFrame(frame=2, time_s=1.5, share=1.0, rows=2, cols=3, heat=bytes([0, 255, 0, 0, 0, 85]))
                 yield pb.AskEvent(evidence=pb.Evidence(frames=[frame]))

@@ -159,27 +159,6 @@ async def test_it_belongs_to_one_event_loop():
         await client.info()
 
 
-@pytest.fixture
-def served():
-    """A scripted server in a thread of its own; yields (servicer, port)."""
-    ready, done, told = threading.Event(), threading.Event(), []
-
-    async def main():
-        servicer = Scripted()
-        async with serving(servicer) as (_, port):
-            told.extend((servicer, port))
-            ready.set()
-            await asyncio.to_thread(done.wait, 60)
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
-    thread.start()
-    assert ready.wait(20)
-    yield told
-    done.set()
-    thread.join(20)
-    assert not thread.is_alive()
-
-
 def test_the_blocking_face(served):
     servicer, port = served
     stages = []

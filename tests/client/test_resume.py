@@ -80,6 +80,7 @@ async def test_a_stream_cut_anywhere_goes_on_at_the_next_token(how, num):
     assert "".join(pieces) == answer.text == TEXT and answer.token_ids == tuple(TOKENS)
     assert answer.finish_reason is FinishReason.STOP and len(answer.evidence) == 1
     assert second.said_token_ids == TOKENS[:num] and not first.said_token_ids
+    assert (first.said_brownout, second.said_brownout) == (0, 0.5 if num else 0)
     assert second.turn_id == first.turn_id and second.question == first.question
     assert first.conversation_id == "" and second.conversation_id == chat.conversation_id == "c0"
 

@@ -91,14 +91,12 @@ def test_a_worker_that_died_is_forgotten_at_once(directory):
 
 def test_a_routers_word_stands_until_the_worker_had_time_to_say_so_itself(directory, clock):
     directory.report(report("d0", keys=[]))
-    assert directory.note_held("d0", handle("m")) and not directory.note_held("stranger", handle("m"))
+    directory.note_held(handle("m"), ("d0", "stranger"), "digest")
+    assert directory.find("digest", None).key == "m"
     directory.report(report("d0", keys=[]))  # was on its way before the prefix arrived
     assert names(directory.holders("m")) == ["d0"] and directory.media("m") == handle("m")
     clock.now_s += NOTE_REPORTS
     directory.report(report("d0", keys=[]))
-    assert directory.holders("m") == ()
-    directory.report(report("d0", keys=["m"]))
-    directory.note_gone("d0", "m")
     assert directory.holders("m") == ()
 
 
