@@ -129,6 +129,10 @@ class Neighbour:
         self._over = True
         await self._task
 
+    def drop(self) -> None:
+        """Of a case that failed."""
+        self._task.cancel()
+
 
 async def typed(work: asyncio.Task[None]) -> SparseVilaError | None:
     """The error of ours that a task ended with, None if it went well. Anything else is raised."""
