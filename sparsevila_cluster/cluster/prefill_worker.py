@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -225,6 +226,7 @@ class PrefillWorker:
             "worker": self.name,
             "pool": "prefill",
             "node": self.node,
+            "pid": os.getpid(),
             "model": self.config.engine.model,
             "fingerprint": self.model.fingerprint,
             "device": str(self.model.device),
@@ -233,7 +235,7 @@ class PrefillWorker:
             "copies": [prefix.key for prefix in self.copies.all()],
             "copy_bytes": self.copies.used_bytes,
             "copy_budget_bytes": self.copies.budget_bytes,
-            "lanes": self.shipper.info(),
+            "lanes": self._sending.lanes(),
         }
 
     async def check(self) -> None:

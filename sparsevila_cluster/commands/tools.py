@@ -25,6 +25,7 @@ def add_to(commands: Any) -> None:
         "--out", default="sparsevila-demo", metavar="DIR", help="where videos and heat map go (%(default)s)"
     )
     demo.add_argument("--model", metavar="DIR", help="another checkpoint of the demo world")
+    demo.add_argument("--local", action="store_true", help="in this process, without a cluster, and compared with a dense engine")
     add_output_options(demo)
     demo.set_defaults(run=_demo)
 
@@ -50,7 +51,10 @@ def _config_check(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from sparsevila_cluster.demo.tour import run_tour
+    if args.local:
+        from sparsevila_cluster.demo.tour import run_tour as run
+    else:
+        from sparsevila_cluster.demo.cluster_tour import run_cluster_tour as run
 
     with ProgressLine() as progress:
-        return run_tour(Path(args.out), args.model or "demo", args.json, progress.stage)
+        return run(Path(args.out), args.model or "demo", args.json, progress.stage)

@@ -81,19 +81,20 @@ class Service(VideoQAServicer):
 
     async def Ask(self, request: pb.AskRequest, context: Call) -> None:
         num_tokens = len(request.said_token_ids)
-        turn, guest = self._turn(request, context), context.guest
-        turn_id = guest.outside(turn.turn_id)
+        turn = self._turn(request, context)
+        turn_id = context.guest.outside(turn.turn_id)
         async with aclosing(self._events(turn, request, context)) as events:
             async for event in events:
                 num_tokens += len(event.token_ids)
-                conversation_id = _conversation(event, turn, guest)
-                await context.write(to_event(event, turn_id=turn_id, conversation_id=conversation_id, num_tokens=num_tokens))
+                await context.write(
+                    to_event(event, turn_id=turn_id, conversation_id=event.conversation_id, num_tokens=num_tokens)
+                )
 
     async def Answer(self, request: pb.AskRequest, context: Call) -> pb.AnswerReply:
         turn = self._turn(request, context)
         async with aclosing(self._events(turn, request, context)) as events:
             arrived = [event async for event in events]
-        ids = {"turn_id": context.guest.outside(turn.turn_id), "conversation_id": _conversation(arrived[-1], turn, context.guest)}
+        ids = {"turn_id": context.guest.outside(turn.turn_id), "conversation_id": arrived[-1].conversation_id}
         return to_reply(Answer.from_events(arrived), **ids)
 
     async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortReply:
@@ -101,7 +102,7 @@ class Service(VideoQAServicer):
         return pb.AbortReply(aborted=await self._pipeline.abort(turn_id))
 
     async def CloseConversation(self, request: pb.CloseConversationRequest, context: Call) -> pb.CloseConversationReply:
-        conversation_id = context.guest.inside(check_id("conversation_id", request.conversation_id, required=True))
+        conversation_id = check_id("conversation_id", request.conversation_id, required=True)
         return pb.CloseConversationReply(closed=await self._pipeline.close_conversation(conversation_id))
 
     # ---- the server --------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Service(VideoQAServicer):
         info = _visible(await self._pipeline.info(), context.guest)
         door = {"calls": self._guard.num_calls, "spool_bytes": self._spool.num_bytes}
         return pb.ServerInfo(
-            version=metadata.version("sparsevila-cluster"),
+            version=_version(),
             model=str(info.get("model", "")),
             fingerprint=str(info.get("fingerprint", "")),
             max_message_bytes=self._config.max_message_bytes,
@@ -123,11 +124,10 @@ class Service(VideoQAServicer):
 
     def _turn(self, request: pb.AskRequest, call: Call) -> Turn:
         turn_id = check_id("turn_id", request.turn_id) or uuid.uuid4().hex
-        conversation_id = check_id("conversation_id", request.conversation_id) or uuid.uuid4().hex
         return to_turn(
             request,
             turn_id=call.guest.inside(turn_id),
-            conversation_id=call.guest.inside(conversation_id),
+            conversation_id=check_id("conversation_id", request.conversation_id),
             deadline_s=call.left_s(self._engine.turn_timeout_s),
             tenant=call.guest.tenant,
         )
@@ -165,16 +165,19 @@ class Service(VideoQAServicer):
                 self._fresh.popitem(last=False)
 
 
+def _version() -> str:
+    try:
+        return metadata.version("sparsevila-cluster")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
 async def _end(work: asyncio.Future[MediaHandle]) -> None:
     """Cancel `work` unless it is done, and wait for its end, for which it has GRACE_S."""
     work.cancel()
     await asyncio.wait((work,), timeout=GRACE_S)
     if work.done() and not work.cancelled():
         work.exception()  # whoever awaited it was told; nobody else has to be
-
-
-def _conversation(event: TurnEvent, turn: Turn, guest: Guest) -> str:
-    return guest.outside(event.conversation_id or turn.conversation_id)
 
 
 def _visible(told: Any, guest: Guest) -> Any:

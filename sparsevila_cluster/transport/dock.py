@@ -61,6 +61,7 @@ class Dock:
         self._lock = threading.Lock()
         self._transfers: OrderedDict[str, _Reservation] = OrderedDict()
         self._lanes: list[ReceiveLane] = []
+        self._ending: list[ReceiveLane] = []  # closed, but with threads that may not have noticed
         self._closed = threading.Event()
         self._token = secrets.token_hex(16)
         kind = resolve(config.kind, torch.device(device), courier)
@@ -130,8 +131,11 @@ class Dock:
         self._closed.set()
         if self._listener is not None:
             self._listener.close()
-        for lane in self._all_lanes():
+        lanes = self._all_lanes()
+        for lane in lanes:
             lane.fail(Unavailable(f"{self._worker} is closing"), quiet=True)
+        for lane in [*lanes, *self._ending]:
+            lane.join(self._config.op_timeout_s)
         self._keeper.join(self._config.op_timeout_s)
 
     # ---- lanes -----------------------------------------------------------------------------------------------------------------
@@ -225,6 +229,7 @@ class Dock:
         with self._lock:
             if lane in self._lanes:
                 self._lanes.remove(lane)
+            self._ending = [*(one for one in self._ending if one.has_threads), lane]
         self._count_lanes()
 
 

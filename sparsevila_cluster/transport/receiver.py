@@ -52,6 +52,17 @@ class ReceiveLane:
             thread.start()
 
     @property
+    def has_threads(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def join(self, within_s: float) -> None:
+        """Wait for the threads of a lane that failed."""
+        until_s = time.monotonic() + within_s
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(max(0.0, until_s - time.monotonic()))
+
+    @property
     def idle(self) -> bool:
         return not self._incoming
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsevila_cluster.cluster.directory import Directory
 from sparsevila_cluster.cluster.standing import pressure
 from sparsevila_cluster.errors import (
     BadRequest,
@@ -134,6 +135,16 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             assert values[("kv_bytes", "decode", "prefixes")] == handle.kv_bytes
             info = json.loads(json.dumps(await decode.info()))
             assert info["residents"] == [handle.media_id] and info["conversations"] == 1
+            (lane,) = info["lanes"]
+            assert (lane["direction"], lane["peer"], lane["kind"]) == ("in", prefill.name, "inproc")
+            (lane,) = json.loads(json.dumps(await prefill.info()))["lanes"]
+            assert (lane["direction"], lane["peer"], lane["kind"]) == ("out", decode.name, "inproc")
+            directory = Directory()
+            assert directory.report(report)["send_all"] and not directory.report(full)["send_all"]
+            assert not directory.report(prefill.report(True))["send_all"]
+            assert [one.worker for one in directory.holders(handle.media_id)] == [decode.name]
+            assert [one.worker for one in directory.copies(handle.media_id)] == [prefill.name]
+            assert directory.history("c").records == full.records[0].records
             assert await decode.drop(handle.media_id) and not await decode.drop(handle.media_id)
             assert decode.report(False).residents == ()
 

@@ -11,6 +11,7 @@ from sparsevila_cluster.pipeline import LocalPipeline
 from sparsevila_cluster.request import Answer
 from tests.cluster import bench
 from tests.cluster.bench import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
+from tests.families import FAMILIES
 
 KINDS = ("inproc", "gloo", "objectstore")
 
@@ -83,6 +84,29 @@ def test_a_copy_and_a_resident_prefix_are_shipped_without_a_prefill(checkpoint, 
                 assert all(torch.equal(a, b) for a, b in zip(bench.rows_of(prefix), rows, strict=True))
                 assert await answer(decode, turn_of(key)) == answers[0]
                 assert decode.engine.prefixes.arena.used_bytes == handle.kv_bytes
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])
+def test_other_families_are_served_by_workers_with_only_their_parts(family, tmp_path, clips):
+    """Warmed first, as a worker is."""
+    model_dir = FAMILIES[family].make(tmp_path / "model")
+
+    async def main():
+        room = 16 * 2**20
+        config = bench.config_of(model_dir, engine={"max_frames": 4, "prefix_bytes": room}, prefill={"copy_bytes": room})
+        pipeline = LocalPipeline(config.engine, load_model(model_dir))
+        async with bench.workers(config) as ([prefill], [decode]):
+            await prefill.warm()
+            await decode.warm()
+            request = request_of(clips[0])
+            handle = await pipeline.prepare(request)
+            assert (await landed(prefill, decode, request))[0].media_id == handle.media_id
+            for question in QUESTIONS[:2]:
+                events = [event async for event in pipeline.ask(turn_of(handle.media_id, question))]
+                assert await answer(decode, turn_of(handle.media_id, question)) == tokens_of(events)
+        await pipeline.close()
 
     asyncio.run(main())
 
