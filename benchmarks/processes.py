@@ -1,0 +1,51 @@
+"""Processor time by process of a cluster on this machine: what a token costs whom.
+
+Knows: /proc, sessions of processes, and how Ray names its own. Does not know: what they do. Empty where there is no /proc.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+REPLICA = re.compile(r"ray::ServeReplica:[^:]+:(\w+)")
+SERVE = "sparsevila_cluster\0serve"
+
+
+def cpu_s() -> Counter[str]:
+    """Seconds of processor time so far by role: `Router`, `Decode`, ... of every cluster that this process has started, `Ray` for
+    the rest of it, `client` for this process."""
+    mine = os.times()
+    spent: Counter[str] = Counter()
+    spent["client"] += mine.user + mine.system
+    stats = [stat for path in Path("/proc").glob("[0-9]*") if (stat := _stat(path))]
+    own = {session for path, parent, session, _ in stats if parent == os.getpid() and SERVE in _command(path)}
+    for path, _, session, busy_s in stats:
+        if session in own:
+            found = REPLICA.search(_command(path).replace("\0", " "))
+            spent[found[1] if found else "Ray"] += busy_s
+    return spent
+
+
+def _stat(path: Path) -> tuple[Path, int, int, float] | None:
+    """Parent, session and processor time of a process; None if it has ended."""
+    try:
+        fields = (path / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return path, int(fields[1]), int(fields[3]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _command(path: Path) -> str:
+    try:
+        return (path / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def cluster_cpu_s() -> float:
+    """Of all processes but this one."""
+    spent = cpu_s()
+    return sum(spent.values()) - spent["client"]
