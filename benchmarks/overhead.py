@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -56,7 +55,7 @@ class Overhead:
     pairs: list[tuple[Heard, Heard]] = field(default_factory=list)
     plain: list[tuple[float, float]] = field(default_factory=list)
     crowd_tokens_per_s: dict[str, list[float]] = field(default_factory=lambda: {CLUSTER: [], ENGINE: []})
-    cpu_s: Counter[str] = field(default_factory=Counter)
+    cpu_s: dict[str, float] = field(default_factory=dict)
     num_crowd_tokens: int = 0
 
     @property
@@ -76,7 +75,7 @@ class Overhead:
             "grpc_ms_per_message": percentile([each for _, each in self.plain], 50),
             "tokens_per_s_vs_engine": crowd[CLUSTER] / crowd[ENGINE],
         }
-        if self.cpu_s["Router"]:
+        if self.cpu_s.get("Router"):
             found["router_cpu_ms_per_token"] = self.cpu_s["Router"] / self.num_crowd_tokens * 1e3
         return {name: round(value, 4) for name, value in found.items()}
 
@@ -172,7 +171,8 @@ async def _crowd(both: Rivals, way: str, num: int, found: Overhead) -> None:
     num_tokens = sum(len(one.token_ids) for one in heard)
     found.crowd_tokens_per_s[way].append(num_tokens / elapsed_s)
     if way == CLUSTER:
-        found.cpu_s += processes.cpu_s() - before
+        for role, spent in processes.cpu_since(before).items():
+            found.cpu_s[role] = found.cpu_s.get(role, 0.0) + spent
         found.num_crowd_tokens += num_tokens
 
 
