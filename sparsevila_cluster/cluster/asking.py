@@ -66,7 +66,7 @@ class Asking:
         """The events of the turn, `done` last. Leaving the iteration early aborts it where it runs.
 
         Raises:
-            What the worker raises of the turn itself. Unavailable, NotFound: it can not go on anywhere. DeadlineExceeded, Cancelled.
+            What the worker raises of the turn itself. Unavailable, NotFound: it can go on nowhere. DeadlineExceeded, Cancelled.
         """
         told: set[str] = set()
         for attempt in range(1, self._fleet.config.router.max_attempts + 1):
@@ -91,7 +91,8 @@ class Asking:
                 if "done" in told or attempt == self._fleet.config.router.max_attempts or not await self._goes_on(worker, error):
                     raise
                 extra = {"turn": self.turn.turn_id, "worker": worker}
-                log.warning("a turn goes on elsewhere after %d tokens: %s", len(self._said), error, extra=extra)
+                level = logging.WARNING if worker in self._lost else logging.INFO
+                log.log(level, "a turn is asked again after %d tokens: %s", len(self._said), error, extra=extra)
 
     async def resolve(self) -> None:
         """Find out where a conversation stands that this router does not know, or whose last turn may be this very one.
@@ -142,7 +143,7 @@ class Asking:
         if self._history is None:
             self._history = await self._read_history()
         holders = [one for one in found.holders if one.worker not in self._lacking]
-        worker = choose_holder(holders, self._fleet.scene(self._lost))
+        worker = choose_holder(holders, self._fleet.scene(self._lost, head.base))
         return worker if worker is not None else await self._bring()
 
     async def _bring(self) -> str:

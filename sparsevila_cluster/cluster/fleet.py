@@ -40,9 +40,9 @@ class Fleet:
         self.under_way: Counter[str] = Counter()
         self.errands = Errands()
 
-    def scene(self, tried: Collection[str] = ()) -> Scene:
+    def scene(self, tried: Collection[str] = (), about: str = "") -> Scene:
         """What placement may know now."""
-        return Scene(self.under_way, self.breaker.cooling(time.monotonic()), tried)
+        return Scene(self.under_way, self.breaker.cooling(time.monotonic()), tried, about)
 
     @contextmanager
     def busy(self, worker: str) -> Iterator[None]:

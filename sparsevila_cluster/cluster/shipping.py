@@ -136,7 +136,7 @@ class Shipping:
             fleet, caller = self._fleet, wanted.caller
             found = await fleet.registry.find(None, wanted.key, caller)
             holders = [one for one in found.holders if one.worker not in wanted.lacking]
-            holder = choose_holder(holders, fleet.scene(search.to))
+            holder = choose_holder(holders, fleet.scene(search.to, wanted.key))
             if holder is not None and found.handle is not None:
                 return holder, as_reused(found.handle)
             if search.num_attempts >= fleet.config.router.max_attempts:
@@ -146,23 +146,23 @@ class Shipping:
             search.copies.update({one.worker: one for one in found.copies})
             decodes, prefills = snapshot.of("decode"), snapshot.of("prefill")
             num_bytes = found.handle.kv_bytes if found.handle is not None else None
-            target = choose_decode(decodes, num_bytes, fleet.scene(search.to))
+            target = choose_decode(decodes, num_bytes, fleet.scene(search.to, wanted.key))
             if target is None:
                 await self._nobody("decode", search, wanted)
                 continue
-            source = choose_source(search.copies.values(), holders, fleet.scene(search.by), target)
+            source = choose_source(search.copies.values(), holders, fleet.scene(search.by, wanted.key), target)
             # Until the copy of an attempt that failed is reported, nobody but its maker knows what it is: it is asked to make it
             # again, and sends what it has.
             making = source is None or found.handle is None
             if making and wanted.request is None:
                 raise _lost_for_good(wanted, search)
             if source is None:
-                maker = choose_prefill(prefills, fleet.scene(search.by))
+                maker = choose_prefill(prefills, fleet.scene(search.by, wanted.key))
                 if maker is None:
                     await self._nobody("prefill", search, wanted)
                     continue
                 source = _named(prefills, maker)
-            attempt = _Attempt(_named(decodes, target), source, making)
+            attempt = _Attempt(_named(decodes, target), source, making, copied=source.worker in search.copies)
             try:
                 if not making:
                     handle = as_reused(await self._try(attempt, wanted, found.handle))
@@ -194,9 +194,8 @@ class Shipping:
     def _blame(self, attempt: _Attempt, error: SparseVilaError, search: _Search, key: str) -> None:
         """Keep those who failed out of the next attempt."""
         fleet, target, source = self._fleet, attempt.target.worker, attempt.source.worker
-        log.warning(
-            "%s of %s from %s to %s failed: %s", attempt.leg, key[:12], source, target, error, extra={"transfer": attempt.transfer_id}
-        )
+        extra = {"transfer": attempt.transfer_id}
+        log.warning("%s of %s from %s to %s failed: %s", attempt.leg, key[:12], source, target, error, extra=extra)
         if attempt.leg == "reserve":
             search.to.add(target)
             return
