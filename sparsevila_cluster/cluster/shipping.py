@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
 from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
+from sparsevila_cluster.config import MIB
 from sparsevila_cluster.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # What another worker may do better. Everything else is the caller's to know.
 RETRIED = (Unavailable, QueueFull, DataLoss, Incompatible, DeadlineExceeded)
+# A worker that takes longer to send a copy, beyond a lease for standing in line, is stuck.
+SLOWEST_BYTES_PER_S = 16 * MIB
 # What says that a worker is gone or falling: a replacement may be under way.
 GONE = (WorkerLost, LaneLost)
 
@@ -107,8 +110,10 @@ class Shipping:
             NotFound: it is nowhere, and there is no request to make it from. Unavailable, QueueFull, LaneLost, DataLoss,
             Incompatible: nobody could, in `max_attempts`. DeadlineExceeded, Cancelled. BadMedia, BadRequest, TooLarge.
         """
+        # Who can not have it made must not decide for those who can.
+        together = f"{wanted.key}/{wanted.request is not None}"
         for _ in range(self._fleet.config.router.max_attempts):
-            (worker, handle), shared = await self._sharing.get(wanted.key, lambda: self._bring(wanted))
+            (worker, handle), shared = await self._sharing.get(together, lambda: self._bring(wanted))
             if worker not in wanted.lost:
                 return worker, as_reused(handle) if shared else handle
         raise Unavailable(f"media {wanted.key!r} went to workers that are lost")
@@ -235,8 +240,8 @@ class Shipping:
                     handle = await self._make(attempt, wanted, ticket)
                 else:
                     assert handle is not None
-                    kind = attempt.source.pool
-                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=ticket.deadline_s)
+                    kind, most_s = attempt.source.pool, fleet.config.transport.lease_s + handle.kv_bytes / SLOWEST_BYTES_PER_S
+                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=most_s)
                 arrived = True
             finally:
                 if not arrived:
