@@ -55,17 +55,19 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: ClusterConfig, verbose: bool = False) -> Application:
     """All deployments of `config`. verbose: replicas log what they do, not only what goes wrong."""
-    registry = _deployment(RegistryReplica, REGISTRY, config, 1, _actor(0.0)).bind(config, verbose)
+    registry = _deployment(RegistryReplica, REGISTRY, config, 1, _actor(0.0), verbose).bind(config, verbose)
     pools = [
-        _deployment(kind, name, config, pool.replicas, _worker(pool)).bind(config, registry, verbose)
+        _deployment(kind, name, config, pool.replicas, _worker(pool), verbose).bind(config, registry, verbose)
         for kind, name, pool in ((PrefillReplica, PREFILL, config.prefill), (DecodeReplica, DECODE, config.decode))
     ]
     router = config.router
-    door = _deployment(RouterReplica, ROUTER, config, router.replicas, _actor(router.num_cpus))
+    door = _deployment(RouterReplica, ROUTER, config, router.replicas, _actor(router.num_cpus), verbose)
     return door.bind(config, *pools, registry, verbose)
 
 
-def _deployment(kind: type[Clerk], name: str, config: ClusterConfig, replicas: int, actor: dict[str, Any]) -> serve.Deployment:
+def _deployment(
+    kind: type[Clerk], name: str, config: ClusterConfig, replicas: int, actor: dict[str, Any], verbose: bool
+) -> serve.Deployment:
     make: Any = serve.deployment(
         name=name,
         num_replicas=replicas,
@@ -76,6 +78,7 @@ def _deployment(kind: type[Clerk], name: str, config: ClusterConfig, replicas: i
         health_check_timeout_s=config.health_timeout_s,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
+        logging_config={"enable_access_log": False, "log_level": "INFO" if verbose else "WARNING"},
         request_router_config=RequestRouterConfig.model_validate({"request_router_class": PIN_ROUTER}),
     )
     deployment: serve.Deployment = make(kind)

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+import traceback
 from typing import Any
 
 ROOT = "sparsevila_cluster"
@@ -36,7 +37,7 @@ class JsonLines(logging.Formatter):
             line["worker"] = self._worker
         line.update({name: value for name, value in vars(record).items() if name not in PLAIN})
         if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
+            line["error"] = "".join(traceback.format_exception(*record.exc_info))
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
@@ -45,7 +46,7 @@ def log_to_stderr(verbose: bool, worker: str = "") -> None:
     ours = logging.getLogger(ROOT)
     for handler in [h for h in ours.handlers if isinstance(h.formatter, JsonLines)]:
         ours.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.__stderr__)  # Serve may have put its own in the place of sys.stderr
     handler.setFormatter(JsonLines(worker))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO if verbose else logging.WARNING)

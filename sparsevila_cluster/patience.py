@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable
+from concurrent.futures import Future
 from typing import TypeVar
 
 from sparsevila_cluster.errors import Cancelled, DeadlineExceeded
@@ -31,6 +32,13 @@ async def wait_within(work: Awaitable[R], within_s: float, what: str) -> R:
             return await work
     except TimeoutError as error:
         raise DeadlineExceeded(f"{what} took longer than {within_s:g} s") from error
+
+
+def outliving(work: Future[R]) -> asyncio.Future[R]:
+    """`work` of another thread, to be awaited here; it goes on when that is cancelled, and what it raises then is nobody's."""
+    waited = asyncio.wrap_future(work)
+    waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return asyncio.shield(waited)
 
 
 class Caller:

@@ -21,11 +21,11 @@ from ray import serve
 from ray.serve import RunTarget
 
 from sparsevila_cluster.app import application
-from sparsevila_cluster.cluster.own_ray import own_ray
+from sparsevila_cluster.cluster.own_ray import own_ray, within
 from sparsevila_cluster.cluster.ray_pool import RayPool
 from sparsevila_cluster.cluster.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import DeadlineExceeded, Internal, SparseVilaError, Unavailable, UserError, from_failure
+from sparsevila_cluster.errors import BadCheckpoint, DeadlineExceeded, Internal, SparseVilaError, Unavailable, UserError, from_failure
 from sparsevila_cluster.patience import GRACE_S
 from sparsevila_cluster.progress import ProgressLine
 
@@ -52,6 +52,8 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         progress = stack.enter_context(ProgressLine())
         if address is None:
             _check_port(config)
+            if not config.engine.model_dir.is_dir():
+                raise BadCheckpoint(f"{str(config.engine.model_dir)!r} is not a directory")
             progress.stage("start Ray", 0, 1)
             folder = stack.enter_context(own_ray(config, verbose))
             if config.door.spool_dir is None:  # routers share it, and it goes with the rest
@@ -60,10 +62,11 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         else:
             progress.stage("connect to Ray", 0, 1)
             stack.enter_context(_connected(address, verbose))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         serve.run_many(
             [RunTarget(application(config, verbose), name=config.name, route_prefix=None)], wait_for_applications_running=False
         )
-        stack.callback(serve.delete, config.name)
+        stack.callback(within, config.drain_timeout_s + GRACE_S, lambda: serve.delete(config.name))
         port = _wait_until_ready(config, start_s + config.start_timeout_s, progress.stage)
         progress.clear()
         host = f"[{config.door.host}]" if ":" in config.door.host else config.door.host

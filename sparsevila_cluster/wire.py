@@ -241,10 +241,8 @@ class Manifest:
     def _check_itself(self) -> None:
         spec, groups = self.spec, len(self.grids)
         _need(1 <= len(self.key) <= 256 and 1 <= len(self.transfer_id) <= 256, "key")
-        _need(1 <= self.length <= MAX_ROWS, "length")
-        _need(min(spec.num_layers, spec.num_kv_heads, spec.head_dim) >= 1, "spec")
-        _need(self.quantization in ("none", "int8"), "quantization")
-        _need(self.kind in ("video", "image"), "kind")
+        _need(1 <= self.length <= MAX_ROWS and min(spec.num_layers, spec.num_kv_heads, spec.head_dim) >= 1, "length, spec")
+        _need(self.quantization in ("none", "int8") and self.kind in ("video", "image"), "quantization, kind")
         _need(self.straight_bytes >= 0 and self.num_frames >= 0 and self.num_visual >= int(self.is_visual.sum()), "counts")
         _need(groups == len(self.media) == len(self.frames) == len(self.times_s), "groups")
         _need(bool((self.token_map[:, 0] < groups).all()) and bool((self.token_map >= -1).all()), "token_map")
@@ -266,39 +264,37 @@ class Manifest:
 
 
 def _read(fields: dict[str, Any]) -> Manifest:
-    spec, length = fields["spec"], int(fields["length"])
-    grids = tuple((int(rows), int(cols)) for rows, cols in fields["grids"])
-    chunks = tuple(Chunk(*map(int, chunk)) for chunk in fields["chunks"])
+    spec, length = fields["spec"], _int(fields["length"])
     return Manifest(
         transfer_id=_text(fields["transfer_id"]),
         key=_text(fields["key"]),
         tenant=_text(fields["tenant"]),
         spec=KVSpec(
-            num_layers=int(spec["num_layers"]),
-            num_kv_heads=int(spec["num_kv_heads"]),
-            head_dim=int(spec["head_dim"]),
+            num_layers=_int(spec["num_layers"]),
+            num_kv_heads=_int(spec["num_kv_heads"]),
+            head_dim=_int(spec["head_dim"]),
             dtype=DTYPES[spec["dtype"]],
             fingerprint=_text(spec["fingerprint"]),
-            layout_version=int(spec["layout_version"]),
+            layout_version=_int(spec["layout_version"]),
         ),
         length=length,
         is_visual=_tensor(fields["is_visual"], torch.bool, (length,)),
         positions=_tensor(fields["positions"], torch.int64, (-1, length)),
         token_map=_tensor(fields["token_map"], torch.int32, (length, 3)),
-        next_pos=int(fields["next_pos"]),
-        generation_floor=int(fields["generation_floor"]),
-        grids=grids,
-        media=tuple(map(int, fields["media"])),
-        frames=tuple(map(int, fields["frames"])),
+        next_pos=_int(fields["next_pos"]),
+        generation_floor=_int(fields["generation_floor"]),
+        grids=tuple((_int(rows), _int(cols)) for rows, cols in fields["grids"]),
+        media=tuple(map(_int, fields["media"])),
+        frames=tuple(map(_int, fields["frames"])),
         times_s=tuple(map(float, fields["times_s"])),
         kind=_text(fields["kind"]),
-        num_frames=int(fields["num_frames"]),
+        num_frames=_int(fields["num_frames"]),
         duration_s=float(fields["duration_s"]),
-        num_visual=int(fields["num_visual"]),
-        chunks=chunks,
+        num_visual=_int(fields["num_visual"]),
+        chunks=tuple(Chunk(*map(_int, chunk)) for chunk in fields["chunks"]),
         quantization=_text(fields["quantization"]),
         checksum=bool(fields["checksum"]),
-        straight_bytes=int(fields["straight_bytes"]),
+        straight_bytes=_int(fields["straight_bytes"]),
     )
 
 
@@ -310,6 +306,12 @@ def _need(truth: bool, what: str) -> None:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"text expected, not {type(value).__name__}")
+    return value
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"a whole number expected, not {type(value).__name__}")
     return value
 
 

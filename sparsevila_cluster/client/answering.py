@@ -21,7 +21,8 @@ from sparsevila_cluster.errors import DataLoss, SparseVilaError, Unavailable
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.request import Turn, TurnEvent
 
-# The server may still run the turn of a stream that only this client lost: how long it is asked to stop before going on.
+# The server may still run the turn of a stream that only this client lost, maybe before it heard of it: how long the server is
+# asked to stop it before the turn is asked again.
 STOP_WITHIN_S = 2.0
 
 
@@ -60,7 +61,7 @@ class Asking:
                     if len(self._said) > num_said:
                         attempts.worked()
                     await self._connection.again(attempts, error)
-                    if "accepted" in self._told:
+                    if isinstance(error, Unavailable):
                         await self._stop_other_stream()
         except (GeneratorExit, asyncio.CancelledError):
             if "done" not in self._told:

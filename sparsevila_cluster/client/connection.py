@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 import grpc.aio
 
-from sparsevila_cluster.client.failures import Attempts, closed_error, is_cancelled, to_error
+from sparsevila_cluster.client.failures import MADE_UP_STATUS, Attempts, closed_error, is_cancelled, to_error
 from sparsevila_cluster.errors import BadRequest, SparseVilaError, Unavailable
 from sparsevila_cluster.patience import GRACE_S, wait_within
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
@@ -25,6 +26,7 @@ from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 log = logging.getLogger(__name__)
 
 MAX_RECEIVE_BYTES = 64 * 2**20
+STATUS_WITHIN_S = 0.2
 # Clients do not share connections: one that is closed, or blocked, is nobody else's. A lost server is looked for often.
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
@@ -128,16 +130,18 @@ class Connection:
         try:
             async with aclosing(messages):
                 async for message in messages:
-                    # The server may refuse before all is sent: its status, which says why, comes with the reply.
                     with self._translated(what), suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                         await call.write(message)
-                    if call.done():
+                    if call.done():  # the server need not wait for all to say why it refuses
                         break
                     yield message
             with self._translated(what):
-                if not call.done():
-                    await call.done_writing()
-                reply = await call
+                try:
+                    if not call.done():
+                        await call.done_writing()
+                    reply = await call
+                except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                    raise await _status_of(call) from None
             yield reply
         finally:
             call.cancel()
@@ -203,6 +207,19 @@ def _read(path: str | PathLike[str]) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise BadRequest(f"TLS: cannot read {str(path)!r}: {error.strerror}") from error
+
+
+async def _status_of(call: grpc.aio.StreamUnaryCall) -> grpc.aio.AioRpcError:
+    """How a call failed. gRPC makes a status up for a write that came too late, mostly only until the server's own has arrived.
+
+    If that came first, it is lost, and the call counts as cut: made again, it is refused again.
+    """
+    until_s = time.monotonic() + STATUS_WITHIN_S
+    while await call.details() == MADE_UP_STATUS and time.monotonic() < until_s:
+        await asyncio.sleep(0.005)
+    return grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+    )
 
 
 async def _quietly(work: Coroutine[Any, Any, Any]) -> None:

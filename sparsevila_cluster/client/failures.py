@@ -34,7 +34,10 @@ RETRY_FOR_S = 20.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 MAX_REFUSALS = 5
 # What gRPC itself says of a stream whose other end went away, under codes that servers use for other things.
-BROKEN = ("rst_stream", "stream terminated", "stream removed", "goaway", "connection reset", "socket closed")
+MADE_UP_STATUS = "Internal error from Core"
+BROKEN = (
+    MADE_UP_STATUS.lower(), "rst_stream", "stream terminated", "stream removed", "goaway", "connection reset", "socket closed",
+)  # fmt: skip
 OF_CODE: dict[str, type[SparseVilaError]] = {
     "INVALID_ARGUMENT": BadRequest,
     "OUT_OF_RANGE": BadRequest,

@@ -37,7 +37,7 @@ from sparsevila_cluster.transport import Courier, Dock, DockAddress, Shipper, Ti
 log = logging.getLogger(__name__)
 
 # Messages of senders without a lane of their own that are waited for at once.
-MAX_EXCHANGES = 16
+MAX_EXCHANGES = 64
 
 
 class DecodeWorker:
@@ -63,7 +63,7 @@ class DecodeWorker:
         self._desk = Desk(name, self.engine, config.decode.brownout_at)
         self._journals = Journals(engine.max_conversations)
         self._answering = Answering(self._desk, self._journals, self.sink)
-        landing = EngineLanding(spec, self._desk.post, transport.op_timeout_s)
+        landing = EngineLanding(spec, self._desk.post, transport.lease_s)
         self.dock = Dock(name, landing, spec, transport, device=self.model.device, courier=courier, sink=self.sink)
         self._sending = Sending(Shipper(name, spec, transport, courier=courier, sink=self.sink), transport.dial_timeout_s)
         self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="exchange")
@@ -183,6 +183,8 @@ class DecodeWorker:
     async def info(self) -> dict[str, Any]:
         """Plain data, for people."""
         standing = await self._desk.call(self._desk.look)
+        dock = self.dock.info()
+        lanes = [{"direction": "in", "peer": lane.pop("worker"), **lane} for lane in dock.pop("lanes")]
         return {
             "worker": self.name,
             "pool": "decode",
@@ -198,8 +200,8 @@ class DecodeWorker:
             "turns_preempted": standing.num_preempted,
             "brownout": standing.brownout,
             "steps": standing.num_steps,
-            "dock": self.dock.info(),
-            "lanes": self._sending.shipper.info()["lanes"],
+            "dock": dock,
+            "lanes": [*lanes, *self._sending.lanes()],
         }
 
     async def check(self) -> None:

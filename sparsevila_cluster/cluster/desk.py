@@ -17,7 +17,7 @@ from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.engine_thread import EngineThread
 from sparsevila_cluster.errors import Internal, Unavailable, WorkerLost
 from sparsevila_cluster.kv import MediaPrefix
-from sparsevila_cluster.patience import wait_within
+from sparsevila_cluster.patience import outliving, wait_within
 
 R = TypeVar("R")
 
@@ -82,9 +82,8 @@ class Desk:
         """A resident prefix, which stays until `let_go`; None if there is none."""
         future = self.post(lambda engine: engine.prefixes.hold(key) if key in engine.prefixes else None)
         try:
-            waited = asyncio.shield(asyncio.wrap_future(future))  # whoever leaves now may hold it a moment later
-            return await wait_within(waited, self._call_s, f"the decode engine of {self.worker}")
-        except BaseException:
+            return await wait_within(outliving(future), self._call_s, f"the decode engine of {self.worker}")
+        except BaseException:  # whoever leaves now may hold it a moment later
             future.add_done_callback(lambda held: None if held.exception() or held.result() is None else self.let_go(key))
             raise
 

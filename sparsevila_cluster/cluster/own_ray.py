@@ -10,22 +10,26 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsevila_cluster.cluster_config import ClusterConfig, PoolConfig
 from sparsevila_cluster.config import MIB
 from sparsevila_cluster.errors import BadConfig
+from sparsevila_cluster.patience import GRACE_S
 
 OBJECT_STORE_BYTES = 512 * MIB
 # For the processes of every node that runs replicas. Messages between replicas: Serve's limit of 4 MiB is too small for a report of
-# everything. The loop that routes is the replica's own: a call between replicas takes 0.4 ms less.
+# everything. The loop that routes is the replica's own: a call between replicas takes 0.4 ms less. Whether a replica
+# lives is asked for 1 s, not 0.1 s, which a busy machine does not hold.
 REPLICA_ENV = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * MIB),
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
 }
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @contextmanager
@@ -65,13 +69,25 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             yield folder
         finally:
             try:
-                serve.shutdown()
+                within(config.drain_timeout_s + GRACE_S, serve.shutdown)
             finally:
                 ray.shutdown()
     finally:
         for name in added:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def within(most_s: float, call: Callable[[], object]) -> None:
+    """Wait for `call`, which Ray may never answer any more, but no longer than `most_s`. What it raises is not told."""
+
+    def run() -> None:
+        with suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(most_s)
 
 
 def _sums(wishes: list[tuple[dict[str, float], int]]) -> dict[str, float]:

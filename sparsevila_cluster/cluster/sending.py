@@ -13,7 +13,7 @@ from typing import Any
 
 from sparsevila_cluster.errors import DeadlineExceeded, LaneLost, SparseVilaError, WorkerLost
 from sparsevila_cluster.kv import MediaPrefix
-from sparsevila_cluster.patience import GRACE_S, wait_within
+from sparsevila_cluster.patience import GRACE_S, outliving, wait_within
 from sparsevila_cluster.transport import DockAddress, Shipment, Shipper, Ticket
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,10 @@ class Sending:
             except SparseVilaError as error:
                 log.warning("no lane yet", extra={"to": dock.worker, "why": str(error)})
 
+    def lanes(self) -> list[dict[str, Any]]:
+        """Lanes to other workers, as plain data."""
+        return [{"direction": "out", "peer": lane.pop("dock"), **lane} for lane in self.shipper.info()["lanes"]]
+
     async def finish(self, shipment: Shipment, ticket: Ticket, within_s: float, release: Callable[[], object]) -> dict[str, Any]:
         """The report of a shipment when all of it has arrived. Cancelling this aborts the shipment.
 
@@ -68,7 +72,7 @@ class Sending:
         future = self._finish_soon(shipment, within_s, release)
         try:
             # Shielded: the rows may only be let go by the thread that waits, so it is told to stop, not left alone.
-            return await wait_within(asyncio.shield(asyncio.wrap_future(future)), within_s + GRACE_S, "sending a media prefix")
+            return await wait_within(outliving(future), within_s + GRACE_S, "sending a media prefix")
         except (asyncio.CancelledError, DeadlineExceeded):
             self.abort(shipment, "nobody waits for it any more")
             raise

@@ -32,6 +32,8 @@ from sparsevila_cluster.trip import make_trip, megabytes, resolved_sparsity, tri
 from sparsevila_cluster.video_qa import VideoQA
 
 Report = Callable[[str, int, int], None]
+# A video of the world: its file, what it shows, its seed.
+Film = tuple[Path, Scene, int]
 
 SHOWN_SEEDS = (1, 2, 3)
 EXAM_SEEDS = tuple(range(101, 117))
@@ -86,7 +88,7 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
     sparse_config = build_config(model=model)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        shown = [film(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
+        shown = [make_film(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
     except OSError as error:
         raise BadRequest(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
 
@@ -103,7 +105,7 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
         exam = []
         for number, seed in enumerate(EXAM_SEEDS):
             report("film more videos", number, len(EXAM_SEEDS))
-            exam.append(film(Path(room) / f"{seed}.mp4", seed))
+            exam.append(make_film(Path(room) / f"{seed}.mp4", seed))
         score = {"sparse": mark(_sit(sparse, exam, "ask the sparse engine", report))}
         with _engine(build_config(model=model, **DENSE), report) as dense:
             score["dense"] = mark(_sit(dense, exam, "ask the dense engine", report))
@@ -152,7 +154,7 @@ def mark(visits: Sequence[Visit]) -> dict[str, Any]:
     }
 
 
-def film(path: Path, seed: int) -> tuple[Path, Scene, int]:
+def make_film(path: Path, seed: int) -> Film:
     """Draw a scene and write its video."""
     scene, frames = make_video(seed)
     write_mp4(frames, path)
@@ -177,7 +179,7 @@ def _visit(qa: VideoQA, path: Path, questions: Sequence[Question], report: Repor
     return Visit(path, chat.media, turns)
 
 
-def _sit(qa: VideoQA, exam: Sequence[tuple[Path, Scene, int]], stage: str, report: Report) -> list[Visit]:
+def _sit(qa: VideoQA, exam: Sequence[Film], stage: str, report: Report) -> list[Visit]:
     visits = []
     for number, (path, scene, seed) in enumerate(exam):
         report(stage, number, len(exam))

@@ -91,10 +91,7 @@ class Fetcher:
     async def _get(self, url: str, write: Callable[[bytes], Awaitable[None]], max_bytes: int) -> str | None:
         """One hop: where it redirects to, or None once the body is written."""
         hop = Hop.of(url)
-        address = await self._checked_address(hop)
-        reader, writer = await asyncio.open_connection(
-            address, hop.port, ssl=self._tls, server_hostname=hop.host, limit=MAX_HEAD_BYTES
-        )
+        reader, writer = await self._connect(hop)
         try:
             host = f"[{hop.host}]" if ":" in hop.host else hop.host
             host = host if hop.port == 443 else f"{host}:{hop.port}"
@@ -115,14 +112,20 @@ class Fetcher:
         finally:
             writer.transport.abort()
 
-    async def _checked_address(self, hop: Hop) -> str:
+    async def _connect(self, hop: Hop) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To the first address that answers. All of them must be public: one that is not says what the others are for."""
         addresses = await self._resolve(hop.host, hop.port)
-        if not addresses:
-            raise BadMedia(f"{hop.host[:100]!r} has no address")
+        if not all(self._public(address) for address in addresses):
+            raise PermissionDenied(f"{hop.host[:100]!r} is not a public host: nothing is fetched from inside our network")
+        failed = BadMedia(f"{hop.host[:100]!r} has no address")
         for address in addresses:
-            if not self._public(address):
-                raise PermissionDenied(f"{hop.host[:100]!r} is not a public host: nothing is fetched from inside our network")
-        return addresses[0]
+            try:
+                return await asyncio.open_connection(
+                    address, hop.port, ssl=self._tls, server_hostname=hop.host, limit=MAX_HEAD_BYTES
+                )
+            except OSError as error:
+                failed = BadMedia(f"cannot reach {hop.host[:100]!r}: {str(error) or type(error).__name__}")
+        raise failed
 
 
 async def resolve_name(host: str, port: int) -> Sequence[str]:

@@ -20,6 +20,7 @@ from sparsevila_cluster.gateway.failures import renamed
 from sparsevila_cluster.gateway.fetch import Fetcher
 from sparsevila_cluster.gateway.guard import Call
 from sparsevila_cluster.gateway.spool import KINDS, Part, Spool, Upload
+from sparsevila_cluster.media.source import read_data_url
 from sparsevila_cluster.patience import wait_within
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.request import MediaSource
@@ -96,6 +97,8 @@ class Sources:
             return _source(str(path), kind if named.kind else uploaded_as)
         if which == "inline":
             return _source(await self._keep_inline(named.inline, call, stack, names), kind)
+        if which == "url" and named.url[:5].lower() == "data:":
+            return await self._keep_data_url(named.url, kind, call, stack, names)
         if which == "url":
             return _source(await self._keep_url(named.url, call, stack, names), kind)
         if which == "file":
@@ -105,9 +108,9 @@ class Sources:
         raise BadRequest("a source must name one of upload_id, inline, url, file; got none")
 
     async def _keep_inline(self, data: bytes, call: Call, stack: AsyncExitStack, names: dict[str, str]) -> str:
-        most = self._config.max_inline_bytes
-        if len(data) > most:
-            raise TooLarge(f"{len(data)} inline bytes are more than max_inline_bytes = {most}; upload them")
+        if len(data) > self._config.max_inline_bytes:
+            most = f"max_inline_bytes = {self._config.max_inline_bytes}"
+            raise TooLarge(f"{len(data)} bytes within a request are more than {most}; upload them")
         if not data:
             raise BadMedia("inline media is empty; media need at least one frame")
         part = self._part(call, stack)
@@ -115,12 +118,16 @@ class Sources:
         await self._in_thread(part.write, data)
         return str(part.path)
 
+    async def _keep_data_url(
+        self, url: str, kind: str, call: Call, stack: AsyncExitStack, names: dict[str, str]
+    ) -> MediaSource:
+        """Bytes travel as files between workers, whatever they came in. What the URL says of its kind is what it is held to."""
+        data, media_type = await self._in_thread(read_data_url, url, self._limits)
+        declared = media_type.partition("/")[0]
+        path = await self._keep_inline(data, call, stack, names)
+        return _source(path, declared if kind == "auto" and declared in KINDS else kind)
+
     async def _keep_url(self, url: str, call: Call, stack: AsyncExitStack, names: dict[str, str]) -> str:
-        if url[:5].lower() == "data:":
-            most = self._config.max_inline_bytes
-            if len(url) * 3 // 4 > most + 100:
-                raise TooLarge(f"a data URL of {len(url)} characters is more than max_inline_bytes = {most}; upload it")
-            return url
         part = self._part(call, stack)
         names[str(part.path)] = repr(url[:200])
 

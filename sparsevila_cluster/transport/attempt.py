@@ -5,6 +5,7 @@ Knows: counters, buffers under way. Does not know: messages or threads.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -79,3 +80,4 @@ class Lane:
         self.link, self.lane_id, self.epoch = link, lane_id, epoch
         self.channel = Channel(link)
         self.attempts: dict[str, Attempt] = {}
+        self.reader: threading.Thread | None = None

@@ -1,17 +1,15 @@
-"""Links over torch.distributed's gloo: a two-rank group of its own for every link, found through the dock's store.
+"""Links over torch.distributed's gloo: a two-rank group of its own for every link.
 
 Knows: how gloo behaves when a peer dies, stops or sends too much (measured; see below). Does not know: what is sent.
 
 A receive stays posted for the next messages at all times, because it is the only operation that fails at once when the peer dies:
 a bulk tensor that has begun to arrive stays silent until its own deadline. A wait that runs into its deadline closes the pair, so
 a deadline is final; `close` uses exactly that. A tensor larger than the posted buffer would abort the whole process, so both sides
-compute sizes alone, and messages are cut into frames. A prefix in the store is never used twice.
+compute sizes alone, and messages are cut into frames. A group is never built twice on the same store.
 """
 
 from __future__ import annotations
 
-import logging
-import socket
 import struct
 import threading
 import time
@@ -20,7 +18,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import msgpack
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,8 +25,8 @@ from torch import Tensor
 from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import LaneLost
 from sparsevila_cluster.transport.link import MAX_MESSAGE_BYTES, Accept, DockAddress, Handle
+from sparsevila_cluster.transport.rendezvous import Door, PairStore, knock
 
-log = logging.getLogger(__name__)
 FRAME_BYTES = 32 * 1024
 NUM_POSTED = 4  # receives posted for messages
 MAX_UNDER_WAY = 64  # frames sent that nobody has waited for
@@ -55,7 +52,7 @@ class GlooLink:
     kind = "gloo"
     straight = True
 
-    def __init__(self, group: Any, store: Any, rank: int, config: TransportConfig):
+    def __init__(self, group: Any, store: PairStore, rank: int, config: TransportConfig):
         self._group, self._store, self._peer = group, store, 1 - rank
         self._op_s = config.op_timeout_s
         self._lock = threading.Lock()
@@ -116,6 +113,7 @@ class GlooLink:
             _wait(self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, CLOSING_TAG), 0.001)
         except (LaneLost, RuntimeError):
             pass
+        self._store.close()
 
     def _post(self) -> None:
         frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
@@ -152,100 +150,45 @@ def brief(error: Exception) -> str:
     return text.rsplit("] ", 1)[-1].split(". This is typically")[0][:200]
 
 
-def build_group(store: Any, prefix: str, rank: int, host: str, within_s: float) -> Any:
-    """A gloo group of two over a prefix that nobody used before. Raises LaneLost when the other rank does not come."""
+class GlooListener:
+    """Builds a group with everybody who comes through its door, and a link on it."""
+
+    def __init__(self, token: str, config: TransportConfig, device: torch.device, accept: Accept):
+        self._config, self._device, self._accept = config, device, accept
+        host = "127.0.0.1" if config.host == "auto" else config.host
+        self._door = Door(host, token, config.dial_timeout_s, self._build)
+        self.host, self.port = self._door.host, self._door.port
+
+    def close(self) -> None:
+        self._door.close()
+
+    def _build(self, hello: dict[str, Any], store: PairStore) -> None:
+        self._accept(_link_of(hello["kind"], store, 0, self.host, self._config, self._device))
+
+
+def dial_gloo(kind: str, address: DockAddress, config: TransportConfig, device: torch.device) -> GlooLink:
+    """Raises LaneLost: nobody listens, or the dock does not come within config.dial_timeout_s."""
+    store, here = knock(address, config.dial_timeout_s, kind=kind)
+    return _link_of(kind, store, 1, here, config, device)
+
+
+def _link_of(kind: str, store: PairStore, rank: int, host: str, config: TransportConfig, device: torch.device) -> GlooLink:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
-    options._timeout = to_timedelta(within_s)
+    options._timeout = to_timedelta(config.dial_timeout_s)
     options._threads = 1
     # The default device resolves the name of this host, which may fail, or bind to a public address.
     options._devices = [gloo.create_device(hostname=host)]
     try:
-        return gloo(dist.PrefixStore(prefix, store), rank, 2, options)
+        group = gloo(dist.PrefixStore("messages", store), rank, 2, options)
+        if kind == "nccl":
+            from sparsevila_cluster.transport.nccl import build_nccl_link
+
+            return build_nccl_link(group, store, rank, config, device)
+        return GlooLink(group, store, rank, config)
     except RuntimeError as error:
+        store.close()
         raise LaneLost(f"no group of two: {brief(error)}") from error
-
-
-class GlooListener:
-    """A store of its own on a free port. A dialer leaves the name of a prefix there, and both build a group on it."""
-
-    def __init__(self, token: str, config: TransportConfig, device: torch.device, accept: Accept):
-        self.host = "127.0.0.1" if config.host == "auto" else config.host
-        self._token, self._config, self._device, self._accept = token, config, device, accept
-        within = to_timedelta(config.dial_timeout_s)
-        self._store: Any = dist.TCPStore(self.host, 0, None, is_master=True, wait_for_workers=False, timeout=within)
-        self.port = self._store.port
-        self._closed = False
-        self._thread = threading.Thread(target=self._listen, name="gloo-listener", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        # The listener waits for this key.
-        self._store.set(_join(self._token, self._store.add(_joins(self._token), 1)), b"")
-        self._thread.join(self._config.dial_timeout_s)
-
-    def _listen(self) -> None:
-        store, number = self._store.clone(), 0
-        while not self._closed:
-            number += 1
-            key = _join(self._token, number)
-            while not self._closed:
-                try:
-                    store.wait([key], to_timedelta(60.0))
-                    break
-                except RuntimeError:
-                    continue
-            if self._closed:
-                return
-            raw = store.get(key)
-            store.delete_key(key)
-            threading.Thread(target=self._build, args=(raw,), name="gloo-accept", daemon=True).start()
-
-    def _build(self, raw: bytes) -> None:
-        try:
-            joined = msgpack.unpackb(raw)
-            kind, lane_id = joined["kind"], joined["lane"]
-            link = link_of(kind, self._store.clone(), lane_id, 0, self.host, self._config, self._device)
-        except Exception as error:  # foreign bytes under our key, or a dialer that did not come
-            log.warning("no lane was built: %s", error)
-            return
-        self._accept(link)
-
-
-def dial_gloo(kind: str, address: DockAddress, lane_id: str, config: TransportConfig, device: torch.device) -> GlooLink:
-    """Raises LaneLost: nobody listens, or the dock does not come within config.dial_timeout_s."""
-    within_s = config.dial_timeout_s
-    try:
-        # A store's client tries for its whole deadline where nobody listens; a socket is told at once.
-        with socket.create_connection((address.host, address.port), within_s) as probe:
-            here = probe.getsockname()[0]
-        within = to_timedelta(within_s)
-        store: Any = dist.TCPStore(address.host, address.port, None, is_master=False, wait_for_workers=False, timeout=within)
-        number = store.add(_joins(address.token), 1)
-        store.set(_join(address.token, number), msgpack.packb({"kind": kind, "lane": lane_id}))
-    except (OSError, RuntimeError) as error:
-        raise LaneLost(f"the dock of {address.worker} does not answer: {brief(error)}") from error
-    return link_of(kind, store, lane_id, 1, here, config, device)
-
-
-def link_of(
-    kind: str, store: Any, lane_id: str, rank: int, host: str, config: TransportConfig, device: torch.device
-) -> GlooLink:
-    """One end of a link, on a prefix named by the lane. Raises LaneLost."""
-    group = build_group(store, f"lane/{lane_id}", rank, host, config.dial_timeout_s)
-    if kind == "nccl":
-        from sparsevila_cluster.transport.nccl import build_nccl_link
-
-        return build_nccl_link(group, store, lane_id, rank, config, device)
-    return GlooLink(group, store, rank, config)
-
-
-def _joins(token: str) -> str:
-    return f"joins/{token}"
-
-
-def _join(token: str, number: int) -> str:
-    return f"join/{token}/{number}"
+    except LaneLost:
+        store.close()
+        raise

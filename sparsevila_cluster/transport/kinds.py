@@ -50,7 +50,7 @@ def dial(
         return dial_objectstore(address, lane_id, courier, config)
     from sparsevila_cluster.transport.gloo import dial_gloo
 
-    return dial_gloo(kind, address, lane_id, config, device)
+    return dial_gloo(kind, address, config, device)
 
 
 def kind_towards(address: DockAddress, device: torch.device) -> str:

@@ -21,6 +21,7 @@ from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import LaneLost
 from sparsevila_cluster.transport.gloo import GlooLink, brief, to_timedelta
 from sparsevila_cluster.transport.link import Handle
+from sparsevila_cluster.transport.rendezvous import PairStore
 
 # A peer's death must not end this process: no watchdog that tears it down, no dump, no monitor.
 ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
@@ -36,7 +37,7 @@ class NcclLink(GlooLink):
 
     kind = "nccl"
 
-    def __init__(self, group: Any, store: Any, rank: int, config: TransportConfig, data: Any):
+    def __init__(self, group: Any, store: PairStore, rank: int, config: TransportConfig, data: Any):
         self._data = data
         super().__init__(group, store, rank, config)
 
@@ -80,7 +81,7 @@ class Polled:
                 time.sleep(POLL_S)
 
 
-def build_nccl_link(group: Any, store: Any, lane_id: str, rank: int, config: TransportConfig, device: torch.device) -> NcclLink:
+def build_nccl_link(group: Any, store: PairStore, rank: int, config: TransportConfig, device: torch.device) -> NcclLink:
     """Raises LaneLost."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -90,7 +91,7 @@ def build_nccl_link(group: Any, store: Any, lane_id: str, rank: int, config: Tra
         torch.cuda.set_device(device)
         options = ProcessGroupNCCL.Options()
         options._timeout = to_timedelta(config.op_timeout_s)
-        data = ProcessGroupNCCL(dist.PrefixStore(f"lane/{lane_id}/bulk", store), rank, 2, options)
+        data = ProcessGroupNCCL(dist.PrefixStore("bulk", store), rank, 2, options)
     except (ImportError, RuntimeError) as error:
         raise LaneLost(f"no NCCL group: {brief(error)}") from error
     return NcclLink(group, store, rank, config, data)

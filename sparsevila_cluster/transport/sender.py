@@ -28,6 +28,8 @@ from sparsevila_cluster.wire import VERSION
 
 log = logging.getLogger(__name__)
 DEVICE_POLL_S = 0.001
+JOIN_S = 1.0
+BYE_S = 0.25
 
 Dial = Callable[[str], Link]  # lane id -> link; raises LaneLost
 
@@ -161,7 +163,8 @@ class Route:
         self._lane = lane
         self._beat_at_s = time.monotonic() + self._config.beat_s
         self._told.lanes(+1)
-        threading.Thread(target=self._read, args=(lane,), name=f"lane-{self.address.worker}", daemon=True).start()
+        lane.reader = threading.Thread(target=self._read, args=(lane,), name=f"lane-{self.address.worker}", daemon=True)
+        lane.reader.start()
         return lane
 
     def _offer_waiting(self) -> None:
@@ -299,9 +302,13 @@ class Route:
         self._lane = None
         try:
             lane.channel.say("bye", failure=None)
+            if error is None and lane.reader is not None:
+                lane.reader.join(BYE_S)  # until the dock has said goodbye as well: it has read everything then
         except LaneLost:
             pass
         lane.link.close()
+        if lane.reader is not None:
+            lane.reader.join(JOIN_S)
         self._told.lanes(-1)
         if error is not None:
             facts = {"lane": lane.lane_id, "dock": self.address.worker, "epoch": lane.epoch, "transfers": list(lane.attempts)}

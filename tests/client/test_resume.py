@@ -162,7 +162,8 @@ async def test_what_was_not_accepted_is_asked_again(how):
     servicer.script["Ask"] = [cut_after(0, HOWS[how], accept=False)] * 2
     async with serving(servicer) as (_, port):
         _, pieces = await ask_through(servicer, port)
-    assert "".join(pieces) == TEXT and len(servicer.of("Ask")) == 3 and not servicer.of("Abort")
+    assert "".join(pieces) == TEXT and [name for name, _ in servicer.calls] == ["Ask", "Abort", "Ask", "Abort", "Ask"]
+    assert len({request.turn_id for _, request in servicer.calls}) == 1 and not any(r.said_token_ids for r in servicer.of("Ask"))
 
 
 async def test_a_full_queue_is_asked_again_when_it_says_so():

@@ -162,8 +162,8 @@ async def test_what_a_progress_function_raises_ends_the_preparation(film):
 
 async def test_an_upload_that_is_refused_says_why(film):
     servicer = Scripted()
-    servicer.script["UploadMedia"] = [TooLarge("512 bytes are the limit")]
+    servicer.script["UploadMedia"] = [TooLarge("512 bytes are the limit")] * 9
     async with serving(servicer) as (_, port), connect(port) as client:
         with pytest.raises(TooLarge, match=f"127.0.0.1:{port}: 512 bytes"):
             await client.upload(film)
-    assert len(servicer.of("UploadMedia")) == 1
+    assert 1 <= len(servicer.of("UploadMedia")) < 9 and not servicer.uploads  # gRPC may lose a status: see `_status_of`

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import threading
+import time
 import uuid
 from dataclasses import replace
 
 import pytest
 import torch
 
+from sparsevila_cluster.cluster.directory import Directory
 from sparsevila_cluster.cluster.standing import pressure
 from sparsevila_cluster.errors import (
     BadRequest,
@@ -62,10 +64,13 @@ def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endles
                 (turn_of(handle.media_id, max_tokens=2000, deadline_s=0.05), lambda turn: asyncio.sleep(0), DeadlineExceeded),
             ):
                 stream = decode.ask(turn)
-                await anext(stream)
+                told = await anext(stream)
                 await end(turn)
                 with pytest.raises(error):
-                    await events_of(stream)
+                    async for events in stream:
+                        told += events
+                # What was said before the end is told before the error.
+                assert [event.index for event in told[1:]] == list(range(len(told) - 1))
             assert not await decode.abort("nobody")
             assert decode.report(full=True).records == ()
 
@@ -134,6 +139,16 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             assert values[("kv_bytes", "decode", "prefixes")] == handle.kv_bytes
             info = json.loads(json.dumps(await decode.info()))
             assert info["residents"] == [handle.media_id] and info["conversations"] == 1
+            (lane,) = info["lanes"]
+            assert (lane["direction"], lane["peer"], lane["kind"]) == ("in", prefill.name, "inproc")
+            (lane,) = json.loads(json.dumps(await prefill.info()))["lanes"]
+            assert (lane["direction"], lane["peer"], lane["kind"]) == ("out", decode.name, "inproc")
+            directory = Directory()
+            assert directory.report(report)["send_all"] and not directory.report(full)["send_all"]
+            assert not directory.report(prefill.report(True))["send_all"]
+            assert [one.worker for one in directory.holders(handle.media_id)] == [decode.name]
+            assert [one.worker for one in directory.copies(handle.media_id)] == [prefill.name]
+            assert directory.history("c").records == full.records[0].records
             assert await decode.drop(handle.media_id) and not await decode.drop(handle.media_id)
             assert decode.report(False).residents == ()
 
@@ -197,6 +212,20 @@ def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
             await decode.close()
             with pytest.raises(Unavailable):
                 await decode.check()
+
+    asyncio.run(main())
+
+
+def test_closing_does_not_wait_for_an_engine_that_is_stuck(checkpoint):
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint, engine={"close_timeout_s": 0.2})) as (_, [decode]):
+            go_on = threading.Event()
+            decode._desk.post(lambda engine: go_on.wait(20))
+            began_s = time.monotonic()
+            with pytest.raises(DeadlineExceeded, match="0.2 s"):
+                await decode.close()
+            assert time.monotonic() - began_s < 5
+            go_on.set()
 
     asyncio.run(main())
 

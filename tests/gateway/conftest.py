@@ -1,5 +1,7 @@
 """One tiny checkpoint for all tests of the door."""
 
+import logging
+
 import pytest
 
 from tests.gateway.doors import clip
@@ -14,3 +16,11 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips():
     return [clip(seed) for seed in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_logged_as_an_error(request, caplog):
+    """A client's mistakes and a client's leaving are no errors of ours, nor of the libraries under us."""
+    yield
+    errors = [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+    assert not errors or "logged" in request.node.name, errors

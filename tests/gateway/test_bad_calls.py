@@ -44,6 +44,7 @@ def bad_asks(media_id):
         (ask(media_id, turn_id="t" * 201), BadRequest, "turn_id"),
         (ask(media_id, conversation_id="\x00"), BadRequest, "conversation_id"),
         (ask(media_id, said_token_ids=[3, -1]), BadRequest, "said_token_ids"),
+        *((ask(media_id, said_token_ids=[3], said_brownout=b), BadRequest, "brownout") for b in (-0.1, 1.5, NAN)),
         *((sampling(max_tokens=n), BadRequest, "max_tokens") for n in (0, -1)),
         *((sampling(temperature=t), BadRequest, "temperature") for t in (-0.1, 10.1, NAN, float("inf"))),
         *((sampling(top_p=p), BadRequest, "top_p") for p in (0, -1, 1.01, NAN)),
@@ -276,12 +277,13 @@ def test_what_the_pipeline_raises_is_told_and_bugs_are_logged_once(checkpoint, c
     run(checkpoint, work, pipeline=Broken(error))
 
 
-def test_statuses_fit_into_metadata():
+def test_statuses_fit_into_metadata(caplog):
     for text in ("x" * 100_000, "é" * 100_000, "\ud800" * 100_000, "😀" * 100_000, ""):
         assert len(clipped(text).encode()) <= MAX_MESSAGE_BYTES
         code, details, trailers = status_of(BadRequest(text))
         assert 3 * len(details.encode()) + sum(len(value) * 4 // 3 for _, value in trailers) < 8000
     assert type(as_known(KeyError("x"), "Ask")) is Internal and "x" not in str(as_known(KeyError("x"), "Ask")).split()
+    caplog.clear()  # it was logged, as it should
     error = QueueFull("'/tmp/a/b' and /tmp/a/b", 3.0)
     told = renamed(error, {"/tmp/a/b": "upload 'u'"})
     assert str(told) == "upload 'u' and upload 'u'" and told.retry_after_s == 3.0 and renamed(error, {"/x": "y"}) is error

@@ -170,6 +170,29 @@ def test_a_client_that_is_killed_leaves_nothing_behind(checkpoint, clips):
     run(checkpoint, work)
 
 
+def test_a_client_that_stands_still_is_given_up(checkpoint, clips):
+    async def work(house):
+        media = await prepare(house.stub, clips[0])
+        request = await long_question(house, media.media_id)
+        slow_down(house.pipeline, 0.2)  # half a minute for the answer
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(rules.ROOT), str(rules.ROOT / "kernels")))}
+        command = [sys.executable, "-c", CLIENT.replace("why?", request.question), house.address, media.media_id]
+        client = subprocess.Popen(command, stdout=subprocess.PIPE, env=environ, cwd=rules.ROOT)
+        try:
+            await asyncio.to_thread(client.stdout.readline)
+            assert await turns(house) == 1
+            client.send_signal(signal.SIGSTOP)
+            started = time.perf_counter()
+            await house.settled()
+            assert time.perf_counter() - started < 10 and house.door._spool.num_bytes == 0
+        finally:
+            client.kill()
+            client.wait(10)
+            client.stdout.close()
+
+    run(checkpoint, work, keepalive_s=1.0)
+
+
 def test_a_cancelled_preparation_ends_and_its_bytes_go(checkpoint, clips):
     async def work(house):
         call = house.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[pb.MediaSource(inline=clips[0])]))
