@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from sparsevila_cluster.cluster.fleet import Fleet, Kind
+from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
 from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
 from sparsevila_cluster.errors import (
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 RETRIED = (Unavailable, QueueFull, DataLoss, Incompatible, DeadlineExceeded)
 # What says that a worker is gone or falling: a replacement may be under way.
 GONE = (WorkerLost, LaneLost)
-PAUSE_S = 0.1
 
 
 @dataclass
@@ -136,33 +135,33 @@ class Shipping:
             fleet, caller = self._fleet, wanted.caller
             found = await fleet.registry.find(None, wanted.key, caller)
             holders = [one for one in found.holders if one.worker not in wanted.lacking]
-            holder = choose_holder(holders, fleet.scene(search.to))
+            holder = choose_holder(holders, fleet.scene(search.to, wanted.key))
             if holder is not None and found.handle is not None:
                 return holder, as_reused(found.handle)
             if search.num_attempts >= fleet.config.router.max_attempts:
                 assert search.error is not None
                 raise search.error
-            snapshot = await fleet.registry.snapshot(caller)
             search.copies.update({one.worker: one for one in found.copies})
-            decodes, prefills = snapshot.of("decode"), snapshot.of("prefill")
+            decodes = await fleet.workers("decode", caller)
             num_bytes = found.handle.kv_bytes if found.handle is not None else None
-            target = choose_decode(decodes, num_bytes, fleet.scene(search.to))
+            target = choose_decode(decodes, num_bytes, fleet.scene(search.to, wanted.key))
             if target is None:
                 await self._nobody("decode", search, wanted)
                 continue
-            source = choose_source(search.copies.values(), holders, fleet.scene(search.by), target)
+            source = choose_source(search.copies.values(), holders, fleet.scene(search.by, wanted.key), target)
             # Until the copy of an attempt that failed is reported, nobody but its maker knows what it is: it is asked to make it
             # again, and sends what it has.
             making = source is None or found.handle is None
             if making and wanted.request is None:
                 raise _lost_for_good(wanted, search)
             if source is None:
-                maker = choose_prefill(prefills, fleet.scene(search.by))
+                prefills = await fleet.workers("prefill", caller)
+                maker = choose_prefill(prefills, fleet.scene(search.by, wanted.key))
                 if maker is None:
                     await self._nobody("prefill", search, wanted)
                     continue
                 source = _named(prefills, maker)
-            attempt = _Attempt(_named(decodes, target), source, making)
+            attempt = _Attempt(_named(decodes, target), source, making, copied=source.worker in search.copies)
             try:
                 if not making:
                     handle = as_reused(await self._try(attempt, wanted, found.handle))
@@ -194,9 +193,8 @@ class Shipping:
     def _blame(self, attempt: _Attempt, error: SparseVilaError, search: _Search, key: str) -> None:
         """Keep those who failed out of the next attempt."""
         fleet, target, source = self._fleet, attempt.target.worker, attempt.source.worker
-        log.warning(
-            "%s of %s from %s to %s failed: %s", attempt.leg, key[:12], source, target, error, extra={"transfer": attempt.transfer_id}
-        )
+        extra = {"transfer_id": attempt.transfer_id}
+        log.warning("%s of %s from %s to %s failed: %s", attempt.leg, key[:12], source, target, error, extra=extra)
         if attempt.leg == "reserve":
             search.to.add(target)
             return
@@ -242,11 +240,11 @@ class Shipping:
                 arrived = True
             finally:
                 if not arrived:
-                    fleet.tell_later("decode", target, "release", transfer_id, transfer=transfer_id)
+                    fleet.tell_later("decode", target, "release", transfer_id, transfer_id=transfer_id)
         having = (attempt.target, attempt.source)
         within_s = caller.remaining_s("preparing media")
         await fleet.registry.note_held(handle, having, wanted.digest, within_s)
-        log.info("media %s is resident at %s", wanted.key[:12], target, extra={"transfer": transfer_id, "worker": target})
+        log.info("media %s is resident at %s", wanted.key[:12], target, extra={"transfer_id": transfer_id, "at": target})
         return handle
 
     async def _make(self, attempt: _Attempt, wanted: Wanted, ticket: Ticket) -> MediaHandle:
