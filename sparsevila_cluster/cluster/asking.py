@@ -90,7 +90,7 @@ class Asking:
                 self.worker = None
                 if "done" in told or attempt == self._fleet.config.router.max_attempts or not await self._goes_on(worker, error):
                     raise
-                extra = {"turn": self.turn.turn_id, "worker": worker}
+                extra = {"turn_id": self.turn.turn_id, "at": worker}
                 level = logging.WARNING if worker in self._lost else logging.INFO
                 log.log(level, "a turn is asked again after %d tokens: %s", len(self._said), error, extra=extra)
 
@@ -112,7 +112,7 @@ class Asking:
         self._history = ()
         head = self.head
         opening = self._fleet.registry.tell("open_conversation", head.base, head.media_id, head.tenant)
-        self._fleet.later(opening, "opening a conversation", turn=self.turn.turn_id)
+        self._fleet.later(opening, "opening a conversation", turn_id=self.turn.turn_id)
 
     async def lock(self) -> None:
         """Wait for the conversation's turns before this one. Raises DeadlineExceeded."""
@@ -226,7 +226,7 @@ class Asking:
             head.unrecorded.clear()
         except SparseVilaError as error:
             del head.unrecorded[:-MAX_UNRECORDED]
-            log.warning("a turn is not in the registry yet: %s", error, extra={"turn": self.turn.turn_id})
+            log.warning("a turn is not in the registry yet: %s", error, extra={"turn_id": self.turn.turn_id})
 
     # ---- when it fails -----------------------------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class Asking:
             if not isinstance(error, WorkerLost):
                 self._fleet.failed(worker, error)
             # It may be alive, out of reach for a moment: nobody listens to what it says there any more.
-            self._fleet.tell_later("decode", worker, "abort", self.turn.turn_id, turn=self.turn.turn_id)
+            self._fleet.tell_later("decode", worker, "abort", self.turn.turn_id, turn_id=self.turn.turn_id)
             return True
         if isinstance(error, QueueFull) and self._history == () and not self._said:
             # Nothing ties a conversation that begins to this worker, where another one has its prefix too.

@@ -6,23 +6,9 @@ import time
 import pytest
 
 from sparsevila_cluster.cluster.conversations import Token
-from sparsevila_cluster.errors import (
-    NotFound,
-    Unavailable,
-    WorkerLost,
-)
+from sparsevila_cluster.errors import NotFound, Unavailable, WorkerLost
 from tests.cluster.scripted import conversation
-from tests.cluster.scripted_cluster import (
-    NUM,
-    QUESTIONS,
-    SETTLE_REPORTS,
-    ask,
-    holders,
-    home,
-    run,
-    run_prepared,
-    video,
-)
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, SETTLE_REPORTS, ask, holders, home, run, run_prepared, video
 
 
 def test_a_registry_that_is_away_is_said_in_time_and_filled_by_reports_when_it_is_back():
@@ -35,6 +21,7 @@ def test_a_registry_that_is_away_is_said_in_time_and_filled_by_reports_when_it_i
         assert time.perf_counter() - started_s < 2
         cluster.start_registry()
         cluster.report()
+        cluster.clock.now_s += SETTLE_REPORTS
         asked = cluster.prefill.num("key_of")
         assert (await router.prepare(video())).media_id == first.media_id
         assert cluster.num_encoded == 1 and cluster.prefill.num("key_of") == asked, "the router knew the key"
@@ -50,6 +37,7 @@ def test_a_registry_that_restarts_meanwhile_is_not_noticed():
         await asyncio.sleep(0.15)
         cluster.start_registry()
         cluster.report()
+        cluster.clock.now_s += SETTLE_REPORTS
         assert holders(cluster, (await task).media_id)
 
     run(scenario)
@@ -116,6 +104,7 @@ def test_the_registry_may_restart_while_a_turn_is_recovered():
         await asyncio.sleep(0.1)
         cluster.start_registry()
         cluster.report()
+        cluster.clock.now_s += SETTLE_REPORTS
         answer, _ = await task
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1] and cluster.num_encoded == 1
 
@@ -152,15 +141,18 @@ def test_deleting_media_frees_every_copy():
     run(scenario)
 
 
-def test_an_unknown_media_is_not_denied_before_every_worker_could_report():
+def test_what_a_new_registry_does_not_know_is_not_denied_nor_made_again_before_every_worker_could_report():
     async def scenario(cluster, router):
         key = (await router.prepare(video())).media_id
         cluster.registry.kill("registry")
         cluster.start_registry()
-        task = asyncio.create_task(cluster.router("other").media(key))
+        others = [cluster.router(f"r{i}") for i in range(3)]
+        tasks = [others[0].media(key), others[1].prepare(video()), ask(others[2], key, QUESTIONS[0])]
+        tasks = [asyncio.create_task(task) for task in tasks]
         await asyncio.sleep(0.1)
+        assert not any(task.done() for task in tasks)
         cluster.report()
-        assert (await task).media_id == key
+        assert [await task for task in tasks[:2]] and (await tasks[2])[0].token_ids and cluster.num_encoded == 1
         cluster.clock.now_s += SETTLE_REPORTS
 
     run(scenario)

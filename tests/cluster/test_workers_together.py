@@ -49,7 +49,7 @@ def test_a_prefix_lands_bit_equal_and_is_answered_from(checkpoint, clips, local,
             assert decode.model.parts == DECODE_PARTS
             for clip, (handle, rows, answers) in zip(clips, local, strict=True):
                 got, report = await landed(prefill, decode, request_of(clip))
-                assert got.media_id == handle.media_id and not got.reused and set(got.ms) == set(handle.ms)
+                assert got.media_id == handle.media_id and not got.reused and set(got.ms) == {*handle.ms, "transfer"}
                 assert (got.kv_bytes, got.visual_tokens_kept) == (handle.kv_bytes, handle.visual_tokens_kept)
                 assert report["kind"] == kind and report["num_bytes"] >= handle.kv_bytes and report["attempts"] == 1
                 prefix = decode.engine.prefixes.get(handle.media_id)
