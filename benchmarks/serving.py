@@ -66,11 +66,11 @@ class Plan:
 QUICK = Plan(
     frames=16,
     num_tokens=12,
-    levels=(Level(4, 2, clients=1), Level(6, 1, clients=4), Level(5, 1, share=0.5), Level(5, 1, share=0.9)),
+    levels=(Level(4, 2, clients=1), Level(6, 1, clients=4), Level(5, 1, share=0.7)),
     pace=overhead.Pace(
         num_tokens=12,
-        alone=Patience(least=2, most=5, budget_s=9.0),
-        crowded=Patience(least=1, most=2, budget_s=6.0),
+        alone=Patience(least=2, most=5, budget_s=12.0),
+        crowded=Patience(least=1, most=2, budget_s=8.0),
     ),
 )
 
@@ -157,7 +157,7 @@ def show(report: Report, cost: overhead.Overhead, rows: Sequence[Row], slo: Slo)
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="shorter videos and fewer loads: a minute and a half on two cores")
+    parser.add_argument("--quick", action="store_true", help="shorter videos and fewer loads: about a minute and a half on two cores")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the checkpoint is kept (620 MB)")
     parser.add_argument("--json", action="store_true", help="print the JSON document and nothing else")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write results to DIR")
