@@ -125,7 +125,11 @@ def test_figures_are_of_the_best_load_and_of_one_client():
     ]
     rows = serving.load_rows(outcomes, serving.slo_of(outcomes, 2.0))
     assert [row["goodput_per_s"] for row in rows] == [2.0, 2.0, 4.0, 0.0]
-    assert serving.figures(rows) == {"goodput_vs_dense": 2.0, "warm_ttft_share_of_cold": 0.02}
+    assert serving.figures(outcomes, 2.0) == {"goodput_vs_dense": 2.0, "warm_ttft_share_of_cold": 0.02}
+    strict, mild = serving.goodput_rows(outcomes, (0.5, 10.0))
+    assert strict == {"slo_scale": 0.5, "sparse_per_s": 0.0, "dense_per_s": 0.0, "ratio": None}
+    assert (mild["sparse_per_s"], mild["dense_per_s"], mild["ratio"]) == (4.0, 8.0, 0.5)
+    assert "goodput_vs_dense" not in serving.figures(outcomes, 0.5), "what cannot be said is absent"
 
 
 def test_conversations_about_new_videos_stand_evenly_among_the_others():
