@@ -10,6 +10,7 @@ are parked outside the arena, in host memory, least recently used first, and com
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -66,6 +67,9 @@ class ConversationStore:
         self._refused: tuple[str, int, int, int] | None = None
         self._num_left = 0
         self.num_parked = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
 
     def __len__(self) -> int:
         return len(self._all)

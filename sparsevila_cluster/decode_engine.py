@@ -4,6 +4,7 @@ Knows: the life of a turn, its KV and its tokens. Does not know: media, encoders
 
     submit -> waiting -> [question prefill over the FULL prefix + tail: scores, first token]
                  ^            -> retrieve + pack (per layer) -> [step]* over packed KV + tail -> done
+                 |               (a replay: the answer's known rows in one piece, then steps)
                  '---- preempted: packed KV dropped, text KV and chosen rows kept ----'
 
 Question rows and decode rows share one step; a long question takes several. A turn is admitted with room for its question and a
@@ -32,12 +33,13 @@ from sparsevila_cluster.errors import (
 )
 from sparsevila_cluster.kv import Arena, MediaPrefix, PrefixStore
 from sparsevila_cluster.models.adapter import Model
-from sparsevila_cluster.request import Turn, TurnEvent
+from sparsevila_cluster.request import Turn, TurnEvent, check_brownout
 from sparsevila_cluster.retrieval import budget_of
 from sparsevila_cluster.running_turn import RunningTurn, Sink
 from sparsevila_cluster.sampling import choose
 from sparsevila_cluster.scheduler import Scheduler
 from sparsevila_cluster.step_batch import Segment, TurnBatch
+from sparsevila_cluster.turn_answer import TurnAnswer
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +73,8 @@ class DecodeEngine:
 
         Raises:
             NotFound: unknown media, or a conversation that is not here as `turn.after` says, or is another tenant's. BadRequest,
-            TooLarge: illegal or over-long question, or a wish that the configured retrieval cannot fulfil. QueueFull: too many
-            turns wait.
+            TooLarge: illegal or over-long question, a replay that no answer begins with, or a wish that the configured retrieval
+            cannot fulfil. QueueFull: too many turns wait.
         """
         if turn.turn_id in self.turns:
             raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
@@ -85,11 +87,12 @@ class DecodeEngine:
         if words > self.config.max_question_tokens:
             raise TooLarge(f"the question has {words} tokens; the limit is {self.config.max_question_tokens}")
         budget_of(turn, self.config.sparsity, prefix.kind)
+        answer = TurnAnswer(turn, self.model)
         if conversation is None:
             conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.next_pos, turn.tenant)
         self.prefixes.hold(prefix.key)
         self.conversations.enter(conversation)
-        self.turns[turn.turn_id] = RunningTurn(turn, conversation, prefix, self.model, self.config, sink)
+        self.turns[turn.turn_id] = RunningTurn(turn, answer, conversation, prefix, self.model, self.config, sink)
         self.scheduler.add(turn.turn_id, turn.conversation_id)
         sink(TurnEvent("accepted", turn.turn_id, conversation_id=turn.conversation_id))
 
@@ -138,9 +141,7 @@ class DecodeEngine:
         Raises:
             BadRequest: a level outside [0, 1].
         """
-        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0.0 <= level <= 1.0:
-            raise BadRequest(f"brownout level must be in [0, 1], got {level!r}")
-        self.brownout = float(level)
+        self.brownout = check_brownout(level)
 
     @property
     def idle(self) -> bool:
@@ -178,7 +179,7 @@ class DecodeEngine:
         self.num_steps += 1
 
     def _forward(self, batch: list[tuple[RunningTurn, int]]) -> Sequence[int | None]:
-        """One pass of the text model; the next token of every turn, None where more of the question is to come."""
+        """One pass of the text model; the next token of every turn, None where more rows are to come or the token is known."""
         device = self.model.device
         ids: list[int] = []
         positions: list[int] = []
@@ -193,9 +194,9 @@ class DecodeEngine:
             torch.tensor(positions, device=device).expand(text.num_position_rows, -1),
             TurnBatch(segments, self.conversations.arena),
         )
-        if segments[-1].phase == "decode":  # and so are all before it
+        speaking = [i for i, (running, num) in enumerate(batch) if running.speaks(num)]
+        if len(speaking) == len(ids):
             return choose(text.logits(hidden), [running.sampler for running, _ in batch])
-        speaking = [i for i, (running, num) in enumerate(batch) if num == len(running.input_ids)]
         tokens: list[int | None] = [None] * len(batch)
         if speaking:
             last = torch.tensor([segments[i].first + segments[i].num - 1 for i in speaking], device=device)
@@ -207,15 +208,14 @@ class DecodeEngine:
     def _advance(self, running: RunningTurn, num: int, token: int | None) -> None:
         """Take one more token: retrieve and pack after the question and whenever it is time again, show text, finish."""
         phase = running.phase
-        running.take_rows(num)
-        if token is None:
+        if not running.take_rows(num):
             return
         if phase == "question":
             running.timeline.mark("answered")
-            self.scheduler.answered(running.turn.turn_id)
-        if phase != "decode":
+        if phase in ("question", "refresh"):
             running.retrieve()
         running.accept(token)
+        self.scheduler.goes_on(running.turn.turn_id, running.rows_to_prefill)
         if running.finish_reason is None and running.short and not self._resize(running):
             self._short.append(running.turn.turn_id)
         if phase == "question":
@@ -231,12 +231,12 @@ class DecodeEngine:
     # ---- room --------------------------------------------------------------------------------------------------------------
 
     def _try_admit(self, turn_id: str) -> int | None:
-        """Take the bytes of a waiting turn; the question rows before it, or None if there is no room now or it failed."""
+        """Take the bytes of a waiting turn; the rows that it has to prefill, or None if there is no room now or it failed."""
         running = self.turns[turn_id]
         try:
             running.prepare_question()
             if running.phase == "waiting":
-                running.retrieval.start(self.brownout)
+                running.start(self.brownout)
                 self._check_room(*running.most_room())
             room = self.conversations.take(running.conversation, *running.room_needed())
             if room is None:
@@ -245,7 +245,7 @@ class DecodeEngine:
         except Exception as error:
             self._fail([running], error)
             return None
-        return len(running.input_ids) if running.phase == "question" else 0
+        return running.rows_to_prefill
 
     def _check_room(self, tail_rows: int, packed_rows: int) -> None:
         """Raises TooLarge if a turn of this size, at its longest, could not run even alone."""

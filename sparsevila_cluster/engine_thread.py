@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
@@ -36,8 +37,20 @@ class EngineThread(Generic[E]):
         self._inbox: queue.SimpleQueue[tuple[Callable[[E], object], Future] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
+        self._since_s: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the step or the call that runs now has taken; 0 between them. From any thread."""
+        since_s = self._since_s
+        return 0.0 if since_s is None else time.perf_counter() - since_s
 
     def post(self, call: Callable[[E], R]) -> Future[R]:
         """Have `call(engine)` run in the engine's thread. The future fails with Unavailable after `close`."""
@@ -64,11 +77,15 @@ class EngineThread(Generic[E]):
                 # An idle engine sleeps until a call arrives; a busy one only takes what is there already.
                 item = self._inbox.get(block=self._engine.idle)
             except queue.Empty:
+                self._since_s = time.perf_counter()
                 self._step()
+                self._since_s = None
                 continue
             if item is None:
                 break
+            self._since_s = time.perf_counter()
             self._call(*item)
+            self._since_s = None
         while not self._inbox.empty():
             item = self._inbox.get()
             if item is not None:

@@ -15,6 +15,7 @@ import bisect
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -261,6 +262,12 @@ class PrefixStore:
             extent = self.arena.alloc(length)
         self._reserved.add(extent)
         return extent
+
+    def most_room(self) -> int:
+        """Slots of the longest prefix that `reserve` could take now, evicting all that nobody holds."""
+        stay = [p.extent for p in self._prefixes.values() if self._holders.get(p.key)] + list(self._reserved)
+        edges = sorted([(0, 0), *((e.start, e.stop) for e in stay), (self.arena.num_slots, self.arena.num_slots)])
+        return max(start - stop for (_, stop), (start, _) in pairwise(edges))
 
     def cancel(self, extent: Extent) -> None:
         """Give back a reservation that will not be published. Harmless when repeated."""

@@ -6,6 +6,7 @@ A label never holds an id: of media, turns, conversations or tenants.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,15 +87,18 @@ class Tally:
         self.counts: Counter[tuple[str, ...]] = Counter()
         self.values: dict[tuple[str, ...], float] = {}
         self.observed: Counter[tuple[str, ...]] = Counter()
+        self._lock = threading.Lock()
 
     def count(self, name: str, value: float = 1.0, **labels: str) -> None:
-        self.counts[key_of(name, "counter", labels)] += value  # type: ignore[assignment]
+        with self._lock:
+            self.counts[key_of(name, "counter", labels)] += value  # type: ignore[assignment]
 
     def set(self, name: str, value: float, **labels: str) -> None:
         self.values[key_of(name, "gauge", labels)] = value
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        self.observed[key_of(name, "histogram", labels)] += 1
+        with self._lock:
+            self.observed[key_of(name, "histogram", labels)] += 1
 
 
 def key_of(name: str, kind: str, labels: Mapping[str, str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable
+from concurrent.futures import Future
 from typing import TypeVar
 
 from sparsevila_cluster.errors import Cancelled, DeadlineExceeded
@@ -33,6 +34,13 @@ async def wait_within(work: Awaitable[R], within_s: float, what: str) -> R:
         raise DeadlineExceeded(f"{what} took longer than {within_s:g} s") from error
 
 
+def outliving(work: Future[R]) -> asyncio.Future[R]:
+    """`work` of another thread, to be awaited here; it goes on when that is cancelled, and what it raises then is nobody's."""
+    waited = asyncio.wrap_future(work)
+    waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return asyncio.shield(waited)
+
+
 class Caller:
     """Somebody who waits `deadline_s` for work in another thread, unless they leave before."""
 
@@ -40,6 +48,11 @@ class Caller:
         self.deadline_s = deadline_s
         self._until_s = time.perf_counter() + deadline_s
         self._left = threading.Event()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline, 0 once it is over."""
+        return max(0.0, self._until_s - time.perf_counter())
 
     def leave(self) -> None:
         """Stop waiting. Idempotent, from any thread."""
@@ -51,3 +64,8 @@ class Caller:
             raise Cancelled(f"{what} was cancelled")
         if time.perf_counter() > self._until_s:
             raise DeadlineExceeded(f"{what} took longer than {self.deadline_s:g} s")
+
+    def remaining_s(self, what: str) -> float:
+        """Seconds until the deadline, more than 0. Raises as `check` does."""
+        self.check(what)
+        return max(1e-3, self._until_s - time.perf_counter())

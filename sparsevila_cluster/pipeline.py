@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from sparsevila_cluster.config import EngineConfig
@@ -50,7 +52,10 @@ class Pipeline(Protocol):
         ...
 
     def ask(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
-        """The events of a turn. Leaving the iteration early aborts the turn."""
+        """The events of a turn. Leaving the iteration early aborts the turn.
+
+        An empty `conversation_id` begins a conversation; `accepted` and `done` say under which id it goes on.
+        """
         ...
 
     async def abort(self, turn_id: str) -> bool: ...
@@ -192,11 +197,12 @@ class LocalPipeline:
     # ---- turns -------------------------------------------------------------------------------------------------------------
 
     async def ask(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
-        """The events of a turn, `done` last. An evicted media prefix is made again first.
+        """The events of a turn, `done` last. An evicted media prefix is made again first. Without an id a conversation begins.
 
         Raises:
             UserError (BadRequest, TooLarge, NotFound), QueueFull, DeadlineExceeded, Cancelled, Internal, Unavailable.
         """
+        turn = turn if turn.conversation_id else replace(turn, conversation_id=uuid.uuid4().hex)
         submitted = False
 
         def submit(engine: DecodeEngine, sink: Sink) -> None:

@@ -42,6 +42,13 @@ def check_deadline(deadline_s: float | None) -> None:
         raise BadRequest(f"deadline_s must be a number > 0, got {deadline_s!r}")
 
 
+def check_brownout(level: float) -> float:
+    """Return `level` if it is a level of pressure in [0, 1], else raise BadRequest."""
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0.0 <= level <= 1.0:
+        raise BadRequest(f"brownout level must be in [0, 1], got {level!r}")
+    return float(level)
+
+
 def kept_count(fraction: float, total: int) -> int:
     """How many of `total` tokens a kept `fraction` means: rounded half up, at least one of any."""
     return min(total, max(1, math.floor(fraction * total + 0.5))) if total else 0
@@ -195,11 +202,15 @@ class MediaHandle(Shown):
 class Replay:
     """An answer, or its beginning, as it was given before: these tokens are taken instead of sampled ones, and not told again.
 
-    brownout: the pressure under which the turn started then (`Usage.brownout`).
+    The events go on behind them as if the turn had never been interrupted; evidence, if wanted, is sent again. brownout: the
+    pressure under which the turn started then (`TurnEvent.brownout`, `Usage.brownout`).
     """
 
     token_ids: tuple[int, ...]
     brownout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_brownout(self.brownout)
 
 
 @dataclass(frozen=True)
@@ -244,8 +255,8 @@ class TurnEvent:
     """One event of a turn, in this order: accepted, token (many), evidence (if wanted), done.
 
     accepted: `conversation_id`, under which the conversation goes on; done repeats it, for it may have moved meanwhile. token:
-    `index` of the first new token, `token_ids`, and the whole characters that they completed in `text`. evidence: `evidence`.
-    done: `finish_reason`, `usage` and the `text` held back until now, if any.
+    `index` of the first new token, `token_ids`, the whole characters that they completed in `text`, and the `brownout` under
+    which the turn started. evidence: `evidence`. done: `finish_reason`, `usage` and the `text` held back until now, if any.
     """
 
     kind: Literal["accepted", "token", "evidence", "done"]
@@ -257,6 +268,7 @@ class TurnEvent:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     conversation_id: str = ""
+    brownout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One turn while it waits and runs: its rows, its retrieved KV, its tokens and text.
 
-Knows: what this turn needs, attends to and has said so far. Does not know: other turns, the scheduler, or who listens.
+Knows: what this turn needs and attends to, and what its next rows are. Does not know: other turns, the scheduler, or who listens.
 
 State of the KV, as half-open row intervals of the conversation's tail:
 
@@ -19,13 +19,12 @@ from typing import Literal
 from sparsevila_cluster.attention import Capture, Span
 from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.conversation import Conversation, Room
-from sparsevila_cluster.detokenize import Detokenizer
 from sparsevila_cluster.errors import TooLarge
 from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.request import FinishReason, Timeline, Turn, TurnEvent, Usage
-from sparsevila_cluster.sampling import Sampler
 from sparsevila_cluster.step_batch import Segment
+from sparsevila_cluster.turn_answer import TurnAnswer
 from sparsevila_cluster.turn_retrieval import TurnRetrieval
 
 Sink = Callable[[TurnEvent | Exception], None]
@@ -37,7 +36,14 @@ GROWTH_ROWS = 32
 
 class RunningTurn:
     def __init__(
-        self, turn: Turn, conversation: Conversation, prefix: MediaPrefix, model: Model, config: EngineConfig, sink: Sink
+        self,
+        turn: Turn,
+        answer: TurnAnswer,
+        conversation: Conversation,
+        prefix: MediaPrefix,
+        model: Model,
+        config: EngineConfig,
+        sink: Sink,
     ):
         """Raises BadRequest if the turn asks for what the configured retrieval cannot do."""
         self.turn, self.conversation, self.prefix, self.sink = turn, conversation, prefix, sink
@@ -46,16 +52,14 @@ class RunningTurn:
         self.timeline.mark("arrived")
         self.deadline_s = config.turn_timeout_s if turn.deadline_s is None else turn.deadline_s
         self.deadline_at_s = time.perf_counter() + self.deadline_s
-        # What its next rows are. "refresh": one decode row that attends to the whole prefix and chooses anew.
-        self.phase: Literal["waiting", "question", "decode", "refresh"] = "waiting"
+        # What its next rows are. "refresh": one decode row that attends to the whole prefix and chooses anew. "replay": decode
+        # rows whose tokens are known, prefilled together; a refresh cuts them, for it chooses what those behind it attend to.
+        self.phase: Literal["waiting", "question", "replay", "decode", "refresh"] = "waiting"
         self.retrieval = TurnRetrieval(turn, prefix, config.sparsity)
-        self.sampler = Sampler(turn.sampling)
+        self.answer, self.sampler, self.tokens = answer, answer.sampler, answer.tokens
         self.room: Room | None = None
         self.input_ids: list[int] = []
-        self.tokens: list[int] = []
-        self.finish_reason: FinishReason | None = None
         self.num_preemptions = 0
-        self._text = Detokenizer(model.chat.decode, turn.sampling.stop)
         self._rows = 0
         self._prompt_rows = 0
         self._words = (0, 0)
@@ -64,10 +68,20 @@ class RunningTurn:
         self._packed = False
         self._body: list[Span] = []
         self._tail: list[Span] = []
-        self._preempted_ms = [0.0, 0.0]  # before and after the first token
+        self._preempted_ms = [0.0, 0.0]  # before and after the first token that is told
         self._preempted_at_s = 0.0
 
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the answer is complete; None as long as it is not."""
+        return self.answer.finish_reason
+
     # ---- room --------------------------------------------------------------------------------------------------------------
+
+    def start(self, brownout: float) -> None:
+        """Fix the budget, under this level of pressure; a replay is made under that of its time."""
+        replay = self.turn.replay
+        self.retrieval.start(brownout if replay is None else replay.brownout)
 
     def prepare_question(self) -> None:
         """Tokenise the question on the conversation as it is now. Raises TooLarge if the answer cannot fit the model."""
@@ -114,7 +128,7 @@ class RunningTurn:
         else:
             self.timeline.mark("resumed")
             away_ms = (time.perf_counter() - self._preempted_at_s) * 1e3
-            self._preempted_ms[bool(self.tokens)] += away_ms
+            self._preempted_ms[len(self.tokens) >= max(1, self.answer.num_known)] += away_ms
         self.settle()
 
     def settle(self) -> None:
@@ -138,13 +152,22 @@ class RunningTurn:
     def input_pos(self) -> int:
         """Position of the next row."""
         position = self.conversation.next_pos + self._rows
-        return max(position, self.prefix.generation_floor + len(self.tokens) - 1) if self.tokens else position
+        return max(position, self.prefix.generation_floor + self._rows - self._prompt_rows) if self.tokens else position
+
+    @property
+    def rows_to_prefill(self) -> int:
+        """How many of its next rows may share a step; 0 if it takes one row per step."""
+        return len(self.input_ids) if self.phase in ("question", "replay") else 0
+
+    def speaks(self, num: int) -> bool:
+        """Whether a step with the first `num` of its next rows ends in a token that has to be sampled."""
+        return num == len(self.input_ids) and len(self.tokens) >= self.answer.num_known
 
     def segment(self, first: int, num: int) -> Segment:
         """The first `num` of this turn's next rows, which begin at row `first` of the step."""
         assert self.room is not None
         body, packed = self._body, self.room.packed
-        if self.phase != "decode":
+        if self.phase in ("question", "refresh"):
             body, packed = self.retrieval.whole(), None
             if self._capture is None:
                 self._capture = self._new_capture()
@@ -165,14 +188,16 @@ class RunningTurn:
             return self.retrieval.capture_row()
         return self.retrieval.capture_question(self._prompt_rows, self._words)
 
-    def take_rows(self, num: int) -> None:
-        """The step ran: the first `num` of `input_ids` have KV now."""
+    def take_rows(self, num: int) -> bool:
+        """The step ran: the first `num` of `input_ids` have KV now. Whether those are all."""
         self._rows += num
         self.conversation.written += num
-        if num < len(self.input_ids):
-            del self.input_ids[:num]
-            if self._capture is not None:
-                self._capture.num_done += num
+        if num == len(self.input_ids):
+            return True
+        del self.input_ids[:num]
+        if self._capture is not None:
+            self._capture.num_done += num
+        return False
 
     def retrieve(self) -> None:
         """Choose this turn's visual KV from what its last rows looked at. Evidence is of the question's choice."""
@@ -183,23 +208,30 @@ class RunningTurn:
 
     # ---- tokens ------------------------------------------------------------------------------------------------------------
 
-    def is_last(self, token: int) -> bool:
-        """Whether the answer ends with this token, as far as its id and the count tell."""
-        return token in self._model.chat.eos_ids or len(self.tokens) + 1 >= self.turn.sampling.max_tokens
+    def accept(self, token: int | None) -> None:
+        """Add what the rows that are written now tell: a sampled token, whose text is shown, or known ones."""
+        answer, index = self.answer, len(self.tokens)
+        if token is None:
+            answer.recall(self._rows - self._prompt_rows + 1)
+            if len(self.tokens) == answer.num_known:
+                self.timeline.mark("replayed")
+            self._next_rows()
+            return
+        text = answer.add(token)
+        self._next_rows()
+        brownout = self.retrieval.brownout
+        self.sink(TurnEvent("token", self.turn.turn_id, index=index, token_ids=(token,), text=text, brownout=brownout))
 
-    def accept(self, token: int) -> None:
-        """Add a sampled token: show its text, decide whether the answer ends, make it the next step's row."""
-        ends, over = token in self._model.chat.eos_ids, self.is_last(token)
-        index = len(self.tokens)
-        self.tokens.append(token)
-        self.input_ids = [token]
-        self.phase = "refresh" if self.retrieval.refreshes_at(index + 1) else "decode"
-        text = "" if ends else self._text.add(token)
-        if ends or self._text.stopped:
-            self.finish_reason = FinishReason.STOP
-        elif over:
-            self.finish_reason = FinishReason.LENGTH
-        self.sink(TurnEvent("token", self.turn.turn_id, index=index, token_ids=(token,), text=text))
+    def _next_rows(self) -> None:
+        """The last token's row and, if known tokens follow, theirs, up to one that refreshes or whose next token is not known."""
+        count, known = len(self.tokens), self.answer.num_known
+        self.input_ids = self.tokens[-1:]
+        if self.retrieval.refreshes_at(count):
+            self.phase = "refresh"
+            return
+        stop = next((n for n in range(count + 1, known) if self.retrieval.refreshes_at(n)), known)
+        self.input_ids += self.answer.known(count, stop - 1)
+        self.phase = "replay" if len(self.input_ids) > 1 else "decode"
 
     def commit(self) -> None:
         """The answer is complete: its rows become part of the conversation."""
@@ -219,25 +251,28 @@ class RunningTurn:
         self.timeline.mark("done")
         self.sink(
             TurnEvent(
-                "done", self.turn.turn_id, index=len(self.tokens), text=self._text.finish(), finish_reason=self.finish_reason,
+                "done", self.turn.turn_id, index=len(self.tokens), text=self.answer.rest(), finish_reason=self.finish_reason,
                 usage=self._usage(), conversation_id=self.turn.conversation_id,
             )
         )
 
     def _usage(self) -> Usage:
         kept, retrieved = self.prefix.num_kept, self.retrieval.num_retrieved
-        line = self.timeline
+        # A replay of one token has no rows of its own: the question's last row tells it.
+        line, replayed = self.timeline, self.answer.num_known > 1
         spans = {
             "queue": line.ms("arrived", "admitted"),
             "question": line.ms("admitted", "answered"),
             "retrieve": line.ms("answered", "retrieved"),
-            "ttft": line.ms("arrived", "answered"),
+            "replay": line.ms("retrieved", "replayed") if replayed else None,
+            "ttft": line.ms("arrived", "replayed" if replayed else "answered"),
             "total": line.ms("arrived", "done"),
             "preempted": sum(self._preempted_ms) if self.num_preemptions else None,
         }
-        steps = line.ms("retrieved", "done")
-        if steps is not None and len(self.tokens) > 1:
-            spans["step"] = (steps - self._preempted_ms[1]) / (len(self.tokens) - 1)
+        steps = line.ms("replayed" if replayed else "retrieved", "done")
+        num_steps = len(self.tokens) - max(1, self.answer.num_known)
+        if steps is not None and num_steps > 0:
+            spans["step"] = (steps - self._preempted_ms[1]) / num_steps
         return Usage(
             visual_tokens=self.prefix.num_visual,
             visual_tokens_kept=kept,

@@ -25,6 +25,11 @@ class Sampler:
             seed = secrets.randbits(63) if params.seed is None else params.seed
             self._generator = torch.Generator().manual_seed(seed % 2**63)
 
+    def skip(self, num: int) -> None:
+        """Go on as if `num` tokens had been drawn: one number of the random stream each, as in `draw`."""
+        for _ in range(0 if self._generator is None else num):
+            torch.rand((), generator=self._generator, dtype=torch.float64)
+
     def draw(self, logits: Tensor) -> int:
         """One token from f32 [V]."""
         if self.greedy:

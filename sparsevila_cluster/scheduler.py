@@ -3,7 +3,10 @@
 Knows: the line, rows per step, which conversation a turn belongs to. Does not know: KV, models, text or time; its clock is steps.
 
     the line --(seat, room; conversation free)--> question --(first token)--> decode --> gone
+       |                                              ^--- rows of a replay ---'
        ^------------- preempted: keeps its place, or goes behind after its slice -------------'
+
+The rows of an answer that is made again, a replay, are known: they are prefilled as question rows are.
 
 What is promised, with R = max_step_tokens, S = slice_steps and B the batch's seats (at most max_batch, at most R / 2):
 
@@ -29,7 +32,7 @@ Phase = Literal["waiting", "question", "decode"]
 
 @dataclass
 class Seat:
-    """One turn's place: its conversation, its number in line, its phase, the question rows that it still has to prefill.
+    """One turn's place: its conversation, its number in line, its phase, the rows that it still has to prefill (a replay's, too).
 
     started: it ran before, so that its conversation is busy also while it waits. num_ran: steps of its slice that it ran before
     `since_step`, at which it was admitted last.
@@ -176,8 +179,10 @@ class Scheduler:
             left, num = left - share, num - 1
         return rows
 
-    def answered(self, turn_id: str) -> None:
-        """The question is prefilled and the first token chosen: from now on the turn takes one row per step."""
-        seat = self._asking.pop(turn_id)
-        seat.phase = "decode"
-        self._decoding[turn_id] = seat
+    def goes_on(self, turn_id: str, rows: int = 0) -> None:
+        """What it had to prefill is in. Now it has `rows` of a replay to prefill, or, with none, takes one row per step."""
+        if not rows and turn_id in self._decoding:
+            return
+        seat = self._asking.pop(turn_id, None) or self._decoding.pop(turn_id)
+        seat.phase, seat.question_rows = "question" if rows else "decode", rows
+        (self._asking if rows else self._decoding)[turn_id] = seat

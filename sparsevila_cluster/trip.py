@@ -40,8 +40,8 @@ def make_trip(media: MediaHandle, answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def trip_card(trip: dict[str, Any], answer: str) -> str:
-    """`64 frames -> 4096 visual tokens -> 1024 kept -> 12.6 MB KV -> 102 packed -> "a red star"`."""
+def trip_card(trip: dict[str, Any], answer: str | None) -> str:
+    """`64 frames -> 4096 visual tokens -> 1024 kept -> 12.6 MB KV -> 102 packed -> "a red star"`; None: nothing was asked."""
     stops = [
         _count(trip["num_frames"], "frame"),
         _count(trip["visual_tokens"], "visual token"),
@@ -52,7 +52,9 @@ def trip_card(trip: dict[str, Any], answer: str) -> str:
         stops.append(f"{trip['ms']['transfer']:.0f} ms wire")
     if trip["visual_tokens_retrieved"]:
         stops.append(f"{trip['visual_tokens_retrieved']} packed")
-    return " -> ".join([*stops, f'"{" ".join(answer.split())}"'])
+    if answer is not None:
+        stops.append(f'"{" ".join(answer.split())}"')
+    return " -> ".join(stops)
 
 
 def answer_document(question: str, answer: Answer) -> dict[str, Any]:
@@ -76,11 +78,18 @@ def _frame_document(one: FrameEvidence, several: bool) -> dict[str, Any]:
 
 def ask_document(config: EngineConfig, media: MediaHandle, turns: Sequence[tuple[str, Answer]]) -> dict[str, Any]:
     """The one JSON document of `sparsevila ask --json`."""
+    return talk_document(config.model, resolved_sparsity(config, media.kind), media, turns)
+
+
+def talk_document(
+    model: str, sparsity: dict[str, Any], media: MediaHandle, turns: Sequence[tuple[str, Answer]]
+) -> dict[str, Any]:
+    """One conversation as JSON, whoever answered."""
     return {
         "answers": [answer_document(question, answer) for question, answer in turns],
         "trip": make_trip(media, [answer for _, answer in turns]),
-        "model": config.model,
-        "sparsity": resolved_sparsity(config, media.kind),
+        "model": model,
+        "sparsity": sparsity,
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 from sparsevila_cluster.errors import DeadlineExceeded
 from sparsevila_cluster.patience import GRACE_S
@@ -17,7 +18,16 @@ from sparsevila_cluster.running_turn import Sink
 async def turn_events(
     submit: Callable[[Sink], Awaitable[None]], abort: Callable[[], object], deadline_s: float, what: str
 ) -> AsyncGenerator[TurnEvent, None]:
-    """Submit a turn and yield its events, `done` last.
+    """Submit a turn and yield its events, `done` last; `event_lists`, one by one."""
+    async with aclosing(event_lists(submit, abort, deadline_s, what, most=1)) as lists:
+        async for (event,) in lists:
+            yield event
+
+
+async def event_lists(
+    submit: Callable[[Sink], Awaitable[None]], abort: Callable[[], object], deadline_s: float, what: str, most: int
+) -> AsyncGenerator[list[TurnEvent], None]:
+    """Submit a turn and yield its events as they come, those that came while nobody asked together, up to `most` of them.
 
     submit: queues the turn; its events, or one error, then go to the sink, from any thread. abort: called when the iteration ends
     before the turn does, also while it is being submitted; it must not wait.
@@ -34,12 +44,17 @@ async def turn_events(
         await submit(lambda event: _post(loop, events, event))
         timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
         while not finished:
-            event = await events.get()
+            event, told = await events.get(), list[TurnEvent]()
+            while not isinstance(event, Exception):
+                told.append(event)
+                if len(told) == most or events.empty():
+                    break
+                event = events.get_nowait()
+            finished = event is not late if isinstance(event, Exception) else event.kind == "done"
+            if told:
+                yield told
             if isinstance(event, Exception):
-                finished = event is not late
                 raise event
-            finished = event.kind == "done"
-            yield event
     finally:
         if timer is not None:
             timer.cancel()

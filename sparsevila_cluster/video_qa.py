@@ -1,23 +1,19 @@
 """The face for Python users who block: `AsyncVideoQA`, run by an event loop in a thread of its own.
 
-Knows: how to wait for coroutines from any thread, and to stop waiting. Does not know: what the coroutines do.
+Knows: how long each call may take. Does not know: what the calls do, or how threads wait for them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from sparsevila_cluster.ask_many import Ask, Asked, Item, many_limit_s
 from sparsevila_cluster.async_qa import AsyncChat, AsyncVideoQA
+from sparsevila_cluster.blocking import LoopThread
 from sparsevila_cluster.calls import AskOptions, PrepareOptions, Source
 from sparsevila_cluster.config import EngineConfig
-from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, Unavailable
 from sparsevila_cluster.patience import GRACE_S
 from sparsevila_cluster.pipeline import LocalPipeline
 from sparsevila_cluster.prefill_engine import Progress
@@ -25,8 +21,6 @@ from sparsevila_cluster.request import Answer, MediaHandle
 
 if TYPE_CHECKING:
     from PIL import Image
-
-log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -49,11 +43,7 @@ class VideoQA:
     def __init__(self, model: str | PathLike[str] | None = None, *, config: EngineConfig | None = None, **fields: Any):
         self._async = AsyncVideoQA(model, config=config, **fields)
         self.config = self._async.config
-        self._closing = threading.Lock()
-        self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="video-qa", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("VideoQA")
         try:
             self._run(self._async.load(), self.config.load_timeout_s)
         except BaseException:
@@ -114,21 +104,7 @@ class VideoQA:
         Raises:
             DeadlineExceeded: the engines did not end within twice `close_timeout_s`.
         """
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-        limit_s = 2 * self.config.close_timeout_s + 2 * GRACE_S
-        try:
-            self._wait(self._async.close(), limit_s)
-        finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(GRACE_S)
-            if self._thread.is_alive():
-                log.error("the event loop did not stop within %g s", GRACE_S)
-            else:
-                self._loop.run_until_complete(_cancel_rest(self._loop))
-                self._loop.close()
+        self._thread.close(self._async.close(), 2 * self.config.close_timeout_s + 2 * GRACE_S)
 
     def __enter__(self) -> VideoQA:
         return self
@@ -138,37 +114,7 @@ class VideoQA:
 
     def _run(self, work: Coroutine[Any, Any, R], limit_s: float | None = None) -> R:
         """Wait for a coroutine that has a deadline of its own, `limit_s` (None: that of a turn)."""
-        if self._closed:
-            work.close()
-            raise Unavailable("this VideoQA is closed")
-        return self._wait(work, self._async.turn_limit_s(None) if limit_s is None else limit_s)
-
-    def _wait(self, work: Coroutine[Any, Any, R], limit_s: float) -> R:
-        if threading.current_thread() is self._thread:
-            work.close()
-            raise BadRequest("a progress function must not call methods of the VideoQA that calls it")
-        try:
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError as error:  # closed since the caller looked
-            work.close()
-            raise Unavailable("this VideoQA is closed") from error
-        try:
-            return future.result(limit_s + GRACE_S)
-        except CancelledError:
-            raise Unavailable("this VideoQA was closed") from None
-        except TimeoutError as error:
-            if future.done():
-                raise
-            future.cancel()
-            raise DeadlineExceeded(f"no answer within {limit_s + GRACE_S:g} s") from error
-        except BaseException:  # such as Ctrl-C: nobody waits any more
-            future.cancel()
-            raise
-
-    def _leave(self, pieces: AsyncGenerator[str, None]) -> None:
-        """End a stream. Closing has done so already; in its own thread, the event loop does so when it drops the iterator."""
-        if not self._closed and threading.current_thread() is not self._thread:
-            self._run(pieces.aclose())
+        return self._thread.run(work, self._async.turn_limit_s(None) if limit_s is None else limit_s)
 
 
 class Chat:
@@ -196,7 +142,7 @@ class Chat:
         """The answer's text in pieces. Options and errors as for `ask`. Leaving early aborts the turn and forgets it; after the
         last piece the whole answer is the last of `turns`."""
         limit_s = self._qa._async.turn_limit_s(options.get("timeout_s"))
-        return self._pieces(self._chat.stream(question, **options), limit_s)
+        return self._qa._thread.iterate(self._chat.stream(question, **options), limit_s)
 
     def show(self) -> Image.Image:
         """One picture of where all turns looked; `evidence.show()` is that of one. Errors as for that."""
@@ -205,24 +151,3 @@ class Chat:
     def close(self) -> None:
         """Free the conversation's KV; its media stays."""
         self._qa._run(self._chat.close())
-
-    def _pieces(self, pieces: AsyncGenerator[str, None], limit_s: float) -> Iterator[str]:
-        try:
-            while (piece := self._qa._run(_next(pieces), limit_s)) is not None:
-                yield piece
-        finally:
-            self._qa._leave(pieces)
-
-
-async def _next(pieces: AsyncGenerator[str, None]) -> str | None:
-    return await anext(pieces, None)
-
-
-async def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
-    """End what other threads still wait for."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=GRACE_S)
-    await loop.shutdown_asyncgens()

@@ -108,10 +108,10 @@ class Mirror:
         return copy
 
     def answer(self, running: RunningTurn, conversation_id: str) -> Said:
-        """The same turn alone, with the budget that it had there."""
+        """The same turn alone, with the budget that it had there. Of a replay, what follows on it in the answer as a whole."""
         budget = running.retrieval._budget
         turn: Turn = replace(
-            running.turn, conversation_id=conversation_id, retrieve_keep=budget.keep, deadline_s=None,
+            running.turn, conversation_id=conversation_id, retrieve_keep=budget.keep, deadline_s=None, replay=None,
             **({"retrieve_mass": budget.mass or 1.0, "refresh_every": budget.refresh_every} if budget.name == "query_topk" else {}),
         )  # fmt: skip
         events: list[TurnEvent | Exception] = []
@@ -121,7 +121,9 @@ class Mirror:
             while not self.engine.idle:
                 self.engine.step()
         assert not isinstance(events[-1], Exception), f"alone it fails: {events[-1]}"
-        return Said(events, self._heard.pop(sampler, []), min(gaps, default=1.0))
+        start = running.answer.num_known
+        events = [event for event in events if event.kind != "token" or event.index >= start]
+        return Said(events, self._heard.pop(sampler, [])[start:], min(gaps, default=1.0))
 
     def close(self, conversation_id: str) -> None:
         self.engine.close_conversation(conversation_id)
@@ -131,7 +133,7 @@ def differences(got: Said, alone: Said) -> str | None:
     """None if both runs agree, "tie" if they part where a float decides, else what differs."""
     if got.tokens == alone.tokens:
         assert len(got.logits) == len(alone.logits) == len(got.tokens), "a token without its logits"
-        worst = max(float((a - b).abs().max()) for a, b in zip(got.logits, alone.logits, strict=True))
+        worst = max((float((a - b).abs().max()) for a, b in zip(got.logits, alone.logits, strict=True)), default=0.0)
         if worst < ATOL:
             if got.text != alone.text or got.events[-1].finish_reason != alone.events[-1].finish_reason:
                 return f"text {got.text!r}, alone {alone.text!r}"

@@ -16,9 +16,10 @@ from sparsevila_cluster.config import build_config
 from sparsevila_cluster.conversation import ROUND_SLOTS, Conversation
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.errors import BadRequest, Cancelled, DeadlineExceeded, Internal, NotFound, QueueFull, TooLarge
-from sparsevila_cluster.request import SamplingParams, Turn
+from sparsevila_cluster.request import Turn, TurnRecord
 from sparsevila_cluster.running_turn import RunningTurn
 from tests.mirror import Mirror, Said, check_usage, differences
+from tests.questions import draw_replay, draw_turn
 
 # key -> kind, frames, height, width: 12 to 80 visual tokens.
 MEDIA = {
@@ -26,7 +27,6 @@ MEDIA = {
     "still": ("image", 1, 112, 112),
 }  # fmt: skip
 SPARSITY = {"prune_keep": 0.6, "retrieve_keep": 0.5, "brownout_floor": 0.05}
-WORDS = "what where when colour is the star circle left of and then? how many do you see in it now please".split()
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Season:
         self.open: dict[str, Asked] = {}
         self.names: dict[Conversation, str] = {}
         self.parted: set[Conversation] = set()
+        self.checked: list[TurnRecord] = []
         self.counts: Counter[str] = Counter()
         self.peak_bytes = 0
         self.num_asked = 0
@@ -76,6 +77,7 @@ class Season:
         table: dict[Callable[[], None], int] = {
             self.ask: 30, self.burst: 4, self.wait: 30, self.abort: 8, self.prepare: 8, self.evict: 3, self.delete: 3,
             self.close: 4, self.expire: 2, self.brownout: 3, self.fault: 1, self.ask_too_much: 1, self.ask_nonsense: 2,
+            self.replay: 8,
         }  # fmt: skip
         operation = self.rng.choices(list(table), list(table.values()))[0]
         self.counts["operations"] += 1
@@ -98,25 +100,16 @@ class Season:
         conversation_id = f"c{rng.randrange(12)}"
         conversation = engine.conversations.get(conversation_id)
         media_id = conversation.media_id if conversation is not None else rng.choice(sorted(MEDIA))
-        if rng.random() < 0.3:
-            options["retrieve_keep"] = rng.choice((0.1, 0.3, 0.8, 1.0))
-        if rng.random() < 0.25:
-            options["retrieve_mass"] = rng.choice((0.3, 0.6, 0.9))
-        if rng.random() < 0.25:
-            options["refresh_every"] = rng.choice((1, 2, 3, 7))
-        question = " ".join(rng.choices(WORDS, k=rng.choice((1, 3, 3, 10, 25))))
-        sampling = SamplingParams(
-            max_tokens=max_tokens or rng.choice((1, 2, 5, 10, 20, 45, 70)),
-            stop=("zz", "e") if rng.random() < 0.1 else (),
-            temperature=0.8 if rng.random() < 0.1 else 0.0,
-            seed=self.num_asked,
-        )
-        turn = Turn(
-            f"turn {self.num_asked}", conversation_id, media_id, question, sampling, want_evidence=rng.random() < 0.3,
-            deadline_s=1e6, **options,
-        )  # fmt: skip
+        turn = draw_turn(rng, self.num_asked, conversation_id, media_id, max_tokens, **options)
         self.num_asked += 1
         self.submit(turn)
+
+    def replay(self) -> None:
+        """Somebody goes on with an answer that was begun elsewhere: here, it is one that was given and checked."""
+        free = [name for name in map("c{}".format, range(12)) if name not in self.engine.conversations._all]
+        if self.checked and free:
+            self.submit(draw_replay(self.rng, self.rng.choice(self.checked), self.num_asked, self.rng.choice(free)))
+            self.num_asked += 1
 
     def submit(self, turn: Turn) -> None:
         engine, scheduler, events = self.engine, self.engine.scheduler, []
@@ -135,6 +128,8 @@ class Season:
                 self.submit(turn)
             return
         asked = self.open[turn.turn_id] = Asked(turn, engine.turns[turn.turn_id], events)
+        if turn.replay is not None:
+            asked.brownout = turn.replay.brownout
         if not busy:
             asked.start_by_step = self.counts["steps"] + 2 * (ahead + 1) * engine.config.slice_steps
 
@@ -289,9 +284,13 @@ class Season:
         if running.conversation in self.parted:
             return
         name = self.names.setdefault(running.conversation, f"{turn.conversation_id}#{turn.turn_id}")
-        found = differences(Said(asked.events, logits), self.mirror.answer(running, name))
+        said = Said(asked.events, logits)
+        found = differences(said, self.mirror.answer(running, name))
         assert found in (None, "tie"), f"{turn.turn_id} ({turn}): {found}"
         self.counts["answers checked" if found is None else "ties"] += 1
+        self.counts["replays checked"] += found is None and turn.replay is not None
+        if found is None and turn.replay is None and running.conversation.num_turns == 1:
+            self.checked.append(TurnRecord(turn, tuple(said.tokens), last.usage.brownout))
         if found:  # from here on the two conversations are about different things
             self.parted.add(running.conversation)
 
@@ -324,6 +323,7 @@ class Season:
             "operations": counts["operations"], "steps": counts["steps"], "turns": self.num_asked,
             "answers_checked": counts["answers checked"], "ties": counts["ties"],
             "preemptions": engine.scheduler.num_preempted, "answers_of_preempted_turns": counts["preempted turns"],
+            "replays_checked": counts["replays checked"],
             "evictions": engine.prefixes.num_evicted, "aborts": counts["aborts"], "expired": counts["DeadlineExceeded"],
             "failed_by_faults": counts["Internal"], "too_large": counts["TooLarge"], "refused": counts["refused"],
             "parked_tails": engine.conversations.num_parked, "degraded": counts["degraded"], "peak_bytes": self.peak_bytes,

@@ -14,6 +14,7 @@ from PIL import Image
 
 import sparsevila_cluster.demo as demo
 from sparsevila_cluster import cli
+from sparsevila_cluster.commands import tools
 from sparsevila_cluster.config import EngineConfig, load_config
 from sparsevila_cluster.errors import Internal, QueueFull
 from tests.house import ROOT
@@ -260,7 +261,7 @@ def test_what_is_not_the_users_mistake(run, monkeypatch, error, code, told):
     def fail(path):
         raise error
 
-    monkeypatch.setattr(cli, "load_config", fail)
+    monkeypatch.setattr(tools, "load_config", fail)
     assert run("config", "check", "good.yaml") == (code, "", told)
     shown = run("config", "check", "good.yaml", "-v")[2]
     assert shown.endswith(told) and ("Traceback" in shown) == isinstance(error, RuntimeError)

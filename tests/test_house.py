@@ -108,7 +108,7 @@ def test_a_bad_opening_is_found(text):
         ("retrieval/policies", "from sparsevila_cluster.kv import PackedKV\nimport sparsevila_kernels"),
         ("models/hf", "import transformers\nfrom sparsevila_cluster.media import Media\nfrom . import adapter"),
         ("pipeline", "import torch\nfrom sparsevila_cluster.decode_engine import DecodeEngine"),
-        ("cli", "from sparsevila_cluster import app, client, demo, errors, heatmap"),
+        ("commands", "from sparsevila_cluster import app, client, demo, errors, heatmap"),
         ("client", "import grpc\nfrom sparsevila_cluster.pb import video_qa_pb2"),
         ("gateway/doors", "import fastapi, grpc\nfrom sparsevila_cluster.pipeline import Pipeline"),
         ("__init__", "_LAZY = {'VideoQA': 'video_qa'}\n__all__ = list(_LAZY)\ndef __getattr__(name): ..."),

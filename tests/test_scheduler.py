@@ -53,7 +53,7 @@ def test_a_step_has_its_rows_and_no_more():
     add(scheduler, "a1", "b1", "c1")
     assert admit(scheduler, {"a1": 3, "b1": 30, "c1": 40}.__getitem__) == ["a1", "b1", "c1"]
     assert scheduler.step() == [("a1", 3), ("b1", 8), ("c1", 9)], "what the short one leaves goes to the others, equally"
-    scheduler.answered("a1")
+    scheduler.goes_on("a1")
     assert scheduler.step() == [("a1", 1), ("b1", 9), ("c1", 10)]
     assert scheduler.step() == [("a1", 1), ("b1", 9), ("c1", 10)]
     assert scheduler.step() == [("a1", 1), ("b1", 4), ("c1", 11)]
@@ -64,7 +64,7 @@ def test_decode_rows_come_first():
     add(scheduler, "a1", "b1")
     admit(scheduler, 5)
     assert scheduler.step() == [("a1", 5), ("b1", 5)]
-    scheduler.answered("b1")
+    scheduler.goes_on("b1")
     add(scheduler, "c1")
     admit(scheduler, 5)
     scheduler.remove("a1")
@@ -102,7 +102,7 @@ def test_the_last_in_line_makes_way_and_keeps_its_place():
     scheduler = make()
     add(scheduler, "a1", "b1", "c1", "d1")
     admit(scheduler, {"a1": 1, "b1": 1, "c1": 1, "d1": 1}.__getitem__)
-    scheduler.answered("a1")
+    scheduler.goes_on("a1")
     add(scheduler, "e1", "c2")
     assert [scheduler.preempt(), scheduler.preempt()] == ["d1", "c1"]
     # c1 is in the middle of its answer: c2 waits for it although c1 does not run, and e1 for both.
@@ -203,7 +203,7 @@ class World:
                 turn["left"] -= rows
                 turn["asked"] += 1
                 if turn["left"] == 0:
-                    self.scheduler.answered(name)
+                    self.scheduler.goes_on(name)
                 continue
             turn["said"] += 1
             if turn["said"] == turn["answer"]:

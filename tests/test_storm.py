@@ -42,7 +42,10 @@ def _quiet():
 
 def test_a_short_storm(model):
     total = storm.blow(model, random.Random(0), 700)
-    for what in ("answers_checked", "preemptions", "answers_of_preempted_turns", "evictions", "aborts", "parked_tails", "degraded"):
+    for what in (
+        "answers_checked", "preemptions", "answers_of_preempted_turns", "evictions", "aborts", "parked_tails", "degraded",
+        "replays_checked",
+    ):  # fmt: skip
         assert total[what] > 10, what
     assert total["operations"] == 700
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sparsevila_cluster import VideoQA, async_qa, video_qa
+from sparsevila_cluster import VideoQA, async_qa, blocking, video_qa
 from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound, Unavailable
 from tests.test_async_qa import FIELDS, checkpoint, clips  # noqa: F401 (fixtures)
 
@@ -46,10 +46,10 @@ def test_evidence_shows_itself_also_after_closing(qa, clips):  # noqa: F811
 
 
 def test_no_wait_is_endless_when_the_event_loop_hangs(qa, monkeypatch):
-    for module in (async_qa, video_qa):
+    for module in (async_qa, blocking, video_qa):
         monkeypatch.setattr(module, "GRACE_S", 0.05)
     hang = threading.Event()
-    qa._loop.call_soon_threadsafe(hang.wait, 20)
+    qa._thread.loop.call_soon_threadsafe(hang.wait, 20)
     with pytest.raises(DeadlineExceeded, match="no answer within 0.15 s"):
         qa._run(asyncio.sleep(0), 0.1)
     hang.set()
@@ -72,7 +72,7 @@ def test_threads_that_wait_are_told_when_it_is_closed(qa, clips):  # noqa: F811
     for call in (qa.info, lambda: qa.prepare(clips[0]), lambda: qa.ask_many([(clips[0], "x")]), lambda: qa.pipeline):
         with pytest.raises(Unavailable, match="closed"):
             call()
-    assert not qa._thread.is_alive() and qa._loop.is_closed()
+    assert not qa._thread.thread.is_alive() and qa._thread.loop.is_closed()
 
 
 def test_control_c_ends_a_preparation(qa, clips):  # noqa: F811

@@ -1,4 +1,4 @@
-"""`sparsevila demo`: three videos that the model never saw, a conversation about each, and a mark for the answers.
+"""`sparsevila demo --local`: three videos that the model never saw, a conversation about each, and a mark for the answers.
 
 Knows: the demo world, what its answers should be, how to tell a person how it went.
 Does not know: engines, or how progress is shown.
@@ -32,6 +32,8 @@ from sparsevila_cluster.trip import make_trip, megabytes, resolved_sparsity, tri
 from sparsevila_cluster.video_qa import VideoQA
 
 Report = Callable[[str, int, int], None]
+# A video of the world: its file, what it shows, its seed.
+Film = tuple[Path, Scene, int]
 
 SHOWN_SEEDS = (1, 2, 3)
 EXAM_SEEDS = tuple(range(101, 117))
@@ -86,7 +88,7 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
     sparse_config = build_config(model=model)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        shown = [_film(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
+        shown = [make_film(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
     except OSError as error:
         raise BadRequest(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
 
@@ -103,7 +105,7 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
         exam = []
         for number, seed in enumerate(EXAM_SEEDS):
             report("film more videos", number, len(EXAM_SEEDS))
-            exam.append(_film(Path(room) / f"{seed}.mp4", seed))
+            exam.append(make_film(Path(room) / f"{seed}.mp4", seed))
         score = {"sparse": mark(_sit(sparse, exam, "ask the sparse engine", report))}
         with _engine(build_config(model=model, **DENSE), report) as dense:
             score["dense"] = mark(_sit(dense, exam, "ask the dense engine", report))
@@ -152,7 +154,8 @@ def mark(visits: Sequence[Visit]) -> dict[str, Any]:
     }
 
 
-def _film(path: Path, seed: int) -> tuple[Path, Scene, int]:
+def make_film(path: Path, seed: int) -> Film:
+    """Draw a scene and write its video."""
     scene, frames = make_video(seed)
     write_mp4(frames, path)
     return path, scene, seed
@@ -176,7 +179,7 @@ def _visit(qa: VideoQA, path: Path, questions: Sequence[Question], report: Repor
     return Visit(path, chat.media, turns)
 
 
-def _sit(qa: VideoQA, exam: Sequence[tuple[Path, Scene, int]], stage: str, report: Report) -> list[Visit]:
+def _sit(qa: VideoQA, exam: Sequence[Film], stage: str, report: Report) -> list[Visit]:
     visits = []
     for number, (path, scene, seed) in enumerate(exam):
         report(stage, number, len(exam))
@@ -189,10 +192,10 @@ def _sit(qa: VideoQA, exam: Sequence[tuple[Path, Scene, int]], stage: str, repor
 def _show(console: Console, qa: VideoQA, visit: Visit) -> None:
     """A table of the turns and the trip card of one video."""
     console.print(str(visit.path), style="bold", markup=False, soft_wrap=True)
-    table = _table("question", "expected", "answer", "", right=("ms",))
+    table = new_table("question", "expected", "answer", "", right=("ms",))
     for turn in visit.turns:
         sign = "[green]right" if turn.right else "[bold red]wrong"
-        asked, truth, said = (_plain(text) for text in (turn.question.text, turn.question.answer, turn.answer.text))
+        asked, truth, said = (plain(text) for text in (turn.question.text, turn.question.answer, turn.answer.text))
         table.add_row(asked, truth, said, sign, f"{turn.total_ms:.0f}")
     console.print(table)
     stages = ", ".join(f"{stage} {spent:.0f}" for stage, spent in visit.media.ms.items())
@@ -210,7 +213,7 @@ def _show(console: Console, qa: VideoQA, visit: Visit) -> None:
 
 def _show_score(console: Console, score: dict[str, dict[str, Any]], sparsity: dict[str, Any]) -> None:
     console.print(f"{len(EXAM_SEEDS)} more held-out videos", style="bold")
-    table = _table("", right=("sparse", "dense"))
+    table = new_table("", right=("sparse", "dense"))
     kept = f"{sparsity['prune_keep']:.0%} kept, {sparsity['retrieve_keep']:.0%} of it retrieved"
     table.add_row("visual tokens", kept, "all kept, all attended to")
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
@@ -229,7 +232,8 @@ def _show_score(console: Console, score: dict[str, dict[str, Any]], sparsity: di
     console.print()
 
 
-def _table(*left: str, right: Sequence[str]) -> Table:
+def new_table(*left: str, right: Sequence[str]) -> Table:
+    """A plain table with left- and right-aligned columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in left:
         table.add_column(name)
@@ -276,7 +280,7 @@ def _spent_ms(media: MediaHandle) -> float:
     return sum(media.ms.values())
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line; square brackets would be read as colours."""
     return " ".join(text.split()).replace("[", r"\[")
 

@@ -78,7 +78,7 @@ def open_source(source: MediaSource, limits: MediaLimits) -> Iterator[Blob]:
         raise BadMedia(f"kind must be 'video', 'image' or 'auto', got {source.kind!r}")
     data, declared = source.data, None
     if isinstance(data, str) and data[:5].lower() == "data:":
-        data, declared = _data_url(data, limits)
+        data, declared = read_data_url(data, limits)
     if isinstance(data, (bytes, bytearray, memoryview)):
         name = f"{len(data)} bytes"
         if len(data) > limits.max_bytes:
@@ -158,8 +158,8 @@ def _open_path(path: str | os.PathLike[str], name: str, limits: MediaLimits) -> 
     return file, size
 
 
-def _data_url(url: str, limits: MediaLimits) -> tuple[bytes, str]:
-    """The bytes of a base64 data URL and its lower-case media type."""
+def read_data_url(url: str, limits: MediaLimits) -> tuple[bytes, str]:
+    """The bytes of a base64 data URL and its lower-case media type. Raises BadMedia, TooLarge."""
     head, comma, body = url[5:].partition(",")
     media_type, *parameters = (part.strip().lower() for part in head.split(";"))
     if not comma or "base64" not in parameters[-1:]:

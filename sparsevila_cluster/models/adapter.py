@@ -167,13 +167,17 @@ class StepBatch(Protocol):
 
 
 class TextBackend(Protocol):
-    """A text decoder without KV of its own. `lean` is ours; `hf` runs the checkpoint's transformers modules."""
+    """A text decoder without KV of its own. `lean` is ours; `hf` runs the checkpoint's transformers modules.
+
+    embed_weight [number of token ids, D]; None without the "embed" part.
+    """
 
     name: str
     spec: KVSpec
     hidden_size: int
     num_heads: int
     num_position_rows: int
+    embed_weight: Tensor | None
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [T] -> [T, D]."""

@@ -155,7 +155,7 @@ class Retrieval(_message.Message):
     def __init__(self, keep: _Optional[float] = ..., mass: _Optional[float] = ..., refresh_every: _Optional[int] = ...) -> None: ...
 
 class AskRequest(_message.Message):
-    __slots__ = ("media_id", "conversation_id", "question", "sampling", "retrieval", "want_evidence", "turn_id", "said_token_ids")
+    __slots__ = ("media_id", "conversation_id", "question", "sampling", "retrieval", "want_evidence", "turn_id", "said_token_ids", "said_brownout")
     MEDIA_ID_FIELD_NUMBER: _ClassVar[int]
     CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class AskRequest(_message.Message):
     WANT_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     TURN_ID_FIELD_NUMBER: _ClassVar[int]
     SAID_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAID_BROWNOUT_FIELD_NUMBER: _ClassVar[int]
     media_id: str
     conversation_id: str
     question: str
@@ -172,7 +173,8 @@ class AskRequest(_message.Message):
     want_evidence: bool
     turn_id: str
     said_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, media_id: _Optional[str] = ..., conversation_id: _Optional[str] = ..., question: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., retrieval: _Optional[_Union[Retrieval, _Mapping]] = ..., want_evidence: _Optional[bool] = ..., turn_id: _Optional[str] = ..., said_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    said_brownout: float
+    def __init__(self, media_id: _Optional[str] = ..., conversation_id: _Optional[str] = ..., question: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., retrieval: _Optional[_Union[Retrieval, _Mapping]] = ..., want_evidence: _Optional[bool] = ..., turn_id: _Optional[str] = ..., said_token_ids: _Optional[_Iterable[int]] = ..., said_brownout: _Optional[float] = ...) -> None: ...
 
 class AskEvent(_message.Message):
     __slots__ = ("accepted", "token", "evidence", "done")
@@ -195,14 +197,16 @@ class Accepted(_message.Message):
     def __init__(self, turn_id: _Optional[str] = ..., conversation_id: _Optional[str] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("index", "token_ids", "text")
+    __slots__ = ("index", "token_ids", "text", "brownout")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    BROWNOUT_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
-    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ...) -> None: ...
+    brownout: float
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., brownout: _Optional[float] = ...) -> None: ...
 
 class Evidence(_message.Message):
     __slots__ = ("frames",)

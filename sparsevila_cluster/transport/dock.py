@@ -101,6 +101,11 @@ class Dock:
                 raise NotFound(f"no transfer {transfer_id!r} is known to {self._worker}")
             return one.state
 
+    def check(self) -> None:
+        """Raises Unavailable: it is closed, or its keeper has ended."""
+        if self._closed.is_set() or not self._keeper.is_alive():
+            raise Unavailable(f"the dock of {self._worker} is closed")
+
     def info(self) -> dict[str, Any]:
         """Lanes, transfers by state, and KV bytes of extents that are being filled. Plain data."""
         with self._lock:

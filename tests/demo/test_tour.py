@@ -106,7 +106,7 @@ def test_markup_in_an_answer_is_shown_as_it_is():
     from rich.console import Console
 
     sink = io.StringIO()
-    table = tour._table("answer", right=())
-    table.add_row(tour._plain("[red] a [bold]star[/bold]\n[1/2]"))
+    table = tour.new_table("answer", right=())
+    table.add_row(tour.plain("[red] a [bold]star[/bold]\n[1/2]"))
     Console(file=sink, width=80).print(table)
     assert "[red] a [bold]star[/bold] [1/2]" in sink.getvalue()

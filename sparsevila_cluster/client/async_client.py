@@ -1,0 +1,280 @@
+"""The face for Python users in an event loop whose questions are answered elsewhere: the same calls as `AsyncVideoQA`.
+
+Knows: the life of a client, of its conversations, and how long each call may take. Does not know: streams, retries, messages.
+`blocking_client` is the same for blocking code, over this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Unpack
+
+from sparsevila_cluster.calls import AskOptions, PrepareOptions, Source, to_request, to_turn
+from sparsevila_cluster.client.answering import Asking
+from sparsevila_cluster.client.connection import Connection, Tls, tls_of
+from sparsevila_cluster.client.failures import Attempts
+from sparsevila_cluster.client.messages import prepare_message, to_handle
+from sparsevila_cluster.client.sending import Given, Parcel, Progress, Upload, held_of, upload
+from sparsevila_cluster.errors import DataLoss, NotFound, SparseVilaError, Unavailable
+from sparsevila_cluster.patience import wait_within
+from sparsevila_cluster.pb import video_qa_pb2 as pb
+from sparsevila_cluster.request import Answer, MediaHandle, PrepareRequest, Turn, TurnEvent, check_deadline
+
+# Deadlines of calls that name none, when the client names none for all of them.
+PREPARE_S, TURN_S, CALL_S = 600.0, 300.0, 20.0
+# How often what the server lost is uploaded again within one preparation.
+MAX_RESENDS = 2
+
+
+class AsyncClient:
+    """Questions about videos and images, to a server, from an event loop.
+
+        async with AsyncClient.connect("videos.example.org:8600", api_key=key, tls=True) as client:
+            chat = client.conversation(await client.prepare("clip.mp4"))
+            print((await chat.ask("What happens?")).text)
+
+    `connect` only checks its arguments; the connection is made by `async with` or by the first call, and made again whenever it is
+    lost. Any number of tasks of one event loop may use it. Cancelling a task ends what it waits for, also on the server.
+
+    Calls are made again while the server cannot be reached or has no room, within their deadline, as long as nothing was accepted;
+    an answer whose stream is lost goes on at its next token.
+
+    Raises:
+        BadRequest. Methods also: Unavailable (the server cannot be reached, or this client is closed), DeadlineExceeded,
+        Unauthenticated, PermissionDenied, QueueFull, Incompatible, Internal; each message names the target.
+    """
+
+    def __init__(self, connection: Connection, timeout_s: float | None):
+        check_deadline(timeout_s)
+        self.target = connection.target
+        self._connection = connection
+        self._timeout_s = timeout_s
+
+    @classmethod
+    def connect(
+        cls,
+        target: str,
+        *,
+        api_key: str | None = None,
+        tls: Tls | bool | str | PathLike[str] | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncClient:
+        """A client of the server at `target`, "host:port". Nothing to await; use it with `async with`, or `close` it.
+
+        tls: True trusts the authorities of the system, a path those in that PEM file, a `Tls` says all there is to say.
+        timeout_s: the deadline of every call without one of its own; None: 600 s to prepare, 300 s for a turn, 20 s for others.
+        """
+        return cls(Connection(target, api_key, tls_of(tls)), timeout_s)
+
+    async def upload(self, source: Source, *, progress: Progress | None = None, timeout_s: float | None = None) -> Upload:
+        """Send a file (a path, bytes or a data URL) without preparing it. `progress("upload", bytes so far, of how many)`.
+
+        Raises:
+            BadMedia, TooLarge, QueueFull: the server's room for uploads is taken.
+        """
+        return await upload(self._connection, held_of(source), self._attempts("uploading", timeout_s), progress)
+
+    async def prepare(
+        self, source: Given | Sequence[Given], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
+    ) -> MediaHandle:
+        """Have a video or image prepared (a path, bytes, a data URL, an https URL, an `Upload`), or several as one.
+
+        What is here is sent along, or uploaded first when it is large; a `file://` URL is a path below the server's file root.
+        Options: `fps`, `max_frames`, `prune_keep`, `timeout_s`. The same media with the same options is found again without work
+        (`handle.reused`). `progress(stage, done, total)` is called in the event loop; what it raises ends the preparation.
+
+        Raises:
+            BadMedia, BadRequest, TooLarge, QueueFull. NotFound: an upload that expired, and cannot be sent again.
+        """
+        parcel = Parcel(self._connection, source, progress)
+        # Only the options are checked here; the server decides about the media.
+        request = to_request([f"media {i}" for i in range(len(parcel))], options)
+        attempts = self._attempts("preparing media", request.deadline_s)
+        async with aclosing(self._statuses(request, parcel, attempts)) as statuses:
+            async for status in statuses:
+                if status.state == pb.MediaStatus.READY:
+                    return to_handle(status.media)
+                if progress is not None and status.stage:
+                    progress(status.stage, status.done, status.total)
+        raise AssertionError("a preparation ends READY or with an error")
+
+    def conversation(self, media: MediaHandle | str) -> AsyncChat:
+        """A new conversation about prepared media, given as its handle or its media id."""
+        return AsyncChat(self, media)
+
+    async def ask(self, media: MediaHandle | str, question: str, **options: Unpack[AskOptions]) -> Answer:
+        """The answer to a single question: a conversation of its own, which is closed afterwards. As `AsyncChat.ask`."""
+        chat = self.conversation(media)
+        try:
+            return await chat.ask(question, **options)
+        finally:
+            chat.close_later()
+
+    def stream(self, media: MediaHandle | str, question: str, **options: Unpack[AskOptions]) -> AsyncGenerator[str, None]:
+        """The text of a single question's answer in pieces: as `AsyncChat.stream`, in a conversation that is closed afterwards."""
+        chat = self.conversation(media)
+        return _then_close(chat, chat.stream(question, **options))
+
+    async def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """The server's version, model and limits, and what its workers hold and do."""
+        told = await self._call("GetServerInfo", pb.GetServerInfoRequest(), "asking for information", timeout_s)
+        try:
+            details = json.loads(told.details_json or "{}")
+        except ValueError as error:
+            raise DataLoss(f"{self.target}: the details are no JSON: {error}") from error
+        limits = {name: getattr(told, name) for name in ("max_message_bytes", "max_inline_bytes", "max_upload_bytes")}
+        return {"version": told.version, "model": told.model, "fingerprint": told.fingerprint, **limits, "details": details}
+
+    async def media(self, media_id: str, *, timeout_s: float | None = None) -> MediaHandle:
+        """What was prepared under this id. Raises NotFound."""
+        return to_handle(await self._call("GetMedia", pb.GetMediaRequest(media_id=media_id), "looking for media", timeout_s))
+
+    async def delete_media(self, media_id: str, *, timeout_s: float | None = None) -> bool:
+        """Forget prepared media. False: there was nothing to forget."""
+        told = await self._call("DeleteMedia", pb.DeleteMediaRequest(media_id=media_id), "deleting media", timeout_s)
+        return bool(told.deleted)
+
+    async def close(self) -> None:
+        """Abort what runs and disconnect. Idempotent."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        self._connection.open()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def prepare_limit_s(self, timeout_s: float | None = None) -> float:
+        """The longest that a preparation, or an upload, with this deadline lets its caller wait."""
+        return timeout_s or self._timeout_s or PREPARE_S
+
+    def turn_limit_s(self, timeout_s: float | None = None) -> float:
+        """The longest that a turn with this deadline lets its caller wait."""
+        return timeout_s or self._timeout_s or TURN_S
+
+    def call_limit_s(self, timeout_s: float | None = None) -> float:
+        """The longest that any other call with this deadline lets its caller wait."""
+        return timeout_s or self._timeout_s or CALL_S
+
+    async def _call(self, method: str, message: Any, what: str, timeout_s: float | None) -> Any:
+        check_deadline(timeout_s)
+        return await self._connection.call(method, message, self.call_limit_s(timeout_s), what)
+
+    def _attempts(self, what: str, timeout_s: float | None) -> Attempts:
+        check_deadline(timeout_s)
+        return Attempts(self.prepare_limit_s(timeout_s), f"{self.target}: {what}")
+
+    async def _statuses(self, request: PrepareRequest, parcel: Parcel, attempts: Attempts) -> AsyncGenerator[pb.MediaStatus, None]:
+        """Statuses until READY. A preparation is named by its content, so it may be asked for as often as needed."""
+        num_resends = 0
+        while True:
+            message = prepare_message(request, await parcel.pack(attempts))
+            try:
+                async with aclosing(
+                    self._connection.stream("PrepareMedia", message, attempts.left_s(), "preparing media")
+                ) as statuses:
+                    async for status in statuses:
+                        yield status
+                        if status.state == pb.MediaStatus.READY:
+                            return
+                raise Unavailable(f"{self.target}: preparing media ended without a result")
+            except NotFound:
+                num_resends += 1
+                if num_resends > MAX_RESENDS or not await parcel.send_again(attempts):
+                    raise
+            except SparseVilaError as error:
+                await self._connection.again(attempts, error)
+
+
+class AsyncChat:
+    """One conversation: each question sees the video and all earlier questions and answers.
+
+    media: what it is about, as it was given. conversation_id: how the server calls it; "" before the first question.
+    """
+
+    def __init__(self, client: AsyncClient, media: MediaHandle | str):
+        self._client = client
+        self.media = media
+        self.conversation_id = ""
+        self.turns: list[tuple[str, Answer]] = []
+        self._first = asyncio.Lock()
+
+    async def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
+        """The whole answer.
+
+        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
+        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
+
+        Raises:
+            BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
+        """
+        turn = self._turn(question, options)
+        return self._keep(turn, [event async for event in self._events(turn)])
+
+    def stream(self, question: str, **options: Unpack[AskOptions]) -> AsyncGenerator[str, None]:
+        """The answer's text in pieces. Options and errors as for `ask`.
+
+        Leaving early aborts the turn and forgets it: at once with `aclose()`, and as soon as nothing refers to the iterator any
+        more without. After the last piece the whole answer is the last of `turns`.
+        """
+        return self._pieces(self._turn(question, options))
+
+    async def close(self) -> None:
+        """Free the conversation's KV; its media stays."""
+        if self.conversation_id:
+            message = pb.CloseConversationRequest(conversation_id=self.conversation_id)
+            await self._client._call("CloseConversation", message, "closing a conversation", None)
+
+    def close_later(self) -> None:
+        """`close` without waiting for it, or hearing of its errors."""
+        self._client._connection.leave_behind(self.close())
+
+    def _turn(self, question: str, options: AskOptions) -> Turn:
+        media_id = self.media if isinstance(self.media, str) else self.media.media_id
+        return to_turn(self.conversation_id, media_id, question, options)
+
+    async def _pieces(self, turn: Turn) -> AsyncGenerator[str, None]:
+        events = []
+        async with aclosing(self._events(turn)) as arriving:
+            async for event in arriving:
+                events.append(event)
+                if event.text:
+                    yield event.text
+        self._keep(turn, events)
+
+    async def _events(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
+        limit_s = self._client.turn_limit_s(turn.deadline_s)
+        with ExitStack() as first:
+            if not self.conversation_id:  # questions that come before the first one was accepted belong to the same conversation
+                await wait_within(self._first.acquire(), limit_s, "the first question of the conversation")
+                first.callback(self._first.release)
+            asking = Asking(self._client._connection, replace(turn, conversation_id=self.conversation_id), limit_s)
+            try:
+                async with aclosing(asking.events()) as events:
+                    async for event in events:
+                        self.conversation_id = asking.conversation_id
+                        if self.conversation_id:
+                            first.close()
+                        yield event
+            finally:
+                self.conversation_id = asking.conversation_id
+
+    def _keep(self, turn: Turn, events: Sequence[TurnEvent]) -> Answer:
+        answer = Answer.from_events(events)
+        self.turns.append((turn.question, answer))
+        return answer
+
+
+async def _then_close(chat: AsyncChat, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+    finally:
+        chat.close_later()

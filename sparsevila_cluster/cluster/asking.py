@@ -1,0 +1,267 @@
+"""One turn as the router sees it: asked of the worker that has its conversation, and of another one should that be lost.
+
+Knows: what the client was told so far, where the turn runs, and how it goes on elsewhere. Does not know: KV, lanes, or how a prefix
+comes to another worker (`shipping`).
+
+    worker of the conversation -> events | lost, or not there any more:
+        the conversation's text from the registry, its prefix to another worker from a copy, asked there with what was said
+        -> the events go on at the next token
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from sparsevila_cluster.cluster.conversations import Head
+from sparsevila_cluster.cluster.fleet import Fleet
+from sparsevila_cluster.cluster.placement import choose_holder
+from sparsevila_cluster.cluster.preparing import Preparing
+from sparsevila_cluster.cluster.replication import Replication
+from sparsevila_cluster.cluster.shipping import Shipping, Wanted
+from sparsevila_cluster.errors import BadMedia, Internal, NotFound, QueueFull, SparseVilaError, Unavailable, WorkerLost
+from sparsevila_cluster.metrics import Sink
+from sparsevila_cluster.patience import Caller, wait_within
+from sparsevila_cluster.request import Replay, Turn, TurnEvent, TurnRecord
+
+log = logging.getLogger(__name__)
+
+# Writing down a finished turn is not worth more of a client's time: the decode worker keeps it too.
+RECORD_WITHIN_S = 1.0
+MAX_UNRECORDED = 64
+
+
+@dataclass(frozen=True)
+class Means:
+    """What every turn of one router uses."""
+
+    fleet: Fleet
+    shipping: Shipping
+    preparing: Preparing
+    replication: Replication
+    sink: Sink
+
+
+class Asking:
+    """One turn under way. The caller holds the conversation's lock, if only until `let_go`."""
+
+    def __init__(self, means: Means, turn: Turn, head: Head, caller: Caller):
+        self._means, self._fleet = means, means.fleet
+        self.turn, self.head, self.caller = turn, head, caller
+        self.worker: str | None = None
+        self.ended: SparseVilaError | None = None
+        self._holds_lock = False
+        self._history: tuple[TurnRecord, ...] | None = None
+        self._said = list(turn.replay.token_ids) if turn.replay is not None else []
+        self._brownout = turn.replay.brownout if turn.replay is not None else 0.0
+        self._lost: set[str] = set()
+        self._lacking: set[str] = set()
+        self._recovering = False
+
+    # ---- the outside's view ------------------------------------------------------------------------------------------------
+
+    async def events(self) -> AsyncGenerator[TurnEvent, None]:
+        """The events of the turn, `done` last. Leaving the iteration early aborts it where it runs.
+
+        Raises:
+            What the worker raises of the turn itself. Unavailable, NotFound: it can go on nowhere. DeadlineExceeded, Cancelled.
+        """
+        told: set[str] = set()
+        for attempt in range(1, self._fleet.config.router.max_attempts + 1):
+            self._check()
+            worker = await self._place()
+            try:
+                async with aclosing(self._run(worker)) as events:
+                    async for event in events:
+                        self._check()
+                        if event.kind == "token":
+                            self._add(event)
+                        elif event.kind == "done":
+                            await self._finish(event)
+                        if event.kind == "token" or event.kind not in told:
+                            told.add(event.kind)
+                            yield replace(event, conversation_id=self.head.token) if event.kind in ("accepted", "done") else event
+                if "done" in told:
+                    return
+                raise WorkerLost(f"worker {worker} ended a turn in mid-answer")
+            except SparseVilaError as error:
+                self.worker = None
+                if "done" in told or attempt == self._fleet.config.router.max_attempts or not await self._goes_on(worker, error):
+                    raise
+                extra = {"turn_id": self.turn.turn_id, "at": worker}
+                level = logging.WARNING if worker in self._lost else logging.INFO
+                log.log(level, "a turn is asked again after %d tokens: %s", len(self._said), error, extra=extra)
+
+    async def resolve(self) -> None:
+        """Find out where a conversation stands that this router does not know, or whose last turn may be this very one.
+
+        Raises:
+            NotFound: it is unknown, another tenant's, or its text is lost. BadRequest: it is about another media. Unavailable.
+        """
+        self._history = await self._read_history()
+        if not self.head.known:
+            decodes = await self._fleet.workers("decode", self.caller)
+            if self.head.worker not in {one.worker for one in decodes}:
+                self._lost.add(self.head.worker)
+            self.head.known = True
+
+    def begin(self) -> None:
+        """The conversation begins with this turn."""
+        self._history = ()
+        head = self.head
+        opening = self._fleet.registry.tell("open_conversation", head.base, head.media_id, head.tenant)
+        self._fleet.later(opening, "opening a conversation", turn_id=self.turn.turn_id)
+
+    async def lock(self) -> None:
+        """Wait for the conversation's turns before this one. Raises DeadlineExceeded."""
+        what = f"waiting for the turns before turn {self.turn.turn_id}"
+        await wait_within(self.head.lock.acquire(), self.caller.remaining_s(what), what)
+        self._holds_lock = True
+
+    def let_go(self) -> None:
+        """Let the conversation's next turn begin. Harmless when repeated."""
+        if self._holds_lock:
+            self._holds_lock = False
+            self.head.lock.release()
+
+    def end(self, error: SparseVilaError) -> None:
+        """Nothing more is told of this turn; its stream ends with `error`."""
+        self.ended = self.ended or error
+
+    # ---- where -------------------------------------------------------------------------------------------------------------
+
+    async def _place(self) -> str:
+        """A worker that has the prefix as far as anybody knows. Where the conversation is not, its history goes along."""
+        head = self.head
+        if head.worker and head.worker not in self._lost | self._lacking:
+            return head.worker
+        found = await self._fleet.registry.where(head.media_id, self.caller)
+        if found.handle is not None and found.handle.tenant not in ("", self.turn.tenant):
+            raise NotFound(f"media {head.media_id!r} is not resident; prepare it first")
+        if self._history is None:
+            self._history = await self._read_history()
+        holders = [one for one in found.holders if one.worker not in self._lacking]
+        worker = choose_holder(holders, self._fleet.scene(self._lost, head.base))
+        return worker if worker is not None else await self._bring()
+
+    async def _bring(self) -> str:
+        key = self.head.media_id
+        request = self._means.preparing.remembered(key, self.turn.tenant)
+        lost, lacking = frozenset(self._lost), frozenset(self._lacking)
+        wanted = Wanted(key, self.caller, request, again=True, lost=lost, lacking=lacking)
+        try:
+            worker, _ = await self._means.shipping.bring(wanted)
+        except BadMedia as error:
+            raise Unavailable(f"media {key!r} is lost with its worker, and its source can not be read again: {error}") from error
+        self._lacking.discard(worker)
+        return worker
+
+    async def _read_history(self) -> tuple[TurnRecord, ...]:
+        """The finished turns before this one. Raises NotFound, BadRequest, Unavailable."""
+        head, turn = self.head, self.turn
+        journal = await self._fleet.registry.journal(head.base, self.caller)
+        if journal is None and not head.known:
+            raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
+        if journal is not None and not head.known:
+            head.media_id, head.tenant = journal.media_id, journal.tenant
+            head.check(turn)
+        records = list(journal.records) if journal is not None else []
+        for number, record in head.unrecorded:
+            if number <= len(records):
+                records[number:] = [record]
+        if len(records) < head.num_turns:
+            raise NotFound(f"the text of conversation {head.token!r} is lost, and the worker that held it")
+        if records and records[-1].turn.turn_id == turn.turn_id:
+            # It was finished, but its client did not hear all of it: it is made once more, the same.
+            self._brownout = records.pop().brownout
+        head.num_turns = len(records)
+        return tuple(records)
+
+    # ---- one attempt -------------------------------------------------------------------------------------------------------
+
+    async def _run(self, worker: str) -> AsyncGenerator[TurnEvent, None]:
+        """The events of one attempt, behind what was said before it."""
+        head, fleet = self.head, self._fleet
+        turn = replace(
+            self.turn,
+            conversation_id=head.base,
+            media_id=head.media_id,
+            deadline_s=self.caller.remaining_s(f"turn {self.turn.turn_id}"),
+            after=head.num_turns,
+            replay=Replay(tuple(self._said), self._brownout) if self._said else None,
+        )
+        self.worker = worker
+        head.moves_to(worker)
+        with fleet.busy(worker), self._means.replication.turn(worker, head.media_id):
+            async with aclosing(fleet.stream("decode", worker, "ask", turn, self._history, caller=self.caller)) as batches:
+                async for batch in batches:
+                    for event in batch:
+                        yield event
+
+    def _add(self, event: TurnEvent) -> None:
+        if event.index != len(self._said):
+            raise Internal(f"token {event.index} of turn {self.turn.turn_id} came where token {len(self._said)} was due")
+        self._said += event.token_ids
+        self._brownout = event.brownout
+
+    async def _finish(self, done: TurnEvent) -> None:
+        """The turn is part of its conversation from here on: write it down before the client may ask the next one."""
+        head = self.head
+        asked = replace(
+            self.turn, conversation_id=head.base, media_id=head.media_id, deadline_s=None, after=None, replay=None
+        )
+        brownout = done.usage.brownout if done.usage is not None else self._brownout
+        head.unrecorded.append((head.num_turns, TurnRecord(asked, tuple(self._said), brownout)))
+        head.num_turns += 1
+        head.last_turn_id = self.turn.turn_id
+        if self._recovering:
+            self._means.sink.count("turns_recovered_total")
+        try:
+            within_s = min(RECORD_WITHIN_S, self.caller.remaining_s("recording a turn"))
+            for number, record in head.unrecorded:
+                # What is refused is missing turns before it: a new registry has them, and this one, from the worker.
+                await self._fleet.registry.record(head.base, head.media_id, number, record, within_s)
+            head.unrecorded.clear()
+        except SparseVilaError as error:
+            del head.unrecorded[:-MAX_UNRECORDED]
+            log.warning("a turn is not in the registry yet: %s", error, extra={"turn_id": self.turn.turn_id})
+
+    # ---- when it fails -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.ended is not None:
+            raise self.ended
+        self.caller.check(f"turn {self.turn.turn_id}")
+
+    async def _goes_on(self, worker: str, error: SparseVilaError) -> bool:
+        """Whether another attempt may do what this one did not, and what has to be different then."""
+        if self.ended is not None:
+            return False
+        if isinstance(error, NotFound):
+            return await self._was_forgotten(worker)
+        if isinstance(error, Unavailable):
+            self._lost.add(worker)
+            self._recovering = True
+            if not isinstance(error, WorkerLost):
+                self._fleet.failed(worker, error)
+            # It may be alive, out of reach for a moment: nobody listens to what it says there any more.
+            self._fleet.tell_later("decode", worker, "abort", self.turn.turn_id, turn_id=self.turn.turn_id)
+            return True
+        if isinstance(error, QueueFull) and self._history == () and not self._said:
+            # Nothing ties a conversation that begins to this worker, where another one has its prefix too.
+            self._lost.add(worker)
+            found = await self._fleet.registry.where(self.head.media_id, self.caller)
+            return bool({one.worker for one in found.holders} - self._lost - self._lacking)
+        return False
+
+    async def _was_forgotten(self, worker: str) -> bool:
+        """The worker has not got the conversation as it was, or not its prefix."""
+        if self._history is None:
+            self._history = await self._read_history()
+            found = await self._fleet.registry.where(self.head.media_id, self.caller)
+            if worker in {one.worker for one in found.holders}:
+                return True
+        self._lacking.add(worker)
+        return True

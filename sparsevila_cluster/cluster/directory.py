@@ -1,0 +1,203 @@
+"""The directory: who is there, who holds which media prefix, and the text of conversations.
+
+Knows: what workers and routers told it, and since when. Does not know: how they reach it, or what they decide from it. Nothing in
+it is the truth: workers hold prefixes and conversations, and their reports fill a directory that was lost. Everything is bounded:
+the least recently used goes first. Plain and synchronous; one thread at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sparsevila_cluster.cluster.recent import Recent
+from sparsevila_cluster.cluster.reports import Finding, Journal, Snapshot, Whereabouts, WorkerReport
+from sparsevila_cluster.request import MediaHandle, TurnRecord
+
+# Reports that a worker may miss before it counts as gone, and periods after which every worker has reported to a new directory.
+MISSED_REPORTS = 5
+SETTLE_REPORTS = 3
+# Periods for which a router's word that a worker holds a prefix stands against that worker's own report, which may be older.
+NOTE_REPORTS = 2
+MAX_DIGESTS = 65_536
+MAX_CLAIMS = 4_096
+# Turns kept of one conversation. A longer one can not be made again elsewhere.
+MAX_TURNS = 1_024
+
+@dataclass
+class _Known:
+    """One worker as last heard of. complete: it has told everything once. noted: prefixes that a router saw arrive, and when."""
+
+    report: WorkerReport
+    seen_s: float
+    complete: bool = False
+    residents: dict[str, MediaHandle] = field(default_factory=dict)
+    noted: dict[str, tuple[MediaHandle, float]] = field(default_factory=dict)
+
+    def handle(self, key: str) -> MediaHandle | None:
+        noted = self.noted.get(key)
+        return self.residents.get(key) or (noted[0] if noted else None)
+
+    def keys(self) -> set[str]:
+        return {*self.residents, *self.noted}
+
+
+class Directory:
+    """`report_s`: seconds between two reports of a worker. `clock`: seconds, monotonic."""
+
+    def __init__(self, report_s: float = 1.0, max_conversations: int = 10_000, clock: Callable[[], float] = time.monotonic):
+        self.report_s = report_s
+        self._clock = clock
+        self._started_s = clock()
+        self._workers: dict[str, _Known] = {}
+        self._digests: Recent[str] = Recent(MAX_DIGESTS)
+        self._claims: Recent[tuple[str, float]] = Recent(MAX_CLAIMS)
+        self._journals: Recent[Journal] = Recent(max_conversations)
+
+    # ---- workers -----------------------------------------------------------------------------------------------------------
+
+    def report(self, report: WorkerReport) -> dict[str, Any]:
+        """Take a worker's word. {"send_all": True} asks for a report with residents and records: the sender is not known here."""
+        now_s = self._drop_silent()
+        bare = replace(report, residents=None, records=None)
+        known = self._workers.setdefault(report.worker, _Known(bare, now_s))
+        known.report, known.seen_s = bare, now_s
+        known.complete |= report.residents is not None and (report.pool == "prefill" or report.records is not None)
+        known.noted = {k: v for k, v in known.noted.items() if now_s - v[1] < NOTE_REPORTS * self.report_s}
+        if report.residents is not None:
+            known.residents = {handle.media_id: handle for handle in report.residents}
+        for journal in report.records or ():
+            self._restore(journal)
+        return {"send_all": not known.complete}
+
+    def forget_worker(self, worker: str) -> bool:
+        """A worker that is gone; should it report again, it is asked for everything. False if it was not known."""
+        return self._workers.pop(worker, None) is not None
+
+    def snapshot(self) -> Snapshot:
+        """Every worker that reports."""
+        self._drop_silent()
+        return Snapshot(tuple(known.report for known in self._workers.values()), len(self._journals), self.is_settled())
+
+    def is_settled(self) -> bool:
+        """Whether every worker has had time to report since this directory started."""
+        return self._clock() - self._started_s >= SETTLE_REPORTS * self.report_s
+
+    def _drop_silent(self) -> float:
+        now_s = self._clock()
+        for worker, known in list(self._workers.items()):
+            if now_s - known.seen_s > MISSED_REPORTS * self.report_s:
+                del self._workers[worker]
+        return now_s
+
+    # ---- media -------------------------------------------------------------------------------------------------------------
+
+    def find(self, digest: str | None, key: str | None) -> Finding:
+        """Where a media is, by its content key or by the digest of a request that asked for it before."""
+        self._drop_silent()
+        if key is None and digest is not None:
+            key = self._digests.use(digest)
+        if key is None:
+            return Finding(settled=self.is_settled())
+        return Finding(key, self.media(key), self.holders(key), self.copies(key), self.is_settled())
+
+    def holders(self, key: str) -> tuple[WorkerReport, ...]:
+        """Decode workers where the prefix is resident."""
+        return self._having(key, "decode")
+
+    def copies(self, key: str) -> tuple[WorkerReport, ...]:
+        """Prefill workers that keep a host copy of the prefix."""
+        return self._having(key, "prefill")
+
+    def media(self, key: str) -> MediaHandle | None:
+        """The handle of a prefix that is held somewhere."""
+        return next((handle for known in self._workers.values() if (handle := known.handle(key)) is not None), None)
+
+    def census(self) -> tuple[Whereabouts, ...]:
+        """Every media and where it is."""
+        self._drop_silent()
+        keys = sorted(set().union(*(known.keys() for known in self._workers.values())))
+        found = ((key, self.media(key)) for key in keys)
+        return tuple(
+            Whereabouts(handle, _names(self.holders(key)), _names(self.copies(key))) for key, handle in found if handle is not None
+        )
+
+    def note_digest(self, digest: str, key: str) -> None:
+        """Requests with this digest ask for this content key."""
+        self._digests.put(digest, key)
+
+    def note_held(self, handle: MediaHandle, workers: Sequence[str], digest: str | None = None) -> None:
+        """A router saw a prefix arrive at these workers, which may report so only later, after a request with this digest."""
+        for known in [self._workers[worker] for worker in workers if worker in self._workers]:
+            known.noted[handle.media_id] = (handle, self._clock())
+        if digest is not None:
+            self.note_digest(digest, handle.media_id)
+
+    def drop_media(self, key: str) -> bool:
+        """Forget who holds a prefix and which requests ask for it. False if nobody held it."""
+        having = [known for known in self._workers.values() if key in known.keys()]
+        for known in having:
+            known.residents.pop(key, None)
+            known.noted.pop(key, None)
+        for digest in [digest for digest, named in self._digests.items() if named == key]:
+            del self._digests[digest]
+        return bool(having)
+
+    def _having(self, key: str, pool: str) -> tuple[WorkerReport, ...]:
+        return tuple(k.report for k in self._workers.values() if k.report.pool == pool and k.handle(key) is not None)
+
+    # ---- claims ------------------------------------------------------------------------------------------------------------
+
+    def claim(self, key: str, owner: str, lease_s: float) -> bool:
+        """Whether `owner` may make this prefix: nobody else has said so within their lease. Asking again renews one's own."""
+        now_s = self._clock()
+        holder, until_s = self._claims.get(key, (owner, now_s))
+        if holder != owner and until_s > now_s:
+            return False
+        self._claims.put(key, (owner, now_s + lease_s))
+        return True
+
+    def unclaim(self, key: str, owner: str) -> bool:
+        """Give a claim back. False if it is not `owner`'s."""
+        if self._claims.get(key, ("", 0.0))[0] != owner:
+            return False
+        del self._claims[key]
+        return True
+
+    # ---- conversations -----------------------------------------------------------------------------------------------------
+
+    def open_conversation(self, conversation_id: str, media_id: str, tenant: str = "") -> None:
+        """A conversation begins; known ones stay as they are."""
+        if self._journals.use(conversation_id) is None:
+            self._journals.put(conversation_id, Journal(conversation_id, media_id, tenant=tenant))
+
+    def record(self, conversation_id: str, media_id: str, number: int, record: TurnRecord) -> bool:
+        """Turn `number` (0 = the first) of a conversation is over; what was known of it and of later ones is replaced.
+
+        False, and nothing is kept, when turns before it are not known here, or it is beyond MAX_TURNS.
+        """
+        known = self._journals.use(conversation_id) or Journal(conversation_id, media_id, tenant=record.turn.tenant)
+        if not 0 <= number <= min(len(known.records), MAX_TURNS - 1):
+            return False
+        self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record)))
+        return True
+
+    def history(self, conversation_id: str) -> Journal | None:
+        """The finished turns of a conversation, None if it is unknown."""
+        return self._journals.use(conversation_id)
+
+    def forget_conversation(self, conversation_id: str) -> bool:
+        """A conversation was closed. False if it is unknown."""
+        return self._journals.pop(conversation_id, None) is not None
+
+    def _restore(self, journal: Journal) -> None:
+        """From a worker's memory; what is longer has seen more."""
+        known = self._journals.get(journal.conversation_id)
+        if known is None or len(known.records) < len(journal.records):
+            self._journals.put(journal.conversation_id, replace(journal, records=journal.records[:MAX_TURNS]))
+
+
+def _names(reports: tuple[WorkerReport, ...]) -> tuple[str, ...]:
+    return tuple(report.worker for report in reports)

@@ -1,0 +1,30 @@
+"""Keeps a replica's port on the loopback interface when its node is there.
+
+Knows: the one place where Serve binds the port between replicas. Does not know: what passes through it.
+
+Serve listens on every interface, whatever the address of the node, and unpickles what it receives. On a node of one machine's own
+cluster nobody else has business there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import ray
+from ray.serve._private import replica
+
+
+def stay_on_loopback() -> bool:
+    """To be called while a replica is constructed, before Serve binds its port. False on a node with another address."""
+    host = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(host).is_loopback:
+        return False
+    bind = replica.add_port_to_grpc_server
+
+    def bind_at_home(server: Any, address: str) -> int:
+        port: int = bind(server, f"{host}:{address.rpartition(':')[2]}")
+        return port
+
+    replica.add_port_to_grpc_server = bind_at_home
+    return True

@@ -1,0 +1,253 @@
+"""Bytes that clients sent, as files: uploads until they expire, everything else as long as a preparation needs it.
+
+Knows: a folder, its quota, who owns which file, and when a file may go. Does not know: gRPC, or what the bytes are. All state that
+others need is in the folder (owner, id and kind in the names, age in the times), so that several routers may share one.
+
+    <folder>/<digest of the owner>/<upload id>.<kind>     a whole upload
+    <folder>/<digest of the owner>/<id>.part              one that still arrives, or bytes of one preparation
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsevila_cluster.cluster_config import DoorConfig
+from sparsevila_cluster.errors import BadConfig, Internal, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.metrics import Sink
+
+KINDS = ("auto", "video", "image")
+# How long a count of what other routers keep in a shared folder is good for, in seconds.
+COUNT_TTL_S = 1.0
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A whole file. digest: BLAKE2b-256 of the bytes, in hex."""
+
+    upload_id: str
+    num_bytes: int
+    digest: str
+    expires_in_s: float
+
+
+class Spool:
+    """Threads may share it. What it has written is deleted when it is closed; a folder of its own, too."""
+
+    def __init__(self, config: DoorConfig, max_bytes: int, sink: Sink):
+        """max_bytes: of one file. Raises BadConfig: the configured folder cannot be used."""
+        self._quota_bytes, self._ttl_s, self._max_bytes, self._sink = config.spool_bytes, config.upload_ttl_s, max_bytes, sink
+        self._shared = config.spool_dir is not None
+        try:
+            if config.spool_dir is not None:
+                Path(config.spool_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder = Path(config.spool_dir or tempfile.mkdtemp(prefix="sparsevila-spool-")).resolve()
+            if not os.access(self._folder, os.W_OK | os.X_OK):
+                raise PermissionError(13, "not writable")
+        except OSError as error:
+            raise BadConfig(f"spool_dir: cannot use {config.spool_dir!r}: {error.strerror or error}") from error
+        self._lock = threading.RLock()
+        self._sizes: dict[Path, int] = {}
+        self._held: Counter[Path] = Counter()
+        self._others = (-COUNT_TTL_S, 0)
+        self._closed = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept by this spool."""
+        with self._lock:
+            return sum(self._sizes.values())
+
+    def begin(self, owner: str) -> Part:
+        """A new file for this owner. Raises Unavailable: closed. Internal: the disk."""
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the spool is closed")
+            path = self._home(owner) / f"{uuid.uuid4().hex}.part"
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                part = Part(self, path)
+            except OSError as error:
+                raise Internal(f"cannot keep the file: {error.strerror or error}") from error
+            self._sizes[path] = 0
+            self._held[path] += 1
+        return part
+
+    @contextmanager
+    def hold(self, owner: str, upload_id: str) -> Iterator[tuple[Path, str]]:
+        """(path, kind) of a whole upload, which stays for the length of a `with` block. Using it renews its life.
+
+        Raises:
+            NotFound: unknown, expired, or somebody else's.
+        """
+        with self._lock:
+            path = self._find(owner, upload_id)
+            self._held[path] += 1
+        try:
+            yield path, path.suffix[1:]
+        finally:
+            with self._lock:
+                self._let_go(path)
+
+    def sweep(self) -> None:
+        """Delete what has expired and is not in use, also what a router that is gone left in a shared folder."""
+        with self._lock:
+            for path in self._files() if self._shared else list(self._sizes):
+                if not self._held[path] and self._is_old(path):
+                    self._delete(path)
+
+    def close(self) -> None:
+        """Delete everything that this spool wrote. Idempotent."""
+        with self._lock:
+            self._closed = True
+            for path in list(self._sizes):
+                self._delete(path)
+            if not self._shared:
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+    def make_room(self, path: Path, more_bytes: int) -> None:
+        """Account for bytes that are about to be written. Raises TooLarge: of one file. QueueFull: over the quota. Unavailable."""
+        with self._lock:
+            if self._closed or path not in self._sizes:
+                raise Unavailable("the spool is closed")
+            size = self._sizes[path] + more_bytes
+            if size > min(self._max_bytes, self._quota_bytes):
+                name, limit = min(("max_bytes", self._max_bytes), ("spool_bytes", self._quota_bytes), key=lambda pair: pair[1])
+                raise TooLarge(f"the file has more than {name} = {limit} bytes")
+            if self._used() + more_bytes > self._quota_bytes:
+                self.sweep()
+                if self._used() + more_bytes > self._quota_bytes:
+                    raise QueueFull(
+                        f"uploads use {self._used()} bytes, {more_bytes} more do not fit into spool_bytes = {self._quota_bytes}",
+                        retry_after_s=min(10.0, self._ttl_s),
+                    )
+            self._sizes[path] = size
+            self._tell()
+
+    def keep(self, path: Path, kind: str) -> str:
+        """Make a finished part a whole upload; returns its id."""
+        with self._lock:
+            if self._closed or path not in self._sizes:
+                raise Unavailable("the spool is closed")
+            upload_id = path.stem
+            whole = path.with_name(f"{upload_id}.{kind}")
+            os.replace(path, whole)
+            self._sizes[whole] = self._sizes.pop(path)
+            self._held.pop(path, None)
+        return upload_id
+
+    def forget(self, path: Path) -> None:
+        """Delete a part. Idempotent."""
+        with self._lock:
+            self._held.pop(path, None)
+            self._delete(path)
+
+    @property
+    def ttl_s(self) -> float:
+        return self._ttl_s
+
+    def _find(self, owner: str, upload_id: str) -> Path:
+        if _ID.fullmatch(upload_id):
+            for kind in KINDS:
+                path = self._home(owner) / f"{upload_id}.{kind}"
+                if path.is_file() and (self._held[path] or not self._is_old(path)):
+                    os.utime(path)
+                    return path
+        raise NotFound(f"no upload {upload_id[:40]!r}: it is unknown, or expired after upload_ttl_s = {self._ttl_s:g} s")
+
+    def _let_go(self, path: Path) -> None:
+        self._held[path] -= 1
+        if self._held[path] <= 0:
+            del self._held[path]
+
+    def _home(self, owner: str) -> Path:
+        return self._folder / hashlib.blake2b(owner.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+    def _is_old(self, path: Path) -> bool:
+        try:
+            return time.time() - path.stat().st_mtime > self._ttl_s
+        except OSError:
+            return True
+
+    def _delete(self, path: Path) -> None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        self._sizes.pop(path, None)
+        self._tell()
+
+    def _used(self) -> int:
+        """Bytes of this spool and of all others in the same folder."""
+        if self._shared and time.monotonic() - self._others[0] > COUNT_TTL_S:
+            sizes = (_size(path) for path in self._files() if path not in self._sizes)
+            self._others = time.monotonic(), sum(sizes)
+        return sum(self._sizes.values()) + self._others[1]
+
+    def _files(self) -> list[Path]:
+        return [path for path in self._folder.glob("*/*") if _ID.fullmatch(path.stem) and path.suffix[1:] in (*KINDS, "part")]
+
+    def _tell(self) -> None:
+        self._sink.set("spool_bytes", sum(self._sizes.values()))
+
+
+class Part:
+    """A file that still arrives. Its methods may be called from any thread, one at a time or not."""
+
+    def __init__(self, spool: Spool, path: Path):
+        self.path = path
+        self._spool = spool
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by keep and discard)
+        self._digest = hashlib.blake2b(digest_size=32)
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._file.tell() if not self._file.closed else 0
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises TooLarge, QueueFull (the quota), Unavailable (closed meanwhile), Internal (the disk)."""
+        with self._lock:
+            if self._file.closed:
+                raise Unavailable("the upload was given up")
+            self._spool.make_room(self.path, len(data))
+            self._digest.update(data)
+            view = memoryview(data)
+            try:
+                while view:
+                    view = view[self._file.write(view) :]
+            except OSError as error:
+                raise Internal(f"cannot keep the file: {error.strerror}") from error
+
+    def keep(self, kind: str) -> Upload:
+        """The whole file as an upload. Raises Unavailable: closed meanwhile."""
+        with self._lock:
+            if self._file.closed:
+                raise Unavailable("the upload was given up")
+            num_bytes = self._file.tell()
+            self._file.close()
+            upload_id = self._spool.keep(self.path, kind)
+        return Upload(upload_id, num_bytes, self._digest.hexdigest(), self._spool.ttl_s)
+
+    def discard(self) -> None:
+        """Delete it, unless it was kept. Idempotent."""
+        with self._lock:
+            self._file.close()
+        self._spool.forget(self.path)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

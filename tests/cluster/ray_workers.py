@@ -1,0 +1,72 @@
+"""A worker that does on demand what workers do wrong, behind a real clerk in a real replica."""
+
+import asyncio
+import os
+import signal
+import time
+
+from ray import serve
+
+from sparsevila_cluster.cluster.clerk import Clerk
+from sparsevila_cluster.cluster.loopback import stay_on_loopback
+from sparsevila_cluster.errors import NotFound, QueueFull
+
+
+class Clumsy:
+    """One of a kind per replica; `log` tells what became of calls."""
+
+    def __init__(self, name):
+        self.name = name
+        self.log = []
+
+    def who(self):
+        return self.name, os.getpid()
+
+    async def weigh(self, blob):
+        return len(blob)
+
+    async def refuse(self):
+        raise QueueFull("no room", retry_after_s=7.5)
+
+    async def stumble(self):
+        raise RuntimeError("a bug")
+
+    async def sleep(self, seconds):
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            self.log.append("sleep cancelled")
+            raise
+        return "slept"
+
+    def freeze(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def read_log(self):
+        return list(self.log)
+
+    async def count(self, num, pause_s=0.0, then=None):
+        try:
+            for i in range(num):
+                if pause_s:
+                    await asyncio.sleep(pause_s)
+                yield i
+            if then == "refuse":
+                raise NotFound("no more")
+            if then == "stumble":
+                raise RuntimeError("a bug")
+            if then == "block":
+                time.sleep(30)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.log.append("count left")
+            raise
+
+    def secret(self):
+        return "not in the table"
+
+
+class ClumsyReplica(Clerk):
+    def __init__(self):
+        stay_on_loopback()
+        name = serve.get_replica_context().replica_id.unique_id
+        super().__init__(name, Clumsy(name), "who weigh refuse stumble sleep freeze read_log".split(), ["count"], beat_s=0.2)

@@ -1,0 +1,105 @@
+"""The files in deploy/ are what they say: read by Serve's and our own schema, without a key that either would overlook."""
+
+import argparse
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from sparsevila_cluster.app import build
+from sparsevila_cluster.cluster_config import ClusterConfig, cluster_config_of, load_cluster_config
+from sparsevila_cluster.commands import serve as command
+from sparsevila_cluster.errors import BadConfig
+from tests.house import ROOT
+
+SERVE_FILE, CLUSTER_FILE = ROOT / "deploy" / "serve.yaml", ROOT / "deploy" / "cluster.yaml"
+DEPLOYMENTS = {"Registry", "Prefill", "Decode", "Router"}
+
+
+def unknown_keys(given, known, path=""):
+    """Keys of `given` that `known`, the same after a schema has read it, lacks: Serve's schema ignores what it does not know."""
+    if isinstance(given, dict) and isinstance(known, dict) and not path.endswith(".args"):
+        for key, value in given.items():
+            if key not in known:
+                yield f"{path}.{key}"
+            else:
+                yield from unknown_keys(value, known[key], f"{path}.{key}")
+    if isinstance(given, list):
+        for i, (a, b) in enumerate(zip(given, known, strict=True)):
+            yield from unknown_keys(a, b, f"{path}[{i}]")
+
+
+def deployments_of(app):
+    """{name: deployment} of an application and everything bound into it."""
+    found, todo = {}, [app]
+    while todo:
+        bound = todo.pop()._bound_deployment
+        found[bound.name] = bound
+        todo += [argument for argument in bound.init_args if hasattr(argument, "_bound_deployment")]
+    return found
+
+
+def test_serve_takes_its_file():
+    given = yaml.safe_load(SERVE_FILE.read_text())
+    schema = ServeDeploySchema.model_validate(given)
+    assert not list(unknown_keys(given, schema.model_dump()))
+    (application,) = schema.applications
+    assert application.import_path == "sparsevila_cluster.app:build" and application.name == cluster_config_of(application.args).name
+    assert {*deployments_of(build(application.args))} == DEPLOYMENTS
+
+
+@pytest.mark.parametrize("where", [(), ("applications", 0)])
+def test_a_misspelt_key_is_found(where):
+    given = yaml.safe_load(SERVE_FILE.read_text())
+    place = given
+    for step in where:
+        place = place[step]
+    place["import_paht"] = "x"
+    assert list(unknown_keys(given, ServeDeploySchema.model_validate(given).model_dump()))
+
+
+def test_our_own_file_is_a_cluster_on_loopback():
+    config = load_cluster_config(CLUSTER_FILE)
+    assert config.door.host == config.transport.host == "127.0.0.1" and config.decode.replicas == 2
+    assert config == cluster_config_of(yaml.safe_load(CLUSTER_FILE.read_text()))
+
+
+def test_the_application_is_what_the_configuration_asks_for():
+    fields = {
+        "prefill": {"replicas": 3, "num_gpus": 1.0, "labels": {"pool": "prefill"}},
+        "decode": {"replicas": 4, "num_cpus": 2.0, "resources": {"pool_decode": 0.5}},
+        "health_period_s": 3.0,
+        "drain_timeout_s": 7.0,
+    }
+    found = deployments_of(build(fields))
+    assert {name: one.num_replicas for name, one in found.items()} == {"Registry": 1, "Prefill": 3, "Decode": 4, "Router": 1}
+    prefill, decode = (found[name].ray_actor_options for name in ("Prefill", "Decode"))
+    assert prefill["num_gpus"] == 1 and prefill["label_selector"] == {"pool": "prefill"}
+    assert decode["num_cpus"] == 2 and decode["resources"] == {"pool_decode": 0.5}
+    for one in found.values():
+        config = one._deployment_config
+        assert config.health_check_period_s == 3 and config.graceful_shutdown_timeout_s == 7
+        assert config.request_router_config.request_router_class == "sparsevila_cluster.cluster.pinning:PinRouter"
+        assert "GRPC_MAX_MESSAGE_LENGTH" in str(one.ray_actor_options["runtime_env"])
+
+
+def test_build_takes_a_file_or_fields_not_both():
+    assert {*deployments_of(build({"config": str(CLUSTER_FILE)}))} == DEPLOYMENTS
+    with pytest.raises(BadConfig, match="besides it: name"):
+        build({"config": str(CLUSTER_FILE), "name": "other"})
+    for fields, told in (({"decode": {"replica": 2}}, "decode.replica"), ({"prefill": {"replicas": 0}}, "prefill.replicas")):
+        with pytest.raises(BadConfig, match=told):
+            build(fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [([], ("127.0.0.1", 8600)), (["--port", "0"], ("127.0.0.1", 0)), (["--host", "::1", "--port", "9"], ("::1", 9))],
+)
+def test_options_override_the_file(line, place):
+    parser = argparse.ArgumentParser()
+    command.add_to(parser.add_subparsers())
+    config = command._read_options(parser.parse_args(["serve", "--config", str(CLUSTER_FILE), *line]))
+    assert (config.door.host, config.door.port) == place
+    assert config.engine == load_cluster_config(CLUSTER_FILE).engine
+    assert command._read_options(parser.parse_args(["serve"])) == ClusterConfig()

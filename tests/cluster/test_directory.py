@@ -1,0 +1,160 @@
+"""The directory: what it believes of whom, for how long, and what it forgets first."""
+
+import pytest
+
+from sparsevila_cluster.cluster.directory import MAX_TURNS, MISSED_REPORTS, NOTE_REPORTS, SETTLE_REPORTS, Directory
+from sparsevila_cluster.cluster.reports import Journal, Load, WorkerReport
+from sparsevila_cluster.request import MediaHandle, Turn, TurnRecord
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def directory(clock):
+    return Directory(1.0, max_conversations=3, clock=clock)
+
+
+def handle(key, tenant=""):
+    return MediaHandle(key, "video", 8, 4.0, 100, 25, 30, 3000, 12000, tenant=tenant)
+
+
+def report(worker, pool="decode", keys=None, records=(), **load):
+    residents = None if keys is None else tuple(handle(key) for key in keys)
+    return WorkerReport(worker, pool, address=f"dock of {worker}", load=Load(**load), residents=residents, records=records)
+
+
+def said(number, *token_ids, conversation="c"):
+    return TurnRecord(Turn(f"t{number}", conversation, "m", f"question {number}?"), token_ids)
+
+
+def names(reports):
+    return sorted(one.worker for one in reports)
+
+
+def test_it_knows_who_holds_what_and_with_which_load(directory):
+    directory.report(report("d0", keys=["m", "n"], num_running=2))
+    directory.report(report("d1", keys=["m"]))
+    directory.report(report("p0", "prefill", keys=["m"], records=None))
+    found = directory.find(None, "m")
+    assert names(found.holders) == ["d0", "d1"] and names(found.copies) == ["p0"] and found.handle == handle("m")
+    assert {one.worker: one.load.num_running for one in found.holders} == {"d0": 2, "d1": 0}
+    assert all(one.residents is None and one.records is None for one in found.holders), "the answer carries what nobody asked"
+    assert names(directory.holders("n")) == ["d0"] and directory.find(None, "unknown").handle is None
+    assert names(directory.snapshot().of("decode")) == ["d0", "d1"] and names(directory.snapshot().of("prefill")) == ["p0"]
+    assert [(one.handle.media_id, one.holders, one.copies) for one in directory.census()] == [
+        ("m", ("d0", "d1"), ("p0",)),
+        ("n", ("d0",), ()),
+    ]
+
+
+def test_an_unchanged_report_keeps_residents_and_a_new_list_replaces_them(directory):
+    directory.report(report("d0", keys=["m"]))
+    assert directory.report(report("d0", num_waiting=5)) == {"send_all": False}
+    assert directory.find(None, "m").holders[0].load.num_waiting == 5
+    directory.report(report("d0", keys=["n"]))
+    assert directory.holders("m") == () and names(directory.holders("n")) == ["d0"]
+
+
+def test_a_stranger_is_asked_for_everything_until_it_told_everything(directory):
+    assert directory.report(report("d0", records=None)) == {"send_all": True}
+    assert directory.report(report("d0", records=None)) == {"send_all": True}
+    assert directory.report(report("d0", keys=["m"], records=None)) == {"send_all": True}, "its conversations are not known yet"
+    assert directory.report(report("d0", keys=["m"], records=())) == {"send_all": False}
+    assert directory.report(report("p0", "prefill", keys=[], records=None)) == {"send_all": False}
+
+
+def test_silent_workers_are_dropped_and_asked_again_when_they_come_back(directory, clock):
+    directory.report(report("d0", keys=["m"]))
+    clock.now_s += MISSED_REPORTS
+    assert names(directory.find(None, "m").holders) == ["d0"]
+    clock.now_s += 0.1
+    assert directory.find(None, "m").holders == () and directory.snapshot().workers == ()
+    assert directory.report(report("d0", records=None)) == {"send_all": True}
+
+
+def test_a_worker_that_died_is_forgotten_at_once(directory):
+    directory.report(report("d0", keys=["m"]))
+    assert directory.forget_worker("d0") and not directory.forget_worker("d0")
+    assert directory.holders("m") == ()
+
+
+def test_a_routers_word_stands_until_the_worker_had_time_to_say_so_itself(directory, clock):
+    directory.report(report("d0", keys=[]))
+    directory.note_held(handle("m"), ("d0", "stranger"), "digest")
+    assert directory.find("digest", None).key == "m"
+    directory.report(report("d0", keys=[]))  # was on its way before the prefix arrived
+    assert names(directory.holders("m")) == ["d0"] and directory.media("m") == handle("m")
+    clock.now_s += NOTE_REPORTS
+    directory.report(report("d0", keys=[]))
+    assert directory.holders("m") == ()
+
+
+def test_digests_lead_to_keys_until_the_media_is_dropped(directory):
+    directory.report(report("d0", keys=["m"]))
+    assert directory.find("digest", None).key is None
+    directory.note_digest("digest", "m")
+    assert names(directory.find("digest", None).holders) == ["d0"]
+    assert directory.drop_media("m") and not directory.drop_media("m")
+    assert directory.find("digest", None).key is None and directory.find(None, "m").holders == ()
+
+
+def test_one_owner_at_a_time_may_make_a_prefix(directory, clock):
+    assert directory.claim("m", "a", 30) and not directory.claim("m", "b", 30) and directory.claim("n", "b", 30)
+    clock.now_s += 29
+    assert directory.claim("m", "a", 30), "renewing failed"
+    clock.now_s += 29
+    assert not directory.claim("m", "b", 30)
+    clock.now_s += 1
+    assert directory.claim("m", "b", 30), "a lease that ran out still counts"
+    assert not directory.unclaim("m", "a") and directory.unclaim("m", "b") and directory.claim("m", "a", 30)
+
+
+def test_turns_are_kept_in_order_and_one_made_again_replaces_what_followed(directory):
+    assert directory.history("c") is None
+    directory.open_conversation("c", "m", "tenant")
+    assert directory.history("c") == Journal("c", "m", (), "tenant")
+    assert directory.record("c", "m", 0, said(0, 1)) and directory.record("c", "m", 1, said(1, 2))
+    assert not directory.record("c", "m", 3, said(3, 4)), "a turn is missing before it"
+    assert directory.record("c", "m", 0, said(0, 9))
+    assert directory.history("c").records == (said(0, 9),)
+    directory.open_conversation("c", "m")
+    assert directory.history("c").tenant == "tenant" and directory.history("c").records
+    assert directory.forget_conversation("c") and directory.history("c") is None
+
+
+def test_a_lost_directory_is_filled_by_reports_and_the_longer_memory_wins(directory):
+    whole = Journal("c", "m", (said(0, 1), said(1, 2)))
+    directory.report(report("d0", keys=["m"], records=(whole,)))
+    directory.report(report("d1", keys=["m"], records=(Journal("c", "m", (said(0, 1),)),)))
+    assert directory.history("c") == whole
+
+
+def test_it_says_whether_everybody_had_time_to_report(directory, clock):
+    assert not directory.find("digest", None).settled and not directory.snapshot().settled
+    clock.now_s += SETTLE_REPORTS
+    assert directory.find("digest", None).settled and directory.is_settled()
+
+
+def test_conversations_are_bounded_and_the_least_recently_used_goes_first(directory):
+    for name in "abc":
+        directory.record(name, "m", 0, said(0, 1))
+    directory.history("a")
+    directory.record("d", "m", 0, said(0, 1))
+    assert [directory.history(name) is not None for name in "abcd"] == [True, False, True, True]
+    assert directory.snapshot().num_conversations == 3
+
+
+def test_a_conversation_is_kept_up_to_a_bound(directory):
+    directory.report(report("d0", keys=[], records=(Journal("c", "m", tuple(said(i, i) for i in range(MAX_TURNS + 5))),)))
+    assert len(directory.history("c").records) == MAX_TURNS and not directory.record("c", "m", MAX_TURNS, said(0, 1))

@@ -1,0 +1,172 @@
+"""The whole cluster, as `sparsevila serve` starts it with nothing given but a port: asked over gRPC, measured, ended by a signal."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from sparsevila_cluster.client import Client
+from sparsevila_cluster.config import EngineConfig
+from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
+from sparsevila_cluster.video_qa import VideoQA
+from tests.cluster.served import Served
+from tests.house import ROOT
+
+pytestmark = pytest.mark.slow
+NUM_TURNS = 3
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """[(path, questions)] of two videos."""
+    folder, films = tmp_path_factory.mktemp("films"), []
+    for seed in (1, 2):
+        scene, frames = make_video(seed)
+        path = folder / f"{seed}.mp4"
+        write_mp4(frames, path)
+        films.append((path, [question.text for question in make_questions(scene, np.random.default_rng(seed), NUM_TURNS)]))
+    return films
+
+
+@pytest.fixture(scope="module")
+def right(films):
+    """What one process answers."""
+    with VideoQA(config=EngineConfig(device="cpu")) as qa:
+        answers = []
+        for path, questions in films:
+            chat = qa.conversation(qa.prepare(path))
+            answers.append([chat.ask(question).token_ids for question in questions])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    served = Served(tmp_path_factory.mktemp("served"), "--port", "0")
+    try:
+        served.wait()
+        yield served
+    finally:
+        served.kill()
+
+
+@pytest.fixture
+def client(served):
+    with Client.connect(served.target) as client:
+        yield client
+
+
+def num_prefills(client):
+    return sum(worker["info"]["prefills"] for worker in client.info()["details"]["pools"]["prefill"])
+
+
+def test_answers_are_those_of_one_process_and_later_turns_prefill_nothing(client, films, right):
+    before = num_prefills(client)
+    told, errors = {}, []
+
+    def visit(i):
+        try:
+            path, questions = films[i]
+            chat = client.conversation(client.prepare(path))
+            told[i] = [chat.ask(question).token_ids for question in questions]
+        except Exception as error:
+            errors.append(error)
+
+    visitors = [threading.Thread(target=visit, args=(i,)) for i in range(len(films))]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(120)
+    assert not errors and [told[i] for i in range(len(films))] == right
+    assert num_prefills(client) - before == len(films)
+
+
+def test_a_second_client_of_the_same_video_costs_no_prefill(served, client, films, right):
+    (path, questions), answers = films[0], right[0]
+    client.prepare(path)
+    before = num_prefills(client)
+    with Client.connect(served.target) as other:
+        media = other.prepare(path)
+        assert media.reused
+        chat = other.conversation(media)
+        told = ["".join(chat.stream(question)) for question in questions]
+        assert told == [other_chat_text(client, path, questions, i) for i in range(NUM_TURNS)]
+    assert num_prefills(client) == before
+
+
+def other_chat_text(client, path, questions, turn):
+    chat = client.conversation(client.prepare(path))
+    return [chat.ask(question).text for question in questions[: turn + 1]][-1]
+
+
+def test_info_tells_pools_residents_and_lanes(client, films):
+    media = client.prepare(films[0][0])
+    info = client.info()["details"]
+    assert (len(info["pools"]["prefill"]), len(info["pools"]["decode"])) == (1, 2)
+    (entry,) = [entry for entry in info["media"] if entry["media_id"] == media.media_id]
+    assert entry["holders"] and entry["copies"] == [info["pools"]["prefill"][0]["worker"]]
+    assert info["lanes"]
+
+
+def test_a_killed_decode_worker_is_made_up_for_without_another_prefill(served, client, films, right):
+    media = [client.prepare(path) for path, _ in films]
+    chats = [client.conversation(one) for one in media]
+    assert [chat.ask(questions[0]).token_ids for chat, (_, questions) in zip(chats, films, strict=True)] == [a[0] for a in right]
+    before, replicas = num_prefills(client), served.replicas()["Decode"]
+    os.kill(replicas[0], signal.SIGKILL)
+    start_s = time.monotonic()
+    for turn in range(1, NUM_TURNS):
+        for chat, (_, questions), answers in zip(chats, films, right, strict=True):
+            assert chat.ask(questions[turn], timeout_s=60).token_ids == answers[turn]
+    print(f"both conversations went on; their next turns were over {time.monotonic() - start_s:.2f} s after the kill")
+    assert num_prefills(client) == before
+    until_s = time.monotonic() + 120
+    while len([process for process in served.replicas()["Decode"] if process != replicas[0]]) < 2:
+        assert time.monotonic() < until_s, served.replicas()
+        time.sleep(0.2)
+
+
+def test_nothing_listens_on_other_interfaces(served):
+    done = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True)
+    processes = [process for kind in served.replicas().values() for process in kind]
+    ours = [line.split()[3] for line in done.stdout.splitlines() if any(f"pid={process}," in line for process in processes)]
+    assert len(ours) > len(processes)
+    assert not [address for address in ours if not address.startswith(("127.0.0.1:", "[::ffff:127.0.0.1]:"))]
+
+
+def test_a_taken_port_and_a_bad_configuration_are_one_line(served, tmp_path):
+    (tmp_path / "bad.yaml").write_text("decode: {replica: 2}\n")
+    (tmp_path / "gone.yaml").write_text("engine: {model: /nowhere}\n")
+    port = served.target.rpartition(":")[2]
+    for options, code, told in (
+        (["--port", port], 1, f"error: cannot listen on 127.0.0.1:{port}"),
+        (["--config", str(tmp_path / "bad.yaml")], 2, "error: unknown config key 'decode.replica'"),
+        (["--config", str(tmp_path / "gone.yaml"), "--port", "0"], 2, "error: "),
+        (["--port", "70000"], 2, "error: door.port"),
+    ):
+        command = [sys.executable, "-m", "sparsevila_cluster", "serve", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done
+        assert done.stdout == "" and done.stderr.startswith(told) and done.stderr.count("\n") == 1
+
+
+def test_a_signal_ends_it_and_leaves_nothing(served, films, right):
+    with Client.connect(served.target) as client:
+        chat = client.conversation(client.prepare(films[0][0]))
+        assert chat.ask(films[0][1][0]).token_ids == right[0][0]
+    start_s = time.monotonic()
+    assert served.stop(signal.SIGTERM) == 0, served.log.read_text()
+    print(f"ended {time.monotonic() - start_s:.1f} s after SIGTERM")
+    told = [line for line in served.log.read_text().splitlines() if "network_util.cc" not in line]  # Ray without a network
+    assert told == []
+    deadline_s = time.monotonic() + 10
+    while served.left() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert served.left() == []
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(served.target.rpartition(":")[2]))) != 0

@@ -1,0 +1,216 @@
+"""Uploads as files: quota, expiry, owners, threads, several spools in one folder, and that nothing stays behind."""
+
+import asyncio
+import hashlib
+import os
+import threading
+import time
+
+import pytest
+
+from sparsevila_cluster.cluster_config import DoorConfig
+from sparsevila_cluster.errors import BadConfig, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.gateway.spool import Spool
+from sparsevila_cluster.metrics import Tally
+from sparsevila_cluster.pb import video_qa_pb2 as pb
+from tests.gateway.doors import prepare, refused, run, until, upload
+
+
+def spool(max_bytes=1000, sink=None, **fields):
+    return Spool(DoorConfig(**{"spool_bytes": 1000} | fields), max_bytes, sink or Tally())
+
+
+def put(into, data, owner="ann", kind="video"):
+    part = into.begin(owner)
+    try:
+        for start in range(0, len(data), 7):
+            part.write(data[start : start + 7])
+        return part.keep(kind)
+    except BaseException:
+        part.discard()
+        raise
+
+
+def test_what_is_kept_is_what_was_written():
+    sink = Tally()
+    held = spool(sink=sink)
+    upload = put(held, bytes(range(200)))
+    assert upload.num_bytes == 200 and upload.digest == hashlib.blake2b(bytes(range(200)), digest_size=32).hexdigest()
+    with held.hold("ann", upload.upload_id) as (path, kind):
+        assert path.read_bytes() == bytes(range(200)) and kind == "video"
+        assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0
+        folder = path.parent.parent
+    assert held.num_bytes == 200 == sink.values["spool_bytes",]
+    known = upload.upload_id
+    for owner, upload_id in (("bob", known), ("ann", "0" * 32), ("ann", "../x"), ("ann", known + "x"), ("ann", "")):
+        with pytest.raises(NotFound), held.hold(owner, upload_id):
+            pass
+    held.close()
+    held.close()
+    assert not folder.exists() and held.num_bytes == 0 == sink.values["spool_bytes",]
+    for act in (lambda: held.begin("ann"), lambda: put(held, b"x")):
+        with pytest.raises(Unavailable):
+            act()
+
+
+def test_the_quota_holds_to_the_byte():
+    held = spool()
+    first = put(held, bytes(600))
+    with pytest.raises(QueueFull, match="spool_bytes = 1000") as full:
+        put(held, bytes(401))
+    assert full.value.retry_after_s > 0 and held.num_bytes == 600
+    put(held, bytes(400))
+    assert held.num_bytes == 1000
+    with pytest.raises(QueueFull):
+        put(held, b"x")
+    held.close()
+    with pytest.raises(TooLarge, match="max_bytes = 50"):
+        put(spool(max_bytes=50), bytes(51))
+    with pytest.raises(TooLarge, match="spool_bytes = 1000"):
+        put(spool(max_bytes=5000), bytes(1001))
+    assert first.num_bytes == 600
+
+
+def test_uploads_expire_unless_they_are_read():
+    held = spool(upload_ttl_s=0.3)
+    read, idle = put(held, bytes(500)), put(held, bytes(500))
+    partial = spool(upload_ttl_s=0.05)
+    slow = partial.begin("ann")
+    slow.write(b"x")
+    with held.hold("ann", read.upload_id) as (path, _):
+        time.sleep(0.4)
+        with pytest.raises(NotFound, match="expired"), held.hold("ann", idle.upload_id):
+            pass
+        put(held, bytes(500))  # makes room by itself
+        held.sweep()
+        assert path.read_bytes() == bytes(500)
+        with held.hold("ann", read.upload_id):
+            pass
+    assert held.num_bytes == 1000
+    time.sleep(0.4)
+    held.sweep()
+    assert held.num_bytes == 0 and not path.exists()
+    partial.sweep()
+    slow.write(b"y")  # what still arrives is in use
+    with partial.hold("ann", slow.keep("auto").upload_id) as (path, _):
+        assert path.read_bytes() == b"xy"
+    for one in (held, partial):
+        one.close()
+
+
+def test_a_shared_folder_has_one_quota_and_is_cleaned_of_the_dead(tmp_path):
+    folder = tmp_path / "deep" / "spool"
+    one, two = (spool(spool_dir=str(folder), upload_ttl_s=5) for _ in range(2))
+    sent = put(one, bytes(700))
+    with two.hold("ann", sent.upload_id) as (path, kind):
+        assert kind == "video" and path.stat().st_size == 700
+    with pytest.raises(QueueFull):
+        put(two, bytes(301))
+    put(two, bytes(300))
+    (folder / "README").write_text("not ours")
+    dead = path.parent / f"{'0' * 32}.part"
+    dead.write_bytes(b"left by a router that is gone")
+    os.utime(dead, (time.time() - 10, time.time() - 10))
+    two.sweep()
+    assert not dead.exists() and path.exists()
+    one.close()
+    assert not path.exists() and two.num_bytes == 300
+    two.close()
+    assert folder.exists() and [p.name for p in folder.rglob("*") if p.is_file()] == ["README"]
+    with pytest.raises(BadConfig, match="spool_dir"):
+        spool(spool_dir="/proc/no such folder")
+
+
+def test_discarding_while_another_thread_writes_leaves_nothing():
+    held = spool(max_bytes=10**9, spool_bytes=10**9)
+    for _ in range(20):
+        part, failed = held.begin("ann"), []
+
+        def write(part=part, failed=failed):
+            try:
+                while True:
+                    part.write(bytes(1000))
+            except Unavailable as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        time.sleep(0.002)
+        part.discard()
+        thread.join(10)
+        assert failed and held.num_bytes == 0 and not part.path.exists()
+    held.close()
+
+
+# ---- over the door -----------------------------------------------------------------------------------------------------------
+
+
+def test_uploads_over_the_door_have_quota_size_and_expiry(checkpoint, clips):
+    size = len(clips[0])
+
+    async def work(house):
+        code, error = await refused(upload(house.stub, bytes(size * 3), step=1000))
+        assert (code, type(error)) == ("RESOURCE_EXHAUSTED", TooLarge) and "spool_bytes" in str(error)
+        sent = await upload(house.stub, clips[0], step=1000, kind="video")
+        assert sent.digest == hashlib.blake2b(clips[0], digest_size=32).hexdigest() and sent.num_bytes == size
+        code, error = await refused(upload(house.stub, clips[0], step=1000))
+        assert (code, type(error)) == ("RESOURCE_EXHAUSTED", QueueFull) and "spool_bytes" in str(error)
+        source = pb.MediaSource(upload_id=sent.upload_id)
+        assert (await prepare(house.stub, source)).kind == "video"
+        assert (await prepare(house.stub, source)).reused  # an upload may be used again
+
+        async def expired():
+            return house.door._spool.num_bytes == 0
+
+        await until(expired, "an upload stays for ever")
+        request = pb.PrepareMediaRequest(sources=[source])
+        code, error = await refused(house.stub.PrepareMedia(request))
+        assert code == "NOT_FOUND" and "expired" in str(error)
+        assert (await upload(house.stub, clips[0])).upload_id != sent.upload_id
+
+    run(checkpoint, work, spool_bytes=size + size // 2, upload_ttl_s=2.0)
+
+
+def test_an_upload_that_is_no_media_is_called_by_its_name(checkpoint):
+    async def work(house):
+        sent = await upload(house.stub, b"no video at all")
+        code, error = await refused(
+            house.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[pb.MediaSource(upload_id=sent.upload_id)]))
+        )
+        assert code == "INVALID_ARGUMENT" and f"upload '{sent.upload_id}'" in str(error) and "spool" not in str(error)
+
+    run(checkpoint, work)
+
+
+def test_an_upload_that_pauses_too_long_is_given_up(checkpoint, monkeypatch):
+    from sparsevila_cluster.gateway import sources
+
+    monkeypatch.setattr(sources, "CHUNK_WAIT_S", 0.2)
+
+    async def work(house):
+        async def chunks():
+            yield pb.MediaChunk(data=b"x")
+            await asyncio.sleep(20)
+
+        code, error = await refused(house.stub.UploadMedia(chunks()))
+        assert code == "DEADLINE_EXCEEDED" and "chunk" in str(error) and house.door._spool.num_bytes == 0
+
+    run(checkpoint, work)
+
+
+def test_an_evicted_prefix_whose_bytes_are_gone_is_not_found(checkpoint, clips):
+    async def work(house):
+        media = [await prepare(house.stub, data) for data in clips]
+        from tests.gateway.doors import ask
+
+        code, error = await refused(house.stub.Answer(ask(media[0].media_id)))
+        assert code == "NOT_FOUND" and "prepare it again" in str(error)
+        assert (await house.stub.Answer(ask(media[2].media_id))).text is not None
+
+    room = []
+    run(checkpoint, lambda house: _room(house, clips[0], room))
+    run(checkpoint, work, engine={"prefix_bytes": int(room[0] * 1.5)})
+
+
+async def _room(house, clip, room):
+    room.append((await prepare(house.stub, clip)).kv_bytes)
