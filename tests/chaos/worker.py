@@ -137,7 +137,7 @@ async def serve(kind: str, name: str, path: str, config: ClusterConfig, model: M
                     continue
                 tasks[number] = asyncio.ensure_future(work(writer, number, whom, method, args))
                 tasks[number].add_done_callback(lambda _, number=number: tasks.pop(number, None))  # type: ignore[misc]
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             for task in list(tasks.values()):

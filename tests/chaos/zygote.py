@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from typing import Any
@@ -63,14 +64,13 @@ def _become(serve: Any, model: Any, job: dict[str, Any]) -> int:
 
 def _listen_at(port: int) -> None:
     """Have the first dock of this process listen on `port`, as a worker that is restarted on its old address."""
-    from torch import distributed
+    stock = socket.create_server
 
-    stock: Any = distributed.TCPStore
+    def server(address: tuple[str, int], **options: Any) -> socket.socket:
+        host, number = address[:2]
+        return stock((host, port if number == 0 else number), **options)
 
-    def store(host: str, number: int, *args: Any, **options: Any) -> Any:
-        return stock(host, port if number == 0 else number, *args, **options)
-
-    distributed.TCPStore = store  # type: ignore[misc, assignment]
+    socket.create_server = server  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
