@@ -121,19 +121,22 @@ class ClusterPipeline:
         """
         self._check_open()
         caller = Caller(self.config.engine.turn_timeout_s if turn.deadline_s is None else turn.deadline_s)
-        if turn.conversation_id:
-            head = self._conversations.head(Token.parse(turn.conversation_id))
-        else:
-            head = self._conversations.open(turn)
+        token = Token.parse(turn.conversation_id) if turn.conversation_id else None
+        head = self._conversations.head(token) if token is not None else self._conversations.open(turn)
         asking = Asking(self._means, turn, head, caller)
         await self._take_over(turn, head, caller)
         self._turns[turn.turn_id] = asking
         try:
             await asking.lock()
-            if not turn.conversation_id:
+            if token is None:
                 asking.begin()
-            elif not head.known or turn.replay is not None or head.last_turn_id == turn.turn_id:
-                await asking.resolve()
+            else:
+                head.catch_up(token)
+                enough = head.known or head.num_turns and head.worker and turn.media_id
+                if not enough or turn.replay is not None or head.last_turn_id == turn.turn_id:
+                    await asking.resolve()
+                elif not head.known:
+                    asking.suppose()
             head.check(turn)
             async with aclosing(asking.events()) as events:
                 async for event in events:

@@ -157,7 +157,7 @@ def test_a_decode_worker_killed_in_mid_answer_costs_no_token_and_no_prefill(chec
             same(answer, wanted[i])
         assert cluster.num_prefills == 1 and cluster.sink.counts["turns_recovered_total",] == 1
         replayed = sum(worker.sink.counts["conversations_replayed_total",] for worker in cluster.decodes)
-        assert replayed == (number > 0) and Token.parse(name).epoch == 1
+        assert replayed == (number > 0) and Token.parse(name).moves == 1
 
     run(scenario, checkpoint, endless)
 
