@@ -25,7 +25,15 @@ from sparsevila_cluster.cluster.own_ray import own_ray, within
 from sparsevila_cluster.cluster.ray_pool import RayPool
 from sparsevila_cluster.cluster.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import BadCheckpoint, DeadlineExceeded, Internal, SparseVilaError, Unavailable, UserError, from_failure
+from sparsevila_cluster.errors import (
+    BadCheckpoint,
+    DeadlineExceeded,
+    Internal,
+    SparseVilaError,
+    Unavailable,
+    UserError,
+    from_failure,
+)
 from sparsevila_cluster.patience import GRACE_S
 from sparsevila_cluster.progress import ProgressLine
 

@@ -1,4 +1,4 @@
-"""The whole cluster, as `sparsevila serve` starts it with nothing given but a port: asked over gRPC, measured, ended by a signal."""
+"""The whole cluster, as `sparsevila serve` starts it with nothing given but a port: asked over gRPC, hurt, ended by a signal."""
 
 import os
 import signal
@@ -86,8 +86,8 @@ def test_answers_are_those_of_one_process_and_later_turns_prefill_nothing(client
     assert num_prefills(client) - before == len(films)
 
 
-def test_a_second_client_of_the_same_video_costs_no_prefill(served, client, films, right):
-    (path, questions), answers = films[0], right[0]
+def test_a_second_client_of_the_same_video_costs_no_prefill(served, client, films):
+    path, questions = films[0]
     client.prepare(path)
     before = num_prefills(client)
     with Client.connect(served.target) as other:
