@@ -66,7 +66,7 @@ class Asking:
         """The events of the turn, `done` last. Leaving the iteration early aborts it where it runs.
 
         Raises:
-            What the worker raises of the turn itself. Unavailable, NotFound: it can not go on anywhere. DeadlineExceeded, Cancelled.
+            What the worker raises of the turn itself. Unavailable, NotFound: it can go on nowhere. DeadlineExceeded, Cancelled.
         """
         told: set[str] = set()
         for attempt in range(1, self._fleet.config.router.max_attempts + 1):
@@ -90,8 +90,9 @@ class Asking:
                 self.worker = None
                 if "done" in told or attempt == self._fleet.config.router.max_attempts or not await self._goes_on(worker, error):
                     raise
-                extra = {"turn": self.turn.turn_id, "worker": worker}
-                log.warning("a turn goes on elsewhere after %d tokens: %s", len(self._said), error, extra=extra)
+                extra = {"turn_id": self.turn.turn_id, "at": worker}
+                level = logging.WARNING if worker in self._lost else logging.INFO
+                log.log(level, "a turn is asked again after %d tokens: %s", len(self._said), error, extra=extra)
 
     async def resolve(self) -> None:
         """Find out where a conversation stands that this router does not know, or whose last turn may be this very one.
@@ -111,7 +112,7 @@ class Asking:
         self._history = ()
         head = self.head
         opening = self._fleet.registry.tell("open_conversation", head.base, head.media_id, head.tenant)
-        self._fleet.later(opening, "opening a conversation", turn=self.turn.turn_id)
+        self._fleet.later(opening, "opening a conversation", turn_id=self.turn.turn_id)
 
     async def lock(self) -> None:
         """Wait for the conversation's turns before this one. Raises DeadlineExceeded."""
@@ -142,7 +143,7 @@ class Asking:
         if self._history is None:
             self._history = await self._read_history()
         holders = [one for one in found.holders if one.worker not in self._lacking]
-        worker = choose_holder(holders, self._fleet.scene(self._lost))
+        worker = choose_holder(holders, self._fleet.scene(self._lost, head.base))
         return worker if worker is not None else await self._bring()
 
     async def _bring(self) -> str:
@@ -225,7 +226,7 @@ class Asking:
             head.unrecorded.clear()
         except SparseVilaError as error:
             del head.unrecorded[:-MAX_UNRECORDED]
-            log.warning("a turn is not in the registry yet: %s", error, extra={"turn": self.turn.turn_id})
+            log.warning("a turn is not in the registry yet: %s", error, extra={"turn_id": self.turn.turn_id})
 
     # ---- when it fails -----------------------------------------------------------------------------------------------------
 
@@ -246,7 +247,7 @@ class Asking:
             if not isinstance(error, WorkerLost):
                 self._fleet.failed(worker, error)
             # It may be alive, out of reach for a moment: nobody listens to what it says there any more.
-            self._fleet.tell_later("decode", worker, "abort", self.turn.turn_id, turn=self.turn.turn_id)
+            self._fleet.tell_later("decode", worker, "abort", self.turn.turn_id, turn_id=self.turn.turn_id)
             return True
         if isinstance(error, QueueFull) and self._history == () and not self._said:
             # Nothing ties a conversation that begins to this worker, where another one has its prefix too.

@@ -6,6 +6,7 @@ them, or why.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from sparsevila_cluster.request import PrepareRequest
 log = logging.getLogger(__name__)
 
 Kind = Literal["prefill", "decode"]
+PAUSE_S = 0.1
 
 
 class Fleet:
@@ -40,9 +42,9 @@ class Fleet:
         self.under_way: Counter[str] = Counter()
         self.errands = Errands()
 
-    def scene(self, tried: Collection[str] = ()) -> Scene:
+    def scene(self, tried: Collection[str] = (), about: str = "") -> Scene:
         """What placement may know now."""
-        return Scene(self.under_way, self.breaker.cooling(time.monotonic()), tried)
+        return Scene(self.under_way, self.breaker.cooling(time.monotonic()), tried, about)
 
     @contextmanager
     def busy(self, worker: str) -> Iterator[None]:
@@ -101,7 +103,7 @@ class Fleet:
 
     def failed(self, worker: str, error: SparseVilaError) -> None:
         """`worker` did not do what it was asked: avoid it for a while; one that is gone is gone for every router."""
-        log.warning("worker %s failed: %s", worker, error, extra={"worker": worker})
+        log.warning("worker %s failed: %s", worker, error, extra={"at": worker})
         self.breaker.failed(worker, time.monotonic())
         if isinstance(error, WorkerLost):
             self.later(self.registry.tell("forget_worker", worker), f"forgetting {worker}")
@@ -118,7 +120,13 @@ class Fleet:
     # ---- who is there ------------------------------------------------------------------------------------------------------
 
     async def workers(self, kind: Kind, caller: Caller) -> tuple[WorkerReport, ...]:
-        """The workers of a pool that report."""
-        snapshot = await self.registry.snapshot(caller)
-        self.breaker.forget({one.worker for one in snapshot.workers}, time.monotonic())
-        return snapshot.of(kind)
+        """The workers of a pool that report. That there are none is believed only when they had time to.
+
+        Raises Unavailable (the registry does not answer), DeadlineExceeded, Cancelled.
+        """
+        while True:
+            snapshot = await self.registry.snapshot(caller)
+            self.breaker.forget({one.worker for one in snapshot.workers}, time.monotonic())
+            if snapshot.of(kind) or snapshot.settled:
+                return snapshot.of(kind)
+            await asyncio.sleep(min(PAUSE_S, caller.remaining_s(f"waiting for {kind} workers")))

@@ -6,6 +6,7 @@ reached.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,12 +47,14 @@ class Scene:
     """What one decision may use beside the reports.
 
     under_way: what this router has running at each worker, which reports show only later. cooling: avoided as long as somebody
-    else can do it. tried: out of the question, because they failed this very request.
+    else can do it. tried: out of the question, because they failed this very request. about: what is placed; it decides among
+    equals, so that routers which know the same send one thing to one worker, and different things to different ones.
     """
 
     under_way: Mapping[str, int] = field(default_factory=dict)
     cooling: Collection[str] = frozenset()
     tried: Collection[str] = frozenset()
+    about: str = ""
 
     def open_to(self, workers: Iterable[WorkerReport]) -> list[WorkerReport]:
         """Who may be asked at all, without those who cool unless nobody else is left."""
@@ -63,9 +66,14 @@ class Scene:
         return max(one.load.num_running + one.load.num_waiting, self.under_way.get(one.worker, 0))
 
 
+    def tie(self, one: WorkerReport) -> int:
+        """A rank among equals that has nothing to do with their names' order."""
+        return zlib.crc32(f"{self.about}/{one.worker}".encode())
+
+
 def choose_prefill(workers: Iterable[WorkerReport], scene: Scene) -> str | None:
     """Who makes a media prefix: the least busy. None if nobody may."""
-    return _least(scene.open_to(workers), lambda one: (scene.busy(one), one.worker))
+    return _least(scene.open_to(workers), lambda one: (scene.busy(one), scene.tie(one)))
 
 
 def choose_decode(workers: Iterable[WorkerReport], num_bytes: int | None, scene: Scene) -> str | None:
@@ -76,7 +84,7 @@ def choose_decode(workers: Iterable[WorkerReport], num_bytes: int | None, scene:
     need = num_bytes or 0
     able = [one for one in workers if one.load.prefix_budget_bytes >= need]
     return _least(
-        scene.open_to(able), lambda one: (one.load.free_bytes < need, scene.busy(one), -one.load.free_bytes, one.worker)
+        scene.open_to(able), lambda one: (one.load.free_bytes < need, scene.busy(one), -one.load.free_bytes, scene.tie(one))
     )
 
 
@@ -84,7 +92,7 @@ def choose_holder(holders: Iterable[WorkerReport], scene: Scene) -> str | None:
     """Which holder of a prefix takes a new conversation: the least busy, then the one with most room for its text."""
     return _least(
         scene.open_to(holders),
-        lambda one: (scene.busy(one), one.load.turn_bytes - one.load.turn_budget_bytes, one.worker),
+        lambda one: (scene.busy(one), one.load.turn_bytes - one.load.turn_budget_bytes, scene.tie(one)),
     )
 
 
@@ -94,7 +102,7 @@ def choose_source(
     """Who ships a prefix that exists to `target`: a host copy rather than a decode worker, which has turns to run."""
     for workers in (copies, holders):
         able = {one.worker: one for one in workers if one.worker != target}
-        chosen = _least(scene.open_to(able.values()), lambda one: (scene.busy(one), one.worker))
+        chosen = _least(scene.open_to(able.values()), lambda one: (scene.busy(one), scene.tie(one)))
         if chosen is not None:
             return able[chosen]
     return None

@@ -78,7 +78,7 @@ class Preparing:
         registry = self._fleet.registry
         found = await registry.find(digest, None, caller)
         if found.key is None:
-            found = await registry.find(None, await self._key_of(request, caller), caller)
+            found = await registry.find(None, await self._key_of(digest, request, caller), caller)
         assert found.key is not None
         if found.holders and found.handle is not None:
             self._sink.count("media_kv_hits_total")
@@ -88,12 +88,12 @@ class Preparing:
         _, handle = await self._shipping.bring(wanted)
         return handle
 
-    async def _key_of(self, request: PrepareRequest, caller: Caller) -> str:
+    async def _key_of(self, digest: str, request: PrepareRequest, caller: Caller) -> str:
         """From whichever prefill worker answers. Raises Unavailable: none does, in `max_attempts`."""
         tried: set[str] = set()
         error: SparseVilaError | None = None
         for _ in range(self._fleet.config.router.max_attempts):
-            worker = choose_prefill(await self._fleet.workers("prefill", caller), self._fleet.scene(tried))
+            worker = choose_prefill(await self._fleet.workers("prefill", caller), self._fleet.scene(tried, digest))
             if worker is None:
                 break
             try:

@@ -36,29 +36,33 @@ class Registry:
     # ---- what is asked -----------------------------------------------------------------------------------------------------
 
     async def find(self, digest: str | None, key: str | None, caller: Caller) -> Finding:
-        """`Directory.find`. Raises Unavailable, DeadlineExceeded, Cancelled."""
+        """`Directory.find`. By a key, a new directory is waited for until somebody holds it or every worker could report.
+
+        Raises Unavailable, DeadlineExceeded, Cancelled.
+        """
         if key is None and digest is not None:
             key = self._keys.use(digest)  # a new directory knows no digests: workers report keys
-        found: Finding = await self._ask("find", digest, key, caller=caller)
-        self._remember(digest, found)
-        return found
+        pause_s = FIRST_PAUSE_S
+        while True:
+            found: Finding = await self._ask("find", digest, key, caller=caller)
+            if found.key is None or found.holders or found.settled:
+                self._remember(digest, found)
+                return found
+            pause_s = await _pause(pause_s, caller)
 
     async def where(self, key: str, caller: Caller) -> Finding:
-        """As `find` by key, or what was found before when the directory is away. What may yet be reported is waited for."""
-        try:
-            found: Finding = await self._once("find", None, key, caller=caller)
-        except (WorkerLost, DeadlineExceeded):
-            caller.check("looking for media")
-            remembered = self._found.use(key)
-            if remembered is not None and remembered.holders:
+        """As `find` by key, or what was found before when the directory is away. Raises as `find`."""
+        remembered = self._found.use(key)
+        if remembered is not None and remembered.holders:
+            try:
+                found: Finding = await self._once("find", None, key, caller=caller)
+            except (WorkerLost, DeadlineExceeded):
+                caller.check("looking for media")
                 return remembered
-            found = await self.find(None, key, caller)
-        pause_s = FIRST_PAUSE_S
-        while found.handle is None and not found.settled:
-            pause_s = await _pause(pause_s, caller)
-            found = await self.find(None, key, caller)
-        self._remember(None, found)
-        return found
+            if found.holders:
+                self._remember(None, found)
+                return found
+        return await self.find(None, key, caller)
 
     async def snapshot(self, caller: Caller) -> Snapshot:
         """`Directory.snapshot`. Raises Unavailable, DeadlineExceeded, Cancelled."""

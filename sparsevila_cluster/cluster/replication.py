@@ -71,7 +71,7 @@ class Replication:
                 report = next(one for one in decodes if one.worker == target)
                 await self._shipping.replicate(key, found.handle, report, caller)
                 self.num_replicas += 1
-                log.info("media %s is hot: it is at %s too now", key[:12], target, extra={"worker": target})
+                log.info("media %s is hot: it is at %s too now", key[:12], target, extra={"at": target})
         finally:
             self._going.discard(key)
             self._resting.put(key, time.monotonic() + REST_S)

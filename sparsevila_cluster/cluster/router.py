@@ -158,6 +158,8 @@ class ClusterPipeline:
         elif turn.replay is not None:
             decodes = await self._fleet.workers("decode", caller)
             await self._abort_at([one.worker for one in decodes], turn.turn_id, caller)
+        elif not head.known and head.worker:  # another router's conversation: the turn may be taken up before a word was heard
+            await self._abort_at([head.worker], turn.turn_id, caller)
 
     async def _abort_at(self, workers: list[str], turn_id: str, caller: Caller) -> bool:
         """Whether any of these workers ran the turn. Those that do not answer soon have lost it."""

@@ -12,13 +12,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Collection
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from sparsevila_cluster.cluster.fleet import Fleet, Kind
+from sparsevila_cluster.cluster.claims import Claims
+from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
 from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
+from sparsevila_cluster.config import MIB
 from sparsevila_cluster.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -41,9 +43,10 @@ log = logging.getLogger(__name__)
 
 # What another worker may do better. Everything else is the caller's to know.
 RETRIED = (Unavailable, QueueFull, DataLoss, Incompatible, DeadlineExceeded)
+# A worker that takes longer to send a copy, beyond a lease for standing in line, is stuck.
+SLOWEST_BYTES_PER_S = 16 * MIB
 # What says that a worker is gone or falling: a replacement may be under way.
 GONE = (WorkerLost, LaneLost)
-PAUSE_S = 0.1
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Shipping:
 
     def __init__(self, fleet: Fleet, name: str):
         self._fleet = fleet
-        self._name = name
+        self._claims = Claims(fleet, name)
         self._sharing = Sharing[tuple[str, MediaHandle]]()
 
     async def bring(self, wanted: Wanted) -> tuple[str, MediaHandle]:
@@ -108,8 +111,10 @@ class Shipping:
             NotFound: it is nowhere, and there is no request to make it from. Unavailable, QueueFull, LaneLost, DataLoss,
             Incompatible: nobody could, in `max_attempts`. DeadlineExceeded, Cancelled. BadMedia, BadRequest, TooLarge.
         """
+        # Who can not have it made must not decide for those who can.
+        together = f"{wanted.key}/{wanted.request is not None}"
         for _ in range(self._fleet.config.router.max_attempts):
-            (worker, handle), shared = await self._sharing.get(wanted.key, lambda: self._bring(wanted))
+            (worker, handle), shared = await self._sharing.get(together, lambda: self._bring(wanted))
             if worker not in wanted.lost:
                 return worker, as_reused(handle) if shared else handle
         raise Unavailable(f"media {wanted.key!r} went to workers that are lost")
@@ -136,38 +141,38 @@ class Shipping:
             fleet, caller = self._fleet, wanted.caller
             found = await fleet.registry.find(None, wanted.key, caller)
             holders = [one for one in found.holders if one.worker not in wanted.lacking]
-            holder = choose_holder(holders, fleet.scene(search.to))
+            holder = choose_holder(holders, fleet.scene(search.to, wanted.key))
             if holder is not None and found.handle is not None:
                 return holder, as_reused(found.handle)
             if search.num_attempts >= fleet.config.router.max_attempts:
                 assert search.error is not None
                 raise search.error
-            snapshot = await fleet.registry.snapshot(caller)
             search.copies.update({one.worker: one for one in found.copies})
-            decodes, prefills = snapshot.of("decode"), snapshot.of("prefill")
+            decodes = await fleet.workers("decode", caller)
             num_bytes = found.handle.kv_bytes if found.handle is not None else None
-            target = choose_decode(decodes, num_bytes, fleet.scene(search.to))
+            target = choose_decode(decodes, num_bytes, fleet.scene(search.to, wanted.key))
             if target is None:
                 await self._nobody("decode", search, wanted)
                 continue
-            source = choose_source(search.copies.values(), holders, fleet.scene(search.by), target)
+            source = choose_source(search.copies.values(), holders, fleet.scene(search.by, wanted.key), target)
             # Until the copy of an attempt that failed is reported, nobody but its maker knows what it is: it is asked to make it
             # again, and sends what it has.
             making = source is None or found.handle is None
             if making and wanted.request is None:
                 raise _lost_for_good(wanted, search)
             if source is None:
-                maker = choose_prefill(prefills, fleet.scene(search.by))
+                prefills = await fleet.workers("prefill", caller)
+                maker = choose_prefill(prefills, fleet.scene(search.by, wanted.key))
                 if maker is None:
                     await self._nobody("prefill", search, wanted)
                     continue
                 source = _named(prefills, maker)
-            attempt = _Attempt(_named(decodes, target), source, making)
+            attempt = _Attempt(_named(decodes, target), source, making, copied=source.worker in search.copies)
             try:
                 if not making:
                     handle = as_reused(await self._try(attempt, wanted, found.handle))
                     return target, replace(handle, reused=not search.encoded)
-                async with self._claimed(wanted) as ours:
+                async with self._claims.of(wanted.key, caller) as ours:
                     if ours:
                         handle = await self._try(attempt, wanted, None)
                         return target, replace(handle, reused=handle.reused and not search.encoded)
@@ -194,9 +199,8 @@ class Shipping:
     def _blame(self, attempt: _Attempt, error: SparseVilaError, search: _Search, key: str) -> None:
         """Keep those who failed out of the next attempt."""
         fleet, target, source = self._fleet, attempt.target.worker, attempt.source.worker
-        log.warning(
-            "%s of %s from %s to %s failed: %s", attempt.leg, key[:12], source, target, error, extra={"transfer": attempt.transfer_id}
-        )
+        extra = {"transfer_id": attempt.transfer_id}
+        log.warning("%s of %s from %s to %s failed: %s", attempt.leg, key[:12], source, target, error, extra=extra)
         if attempt.leg == "reserve":
             search.to.add(target)
             return
@@ -237,16 +241,16 @@ class Shipping:
                     handle = await self._make(attempt, wanted, ticket)
                 else:
                     assert handle is not None
-                    kind = attempt.source.pool
-                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=ticket.deadline_s)
+                    kind, most_s = attempt.source.pool, fleet.config.transport.lease_s + handle.kv_bytes / SLOWEST_BYTES_PER_S
+                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=most_s)
                 arrived = True
             finally:
                 if not arrived:
-                    fleet.tell_later("decode", target, "release", transfer_id, transfer=transfer_id)
+                    fleet.tell_later("decode", target, "release", transfer_id, transfer_id=transfer_id)
         having = (attempt.target, attempt.source)
         within_s = caller.remaining_s("preparing media")
         await fleet.registry.note_held(handle, having, wanted.digest, within_s)
-        log.info("media %s is resident at %s", wanted.key[:12], target, extra={"transfer": transfer_id, "worker": target})
+        log.info("media %s is resident at %s", wanted.key[:12], target, extra={"transfer_id": transfer_id, "at": target})
         return handle
 
     async def _make(self, attempt: _Attempt, wanted: Wanted, ticket: Ticket) -> MediaHandle:
@@ -271,30 +275,6 @@ class Shipping:
         key = await self._fleet.key_of(maker, wanted.request, wanted.caller)
         if key != wanted.key:
             raise NotFound(f"media {wanted.key!r} is lost, and its source has changed since")
-
-    @asynccontextmanager
-    async def _claimed(self, wanted: Wanted) -> AsyncGenerator[bool, None]:
-        """Whether this router may make the prefix now: True for the length of the block, or False after a while of waiting."""
-        registry, caller = self._fleet.registry, wanted.caller
-        owner, lease_s = f"{self._name}/{uuid.uuid4().hex}", self._fleet.config.transport.lease_s
-        if not await registry.claim(wanted.key, owner, lease_s, caller):
-            await asyncio.sleep(min(PAUSE_S, caller.remaining_s("waiting for another router's preparation")))
-            yield False
-            return
-        renewing = asyncio.create_task(self._renew(wanted.key, owner, lease_s))
-        try:
-            yield True
-        finally:
-            renewing.cancel()
-            self._fleet.later(registry.tell("unclaim", wanted.key, owner), "giving a claim back")
-
-    async def _renew(self, key: str, owner: str, lease_s: float) -> None:
-        while True:
-            await asyncio.sleep(lease_s / 3)
-            try:
-                await self._fleet.registry.tell("claim", key, owner, lease_s)
-            except SparseVilaError as error:
-                log.info("a claim was not renewed: %s", error)
 
 
 def _named(workers: Collection[WorkerReport], worker: str) -> WorkerReport:

@@ -71,16 +71,19 @@ class Spool:
             return sum(self._sizes.values())
 
     def begin(self, owner: str) -> Part:
-        """A new file for this owner. Raises Unavailable: closed."""
+        """A new file for this owner. Raises Unavailable: closed. Internal: the disk."""
         with self._lock:
             if self._closed:
                 raise Unavailable("the spool is closed")
-            folder = self._home(owner)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            path = folder / f"{uuid.uuid4().hex}.part"
+            path = self._home(owner) / f"{uuid.uuid4().hex}.part"
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                part = Part(self, path)
+            except OSError as error:
+                raise Internal(f"cannot keep the file: {error.strerror or error}") from error
             self._sizes[path] = 0
             self._held[path] += 1
-        return Part(self, path)
+        return part
 
     @contextmanager
     def hold(self, owner: str, upload_id: str) -> Iterator[tuple[Path, str]]:

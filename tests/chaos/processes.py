@@ -1,231 +1,206 @@
-"""Workers in processes of their own, spoken to over a Unix socket: what dies here dies as a real process does.
+"""Workers in processes of their own, spoken to over Unix sockets: what dies here dies as a real process does.
 
-Knows: frames of pickled calls, streams, and what it looks like when the other side is gone. Does not know: what workers do. The
-pool has the interface of `cluster.pool.Pool`, so that a router runs over it without noticing.
+Knows: signals, calls and streams over a socket, and when the other side counts as gone. Does not know: what workers do. The pool
+has the interface of `cluster.pool.Pool`, so that a router runs over it without noticing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
-import pickle
+import select
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from sparsevila_cluster.errors import DeadlineExceeded, SparseVilaError, WorkerLost, from_failure, to_failure
-from sparsevila_cluster.patience import wait_within
+from sparsevila_cluster.errors import DeadlineExceeded, WorkerLost, from_failure
+from tests.chaos.wires import LIMIT_BYTES, receive, send
 
 ROOT = Path(__file__).parent.parent.parent
-HEAD = struct.Struct("<I")
 START_S = 60.0
+LOST = ("lost", None)
 
 
-async def send(writer: asyncio.StreamWriter, value: object) -> None:
-    data = pickle.dumps(value)
-    writer.write(HEAD.pack(len(data)) + data)
-    await writer.drain()
+class Zygote:
+    """The process that forks workers."""
 
+    def __init__(self, checkpoint: Path, folder: Path):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+        self.folder = folder
+        self.prefills = folder / "prefills"
+        self.prefills.touch()
+        command = [sys.executable, "-m", "tests.chaos.zygote", str(checkpoint)]
+        self._popen = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._read("ready")
 
-async def receive(reader: asyncio.StreamReader) -> Any:
-    return pickle.loads(await reader.readexactly(HEAD.unpack(await reader.readexactly(HEAD.size))[0]))
+    def _read(self, name: str) -> int:
+        assert self._popen.stdout is not None
+        line = self._popen.stdout.readline()
+        assert line, "the zygote is gone"
+        return int(json.loads(line)[name])
 
+    def spawn(self, kind: str, name: str, config: dict[str, Any], port: int = 0) -> Process:
+        assert self._popen.stdin is not None
+        path = self.folder / f"{name}.sock"
+        path.unlink(missing_ok=True)
+        job = {
+            "kind": kind, "name": name, "config": config, "socket": str(path), "log": str(self.folder / f"{name}.log"),
+            "prefills": str(self.prefills), "port": port,
+        }  # fmt: skip
+        self._popen.stdin.write(json.dumps(job) + "\n")
+        self._popen.stdin.flush()
+        return Process(kind, name, self._read("pid"), path, Path(job["log"]))
 
-# ---- the worker's side ---------------------------------------------------------------------------------------------------------
+    @property
+    def num_prefills(self) -> int:
+        """Media prefixes made so far, by all workers that ever were."""
+        return len(self.prefills.read_bytes()) // 2
 
-
-async def serve(worker: object, path: str) -> None:
-    """Answer calls and streams of `worker`'s methods until SIGTERM."""
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks: dict[int, asyncio.Task[None]] = {}
-        try:
-            while True:
-                number, kind, method, args = await receive(reader)
-                if kind == "cancel":
-                    if number in tasks:
-                        tasks[number].cancel()
-                    continue
-                task = asyncio.ensure_future(_work(worker, writer, number, kind, method, args))
-                tasks[number] = task
-                task.add_done_callback(lambda _, number=number: tasks.pop(number, None))
-        except asyncio.IncompleteReadError:
-            pass
-        finally:
-            for task in tasks.values():
-                task.cancel()
-            writer.close()
-
-    server = await asyncio.start_unix_server(connected, path, limit=1 << 26)
-    await stop.wait()
-    server.close()
-    await worker.close()  # type: ignore[attr-defined]
-
-
-async def _work(worker: object, writer: asyncio.StreamWriter, number: int, kind: str, method: str, args: Sequence[Any]) -> None:
-    try:
-        called = getattr(worker, method)(*args)
-        if kind == "stream":
-            try:
-                async for item in called:
-                    await send(writer, (number, "item", item))
-            finally:
-                await called.aclose()
-            await send(writer, (number, "end", None))
-        else:
-            await send(writer, (number, "end", await called if hasattr(called, "__await__") else called))
-    except (ConnectionError, asyncio.CancelledError):
-        raise
-    except Exception as error:
-        if not isinstance(error, SparseVilaError):
-            import traceback
-
-            traceback.print_exc()
-        await send(writer, (number, "error", to_failure(error)))
-
-
-# ---- the router's side ---------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """End it, and with it every worker that is left."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
+        self._popen.wait(30)
 
 
 class Process:
-    """One worker process. `kill`, `stop` and `resume` are signals; `close` ends it in order and asserts that it could."""
+    """One worker process, and the connection to it."""
 
-    def __init__(self, kind: str, name: str, folder: Path, config_json: str, pause: str = ""):
-        self.kind, self.name = kind, name
-        self.path = str(folder / f"{name}.sock")
-        self.marker = folder / f"{name}.paused"
-        self.log = folder / f"{name}.log"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.chaos.worker", kind, name, self.path, config_json, pause, str(self.marker)]
-        with self.log.open("ab") as out:
-            self.popen = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
-        self._pending: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
+    def __init__(self, kind: str, name: str, pid: int, path: Path, log: Path):
+        self.kind, self.name, self.pid, self.path, self.log = kind, name, pid, path, log
+        self._pidfd = os.pidfd_open(pid)
+        self._answers: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
         self._numbers = itertools.count()
         self._reading: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     async def connect(self) -> None:
+        """Wait until it listens."""
         until_s = time.monotonic() + START_S
         while True:
             try:
-                reader, self._writer = await asyncio.open_unix_connection(self.path, limit=1 << 26)
+                reader, self._writer = await asyncio.open_unix_connection(str(self.path), limit=LIMIT_BYTES)
                 break
             except OSError:
-                assert self.popen.poll() is None, self.log.read_text()
-                assert time.monotonic() < until_s, f"{self.name} did not start: {self.log.read_text()}"
-                await asyncio.sleep(0.02)
+                assert self.lives, f"{self.name} died at once: {self.words()}"
+                assert time.monotonic() < until_s, f"{self.name} did not start: {self.words()}"
+                await asyncio.sleep(0.01)
         self._reading = asyncio.ensure_future(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                number, kind, value = await receive(reader)
-                if number in self._pending:
-                    self._pending[number].put_nowait((kind, value))
+                number, envelope = await receive(reader)
+                if number in self._answers:
+                    self._answers[number].put_nowait(envelope)
         except (asyncio.IncompleteReadError, ConnectionError):
-            for queue in self._pending.values():
-                queue.put_nowait(("lost", None))
             self._writer = None
+            for queue in self._answers.values():
+                queue.put_nowait(LOST)
 
-    async def converse(self, kind: str, method: str, args: Sequence[Any], within_s: float) -> AsyncGenerator[Any, None]:
-        """Items of a stream, or the one result of a call. Ends after `within_s` with DeadlineExceeded."""
-        if self._writer is None:
-            raise WorkerLost(f"{self.name} is gone")
+    async def envelopes(
+        self, whom: str, method: str, args: tuple[Any, ...], within_s: float, silence_s: float
+    ) -> AsyncGenerator[tuple[str, Any], None]:
+        """What a clerk answers. Raises WorkerLost: gone, or silent for `silence_s`. DeadlineExceeded."""
         number = next(self._numbers)
-        queue = self._pending[number] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self._answers[number] = queue
         until_s, over = time.monotonic() + within_s, False
         try:
-            try:
-                await send(self._writer, (number, kind, method, args))
-            except ConnectionError:
-                raise WorkerLost(f"{self.name} is gone") from None
+            if self._writer is None:
+                raise WorkerLost(f"worker {self.name} is gone")
+            send(self._writer, (number, whom, method, args))
             while not over:
-                what, value = await wait_within(queue.get(), max(0.0, until_s - time.monotonic()), f"{method} of {self.name}")
-                over = what != "item"
-                if what == "lost":
-                    raise WorkerLost(f"{self.name} is gone")
-                if what == "error":
-                    raise from_failure(value)
-                if kind == "call" or what == "item":
-                    yield value
-        finally:
-            del self._pending[number]
-            if not over and self._writer is not None:
+                left_s = until_s - time.monotonic()
                 try:
-                    await send(self._writer, (number, "cancel", "", ()))
-                except ConnectionError:
-                    pass
+                    async with asyncio.timeout(min(left_s, silence_s)):
+                        kind, value = await queue.get()
+                except TimeoutError:
+                    if left_s <= silence_s:
+                        raise DeadlineExceeded(f"{method} of {self.name} took longer than {within_s:g} s") from None
+                    raise WorkerLost(f"worker {self.name} has not been heard of for {silence_s:g} s") from None
+                over = whom != "stream" or kind in ("end", "failure", "lost")
+                if kind == "lost":
+                    raise WorkerLost(f"worker {self.name} is gone")
+                if kind == "failure":
+                    raise from_failure(value)
+                yield kind, value
+        finally:
+            del self._answers[number]
+            if not over and self._writer is not None:
+                send(self._writer, (number, "cancel", "", ()))
 
-    def kill(self) -> None:
-        self.popen.kill()
-        self.popen.wait(10)
+    async def ask(self, whom: str, method: str, *args: Any, within_s: float = 20.0) -> Any:
+        async for _, value in self.envelopes(whom, method, args, within_s, within_s):
+            return value
+        raise AssertionError("a call has one answer")
 
-    def stop(self) -> None:
-        self.popen.send_signal(signal.SIGSTOP)
+    # ---- signals -----------------------------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        self.popen.send_signal(signal.SIGCONT)
+    @property
+    def lives(self) -> bool:
+        return not select.select([self._pidfd], [], [], 0)[0]
 
-    async def paused(self, within_s: float = 30.0) -> None:
-        """Wait until the process stands at its pause."""
+    @property
+    def stopped(self) -> bool:
+        return self.lives and Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+    def signal(self, number: int) -> None:
+        signal.pidfd_send_signal(self._pidfd, number)
+
+    async def fallen(self, number: int, within_s: float = 10.0) -> None:
+        """Wait until a signal has done what it does."""
         until_s = time.monotonic() + within_s
-        while not self.marker.exists():
-            assert time.monotonic() < until_s, f"{self.name} never came to its pause: {self.log.read_text()[-2000:]}"
-            await asyncio.sleep(0.005)
+        while self.lives if number == signal.SIGKILL else not self.stopped:
+            assert time.monotonic() < until_s, f"{self.name} did not mind signal {number}"
+            await asyncio.sleep(0.002)
 
-    async def close(self) -> None:
-        if self.popen.poll() is None:
-            self.resume()
-            self.popen.terminate()
-            try:
-                await asyncio.to_thread(self.popen.wait, 20)
-            except subprocess.TimeoutExpired:
-                self.kill()
-                raise AssertionError(f"{self.name} did not end: {self.log.read_text()[-2000:]}") from None
+    def words(self) -> str:
+        return self.log.read_text()[-3000:] if self.log.exists() else ""
+
+    async def close(self, within_s: float = 30.0) -> None:
+        """SIGTERM; kill it, and say so, if it does not end by itself."""
+        if self.lives:
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGTERM)
+            ended = await asyncio.to_thread(select.select, [self._pidfd], [], [], within_s)
+            if not ended[0]:
+                self.signal(signal.SIGKILL)
+                raise AssertionError(f"{self.name} did not end: {self.words()}")
         if self._reading is not None:
             self._reading.cancel()
+        os.close(self._pidfd)
 
 
 class ProcessPool:
-    """The workers of one kind: `cluster.pool.Pool` over their sockets."""
+    """The workers of one kind: `cluster.pool.Pool` over their sockets. `silence_s`: of a stream that has lost its worker."""
 
-    def __init__(self, processes: Sequence[Process] = ()):
-        self.processes = {process.name: process for process in processes}
+    def __init__(self, silence_s: float):
+        self.processes: dict[str, Process] = {}
+        self._silence_s = silence_s
 
     async def call(self, worker: str | None, method: str, *args: Any, within_s: float) -> Any:
-        async for value in self._of(worker).converse("call", method, args, within_s):
-            return value
-        raise WorkerLost(f"{worker} said nothing")
+        return await self._of(worker).ask("worker", method, *args, within_s=within_s)
 
     async def stream(self, worker: str | None, method: str, *args: Any, within_s: float) -> AsyncGenerator[Any, None]:
-        conversation = self._of(worker).converse("stream", method, args, within_s)
+        envelopes = self._of(worker).envelopes("stream", method, args, within_s, self._silence_s)
         try:
-            async for value in conversation:
-                yield value
+            async for kind, value in envelopes:
+                if kind == "value":
+                    yield value
         finally:
-            await conversation.aclose()
+            await envelopes.aclose()
 
     def _of(self, worker: str | None) -> Process:
-        if worker is None:
-            alive = [process for process in self.processes.values() if process.popen.poll() is None]
-            if not alive:
-                raise WorkerLost("no worker is left")
-            return alive[0]
-        if worker not in self.processes:
-            raise WorkerLost(f"{worker} is gone")
-        return self.processes[worker]
-
-
-__all__ = ["DeadlineExceeded", "Process", "ProcessPool", "serve"]
+        process = self.processes.get(worker) if worker is not None else next(iter(self.processes.values()), None)
+        if process is None:
+            raise WorkerLost(f"worker {worker} is gone")
+        return process

@@ -1,70 +1,150 @@
-"""`python -m tests.chaos.worker KIND NAME SOCKET CONFIG PAUSE MARKER`: one prefill or decode worker, or a registry, in this process.
+"""One prefill or decode worker in this process, which answers over a Unix socket until SIGTERM.
 
-Knows: how to build each of them, and how to stand still at a given place, so that a test can kill it exactly there. PAUSE is
-`module:Class.method:n:before|after`; at its n-th call (from 0) MARKER is written and the calling thread sleeps.
+Knows: the clerk's envelopes, traps, and the books of a worker: what it holds, byte by byte. Does not know: tests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import faulthandler
-import functools
-import importlib
-import json
-import sys
-import time
-from pathlib import Path
+import os
+import signal
 from typing import Any
 
-import torch
+from sparsevila_cluster.cluster.clerk import Clerk
+from sparsevila_cluster.cluster.decode_worker import DecodeWorker
+from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
+from sparsevila_cluster.cluster_config import ClusterConfig
+from sparsevila_cluster.metrics import Tally
+from sparsevila_cluster.models.adapter import Model
+from tests.chaos.traps import PLACES, set_trap
+from tests.chaos.wires import LIMIT_BYTES, receive, send
 
-from sparsevila_cluster.cluster_config import build_cluster_config
-from tests.chaos.processes import serve
-
-
-def stand_still(pause: str, marker: Path) -> None:
-    """Patch the method that PAUSE names."""
-    module_name, path, number, side = pause.split(":")
-    owner: Any = importlib.import_module(module_name)
-    *classes, method = path.split(".")
-    for name in classes:
-        owner = getattr(owner, name)
-    original, calls = getattr(owner, method), iter(range(1 << 30))
-
-    def here() -> None:
-        marker.write_text(pause)
-        time.sleep(3600)
-
-    @functools.wraps(original)
-    def paused(*args: Any, **kwargs: Any) -> Any:
-        hit = next(calls) == int(number)
-        if hit and side == "before":
-            here()
-        result = original(*args, **kwargs)
-        if hit and side == "after":
-            here()
-        return result
-
-    setattr(owner, method, paused)
+CALLS = {
+    "prefill": ("key_of", "ship", "drop", "info", "report", "check"),
+    "decode": (
+        "reserve", "release", "abort", "close_conversation", "drop", "ship", "set_brownout", "info", "report", "check",
+    ),
+}  # fmt: skip
+STREAMS = {"prefill": ("make",), "decode": ("ask",)}
 
 
-async def main() -> None:
-    kind, name, socket, config_json, pause, marker = sys.argv[1:]
+class CountedTally(Tally):
+    """Writes a line for every prefill to a file, which outlives this process."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def count(self, name: str, value: float = 1.0, **labels: str) -> None:
+        if name == "prefills_total":
+            os.write(self._file, b"1\n")
+        super().count(name, value, **labels)
+
+
+class Host:
+    """What a test may ask beside the worker's own methods."""
+
+    def __init__(self, kind: str, worker: PrefillWorker | DecodeWorker):
+        self.kind, self.worker = kind, worker
+        self._traps: list[Any] = []
+
+    def arm(self, place: str, number: int, mark: str, token: str) -> None:
+        self._traps.append(set_trap(self.worker.name, PLACES[self.kind, place], number, mark, token))
+
+    def disarm(self) -> None:
+        while self._traps:
+            self._traps.pop()()
+
+    async def ledger(self) -> dict[str, Any]:
+        """Bytes by owner. `at_rest`: nothing is under way, and every slot has exactly one owner."""
+        worker = self.worker
+        if isinstance(worker, PrefillWorker):
+            kept = worker.copies.all()
+            lanes = worker.shipper.info()["lanes"]
+            books: dict[str, Any] = {
+                "used_bytes": worker.copies.used_bytes,
+                "owned_bytes": sum(prefix.kv_bytes for prefix in kept),
+                "media": sorted(prefix.key for prefix in kept),
+                "turn_bytes": 0,
+                "in_flight": 0,
+                "busy": len(worker._making) + len(worker._sending._shipments) + sum(len(lane["transfers"]) for lane in lanes),
+            }
+            check: Any = worker.copies.check_integrity
+        else:
+            books = await worker._desk.call(self._books)
+            dock = worker.dock.info()
+            open_states = ("granted", "sending", "landed", "verified")
+            books["in_flight"] = dock["bytes_in_flight"]
+            books["transfers"] = dock["transfers"]
+            books["busy"] += sum(dock["transfers"].get(state, 0) for state in open_states) + len(worker._sending._shipments)
+
+            def check() -> None:
+                return None
+
+            if not books["busy"]:
+                await worker._desk.call(lambda engine: engine.check_integrity())
+        books["at_rest"] = not books["busy"] and not books["in_flight"] and books["used_bytes"] == books["owned_bytes"]
+        if books["at_rest"]:
+            check()
+        return books
+
+    @staticmethod
+    def _books(engine: Any) -> dict[str, Any]:
+        return {
+            "used_bytes": engine.prefixes.arena.used_bytes,
+            "owned_bytes": sum(prefix.kv_bytes for prefix in engine.prefixes),
+            "media": sorted(prefix.key for prefix in engine.prefixes),
+            "turn_bytes": engine.conversations.arena.used_bytes,
+            "conversations": len(engine.conversations),
+            "busy": len(engine.turns),
+        }
+
+
+async def serve(kind: str, name: str, path: str, config: ClusterConfig, model: Model, prefills: str) -> None:
+    """Answer calls and streams until SIGTERM; then close the worker."""
     faulthandler.enable()
-    torch.set_num_threads(1)
-    config = build_cluster_config(**json.loads(config_json))
-    if pause:
-        stand_still(pause, Path(marker))
-    if kind == "prefill":
-        from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    made = PrefillWorker if kind == "prefill" else DecodeWorker
+    worker = made(name, config, model=model, sink=CountedTally(prefills))
+    await worker.warm()
+    host = Host(kind, worker)
+    clerks = {
+        "worker": Clerk(name, worker, CALLS[kind], STREAMS[kind], config.transport.beat_s),
+        "host": Clerk(name, host, ("arm", "disarm", "ledger")),
+    }
 
-        worker: Any = PrefillWorker(name, config)
-    else:
-        from sparsevila_cluster.cluster.decode_worker import DecodeWorker
+    async def work(writer: asyncio.StreamWriter, number: int, whom: str, method: str, args: tuple[Any, ...]) -> None:
+        if whom != "stream":
+            send(writer, (number, await clerks[whom].call(name, method, args)))
+            return
+        envelopes = clerks["worker"].stream(name, method, args)
+        try:
+            async for envelope in envelopes:
+                send(writer, (number, envelope))
+        finally:
+            await envelopes.aclose()
 
-        worker = DecodeWorker(name, config)
-    await serve(worker, socket)
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks: dict[int, asyncio.Task[None]] = {}
+        try:
+            while True:
+                number, whom, method, args = await receive(reader)
+                if whom == "cancel":
+                    if number in tasks:
+                        tasks[number].cancel()
+                    continue
+                tasks[number] = asyncio.ensure_future(work(writer, number, whom, method, args))
+                tasks[number].add_done_callback(lambda _, number=number: tasks.pop(number, None))  # type: ignore[misc]
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            for task in list(tasks.values()):
+                task.cancel()
+            writer.close()
 
-
-if __name__ == "__main__":
-    asyncio.run(main())
+    server = await asyncio.start_unix_server(connected, path, limit=LIMIT_BYTES)
+    await stop.wait()
+    server.close()
+    await worker.close()

@@ -7,17 +7,11 @@ on elsewhere with the wrong history, the wrong words or the wrong pressure gives
 import asyncio
 import hashlib
 from collections import Counter
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from sparsevila_cluster.cluster.directory import SETTLE_REPORTS, Directory
 from sparsevila_cluster.cluster.reports import Journal, Load, WorkerReport
-from sparsevila_cluster.cluster.router import ClusterPipeline
-from sparsevila_cluster.cluster_config import build_cluster_config
 from sparsevila_cluster.errors import BadMedia, BadRequest, Cancelled, LaneLost, NotFound, QueueFull
-from sparsevila_cluster.metrics import Tally
-from sparsevila_cluster.request import FinishReason, MediaHandle, MediaSource, PrepareRequest, TurnEvent, TurnRecord, Usage
-from tests.cluster.local_pool import LocalPool
+from sparsevila_cluster.request import FinishReason, MediaHandle, TurnEvent, TurnRecord, Usage
 
 KV_BYTES = 100
 
@@ -39,7 +33,12 @@ def conversation(media_id, questions, num, brownout=0.0):
 
 
 class Lever:
-    """Holds what passes a named point until it is let through, or makes it fail: `errors[point]` are raised one by one."""
+    """Holds what passes a named point until it is let through, or makes it fail: `errors[point]` are raised one by one.
+
+    pace_s: what it takes to pass any point.
+    """
+
+    pace_s = 0.0
 
     def __init__(self):
         self.errors, self._held, self._reached = {}, {}, {}
@@ -55,7 +54,7 @@ class Lever:
         await asyncio.wait_for(self._reached[point].wait(), 5)
 
     async def passes(self, point):
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.pace_s)
         if self.errors.get(point):
             raise self.errors[point].pop(0)
         if point in self._held:
@@ -90,7 +89,8 @@ class ScriptedPrefill:
             await self.lever.passes("encode")
             self.num_encoded += 1
             yield "progress", "prefill", 0, 1
-            handle = MediaHandle(key, "video", 8, 4.0, 100, 25, 30, KV_BYTES, 4 * KV_BYTES, tenant=request.tenant, ms={"encode": 1.0})
+            facts = {"tenant": request.tenant, "ms": {"encode": 1.0}}
+            handle = MediaHandle(key, "video", 8, 4.0, 100, 25, 30, KV_BYTES, 4 * KV_BYTES, **facts)
             self.copies[key] = handle
             yield "progress", "prefill", 1, 1
             await self._send(handle, ticket)
@@ -118,7 +118,8 @@ class ScriptedPrefill:
         return self.copies.pop(key, None) is not None
 
     def info(self):
-        return {"prefills": self.num_encoded, "copies": list(self.copies), "lanes": [{"to": name} for name in self._lanes]}
+        lanes = [{"to": name} for name in self._lanes]
+        return {"prefills": self.num_encoded, "copies": list(self.copies), "lanes": lanes}
 
     def report(self, full):
         return WorkerReport(self.name, "prefill", load=Load(num_running=self.num_making), residents=tuple(self.copies.values()))
@@ -217,7 +218,8 @@ class ScriptedDecode:
         records = None
         if full:
             records = tuple(Journal(name, chat[0].turn.media_id, tuple(chat)) for name, chat in self.chats.items() if chat)
-        return WorkerReport(self.name, "decode", address=self.name, load=load, residents=tuple(self.residents.values()), records=records)
+        residents = tuple(self.residents.values())
+        return WorkerReport(self.name, "decode", address=self.name, load=load, residents=residents, records=records)
 
 
 async def _either(work, ended):
@@ -230,101 +232,3 @@ async def _either(work, ended):
         await task
     finally:
         task.cancel()
-
-
-class Clock:
-    def __init__(self):
-        self.now_s = 100.0
-
-    def __call__(self):
-        return self.now_s
-
-
-class Cluster:
-    """Scripted workers, a real directory and any number of routers in one event loop."""
-
-    def __init__(self, num_prefill=2, num_decode=2, **fields):
-        router = {"call_timeout_s": 0.5, **fields.pop("router", {})}
-        self.config = build_cluster_config(router=router, **fields)
-        self.lanes, self.clock, self.sink = {}, Clock(), Tally()
-        self.prefill, self.decode = LocalPool({}), LocalPool({})
-        self.registry = LocalPool({})
-        self.routers = []
-        self.start_registry()
-        for i in range(num_prefill):
-            self.add_prefill(f"p{i}")
-        for i in range(num_decode):
-            self.add_decode(f"d{i}")
-        self.report()
-        self.clock.now_s += SETTLE_REPORTS
-
-    @property
-    def directory(self):
-        return self.registry.workers["registry"]
-
-    def start_registry(self):
-        self.registry.workers["registry"] = Directory(1.0, clock=self.clock)
-
-    def add_prefill(self, name):
-        self.prefill.workers[name] = ScriptedPrefill(name, self.lanes)
-        return self.prefill.workers[name]
-
-    def add_decode(self, name, **fields):
-        self.decode.workers[name] = self.lanes[name] = ScriptedDecode(name, self.lanes, **fields)
-        return self.decode.workers[name]
-
-    def kill(self, worker):
-        self.lanes.pop(worker, None)
-        (self.decode if worker in self.decode.workers else self.prefill).kill(worker)
-
-    def report(self):
-        """Every worker that lives reports, and again in full if it is asked to."""
-        for pool in (self.prefill, self.decode):
-            for worker in pool.workers.values():
-                if self.directory.report(worker.report(False))["send_all"]:
-                    self.directory.report(worker.report(True))
-
-    def router(self, name="router"):
-        self.routers.append(ClusterPipeline(self.config, self.prefill, self.decode, self.registry, self.sink, name))
-        return self.routers[-1]
-
-    @property
-    def decodes(self):
-        return list(self.decode.workers.values())
-
-    @property
-    def num_encoded(self):
-        return sum(worker.num_encoded for worker in self.prefill.workers.values())
-
-    def count(self, name):
-        return self.sink.counts[name,]
-
-    async def settled(self):
-        """Nothing is under way, and nothing is left of what was."""
-        for _ in range(200):
-            if not any(len(router._fleet.errands) for router in self.routers):
-                break
-            await asyncio.sleep(0.01)
-        assert not any(worker.reserved for worker in self.decodes), "a reservation was left behind"
-        assert not any(worker.running for worker in self.decodes), "a turn runs for nobody"
-        assert not any(worker.num_making for worker in self.prefill.workers.values()), "media are made for nobody"
-        for router in self.routers:
-            assert not router._fleet.under_way and not router._turns and not router._means.replication._running
-        if "registry" in self.registry.workers:
-            assert not self.directory._claims, "a claim was left behind"
-
-
-@asynccontextmanager
-async def cluster_of(*args, **fields):
-    """A Cluster whose routers are closed at the end, with nothing left over."""
-    cluster = Cluster(*args, **fields)
-    try:
-        yield cluster
-        await cluster.settled()
-    finally:
-        for router in cluster.routers:
-            await router.close()
-
-
-def video(content=b"a video", **fields):
-    return PrepareRequest((MediaSource(b"\x00\x00\x00\x18ftypmp42" + content, "video"),), **fields)

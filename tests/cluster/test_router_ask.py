@@ -1,51 +1,13 @@
 """Turns through a router while nobody fails: where they go, what is written down, and what they do not cost."""
 
 import asyncio
-import json
-import uuid
 
 import pytest
 
 from sparsevila_cluster.cluster.conversations import Token
-from sparsevila_cluster.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound, QueueFull, Unavailable, WorkerLost
-from sparsevila_cluster.request import Answer, SamplingParams, Turn
-from tests.cluster.scripted import cluster_of, conversation, video
-
-QUESTIONS = ("what is it?", "and then?", "is that all?")
-NUM = 5
-
-
-def run(scenario, *args, **fields):
-    """`await scenario(cluster, router, key)` with one media prepared, within ten seconds and without a trace."""
-
-    async def main():
-        async with cluster_of(*args, **fields) as cluster:
-            router = cluster.router()
-            await scenario(cluster, router, (await router.prepare(video())).media_id)
-
-    asyncio.run(asyncio.wait_for(main(), 10))
-
-
-def turn(key, question, conversation_id="", **fields):
-    fields = {"turn_id": uuid.uuid4().hex, "sampling": SamplingParams(max_tokens=NUM), **fields}
-    return Turn(conversation_id=conversation_id, media_id=key, question=question, **fields)
-
-
-async def listen(router, asked):
-    return [event async for event in router.ask(asked)]
-
-
-async def ask(router, key, question, conversation_id="", **fields):
-    """(the whole answer, the conversation it belongs to)."""
-    events = await listen(router, turn(key, question, conversation_id, **fields))
-    assert [event.kind for event in events if event.kind != "token"][0] == "accepted" and events[-1].kind == "done"
-    indices = [event.index for event in events if event.kind == "token"]
-    assert indices == sorted(set(indices))
-    return Answer.from_events(events), events[-1].conversation_id
-
-
-def home(cluster, key):
-    return next(worker.name for worker in cluster.decodes if key in worker.residents)
+from sparsevila_cluster.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound, QueueFull
+from tests.cluster.scripted import conversation
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, listen, run_prepared, turn, video
 
 
 def test_turns_go_straight_to_the_worker_of_the_conversation():
@@ -57,24 +19,25 @@ def test_turns_go_straight_to_the_worker_of_the_conversation():
             answer, name = await ask(router, key, question, name)
             assert answer.token_ids == wanted[i]
             asked = [method for _, method in cluster.registry.calls[registry:]]
-            assert asked == (["find", "open_conversation", "record"] if i == 0 else ["record"]) and len(cluster.prefill.calls) == prefill
+            assert asked == (["find", "open_conversation", "record"] if i == 0 else ["record"])
+            assert len(cluster.prefill.calls) == prefill
             assert Token.parse(name) == Token(Token.parse(name).base, home(cluster, key), 0)
         records = cluster.directory.history(Token.parse(name).base).records
-        assert [record.token_ids for record in records] == wanted and [record.turn.question for record in records] == list(QUESTIONS)
+        assert [(r.turn.question, r.token_ids) for r in records] == list(zip(QUESTIONS, wanted, strict=True))
         assert all((r.turn.replay, r.turn.after, r.turn.deadline_s) == (None, None, None) for r in records)
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_a_turn_is_written_down_before_its_client_hears_the_end():
     async def scenario(cluster, router, key):
+        name = ""
         async for event in router.ask(turn(key, "what is it?")):
             name = event.conversation_id or name
-            assert (cluster.directory.history(Token.parse(name).base) is not None) or event.kind == "accepted"
-            if event.kind == "done":
-                assert len(cluster.directory.history(Token.parse(name).base).records) == 1
+            journal = cluster.directory.history(Token.parse(name).base)
+            assert event.kind == "accepted" or len(journal.records) == (event.kind == "done")
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_conversations_of_many_clients_spread_over_the_holders_and_do_not_mix():
@@ -93,7 +56,7 @@ def test_conversations_of_many_clients_spread_over_the_holders_and_do_not_mix():
         homes = await asyncio.gather(*(client(i) for i in range(12)))
         assert sorted(map(homes.count, ("d0", "d1"))) == [6, 6]
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_turns_of_one_conversation_wait_for_each_other():
@@ -110,10 +73,14 @@ def test_turns_of_one_conversation_wait_for_each_other():
         worker.lever.free("token 2")
         await running
 
-    run(scenario)
+    run_prepared(scenario)
 
 
-@pytest.mark.parametrize("hint", ["", ".d0.0", ".d1.3", ".nobody.1", ".d0", ".d0.x", ".a.b.c", "..", ".\x00.\ud800", ".d0." + "9" * 50])
+HINTS = ["", ".d0.0", ".d1.3", ".nobody.1", ".d0", ".d0.x", ".a.b.c", "..", ".\x00.\ud800", ".d0." + "9" * 50]
+UNKNOWN = ["nothing", "0" * 32, "0" * 32 + ".d0.0", "0" * 31 + ".d0.0", ".d0.0", "G" * 32, "0" * 33, "\n" * 32]
+
+
+@pytest.mark.parametrize("hint", HINTS)
 def test_another_router_goes_on_with_a_conversation_whatever_stands_behind_its_name(hint):
     async def scenario(cluster, router, key):
         wanted, name = conversation(key, QUESTIONS, NUM), ""
@@ -122,17 +89,17 @@ def test_another_router_goes_on_with_a_conversation_whatever_stands_behind_its_n
             assert answer.token_ids == wanted[i]
         assert cluster.num_encoded == 1
 
-    run(scenario)
+    run_prepared(scenario)
 
 
-@pytest.mark.parametrize("name", ["nothing", "0" * 32, "0" * 32 + ".d0.0", "0" * 31 + ".d0.0", ".d0.0", "G" * 32, "0" * 33, "\n" * 32])
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_a_conversation_that_nobody_knows_is_not_found(name):
     async def scenario(cluster, router, key):
         with pytest.raises(NotFound, match="is unknown"):
             await ask(router, key, "what is it?", name)
         assert len(router._conversations) == 0 and not await router.close_conversation(name)
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_a_router_that_was_left_behind_by_another_one_catches_up():
@@ -144,7 +111,7 @@ def test_a_router_that_was_left_behind_by_another_one_catches_up():
         answer, _ = await ask(router, key, "and now?", name)
         assert answer.token_ids == wanted[3]
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_conversations_and_media_of_other_tenants_look_as_if_there_were_none():
@@ -161,7 +128,7 @@ def test_conversations_and_media_of_other_tenants_look_as_if_there_were_none():
             await ask(router, mine, "what is it?", public, tenant="me")
         assert (await ask(router, "", "and then?", name, tenant="me"))[0].token_ids
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_media_that_nobody_prepared_are_asked_for():
@@ -170,7 +137,25 @@ def test_media_that_nobody_prepared_are_asked_for():
             await ask(router, "0" * 64, "what is it?")
         assert len(router._conversations) == 0 and cluster.num_encoded == 1
 
-    run(scenario)
+    run_prepared(scenario)
+
+
+def test_a_question_about_media_in_the_making_is_refused_and_does_not_spoil_it():
+    async def scenario(cluster, router, key):
+        worker = cluster.prefill.workers["p0"]
+        request = video(b"a video 42")
+        another = await worker.key_of(request)
+        for maker in cluster.prefill.workers.values():
+            maker.lever.hold("encode")
+        preparing = asyncio.create_task(router.prepare(request))
+        asked = [asyncio.create_task(ask(router, another, "what is it?")) for _ in range(3)]
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(error, NotFound) for error in told) and not preparing.done()
+        for maker in cluster.prefill.workers.values():
+            maker.lever.free("encode")
+        assert (await preparing).media_id == another and (await ask(router, another, "what is it?"))[0].token_ids
+
+    run_prepared(scenario)
 
 
 def test_a_prefix_of_which_only_a_copy_is_left_is_shipped_first():
@@ -182,7 +167,7 @@ def test_a_prefix_of_which_only_a_copy_is_left_is_shipped_first():
         answer, _ = await ask(cluster.router("other"), key, QUESTIONS[0])
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[0] and cluster.num_encoded == 1
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 @pytest.mark.parametrize("error", [BadRequest("too hot"), DeadlineExceeded("slow"), QueueFull("full", 2.0)], ids=repr)
@@ -194,7 +179,7 @@ def test_what_the_worker_says_of_the_turn_itself_is_told_at_once(error):
         assert cluster.decode.num("ask") == 1
         await ask(router, key, "what is it?")
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_a_new_conversation_goes_to_another_holder_when_one_is_full():
@@ -206,7 +191,7 @@ def test_a_new_conversation_goes_to_another_holder_when_one_is_full():
         _, name = await ask(router, key, "what is it?")
         assert Token.parse(name).worker == "d1"
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_leaving_a_stream_early_aborts_the_turn_and_the_conversation_goes_on_without_it():
@@ -223,7 +208,7 @@ def test_leaving_a_stream_early_aborts_the_turn_and_the_conversation_goes_on_wit
         answer, _ = await ask(router, key, QUESTIONS[1], name)
         assert answer.token_ids == conversation(key, [QUESTIONS[0], "never mind", QUESTIONS[1]], NUM)[2]
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -244,7 +229,7 @@ def test_a_turn_is_aborted_through_any_router(elsewhere):
         answer, _ = await ask(router, key, QUESTIONS[1], name)
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1]
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_a_turn_that_waits_for_its_conversation_can_be_aborted():
@@ -263,7 +248,7 @@ def test_a_turn_that_waits_for_its_conversation_can_be_aborted():
         with pytest.raises(Cancelled):
             await task
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_an_id_in_use_is_refused_for_another_conversation():
@@ -277,7 +262,7 @@ def test_an_id_in_use_is_refused_for_another_conversation():
         worker.lever.free("token 2")
         assert (await running)[-1].kind == "done"
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_closing_a_conversation_frees_it_everywhere():
@@ -289,7 +274,7 @@ def test_closing_a_conversation_frees_it_everywhere():
             await ask(cluster.router("third"), key, QUESTIONS[1], name)
         assert await router.close_conversation(name) is False
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_media_in_use_is_not_deleted():
@@ -305,129 +290,4 @@ def test_media_in_use_is_not_deleted():
         with pytest.raises(NotFound):
             await ask(router, key, QUESTIONS[0])
 
-    run(scenario)
-
-
-# ---- hot media ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_hot_prefix_is_sent_to_another_worker_in_the_background():
-    async def scenario(cluster, router, key):
-        first = cluster.decode.workers[home(cluster, key)]
-        first.lever.hold("token 2")
-        running = [asyncio.create_task(ask(router, key, f"{i}?")) for i in range(3)]
-        while len(router._fleet.errands) or len(first.running) < 3:
-            await asyncio.sleep(0.01)
-        assert all(key in worker.residents for worker in cluster.decodes) and cluster.num_encoded == 1
-        _, name = await ask(router, key, "somewhere else?")
-        assert Token.parse(name).worker != first.name
-        first.lever.free("token 2")
-        await asyncio.gather(*running)
-
-    run(scenario, decode={"replicas": 2, "replicate_after": 3})
-
-
-@pytest.mark.parametrize("why", ["cold", "never", "no room"])
-def test_a_prefix_stays_where_it_is_when_it_is(why):
-    async def scenario(cluster, router, key):
-        if why == "no room":
-            for worker in cluster.decodes:
-                worker.budget_bytes = 100 if key in worker.residents else 99
-            cluster.report()
-        await asyncio.gather(*(ask(router, key, f"{i}?") for i in range(2 if why == "cold" else 6)))
-        await cluster.settled()
-        assert sum(key in worker.residents for worker in cluster.decodes) == 1
-
-    run(scenario, decode={"replicas": 2, "replicate_after": {"cold": 3, "never": 0, "no room": 3}[why]})
-
-
-# ---- without the registry, and the rest --------------------------------------------------------------------------------------
-
-
-def test_warm_turns_go_on_without_the_registry_which_hears_of_them_later():
-    async def scenario(cluster, router, key):
-        wanted = conversation(key, QUESTIONS, NUM)
-        _, name = await ask(router, key, QUESTIONS[0])
-        cluster.registry.kill("registry")
-        assert (await ask(router, key, QUESTIONS[1], name))[0].token_ids == wanted[1]
-        assert (await ask(router, key, QUESTIONS[0]))[0].token_ids == wanted[0], "a media that the router knows needs no registry"
-        with pytest.raises(Unavailable, match="registry"):
-            await ask(cluster.router("other"), key, QUESTIONS[1], name)
-        cluster.start_registry()
-        assert (await ask(router, key, QUESTIONS[2], name))[0].token_ids == wanted[2]
-        cluster.report()
-        assert [record.token_ids for record in cluster.directory.history(Token.parse(name).base).records] == wanted
-
-    run(scenario)
-
-
-def test_turns_are_recorded_late_rather_than_never():
-    async def scenario(cluster, router, key):
-        _, name = await ask(router, key, QUESTIONS[0])
-
-        def fail(worker, method, args):
-            if method == "record":
-                raise WorkerLost("not now")
-
-        cluster.registry.before = fail
-        _, name = await ask(router, key, QUESTIONS[1], name)
-        assert len(cluster.directory.history(Token.parse(name).base).records) == 1
-        cluster.registry.before = None
-        _, name = await ask(router, key, QUESTIONS[2], name)
-        records = cluster.directory.history(Token.parse(name).base).records
-        assert [record.token_ids for record in records] == conversation(key, QUESTIONS, NUM)
-
-    run(scenario)
-
-
-def test_it_tells_pools_media_lanes_and_load_as_plain_data():
-    async def scenario(cluster, router, key):
-        await ask(router, key, QUESTIONS[0])
-        cluster.decode.stop("d1")
-        cluster.report()
-        info = json.loads(json.dumps(await router.info()))
-        assert [one["worker"] for one in info["pools"]["decode"]] == ["d0", "d1"] and len(info["pools"]["prefill"]) == 2
-        assert "did not answer" in info["pools"]["decode"][1]["info"]["error"]
-        (media,) = info["media"]
-        assert (media["media_id"], media["kv_bytes"], media["holders"], media["copies"]) == (key, 100, ["d0"], ["p0"])
-        assert info["conversations"] == 1 and info["lanes"] and info["router"]["turns"] == 0
-
-    run(scenario)
-
-
-def test_it_is_ready_when_both_pools_are():
-    async def scenario(cluster, router, key):
-        assert await router.ready()
-        for kill in ("p0", "p1"):
-            cluster.kill(kill)
-            cluster.directory.forget_worker(kill)
-        assert not await router.ready()
-        cluster.add_prefill("p2")
-        cluster.report()
-        assert await router.ready()
-        cluster.registry.kill("registry")
-        assert not await router.ready()
-        cluster.start_registry()
-        cluster.report()
-        assert await router.ready()
-        await router.close()
-        assert not await router.ready()
-        with pytest.raises(Unavailable, match="closed"):
-            await router.prepare(video())
-        with pytest.raises(Unavailable, match="closed"):
-            await ask(router, key, "what is it?")
-
-    run(scenario)
-
-
-def test_pressure_reaches_every_decode_worker_and_is_part_of_the_record():
-    async def scenario(cluster, router, key):
-        await router.set_brownout(0.5)
-        assert [worker.brownout for worker in cluster.decodes] == [0.5, 0.5]
-        answer, name = await ask(router, key, QUESTIONS[0])
-        assert answer.token_ids == conversation(key, QUESTIONS, NUM, 0.5)[0]
-        assert cluster.directory.history(Token.parse(name).base).records[0].brownout == 0.5
-        with pytest.raises(BadRequest, match="brownout"):
-            await router.set_brownout(2.0)
-
-    run(scenario)
+    run_prepared(scenario)

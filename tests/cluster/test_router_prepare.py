@@ -12,28 +12,12 @@ from sparsevila_cluster.errors import (
     Incompatible,
     Internal,
     LaneLost,
-    NotFound,
     QueueFull,
     TooLarge,
     Unavailable,
     WorkerLost,
 )
-from tests.cluster.scripted import SETTLE_REPORTS, cluster_of, video
-
-
-def run(scenario, *args, **fields):
-    """`await scenario(cluster, router)`, within ten seconds and without a trace."""
-
-    async def main():
-        async with cluster_of(*args, **fields) as cluster:
-            await scenario(cluster, cluster.router())
-
-    asyncio.run(asyncio.wait_for(main(), 10))
-
-
-def holders(cluster, key):
-    return sorted(worker.name for worker in cluster.decodes if key in worker.residents)
-
+from tests.cluster.scripted_cluster import holders, run, video
 
 # ---- found -------------------------------------------------------------------------------------------------------------------
 
@@ -298,82 +282,5 @@ def test_a_claim_of_a_router_that_died_runs_out():
         cluster.clock.now_s += 31
         cluster.report()
         assert (await task).media_id == key
-
-    run(scenario)
-
-
-# ---- without the registry ----------------------------------------------------------------------------------------------------
-
-
-def test_a_registry_that_is_away_is_said_in_time_and_filled_by_reports_when_it_is_back():
-    async def scenario(cluster, router):
-        first = await router.prepare(video())
-        cluster.registry.kill("registry")
-        started_s = time.perf_counter()
-        with pytest.raises(Unavailable, match="registry"):
-            await router.prepare(video(b"another"))
-        assert time.perf_counter() - started_s < 2
-        cluster.start_registry()
-        cluster.report()
-        asked = cluster.prefill.num("key_of")
-        assert (await router.prepare(video())).media_id == first.media_id
-        assert cluster.num_encoded == 1 and cluster.prefill.num("key_of") == asked, "the router knew the key"
-        assert (await cluster.router("other").prepare(video())).reused and cluster.num_encoded == 1
-
-    run(scenario)
-
-
-def test_a_registry_that_restarts_meanwhile_is_not_noticed():
-    async def scenario(cluster, router):
-        cluster.registry.kill("registry")
-        task = asyncio.create_task(router.prepare(video()))
-        await asyncio.sleep(0.15)
-        cluster.start_registry()
-        cluster.report()
-        assert holders(cluster, (await task).media_id)
-
-    run(scenario)
-
-
-# ---- what is known of media --------------------------------------------------------------------------------------------------
-
-
-def test_media_tells_what_is_known_to_those_who_may_know():
-    async def scenario(cluster, router):
-        shared, private = await router.prepare(video()), await router.prepare(video(b"mine", tenant="me"))
-        for tenant in ("", "me", "you"):
-            assert (await router.media(shared.media_id, tenant)).kv_bytes == shared.kv_bytes
-        assert (await router.media(private.media_id, "me")).media_id == private.media_id
-        for key, tenant in ((private.media_id, "you"), (private.media_id, ""), ("0" * 64, "me")):
-            with pytest.raises(NotFound, match="prepare it first"):
-                await router.media(key, tenant)
-            assert not await router.delete_media(key, tenant)
-        assert holders(cluster, private.media_id)
-
-    run(scenario)
-
-
-def test_deleting_media_frees_every_copy():
-    async def scenario(cluster, router):
-        key = (await router.prepare(video())).media_id
-        assert await router.delete_media(key) and not await router.delete_media(key)
-        cluster.report()
-        assert not holders(cluster, key) and not any(key in worker.copies for worker in cluster.prefill.workers.values())
-        assert cluster.directory.census() == ()
-        assert not (await router.prepare(video())).reused and cluster.num_encoded == 2
-
-    run(scenario)
-
-
-def test_an_unknown_media_is_not_denied_before_every_worker_could_report():
-    async def scenario(cluster, router):
-        key = (await router.prepare(video())).media_id
-        cluster.registry.kill("registry")
-        cluster.start_registry()
-        task = asyncio.create_task(cluster.router("other").media(key))
-        await asyncio.sleep(0.1)
-        cluster.report()
-        assert (await task).media_id == key
-        cluster.clock.now_s += SETTLE_REPORTS
 
     run(scenario)

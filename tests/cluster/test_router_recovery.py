@@ -1,16 +1,14 @@
 """Turns whose worker is lost: the same tokens from another one, the media encoded once, and every error a typed one in time."""
 
 import asyncio
-import random
-import time
 
 import pytest
 
 from sparsevila_cluster.cluster.conversations import Token
-from sparsevila_cluster.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, SparseVilaError, Unavailable, WorkerLost
-from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, Replay, SamplingParams
-from tests.cluster.scripted import Cluster, cluster_of, conversation, video
-from tests.cluster.test_router_ask import NUM, QUESTIONS, ask, home, listen, run, turn
+from sparsevila_cluster.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, Unavailable
+from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest
+from tests.cluster.scripted import conversation
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, Cluster, ask, cluster_of, home, listen, run_prepared, turn, video
 
 POINTS = ["ask", *(f"token {i}" for i in range(NUM)), "done"]
 
@@ -56,7 +54,7 @@ def test_a_stream_goes_on_where_it_stood_when_its_worker_is_lost(point, how):
         answer, _ = await ask(router, key, QUESTIONS[2], str(moved))
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[2] and cluster.count("turns_recovered_total") == 1
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_it_goes_on_under_the_pressure_that_it_began_under():
@@ -71,7 +69,7 @@ def test_it_goes_on_under_the_pressure_that_it_began_under():
         answer, name = await task
         assert answer.token_ids == conversation(key, QUESTIONS, NUM, 0.5)[0] and answer.usage.brownout == 0.5
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_workers_may_be_lost_one_after_the_other():
@@ -92,7 +90,7 @@ def test_workers_may_be_lost_one_after_the_other():
         assert Token.parse(events[-1].conversation_id).epoch == 3 and cluster.num_encoded == 1
         assert cluster.count("turns_recovered_total") == 1
 
-    run(scenario, num_decode=4)
+    run_prepared(scenario, num_decode=4)
 
 
 def test_attempts_are_bounded():
@@ -103,7 +101,7 @@ def test_attempts_are_bounded():
             await ask(router, key, QUESTIONS[0])
         assert cluster.decode.num("ask") == 3
 
-    run(scenario, num_decode=5, router={"max_attempts": 3})
+    run_prepared(scenario, num_decode=5, router={"max_attempts": 3})
 
 
 @pytest.mark.parametrize("error", [BadRequest("no"), QueueFull("full"), Cancelled("aborted")], ids=repr)
@@ -117,7 +115,7 @@ def test_what_is_no_loss_is_told_also_in_mid_answer(error):
         answer, _ = await ask(router, key, QUESTIONS[1], name)
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1]
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_a_lost_lane_is_another_workers_chance():
@@ -128,7 +126,7 @@ def test_a_lost_lane_is_another_workers_chance():
         checked(events, key)
         assert not worker.running and home(cluster, key) == worker.name, "it lives, and keeps its prefix"
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def test_clients_that_lose_the_same_worker_share_the_way_back():
@@ -143,7 +141,7 @@ def test_clients_that_lose_the_same_worker_share_the_way_back():
             checked(await task, key, 0, f"{i}?")
         assert cluster.prefill.num("ship") == 1 and cluster.num_encoded == 1 and cluster.count("turns_recovered_total") == 8
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 # ---- what was forgotten ------------------------------------------------------------------------------------------------------
@@ -158,7 +156,7 @@ def test_an_evicted_conversation_is_made_again_where_it_was():
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1] and moved == name and worker.num_replayed == 1
         assert cluster.prefill.num("ship") == 0 and not cluster.count("turns_recovered_total")
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 @pytest.mark.parametrize("reported", [False, True])
@@ -175,7 +173,7 @@ def test_an_evicted_prefix_is_shipped_again(reported):
             assert answer.token_ids == conversation(key, QUESTIONS, NUM)[number]
         assert cluster.num_encoded == 1
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 def lose_everything(cluster, key):
@@ -196,7 +194,7 @@ def test_media_lost_with_every_copy_are_made_again_by_a_router_that_remembers_ho
         with pytest.raises((Unavailable, NotFound), match="prepare it"):
             await ask(cluster.router("other"), key, QUESTIONS[2], name)
 
-    run(scenario)
+    run_prepared(scenario)
 
 
 @pytest.mark.parametrize(("change", "error"), [("other", NotFound), ("gone", Unavailable)])
@@ -241,176 +239,4 @@ def test_a_conversation_whose_text_is_lost_too_is_not_found():
         with pytest.raises(NotFound, match="text of conversation"):
             await ask(router, key, QUESTIONS[1], name)
 
-    run(scenario)
-
-
-def test_a_worker_and_the_registry_lost_at_once_are_told_in_time():
-    async def scenario(cluster, router, key):
-        _, name = await ask(router, key, QUESTIONS[0])
-        cluster.kill(home(cluster, key))
-        cluster.registry.kill("registry")
-        started_s = time.perf_counter()
-        with pytest.raises(Unavailable):
-            await ask(router, key, QUESTIONS[1], name)
-        assert time.perf_counter() - started_s < 3
-
-    run(scenario)
-
-
-def test_the_registry_may_restart_while_a_turn_is_recovered():
-    async def scenario(cluster, router, key):
-        _, name = await ask(router, key, QUESTIONS[0])
-        worker = cluster.decode.workers[home(cluster, key)]
-        for other in cluster.decodes:  # a second worker knows the conversation, as one that held it before a move
-            other.chats.update(worker.chats)
-        cluster.registry.kill("registry")
-        cluster.kill(worker.name)
-        task = asyncio.create_task(ask(router, key, QUESTIONS[1], name))
-        await asyncio.sleep(0.1)
-        cluster.start_registry()
-        cluster.report()
-        answer, _ = await task
-        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1] and cluster.num_encoded == 1
-
-    run(scenario)
-
-
-# ---- taking up a turn --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("heard", [0, 2, NUM])
-def test_a_client_takes_up_a_turn_whose_stream_it_lost(heard, number, elsewhere):
-    """Its former self still runs, on a stream that nobody reads."""
-
-    async def scenario(cluster, router, key):
-        name = ""
-        if number:
-            _, name = await ask(router, key, QUESTIONS[0])
-        asked = turn(key, QUESTIONS[number], name)
-        told = []
-        worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("done" if heard == NUM else f"token {heard}")
-        stream = router.ask(asked)
-        async for event in stream:
-            told.append(event)
-            if sum(e.kind == "token" for e in told) == heard:
-                break
-        name, tokens = told[0].conversation_id, tuple(t for e in told for t in e.token_ids)
-        worker.lever.free("done" if heard == NUM else f"token {heard}")
-        again = turn(key, QUESTIONS[number], name, turn_id=asked.turn_id, replay=Replay(tokens) if tokens else None)
-        taker = cluster.router("other") if elsewhere else router
-        if elsewhere and not heard:
-            await stream.aclose()  # that nothing was said does not tell a stranger that the turn is under way
-        events = [event async for event in taker.ask(again)]
-        assert tokens + tuple(t for e in events for t in e.token_ids) == conversation(key, QUESTIONS, NUM)[number]
-        assert [e.index for e in events if e.kind == "token"] == list(range(heard, NUM)) and events[-1].kind == "done"
-        if not (elsewhere and not heard):
-            with pytest.raises(Cancelled):
-                async for _ in stream:
-                    pass
-        answer, _ = await ask(taker, key, "last?", events[-1].conversation_id)
-        assert answer.token_ids == conversation(key, [*QUESTIONS[: number + 1], "last?"], NUM)[number + 1]
-        assert len(cluster.directory.history(Token.parse(name).base).records) == number + 2
-
-    run(scenario)
-
-
-@pytest.mark.parametrize("lost", [False, True])
-@pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("heard", [0, 2, NUM])
-def test_a_client_takes_up_a_turn_that_was_finished_meanwhile(heard, elsewhere, lost):
-    async def scenario(cluster, router, key):
-        _, name = await ask(router, key, QUESTIONS[0])
-        asked = turn(key, QUESTIONS[1], name)
-        tokens = Answer.from_events(await listen(router, asked)).token_ids[:heard]
-        if lost:
-            cluster.kill(home(cluster, key))
-        again = turn(key, QUESTIONS[1], name, turn_id=asked.turn_id, replay=Replay(tokens) if heard else None)
-        taker = cluster.router("other") if elsewhere else router
-        events = await listen(taker, again)
-        assert tokens + tuple(t for e in events for t in e.token_ids) == conversation(key, QUESTIONS, NUM)[1]
-        records = cluster.directory.history(Token.parse(name).base).records
-        assert [r.token_ids for r in records] == conversation(key, QUESTIONS, NUM)[:2], "the turn counts twice"
-        answer, _ = await ask(taker, key, QUESTIONS[2], events[-1].conversation_id)
-        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[2] and cluster.num_encoded == 1
-
-    run(scenario)
-
-
-# ---- a storm -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed):
-    """Clients ask, leave and come back while workers and the registry die and are replaced: right answers or typed errors."""
-
-    async def main():
-        rng = random.Random(seed)
-        right, wrong = 0, []
-        async with cluster_of(num_prefill=2, num_decode=3, router={"call_timeout_s": 0.3}) as cluster:
-            routers = [cluster.router(f"r{i}") for i in range(2)]
-            keys = [(await routers[0].prepare(video(b"%d" % i))).media_id for i in range(3)]
-            over = False
-
-            async def client(number):
-                nonlocal right
-                for _ in range(3):
-                    which, name, questions = rng.randrange(3), "", []
-                    for i in range(3):
-                        question = f"{number} {i} {rng.random()}"
-                        try:
-                            if rng.random() < 0.2:
-                                await rng.choice(routers).prepare(video(b"%d" % which))
-                            answer, name = await ask(rng.choice(routers), keys[which], question, name, deadline_s=5)
-                        except SparseVilaError as error:
-                            wrong.append(error)
-                            break
-                        questions.append(question)
-                        assert answer.token_ids == conversation(keys[which], questions, NUM)[-1]
-                        right += 1
-
-            async def fate():
-                number = 10
-                while not over:
-                    await asyncio.sleep(rng.uniform(0.01, 0.05))
-                    what = rng.random()
-                    if what < 0.5:
-                        cluster.kill(rng.choice(list(cluster.decode.workers)))
-                        cluster.add_decode(f"d{number}")
-                    elif what < 0.8:
-                        cluster.kill(rng.choice(list(cluster.prefill.workers)))
-                        cluster.add_prefill(f"p{number}")
-                    elif what < 0.9:
-                        cluster.registry.kill("registry")
-                        cluster.start_registry()
-                    number += 1
-                    cluster.clock.now_s += 0.2
-                    cluster.report()
-
-            storm = asyncio.create_task(fate())
-            try:
-                await asyncio.gather(*(client(i) for i in range(10)))
-            finally:
-                over = True
-                await storm
-            for error in wrong:
-                assert isinstance(error, (Unavailable, NotFound, QueueFull)), repr(error)
-            assert right > 20, [repr(error) for error in wrong]
-
-    asyncio.run(asyncio.wait_for(main(), 60))
-
-
-def test_a_worker_that_died_is_forgotten_by_every_router():
-    async def scenario(cluster, router, key):
-        lost = home(cluster, key)
-        cluster.kill(lost)
-        with pytest.raises(WorkerLost):
-            await router._fleet.call("decode", lost, "info", caller=router._short_call())
-        await cluster.settled()
-        assert lost not in {one.worker for one in cluster.directory.snapshot().workers}
-        answer, _ = await ask(cluster.router("other"), key, QUESTIONS[0], sampling=SamplingParams(max_tokens=NUM))
-        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[0]
-
-    run(scenario)
+    run_prepared(scenario)

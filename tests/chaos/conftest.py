@@ -1,0 +1,51 @@
+"""One cluster of real processes for all modules here; workers that die in a case are replaced for the next one."""
+
+import asyncio
+
+import pytest
+
+from tests.chaos.clients import film_of
+from tests.chaos.processes import Zygote
+from tests.chaos.town import Town, config_of
+from tests.cluster.bench import write_clip
+from tests.tiny import make_qwen2_5_vl
+
+TOLD: list[tuple[str, str]] = []
+
+
+@pytest.fixture(scope="session")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def world(runner, tmp_path_factory):
+    """(town, the film of the client that is hit, the film of the neighbours)."""
+    folder = tmp_path_factory.mktemp("chaos")
+    checkpoint = make_qwen2_5_vl(folder / "tiny", seed=0)
+    zygote = Zygote(checkpoint, folder)
+    try:
+
+        async def build():
+            town = Town(zygote, config_of(checkpoint))
+            films = [await film_of(write_clip(folder / f"{seed}.mp4", seed=seed), town.config) for seed in range(2)]
+            return town, *films
+
+        made = runner.run(build())
+        yield made
+        runner.run(made[0].close())
+    finally:
+        zygote.close()
+
+
+@pytest.fixture(scope="session")
+def tell(request):
+    """Notes a line for the table that is printed at the end."""
+    yield lambda case, what: TOLD.append((case, what))
+    writer = request.config.pluginmanager.getplugin("terminalreporter")
+    if writer is not None and TOLD:
+        writer.write_line("")
+        width = max(len(case) for case, _ in TOLD)
+        for case, what in TOLD:
+            writer.write_line(f"{case:{width}}  {what}")

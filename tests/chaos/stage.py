@@ -1,0 +1,109 @@
+"""What every case begins and ends with: a whole cluster, neighbours who must not notice, and every byte back in the end.
+
+Knows: how to set a scene and how to clear it. Does not know: what goes wrong in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.chaos.clients import Client, Film, Neighbour
+from tests.chaos.processes import Process
+from tests.chaos.town import Town
+
+
+class Scene:
+    """One case on its way. `client` is the one that is hit."""
+
+    def __init__(self, town: Town, film: Film, other: Film):
+        self.town, self.film, self.other = town, film, other
+        self.client = Client(town.pipeline, film)
+        self.neighbours: list[Neighbour] = []
+        self.hit_s = 0.0
+
+    @property
+    def num_prefills(self) -> int:
+        return self.town.zygote.num_prefills
+
+    async def prepare(self) -> None:
+        handle = await self.town.pipeline.prepare(self.film.request)
+        assert handle.media_id == self.film.media_id
+
+    async def hit(self, token: Path, number: int) -> Process:
+        """Wait for the trap."""
+        process = await self.town.caught(token, number)
+        self.hit_s = time.monotonic()
+        return process
+
+    async def strike(self, process: Process, number: int) -> None:
+        """A signal without a trap: nothing in particular is under way."""
+        process.signal(number)
+        await process.fallen(number)
+        self.hit_s = time.monotonic()
+
+    def holder(self, kind: str) -> Process:
+        """The worker that has the client's film, as the registry knows it."""
+        directory = self.town.registry.directory
+        assert directory is not None
+        found = directory.find(None, self.film.media_id)
+        reports = found.holders if kind == "decode" else found.copies
+        return self.town.pools[kind].processes[reports[0].worker]
+
+    async def neighbours_go_on(self) -> None:
+        await asyncio.gather(*(one.hears_more(2) for one in self.neighbours))
+
+
+@asynccontextmanager
+async def scene(town: Town, film: Film, other: Film) -> AsyncGenerator[Scene, None]:
+    """Two neighbours ask about `other` all the time; in the end nothing but the prefix of `other` may take a byte anywhere."""
+    await town.fill()
+    await _forget(town, film)
+    await town.pipeline.prepare(other.request)
+    await town.until(lambda: _is_reported(town, other), "a report of the neighbours' film")
+    made = Scene(town, film, other)
+    made.neighbours = [Neighbour(town.pipeline, other) for _ in range(2)]
+    try:
+        await asyncio.gather(*(one.hears_more() for one in made.neighbours))
+        yield made
+        await made.neighbours_go_on()
+        for process in town.processes:
+            if process.stopped:
+                process.signal(signal.SIGCONT)
+        await town.disarm()
+        await made.neighbours_go_on()
+        await made.client.close()
+        for neighbour in made.neighbours:
+            await neighbour.leaves()
+        made.neighbours = []
+        await _forget(town, film)
+        await town.rests({other.media_id})
+    finally:
+        for neighbour in made.neighbours:
+            neighbour.drop()
+        for process in town.processes:
+            if process.stopped:
+                process.signal(signal.SIGCONT)
+
+
+def _is_reported(town: Town, film: Film) -> bool:
+    directory = town.registry.directory
+    return directory is not None and any(one.load.prefix_bytes for one in directory.holders(film.media_id))
+
+
+async def _forget(town: Town, film: Film, within_s: float = 10.0) -> None:
+    """Delete a film everywhere, also on workers that come back with it."""
+    until_s = time.monotonic() + within_s
+    while True:
+        alive = {one.name for one in town.processes if one.lives}
+        if alive <= town.registered:
+            await town.pipeline.delete_media(film.media_id)
+            await asyncio.sleep(2 * town.config.report_s)
+            if not any(film.media_id in books["media"] for books in (await town.ledgers()).values()):
+                return
+        assert time.monotonic() < until_s, f"{film.media_id[:12]} cannot be deleted: {await town.ledgers()}"
+        await asyncio.sleep(0.05)

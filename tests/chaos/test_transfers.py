@@ -1,0 +1,42 @@
+"""A worker is killed, or stops for a while, at each state of a transfer: the client gets its media and the right answers."""
+
+import asyncio
+import signal
+import time
+
+import pytest
+
+from tests.chaos.stage import scene
+from tests.chaos.traps import DECODE_TRANSFER, PREFILL_TRANSFER
+
+SIGNALS = [signal.SIGKILL, signal.SIGSTOP]
+PLACES = [("prefill", place) for place in PREFILL_TRANSFER] + [("decode", place) for place in DECODE_TRANSFER]
+# A prefill worker that is caught there has published its copy: what it takes along into death may have to be made again.
+COPY_EXISTS = {"last chunk", "landed", "verified", "acked"}
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=["killed", "stopped"])
+@pytest.mark.parametrize(("kind", "place"), PLACES, ids=[f"{kind}-{place}".replace(" ", "-") for kind, place in PLACES])
+def test_a_worker_falls_at_each_state_of_a_transfer(runner, world, tell, kind, place, number):
+    town, film, other = world
+
+    async def main():
+        async with scene(town, film, other) as made:
+            before = made.num_prefills
+            token = await town.arm(kind, f"transfer: {place}", number, film.media_id)
+            preparing = asyncio.ensure_future(made.prepare())
+            fallen = await made.hit(token, number)
+            await preparing
+            ready_s = time.monotonic() - made.hit_s
+            await made.client.ask()
+            if number == signal.SIGSTOP:
+                fallen.signal(signal.SIGCONT)
+            await made.client.ask()
+            await made.client.ask()
+            encoded = made.num_prefills - before
+            assert encoded <= 2
+            if kind == "decode":
+                assert encoded == 1, "the media was encoded again, though its maker lived"
+            tell(f"{kind} {signal.Signals(number).name} transfer {place}", f"media ready after {ready_s:.2f} s, {encoded} prefills")
+
+    runner.run(main())

@@ -1,0 +1,229 @@
+"""Routers over real workers in one process: what clients hear is what a local pipeline says, also when workers are lost."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from sparsevila_cluster.cluster.conversations import Token
+from sparsevila_cluster.cluster.directory import Directory
+from sparsevila_cluster.cluster.router import ClusterPipeline
+from sparsevila_cluster.errors import BadMedia, DeadlineExceeded
+from sparsevila_cluster.metrics import Tally
+from sparsevila_cluster.pipeline import LocalPipeline
+from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, Replay
+from tests.cluster import bench
+from tests.cluster.bench import QUESTIONS, request_of, turn_of
+from tests.cluster.local_pool import LocalPool
+
+NUM = 8
+
+
+class Whole:
+    """Workers, the directory that they report to, and routers."""
+
+    def __init__(self, config, prefills, decodes):
+        self.config, self.prefills, self.decodes = config, prefills, decodes
+        self.prefill = LocalPool({worker.name: worker for worker in prefills})
+        self.decode = LocalPool({worker.name: worker for worker in decodes})
+        self.registry = LocalPool({"registry": Directory(config.report_s)})
+        self.sink, self.routers = Tally(), []
+
+    @property
+    def directory(self):
+        return self.registry.workers["registry"]
+
+    def router(self, name="router"):
+        self.routers.append(ClusterPipeline(self.config, self.prefill, self.decode, self.registry, self.sink, name))
+        return self.routers[-1]
+
+    async def report(self):
+        while True:
+            for worker in (*self.prefill.workers.values(), *self.decode.workers.values()):
+                if "registry" in self.registry.workers and self.directory.report(worker.report(False))["send_all"]:
+                    self.directory.report(worker.report(True))
+            await asyncio.sleep(self.config.report_s)
+
+    async def kill(self, name):
+        """A decode worker dies: whoever calls it hears so, and its lanes break."""
+        worker = self.decode.workers[name]
+        self.decode.kill(name)
+        await worker.close()
+
+    @property
+    def num_prefills(self):
+        return sum(worker.sink.counts["prefills_total",] for worker in self.prefills)
+
+
+@asynccontextmanager
+async def whole(checkpoint, endless, prefill=1, decode=2, **fields):
+    config = bench.config_of(checkpoint, "gloo", report_s=0.2, **fields)
+    async with bench.workers(config, prefill, decode, model=endless) as (prefills, decodes):
+        cluster = Whole(config, prefills, decodes)
+        reporting = asyncio.create_task(cluster.report())
+        await asyncio.sleep(0.01)
+        try:
+            yield cluster
+        finally:
+            for router in cluster.routers:
+                await router.close()
+            reporting.cancel()
+
+
+def run(scenario, checkpoint, endless, **fields):
+    async def main():
+        async with whole(checkpoint, endless, **fields) as cluster:
+            await scenario(cluster)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.fixture(scope="module")
+def local(checkpoint, endless, clips):
+    """Of each clip: (media id, the answers that one process gives to three questions in a row)."""
+
+    async def main():
+        pipeline = LocalPipeline(bench.config_of(checkpoint).engine, endless)
+        told = []
+        for clip in clips:
+            key = (await pipeline.prepare(request_of(clip))).media_id
+            answers = []
+            for question in QUESTIONS:
+                events = [event async for event in pipeline.ask(turn_of(key, question, key, NUM, want_evidence=True))]
+                answers.append(Answer.from_events(events))
+            told.append((key, answers))
+        await pipeline.close()
+        return told
+
+    return asyncio.run(main())
+
+
+async def ask(router, key, number, name="", on_token=None):
+    """(answer, name of the conversation); `on_token` is awaited with each index."""
+    events = []
+    async for event in router.ask(turn_of(key, QUESTIONS[number], name, NUM, want_evidence=True)):
+        events.append(event)
+        if event.kind == "token" and on_token is not None:
+            await on_token(event.index)
+    return Answer.from_events(events), events[-1].conversation_id
+
+
+def same(answer, wanted):
+    assert (answer.token_ids, answer.text, answer.finish_reason) == (wanted.token_ids, wanted.text, wanted.finish_reason)
+    assert [(one.frame, one.share) for one in answer.evidence] == [
+        (one.frame, pytest.approx(one.share, abs=1e-5)) for one in wanted.evidence
+    ]
+    assert answer.usage.prompt_tokens == wanted.usage.prompt_tokens and answer.usage.completion_tokens == NUM
+
+
+def test_many_clients_hear_what_a_local_pipeline_says(checkpoint, endless, clips, local):
+    async def scenario(cluster):
+        routers = [cluster.router("a"), cluster.router("b")]
+        await asyncio.gather(*(router.prepare(request_of(clips[0])) for router in routers))
+        await asyncio.sleep(2 * cluster.config.report_s)  # now it is known which worker is the emptier one
+
+        async def client(i):
+            key, wanted = local[i % 2]
+            handle = await routers[i % 2].prepare(request_of(clips[i % 2]))
+            assert handle.media_id == key
+            name = ""
+            for number in range(3):
+                answer, name = await ask(routers[(i + number) % 2], key, number, name)
+                same(answer, wanted[number])
+            return Token.parse(name).worker
+
+        homes = await asyncio.gather(*(client(i) for i in range(6)))
+        assert set(homes) == {"decode-0", "decode-1"} and cluster.num_prefills == 2
+        assert not any(worker.sink.counts["conversations_replayed_total",] for worker in cluster.decodes)
+        info = await routers[0].info()
+        assert len(info["media"]) == 2 and info["conversations"] == 6 and info["lanes"]
+
+    run(scenario, checkpoint, endless)
+
+
+@pytest.mark.parametrize(("number", "index"), [(0, 0), (1, 2), (2, NUM - 2)])
+def test_a_decode_worker_killed_in_mid_answer_costs_no_token_and_no_prefill(checkpoint, endless, clips, local, number, index):
+    async def scenario(cluster):
+        router, (key, wanted), name = cluster.router(), local[0], ""
+        await router.prepare(request_of(clips[0]))
+
+        async def kill(at):
+            if at == index:
+                await cluster.kill(next(worker.name for worker in cluster.decodes if key in worker.engine.prefixes))
+
+        for i in range(3):
+            answer, name = await ask(router, key, i, name, kill if i == number else None)
+            same(answer, wanted[i])
+        assert cluster.num_prefills == 1 and cluster.sink.counts["turns_recovered_total",] == 1
+        replayed = sum(worker.sink.counts["conversations_replayed_total",] for worker in cluster.decodes)
+        assert replayed == (number > 0) and Token.parse(name).epoch == 1
+
+    run(scenario, checkpoint, endless)
+
+
+def test_a_client_that_lost_its_stream_goes_on_through_another_router(checkpoint, endless, clips, local):
+    async def scenario(cluster):
+        router, (key, wanted) = cluster.router("a"), local[0]
+        await router.prepare(request_of(clips[0]))
+        _, name = await ask(router, key, 0)
+        for heard in (3, NUM):
+            asked = turn_of(key, QUESTIONS[1], name, NUM)
+            tokens = []
+            stream = router.ask(asked)
+            async for event in stream:
+                tokens += event.token_ids
+                if len(tokens) == heard:
+                    break
+            other = cluster.router(f"b{heard}")
+            events = [event async for event in other.ask(replace(asked, replay=Replay(tuple(tokens))))]
+            assert (*tokens, *(t for e in events for t in e.token_ids)) == wanted[1].token_ids
+            await stream.aclose()
+            answer, _ = await ask(other, key, 2, events[-1].conversation_id)
+            same(answer, wanted[2])
+            await other.close_conversation(name)
+            _, name = await ask(router, key, 0)
+
+    run(scenario, checkpoint, endless)
+
+
+def test_the_registry_may_come_back_empty(checkpoint, endless, clips, local):
+    async def scenario(cluster):
+        router, (key, wanted) = cluster.router("a"), local[0]
+        await router.prepare(request_of(clips[0]))
+        _, name = await ask(router, key, 0)
+        cluster.registry.kill("registry")
+        answer, name = await ask(router, key, 1, name)
+        same(answer, wanted[1])
+        cluster.registry.workers["registry"] = Directory(cluster.config.report_s)
+        other = cluster.router("b")
+        answer, _ = await ask(other, key, 2, name)
+        same(answer, wanted[2])
+        assert (await other.prepare(request_of(clips[0]))).reused and cluster.num_prefills == 1
+
+    run(scenario, checkpoint, endless)
+
+
+def test_whoever_gives_up_leaves_no_byte_behind(checkpoint, endless, clips, local, monkeypatch):
+    async def scenario(cluster):
+        router = cluster.router()
+        gate = bench.Gate(monkeypatch)
+        task = asyncio.create_task(router.prepare(request_of(clips[0])))
+        await gate.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.opened.set()
+        with pytest.raises(DeadlineExceeded):
+            await router.prepare(request_of(clips[1], deadline_s=0.01))
+        with pytest.raises(BadMedia):
+            await router.prepare(PrepareRequest((MediaSource(b"\x00\x00\x00\x18ftypmp42 no video"),)))
+        for worker in cluster.prefills:
+            await bench.settled(worker)
+        assert all(worker.engine.prefixes.arena.used_bytes == 0 for worker in cluster.decodes)
+        assert (await router.prepare(request_of(clips[0]))).media_id == local[0][0]
+        assert await router.delete_media(local[0][0])
+        assert all(worker.engine.prefixes.arena.used_bytes == 0 for worker in cluster.decodes)
+        assert all(worker.copies.used_bytes == 0 for worker in cluster.prefills)
+
+    run(scenario, checkpoint, endless)
