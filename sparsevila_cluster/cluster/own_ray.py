@@ -62,6 +62,7 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             log_to_driver=verbose,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
+            _metrics_export_port=config.metrics_port or None,
         )
         try:
             _check_gpus(sum(pool.replicas * pool.num_gpus for pool in pools), ray.cluster_resources().get("GPU", 0.0))
