@@ -6,6 +6,7 @@ Knows: how to start, to watch and to end it, each within a deadline. Does not kn
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -21,11 +22,19 @@ from ray import serve
 from ray.serve import RunTarget
 
 from sparsevila_cluster.app import application
-from sparsevila_cluster.cluster.own_ray import own_ray, within
+from sparsevila_cluster.cluster.own_ray import hush, own_ray, within
 from sparsevila_cluster.cluster.ray_pool import RayPool
 from sparsevila_cluster.cluster.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import BadCheckpoint, DeadlineExceeded, Internal, SparseVilaError, Unavailable, UserError, from_failure
+from sparsevila_cluster.errors import (
+    BadCheckpoint,
+    DeadlineExceeded,
+    Internal,
+    SparseVilaError,
+    Unavailable,
+    UserError,
+    from_failure,
+)
 from sparsevila_cluster.patience import GRACE_S
 from sparsevila_cluster.progress import ProgressLine
 
@@ -100,8 +109,9 @@ def _ignoring(*numbers: int) -> Iterator[None]:
 
 @contextmanager
 def _connected(address: str, verbose: bool) -> Iterator[None]:
+    hush(verbose)
     try:
-        ray.init(address=address, log_to_driver=verbose, configure_logging=verbose)
+        ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(f"no Ray cluster at {address!r}: {error}") from error
     try:

@@ -48,8 +48,7 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp" if Path("/tmp").is_dir() else None))  # short: sockets lie in it
     os.environ.update(added)
     try:
-        for name in ("ray", "ray.serve"):
-            logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
+        hush(verbose)
         pools: list[PoolConfig] = [config.prefill, config.decode]
         num_cpus = sum(pool.replicas * pool.num_cpus for pool in pools) + config.router.replicas * config.router.num_cpus
         ray.init(
@@ -62,6 +61,7 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             log_to_driver=verbose,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
+            _metrics_export_port=config.metrics_port or None,
         )
         try:
             _check_gpus(sum(pool.replicas * pool.num_gpus for pool in pools), ray.cluster_resources().get("GPU", 0.0))
@@ -76,6 +76,12 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
         for name in added:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def hush(verbose: bool) -> None:
+    """What Ray and Serve log in this process: everything, or what ends them."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
 
 
 def within(most_s: float, call: Callable[[], object]) -> None:

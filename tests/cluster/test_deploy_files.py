@@ -44,7 +44,8 @@ def test_serve_takes_its_file():
     schema = ServeDeploySchema.model_validate(given)
     assert not list(unknown_keys(given, schema.model_dump()))
     (application,) = schema.applications
-    assert application.import_path == "sparsevila_cluster.app:build" and application.name == cluster_config_of(application.args).name
+    assert application.import_path == "sparsevila_cluster.app:build"
+    assert application.name == cluster_config_of(application.args).name
     assert {*deployments_of(build(application.args))} == DEPLOYMENTS
 
 
