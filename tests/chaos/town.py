@@ -111,7 +111,10 @@ class Town:
         while process.lives:
             try:
                 report = await process.ask("worker", "report", full)
-                full = (await self.registry.call(None, "report", report, within_s=1.0))["send_all"]
+                answer = await self.registry.call(None, "report", report, within_s=1.0)
+                full = answer["send_all"]
+                for conversation_id in answer["close"]:
+                    await process.ask("worker", "close_conversation", conversation_id)
             except SparseVilaError:
                 full = True
             await asyncio.sleep(self.config.report_s)
