@@ -177,6 +177,20 @@ class Shipping:
                 search.num_attempts += 1
                 search.error = error
                 self._blame(attempt, error, search, wanted.key)
+                if isinstance(error, WorkerLost) and attempt.leg in ("make", "ship"):
+                    arrived = await self._arrived(attempt, wanted)
+                    if arrived is not None:
+                        return attempt.target.worker, replace(arrived, reused=not (search.encoded or attempt.making))
+
+    async def _arrived(self, attempt: _Attempt, wanted: Wanted) -> MediaHandle | None:
+        """The handle of a prefix whose sender was lost when all of it was over there already."""
+        try:
+            handle = await self._fleet.call("decode", attempt.target.worker, "media", wanted.key, caller=wanted.caller)
+        except Unavailable:
+            return None
+        if handle is not None:
+            await self._fleet.registry.note_held(handle, (attempt.target,), wanted.digest, wanted.caller.remaining_s("preparing media"))
+        return handle
 
     async def _nobody(self, kind: Kind, search: _Search, wanted: Wanted) -> None:
         """No worker is left to ask. One that was lost is replaced, for which is waited a little; else that is the answer."""

@@ -23,7 +23,7 @@ from tests.chaos.wires import LIMIT_BYTES, receive, send
 CALLS = {
     "prefill": ("key_of", "ship", "drop", "info", "report", "check"),
     "decode": (
-        "reserve", "release", "abort", "close_conversation", "drop", "ship", "set_brownout", "info", "report", "check",
+        "reserve", "release", "abort", "close_conversation", "media", "drop", "ship", "set_brownout", "info", "report", "check",
     ),
 }  # fmt: skip
 STREAMS = {"prefill": ("make",), "decode": ("ask",)}
