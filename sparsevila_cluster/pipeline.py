@@ -52,7 +52,10 @@ class Pipeline(Protocol):
         ...
 
     def ask(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
-        """The events of a turn. Leaving the iteration early aborts the turn."""
+        """The events of a turn. Leaving the iteration early aborts the turn.
+
+        An empty `conversation_id` begins a conversation; `accepted` and `done` say under which id it goes on.
+        """
         ...
 
     async def abort(self, turn_id: str) -> bool: ...

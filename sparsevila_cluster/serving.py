@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve import RunTarget
 
 from sparsevila_cluster.app import application
-from sparsevila_cluster.cluster.own_ray import own_ray
+from sparsevila_cluster.cluster.own_ray import own_ray, within
 from sparsevila_cluster.cluster.ray_pool import RayPool
 from sparsevila_cluster.cluster.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
@@ -66,7 +66,7 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         serve.run_many(
             [RunTarget(application(config, verbose), name=config.name, route_prefix=None)], wait_for_applications_running=False
         )
-        stack.callback(serve.delete, config.name)
+        stack.callback(within, config.drain_timeout_s + GRACE_S, lambda: serve.delete(config.name))
         port = _wait_until_ready(config, start_s + config.start_timeout_s, progress.stage)
         progress.clear()
         host = f"[{config.door.host}]" if ":" in config.door.host else config.door.host

@@ -32,7 +32,13 @@ NEIGHBOURS = {
     1: {"pruning": {"kv"}, "retrieval": {"kv"}, "models": {"media", "kv", "awq"}},
     2: {"transport": {"wire"}},
     4: {},
-    5: {"cli": {"commands"}, "commands": {"app", "serving", "demo", "trip"}, "serving": {"app"}, "demo": {"trip"}, "__main__": {"cli"}},
+    5: {
+        "cli": {"commands"},
+        "commands": {"app", "serving", "demo", "trip"},
+        "serving": {"app"},
+        "demo": {"trip"},
+        "__main__": {"cli"},
+    },
 }
 MAY_USE_KERNELS = {"pruning", "retrieval", "awq"} | {room for room, floor in FLOOR.items() if floor in (2, 3)}
 # Who may import what from outside.

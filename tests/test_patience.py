@@ -47,6 +47,7 @@ def test_a_cancellation_is_never_swallowed():
 def test_a_caller_who_left_or_is_late_ends_the_work():
     caller = Caller(10)
     caller.check("work")
+    assert 9 < caller.remaining_s("work") <= 10
     caller.leave()
     with pytest.raises(Cancelled, match="work was cancelled"):
         caller.check("work")
@@ -54,3 +55,5 @@ def test_a_caller_who_left_or_is_late_ends_the_work():
     time.sleep(0.001)
     with pytest.raises(DeadlineExceeded, match="work took longer than 1e-09 s"):
         late.check("work")
+    with pytest.raises(DeadlineExceeded, match="work took longer"):
+        late.remaining_s("work")

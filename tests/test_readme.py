@@ -4,12 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import asynccontextmanager
 from functools import cache
 
 import pytest
 import yaml
 
 from tests import house
+from tests.client.conftest import in_thread
 
 ROOT, OURS = house.ROOT, house.OURS
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,6 +25,7 @@ SHELL = [
 ]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 TREE = next(text for _, text in BLOCKS if text.startswith(f"{OURS}/"))
+BESIDE = -2  # rooms of `house.SIDE`
 CHECKPOINT = ROOT / OURS / "demo" / "checkpoint"
 
 
@@ -40,6 +43,9 @@ def read_tree(tree: str) -> tuple[dict[str, int], set[str]]:
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         if name == "floor":
             floor = int(line.split()[1].rstrip(","))
+            continue
+        if name == "beside":
+            floor = BESIDE
             continue
         top = stack[0] if stack and depth else name
         stack = [*stack[:depth], name] if depth else [name]
@@ -73,7 +79,7 @@ def test_tree_is_the_tree():
     rooms, others = read_tree(TREE)
     assert rooms_that_exist() <= set(rooms)
     assert {room for room in rooms if room.endswith("/")} <= rooms_that_exist()
-    assert {room: house.FLOOR[room.removesuffix(".py").rstrip("/")] for room in rooms} == rooms
+    assert {room: house.FLOOR.get(room.removesuffix(".py").rstrip("/"), BESIDE) for room in rooms} == rooms
     assert all((ROOT / path).is_dir() for path in others)
     holding_code = {path.split("/")[0] + "/" for path in house.our_files()}
     assert holding_code <= others | {f"{OURS}/"}
@@ -114,7 +120,7 @@ def help_of(*command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("words", calls("sparsevila"), ids=" ".join)
 def test_commands_and_options_exist(words):
-    command = words[:2] if words[0] == "config" else words[:1]
+    command = words[:2] if words[0] in ("config", "client") else words[:1]
     shown = help_of(*command)
     assert shown.returncode == 0, shown.stderr
     for option in (word for word in words if word.startswith("--")):
@@ -136,6 +142,25 @@ def test_configuration_is_legal():
     assert documented | {"seed"} == set(SparsityConfig.model_fields)
 
 
+@asynccontextmanager
+async def local_door():
+    """The target of a door over the bundled model."""
+    from sparsevila_cluster.cluster_config import DoorConfig
+    from sparsevila_cluster.config import EngineConfig
+    from sparsevila_cluster.gateway import Door
+    from sparsevila_cluster.pipeline import LocalPipeline
+
+    config = EngineConfig()
+    pipeline = LocalPipeline(config)
+    door = Door(pipeline, DoorConfig(port=0), config)
+    try:
+        await door.start()
+        yield f"localhost:{door.port}"
+    finally:
+        await door.stop(0.0)
+        await pipeline.close()
+
+
 def test_python_runs(tmp_path, monkeypatch, capsys):
     """The blocks in their order, in one namespace: later ones go on with what earlier ones made."""
     from sparsevila_cluster.demo.world import make_video, write_mp4
@@ -145,10 +170,11 @@ def test_python_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "path" / "to" / "checkpoint").symlink_to(CHECKPOINT, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
-    try:
-        for code in PYTHON:
-            exec(compile(code, "README.md", "exec"), names)
-            assert capsys.readouterr().out.strip(), code
-    finally:
-        names["qa"].close()
+    with in_thread(local_door) as target:
+        try:
+            for code in PYTHON:
+                exec(compile(code.replace("localhost:8600", target), "README.md", "exec"), names)
+                assert capsys.readouterr().out.strip(), code
+        finally:
+            names["qa"].close()
     assert (tmp_path / "looked_at.png").stat().st_size > 10_000

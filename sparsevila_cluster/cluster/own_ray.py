@@ -10,13 +10,15 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsevila_cluster.cluster_config import ClusterConfig, PoolConfig
 from sparsevila_cluster.config import MIB
 from sparsevila_cluster.errors import BadConfig
+from sparsevila_cluster.patience import GRACE_S
 
 OBJECT_STORE_BYTES = 512 * MIB
 # For the processes of every node that runs replicas. Messages between replicas: Serve's limit of 4 MiB is too small for a report of
@@ -67,13 +69,25 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             yield folder
         finally:
             try:
-                serve.shutdown()
+                within(config.drain_timeout_s + GRACE_S, serve.shutdown)
             finally:
                 ray.shutdown()
     finally:
         for name in added:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def within(most_s: float, call: Callable[[], object]) -> None:
+    """Wait for `call`, which Ray may never answer any more, but no longer than `most_s`. What it raises is not told."""
+
+    def run() -> None:
+        with suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(most_s)
 
 
 def _sums(wishes: list[tuple[dict[str, float], int]]) -> dict[str, float]:

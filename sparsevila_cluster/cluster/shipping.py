@@ -12,13 +12,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Collection
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from sparsevila_cluster.cluster.claims import Claims
 from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
 from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
+from sparsevila_cluster.config import MIB
 from sparsevila_cluster.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # What another worker may do better. Everything else is the caller's to know.
 RETRIED = (Unavailable, QueueFull, DataLoss, Incompatible, DeadlineExceeded)
+# A worker that takes longer to send a copy, beyond a lease for standing in line, is stuck.
+SLOWEST_BYTES_PER_S = 16 * MIB
 # What says that a worker is gone or falling: a replacement may be under way.
 GONE = (WorkerLost, LaneLost)
 
@@ -97,7 +101,7 @@ class Shipping:
 
     def __init__(self, fleet: Fleet, name: str):
         self._fleet = fleet
-        self._name = name
+        self._claims = Claims(fleet, name)
         self._sharing = Sharing[tuple[str, MediaHandle]]()
 
     async def bring(self, wanted: Wanted) -> tuple[str, MediaHandle]:
@@ -107,8 +111,10 @@ class Shipping:
             NotFound: it is nowhere, and there is no request to make it from. Unavailable, QueueFull, LaneLost, DataLoss,
             Incompatible: nobody could, in `max_attempts`. DeadlineExceeded, Cancelled. BadMedia, BadRequest, TooLarge.
         """
+        # Who can not have it made must not decide for those who can.
+        together = f"{wanted.key}/{wanted.request is not None}"
         for _ in range(self._fleet.config.router.max_attempts):
-            (worker, handle), shared = await self._sharing.get(wanted.key, lambda: self._bring(wanted))
+            (worker, handle), shared = await self._sharing.get(together, lambda: self._bring(wanted))
             if worker not in wanted.lost:
                 return worker, as_reused(handle) if shared else handle
         raise Unavailable(f"media {wanted.key!r} went to workers that are lost")
@@ -166,7 +172,7 @@ class Shipping:
                 if not making:
                     handle = as_reused(await self._try(attempt, wanted, found.handle))
                     return target, replace(handle, reused=not search.encoded)
-                async with self._claimed(wanted) as ours:
+                async with self._claims.of(wanted.key, caller) as ours:
                     if ours:
                         handle = await self._try(attempt, wanted, None)
                         return target, replace(handle, reused=handle.reused and not search.encoded)
@@ -249,8 +255,8 @@ class Shipping:
                     handle = await self._make(attempt, wanted, ticket)
                 else:
                     assert handle is not None
-                    kind = attempt.source.pool
-                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=ticket.deadline_s)
+                    kind, most_s = attempt.source.pool, fleet.config.transport.lease_s + handle.kv_bytes / SLOWEST_BYTES_PER_S
+                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=most_s)
                 arrived = True
             finally:
                 if not arrived:
@@ -283,30 +289,6 @@ class Shipping:
         key = await self._fleet.key_of(maker, wanted.request, wanted.caller)
         if key != wanted.key:
             raise NotFound(f"media {wanted.key!r} is lost, and its source has changed since")
-
-    @asynccontextmanager
-    async def _claimed(self, wanted: Wanted) -> AsyncGenerator[bool, None]:
-        """Whether this router may make the prefix now: True for the length of the block, or False after a while of waiting."""
-        registry, caller = self._fleet.registry, wanted.caller
-        owner, lease_s = f"{self._name}/{uuid.uuid4().hex}", self._fleet.config.transport.lease_s
-        if not await registry.claim(wanted.key, owner, lease_s, caller):
-            await asyncio.sleep(min(PAUSE_S, caller.remaining_s("waiting for another router's preparation")))
-            yield False
-            return
-        renewing = asyncio.create_task(self._renew(wanted.key, owner, lease_s))
-        try:
-            yield True
-        finally:
-            renewing.cancel()
-            self._fleet.later(registry.tell("unclaim", wanted.key, owner), "giving a claim back")
-
-    async def _renew(self, key: str, owner: str, lease_s: float) -> None:
-        while True:
-            await asyncio.sleep(lease_s / 3)
-            try:
-                await self._fleet.registry.tell("claim", key, owner, lease_s)
-            except SparseVilaError as error:
-                log.info("a claim was not renewed: %s", error)
 
 
 def _named(workers: Collection[WorkerReport], worker: str) -> WorkerReport:

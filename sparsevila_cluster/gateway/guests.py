@@ -20,8 +20,9 @@ MAX_ID_CHARS = 200
 class Guest:
     """A caller.
 
-    owner: whose uploads, turns and conversations these are; tenant: who alone may use the media that are prepared, "" = everybody;
-    apart: whether others call here, too, so that ids need the owner in front: they are chosen by clients, and two may choose alike.
+    owner: whose uploads and turns these are; tenant: who alone may use the media that are prepared, "" = everybody; apart: whether
+    others call here, too, so that turn ids get the owner in front: clients choose them, and two may choose alike. Conversations
+    get their ids from the pipeline, which keeps tenants apart.
     """
 
     owner: str = ""
@@ -29,11 +30,11 @@ class Guest:
     apart: bool = False
 
     def inside(self, name: str) -> str:
-        """The id that the pipeline knows, from the id that the client knows. "" stays ""."""
-        return f"{quote(self.owner, safe='')}/{name}" if self.apart and name else name
+        """The turn id that the pipeline knows, from the one that the client knows."""
+        return f"{quote(self.owner, safe='')}/{name}" if self.apart else name
 
     def outside(self, name: str) -> str:
-        """The id that the client knows, from the one that the pipeline knows."""
+        """The turn id that the client knows, from the one that the pipeline knows."""
         return name.removeprefix(f"{quote(self.owner, safe='')}/") if self.apart else name
 
 

@@ -11,10 +11,10 @@ import json
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from sparsevila_cluster.cluster_config import DoorConfig
 from sparsevila_cluster.config import EngineConfig
@@ -26,7 +26,7 @@ from sparsevila_cluster.gateway.sources import Sources
 from sparsevila_cluster.gateway.spool import Spool
 from sparsevila_cluster.gateway.translate import to_event, to_media, to_prepare, to_reply, to_turn
 from sparsevila_cluster.metrics import Sink
-from sparsevila_cluster.patience import GRACE_S
+from sparsevila_cluster.patience import GRACE_S, wait_within
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAServicer
 from sparsevila_cluster.pipeline import Pipeline
@@ -34,6 +34,10 @@ from sparsevila_cluster.request import Answer, MediaHandle, Turn, TurnEvent
 
 # Media that was made here and not asked about yet, so that a first question counts as cold.
 MAX_FRESH = 4096
+# Deadline of calls that start no work, where a client names none.
+SHORT_CALL_S = 30.0
+
+R = TypeVar("R")
 
 
 class Service(VideoQAServicer):
@@ -71,11 +75,12 @@ class Service(VideoQAServicer):
 
     async def GetMedia(self, request: pb.GetMediaRequest, context: Call) -> pb.Media:
         media_id = check_id("media_id", request.media_id, required=True)
-        return to_media(await self._pipeline.media(media_id, context.guest.tenant))
+        return to_media(await _soon(self._pipeline.media(media_id, context.guest.tenant), context, "looking for media"))
 
     async def DeleteMedia(self, request: pb.DeleteMediaRequest, context: Call) -> pb.DeleteMediaReply:
         media_id = check_id("media_id", request.media_id, required=True)
-        return pb.DeleteMediaReply(deleted=await self._pipeline.delete_media(media_id, context.guest.tenant))
+        deleting = self._pipeline.delete_media(media_id, context.guest.tenant)
+        return pb.DeleteMediaReply(deleted=await _soon(deleting, context, "deleting media"))
 
     # ---- turns -------------------------------------------------------------------------------------------------------------
 
@@ -86,29 +91,28 @@ class Service(VideoQAServicer):
         async with aclosing(self._events(turn, request, context)) as events:
             async for event in events:
                 num_tokens += len(event.token_ids)
-                await context.write(
-                    to_event(event, turn_id=turn_id, conversation_id=event.conversation_id, num_tokens=num_tokens)
-                )
+                await context.write(to_event(event, turn_id=turn_id, num_tokens=num_tokens))
 
     async def Answer(self, request: pb.AskRequest, context: Call) -> pb.AnswerReply:
         turn = self._turn(request, context)
         async with aclosing(self._events(turn, request, context)) as events:
             arrived = [event async for event in events]
-        ids = {"turn_id": context.guest.outside(turn.turn_id), "conversation_id": arrived[-1].conversation_id}
-        return to_reply(Answer.from_events(arrived), **ids)
+        turn_id = context.guest.outside(turn.turn_id)
+        return to_reply(Answer.from_events(arrived), turn_id=turn_id, conversation_id=arrived[-1].conversation_id)
 
     async def Abort(self, request: pb.AbortRequest, context: Call) -> pb.AbortReply:
         turn_id = context.guest.inside(check_id("turn_id", request.turn_id, required=True))
-        return pb.AbortReply(aborted=await self._pipeline.abort(turn_id))
+        return pb.AbortReply(aborted=await _soon(self._pipeline.abort(turn_id), context, "aborting a turn"))
 
     async def CloseConversation(self, request: pb.CloseConversationRequest, context: Call) -> pb.CloseConversationReply:
         conversation_id = check_id("conversation_id", request.conversation_id, required=True)
-        return pb.CloseConversationReply(closed=await self._pipeline.close_conversation(conversation_id))
+        closing = self._pipeline.close_conversation(conversation_id)
+        return pb.CloseConversationReply(closed=await _soon(closing, context, "closing a conversation"))
 
     # ---- the server --------------------------------------------------------------------------------------------------------
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Call) -> pb.ServerInfo:
-        info = _visible(await self._pipeline.info(), context.guest)
+        info = _visible(await _soon(self._pipeline.info(), context, "asking for info"), context.guest)
         door = {"calls": self._guard.num_calls, "spool_bytes": self._spool.num_bytes}
         return pb.ServerInfo(
             version=_version(),
@@ -163,6 +167,11 @@ class Service(VideoQAServicer):
             self._fresh[handle.media_id] = None
             while len(self._fresh) > MAX_FRESH:
                 self._fresh.popitem(last=False)
+
+
+async def _soon(work: Awaitable[R], call: Call, what: str) -> R:
+    """The result of what should take milliseconds. Raises DeadlineExceeded."""
+    return await wait_within(work, call.left_s(SHORT_CALL_S), what)
 
 
 def _version() -> str:

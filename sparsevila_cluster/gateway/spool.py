@@ -9,6 +9,7 @@ others need is in the folder (owner, id and kind in the names, age in the times)
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -30,6 +31,8 @@ from sparsevila_cluster.metrics import Sink
 KINDS = ("auto", "video", "image")
 # How long a count of what other routers keep in a shared folder is good for, in seconds.
 COUNT_TTL_S = 1.0
+# Folders of spools without a configured one.
+PREFIX, LOCK = "sparsevila-spool-", "lock"
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -53,7 +56,11 @@ class Spool:
         try:
             if config.spool_dir is not None:
                 Path(config.spool_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder = Path(config.spool_dir or tempfile.mkdtemp(prefix="sparsevila-spool-")).resolve()
+            self._lock_fd: int | None = None
+            if config.spool_dir is not None:
+                self._folder = Path(config.spool_dir).resolve()
+            else:
+                self._folder, self._lock_fd = own_folder()
             if not os.access(self._folder, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable")
         except OSError as error:
@@ -71,16 +78,19 @@ class Spool:
             return sum(self._sizes.values())
 
     def begin(self, owner: str) -> Part:
-        """A new file for this owner. Raises Unavailable: closed."""
+        """A new file for this owner. Raises Unavailable: closed. Internal: the disk."""
         with self._lock:
             if self._closed:
                 raise Unavailable("the spool is closed")
-            folder = self._home(owner)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            path = folder / f"{uuid.uuid4().hex}.part"
+            path = self._home(owner) / f"{uuid.uuid4().hex}.part"
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                part = Part(self, path)
+            except OSError as error:
+                raise Internal(f"cannot keep the file: {error.strerror or error}") from error
             self._sizes[path] = 0
             self._held[path] += 1
-        return Part(self, path)
+        return part
 
     @contextmanager
     def hold(self, owner: str, upload_id: str) -> Iterator[tuple[Path, str]]:
@@ -111,8 +121,10 @@ class Spool:
             self._closed = True
             for path in list(self._sizes):
                 self._delete(path)
-            if not self._shared:
+            if self._lock_fd is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
+                os.close(self._lock_fd)
+                self._lock_fd = None
 
     def make_room(self, path: Path, more_bytes: int) -> None:
         """Account for bytes that are about to be written. Raises TooLarge: of one file. QueueFull: over the quota. Unavailable."""
@@ -241,6 +253,27 @@ class Part:
         with self._lock:
             self._file.close()
         self._spool.forget(self.path)
+
+
+def own_folder() -> tuple[Path, int]:
+    """(a new folder, the descriptor of its locked file). Deletes such folders of processes that are gone. Raises OSError.
+
+    The lock ends with the process, however it ends: whoever can take it knows that nobody uses the folder.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if path.lstat().st_uid == os.getuid() and not path.is_symlink():
+                fd = os.open(path / LOCK, os.O_RDWR)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(fd)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    fd = os.open(folder / f"{LOCK}.new", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.rename(folder / f"{LOCK}.new", folder / LOCK)  # it is seen locked or not at all
+    return folder, fd
 
 
 def _size(path: Path) -> int:

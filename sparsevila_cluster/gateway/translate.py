@@ -70,10 +70,10 @@ def to_media(handle: MediaHandle) -> pb.Media:
     )
 
 
-def to_event(event: TurnEvent, *, turn_id: str, conversation_id: str, num_tokens: int) -> pb.AskEvent:
-    """An event under the names that the client knows. num_tokens: of the whole answer, told by `done`."""
+def to_event(event: TurnEvent, *, turn_id: str, num_tokens: int) -> pb.AskEvent:
+    """An event under the turn id that the client knows. num_tokens: of the whole answer, told by `done`."""
     if event.kind == "accepted":
-        return pb.AskEvent(accepted=pb.Accepted(turn_id=turn_id, conversation_id=conversation_id))
+        return pb.AskEvent(accepted=pb.Accepted(turn_id=turn_id, conversation_id=event.conversation_id))
     if event.kind == "token":
         token = pb.Token(index=event.index, token_ids=event.token_ids, text=event.text, brownout=event.brownout)
         return pb.AskEvent(token=token)
@@ -85,7 +85,7 @@ def to_event(event: TurnEvent, *, turn_id: str, conversation_id: str, num_tokens
             finish_reason=str(event.finish_reason),
             text=event.text,
             usage=to_usage(event.usage),
-            conversation_id=conversation_id,
+            conversation_id=event.conversation_id,
             num_tokens=num_tokens,
         )
     )

@@ -143,14 +143,9 @@ class Dock:
     def _accept(self, link: Link) -> None:
         lane = ReceiveLane(link, self, self._landing, self._spec, self._config)
         with self._lock:
-            crowded = len(self._lanes) >= self._config.max_lanes
-            idle = min((one for one in self._lanes if one.idle), key=lambda one: one.used_s, default=None) if crowded else None
             self._lanes.append(lane)
-        if idle is not None:
-            idle.fail(QueueFull("an idle lane makes way for another one"), quiet=True)
-        if self._closed.is_set() or (crowded and idle is None):
-            lane.fail(QueueFull(f"{self._worker} has {self._config.max_lanes} lanes, none of them idle"))
-            return
+        if self._closed.is_set():
+            return lane.fail(Unavailable(f"{self._worker} is closing"), quiet=True)
         lane.start()
         self._count_lanes()
 
@@ -186,11 +181,18 @@ class Dock:
             raise PermissionDenied("a lane without the token of this dock")
         if hello.get("version") != VERSION:
             raise Incompatible(f"a lane of version {hello.get('version')!r}; this worker speaks {VERSION}")
+        with self._lock:
+            crowded = len(self._lanes) > self._config.max_lanes
+            idle = [one for one in self._lanes if one is not lane and one.lane_id and one.idle]
+        if crowded and not idle:
+            raise QueueFull(f"{self._worker} has {self._config.max_lanes} lanes, none of them idle")
+        if crowded:
+            min(idle, key=lambda one: one.used_s).fail(QueueFull("an idle lane makes way for another one"), quiet=True)
         lane.lane_id, lane.worker, lane.epoch = str(hello["lane"]), str(hello["worker"]), int(hello["epoch"])
         log.info("lane up", extra={"lane": lane.lane_id, "worker": lane.worker, "epoch": lane.epoch})
 
     def admit(self, lane: ReceiveLane, transfer_id: str, key: str) -> float | None:
-        while True:
+        for _ in range(3):
             with self._lock:
                 one = self._transfers.get(transfer_id)
                 if one is None or one.key != key:
@@ -207,6 +209,9 @@ class Dock:
                 raise NotFound(f"transfer {transfer_id} is under way from {before.worker}")
             # The sender gave that lane up before this side noticed.
             before.fail(LaneLost(f"transfer {transfer_id} came again over a newer lane"))
+            if one.lane is before:  # it is being published
+                before.join(self._config.op_timeout_s)
+        raise LaneLost(f"transfer {transfer_id} is still being published")
 
     def moved(self, lane: ReceiveLane, transfer_id: str, state: TransferState) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sparsevila_cluster.errors import LaneLost
 from sparsevila_cluster.kv import Extent
 from sparsevila_cluster.transport.chunks import Cargo
 from sparsevila_cluster.transport.link import TransferState
@@ -48,9 +49,53 @@ class Incoming:
     state: TransferState = TransferState.RESERVED
     refused: bool = False
     ended: bool = False
+    publishing: bool = False
     heard_s: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def transfer_id(self) -> str:
         return self.manifest.transfer_id
+
+
+class Incomings:
+    """The transfers of one lane, by id. From any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Incoming] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, one: Incoming) -> None:
+        """Raises LaneLost: it is here already, or the lane is closed."""
+        with self._lock:
+            if self._closed or one.transfer_id in self._by_id:
+                raise LaneLost(f"transfer {one.transfer_id} was offered " + ("too late" if self._closed else "twice"))
+            self._by_id[one.transfer_id] = one
+
+    def get(self, transfer_id: str) -> Incoming | None:
+        with self._lock:
+            return self._by_id.get(transfer_id)
+
+    def remove(self, one: Incoming) -> None:
+        with self._lock:
+            self._by_id.pop(one.transfer_id, None)
+
+    def take_all(self) -> list[Incoming]:
+        """All of them, and none from here on."""
+        with self._lock:
+            self._closed = True
+            left, self._by_id = list(self._by_id.values()), {}
+            return left
+
+    def all(self) -> list[Incoming]:
+        with self._lock:
+            return list(self._by_id.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of extents that are being filled."""
+        return sum(one.manifest.kv_bytes for one in self.all() if one.extent is not None)

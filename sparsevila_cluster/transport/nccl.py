@@ -1,4 +1,4 @@
-"""Links between GPUs: messages over gloo, bulk over NCCL.
+"""Links between GPUs: messages over a socket, bulk over NCCL in a group of two.
 
 Knows: which environment keeps torch's watchdog from ending the process, and that a peer's death frees NCCL only through an abort.
 Does not know: what is sent. torch's NCCL part is imported when a link is built: wheels for processors alone do not have it.
@@ -21,7 +21,7 @@ from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import LaneLost
 from sparsevila_cluster.transport.gloo import GlooLink, brief, to_timedelta
 from sparsevila_cluster.transport.link import Handle
-from sparsevila_cluster.transport.rendezvous import PairStore
+from sparsevila_cluster.transport.rendezvous import Line, PairStore
 
 # A peer's death must not end this process: no watchdog that tears it down, no dump, no monitor.
 ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
@@ -33,36 +33,26 @@ def nccl_is_here() -> bool:
 
 
 class NcclLink(GlooLink):
-    """`data`: a group of two that sends CUDA tensors. It is aborted when the link closes, from whichever thread notices."""
+    """Its group sends tensors of a GPU, and is aborted when the link closes, from whichever thread notices."""
 
     kind = "nccl"
-
-    def __init__(self, group: Any, store: PairStore, rank: int, config: TransportConfig, data: Any):
-        self._data = data
-        super().__init__(group, store, rank, config)
 
     def device_for(self, device: torch.device) -> torch.device:
         return device
 
-    def ship(self, parts: Sequence[Tensor]) -> Handle:
-        return self._move(self._data.send, parts)
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
-    def land(self, parts: Sequence[Tensor]) -> Handle:
-        return self._move(self._data.recv, parts)
+    def _handle(self, works: Sequence[Any], parts: Sequence[Tensor]) -> Handle:
+        return Polled(self, works, parts)
 
-    def close(self) -> None:
-        super().close()
+    def _tag(self) -> int:
+        return 0
+
+    def _end_bulk(self) -> None:
         # Until NCCL has let go, its kernels may write to what was posted.
-        if hasattr(self._data, "abort"):
-            self._data.abort()
-
-    def _move(self, op: Any, parts: Sequence[Tensor]) -> Polled:
-        if self._closed:
-            raise LaneLost("the link is closed")
-        try:
-            return Polled(self, [op([part], self._peer, 0) for part in parts], parts)
-        except RuntimeError as error:
-            raise LaneLost(brief(error)) from error
+        self._group.abort()
 
 
 class Polled:
@@ -75,13 +65,13 @@ class Polled:
         until_s = time.monotonic() + within_s
         for work in self._works:
             while not work.is_completed():
-                if self._link._closed or time.monotonic() > until_s:
+                if self._link.closed or time.monotonic() > until_s:
                     self._link.close()
                     raise LaneLost(f"bulk did not arrive within {within_s:g} s")
                 time.sleep(POLL_S)
 
 
-def build_nccl_link(group: Any, store: PairStore, rank: int, config: TransportConfig, device: torch.device) -> NcclLink:
+def build_nccl_link(store: PairStore, rank: int, config: TransportConfig, device: torch.device) -> NcclLink:
     """Raises LaneLost."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -91,7 +81,12 @@ def build_nccl_link(group: Any, store: PairStore, rank: int, config: TransportCo
         torch.cuda.set_device(device)
         options = ProcessGroupNCCL.Options()
         options._timeout = to_timedelta(config.op_timeout_s)
-        data = ProcessGroupNCCL(dist.PrefixStore("bulk", store), rank, 2, options)
-    except (ImportError, RuntimeError) as error:
+        group = ProcessGroupNCCL(store, rank, 2, options)
+        # The communicator is made by the first operation, through the store: now, while the socket is still the store's.
+        first = torch.zeros(1, device=device)
+        work = group.recv([first], 1, 0) if rank == 0 else group.send([first], 0, 0)
+    except (ImportError, RuntimeError, dist.DistError) as error:
         raise LaneLost(f"no NCCL group: {brief(error)}") from error
-    return NcclLink(group, store, rank, config, data)
+    link = NcclLink(Line(store.connection, config.op_timeout_s), group, rank)
+    Polled(link, [work], [first]).wait(config.dial_timeout_s)
+    return link

@@ -20,7 +20,7 @@ from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import Cancelled, DataLoss, DeadlineExceeded, Internal, LaneLost, SparseVilaError, to_failure
 from sparsevila_cluster.kv import KVSpec
 from sparsevila_cluster.transport.chunks import Cargo, checksum
-from sparsevila_cluster.transport.incoming import Desk, Incoming
+from sparsevila_cluster.transport.incoming import Desk, Incoming, Incomings
 from sparsevila_cluster.transport.link import Landing, Link, TransferState
 from sparsevila_cluster.transport.messages import Channel, Message
 from sparsevila_cluster.wire import Manifest
@@ -38,7 +38,7 @@ class ReceiveLane:
         self.epoch = 0
         self.used_s = time.monotonic()
         self._desk, self._landing, self._spec, self._config = desk, landing, spec, config
-        self._incoming: dict[str, Incoming] = {}
+        self._incoming = Incomings()
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._dead = False
@@ -67,8 +67,7 @@ class ReceiveLane:
         return not self._incoming
 
     def transfers(self) -> list[str]:
-        with self._lock:
-            return list(self._incoming)
+        return [one.transfer_id for one in self._incoming.all()]
 
     def info(self) -> dict[str, Any]:
         return {"worker": self.worker, "kind": self.link.kind, "epoch": self.epoch, "transfers": self.transfers()}
@@ -76,8 +75,7 @@ class ReceiveLane:
     @property
     def bytes_in_flight(self) -> int:
         """KV bytes of extents that this lane holds."""
-        with self._lock:
-            return sum(one.manifest.kv_bytes for one in self._incoming.values() if one.extent is not None)
+        return self._incoming.kv_bytes
 
     def beat(self) -> None:
         """Say that this side lives, and end transfers that the other side stopped working on."""
@@ -86,9 +84,9 @@ class ReceiveLane:
         except LaneLost as error:
             self.fail(error)
         now_s = time.monotonic()
-        with self._lock:
-            stale = [one for one in self._incoming.values() if now_s - one.heard_s > self._config.lease_s]
-        for one in stale:
+        for one in self._incoming.all():
+            if now_s - one.heard_s <= self._config.lease_s:
+                continue
             if one.refused:  # the other side was told and never said that it stopped
                 self.fail(LaneLost(f"transfer {one.transfer_id} was never ended by {self.worker}"))
             else:
@@ -98,8 +96,7 @@ class ReceiveLane:
 
     def drop(self, transfer_id: str, reason: str) -> None:
         """End a transfer that nobody waits for. Its extent is free once everything on its way has landed."""
-        with self._lock:
-            one = self._incoming.get(transfer_id)
+        one = self._incoming.get(transfer_id)
         if one is not None:
             self._refuse(one, Cancelled(reason), TransferState.ABORTED)
 
@@ -117,11 +114,10 @@ class ReceiveLane:
         except LaneLost:
             pass
         self.link.close()
-        with self._lock:
-            left, self._incoming = list(self._incoming.values()), {}
-        for one in left:
+        for one in self._incoming.take_all():
             self._give_back(one)
-            if not one.state.terminal:
+            # What is being published is verified: its lander has the last word.
+            if not one.state.terminal and not one.publishing:
                 self._desk.moved(self, one.transfer_id, TransferState.RESERVED)
         self._jobs.put(None)
         self._desk.gone(self)
@@ -179,12 +175,7 @@ class ReceiveLane:
             self._desk.moved(self, transfer, TransferState.FAILED)
             return self.channel.say("refused", transfer=transfer, failure=to_failure(error))
         one = Incoming(read, begin_within_s)
-        with self._lock:
-            if self._dead:
-                return
-            if transfer in self._incoming:
-                raise LaneLost(f"transfer {transfer} was offered twice")
-            self._incoming[transfer] = one
+        self._incoming.add(one)
         self._jobs.put(lambda: self._allocate(one))
 
     def _on_chunk(self, transfer: str, index: int, checksum: int) -> None:
@@ -202,12 +193,12 @@ class ReceiveLane:
         self._jobs.put(lambda: self._landed(one, index, handle, berths, checksum))
 
     def _on_commit(self, transfer: str) -> None:
-        one = self._known(transfer)
+        one = self._incoming.get(transfer)
         if one is not None:
             self._jobs.put(lambda: self._commit(one))
 
     def _on_abort(self, transfer: str, reason: str) -> None:
-        one = self._known(transfer)
+        one = self._incoming.get(transfer)
         if one is None:
             return self.channel.say("ended", transfer=transfer)
         self._jobs.put(lambda: self._ended(one, reason))
@@ -218,10 +209,6 @@ class ReceiveLane:
             one = self._incoming.get(transfer)
             if one is not None:
                 one.heard_s = now_s
-
-    def _known(self, transfer: str) -> Incoming | None:
-        with self._lock:
-            return self._incoming.get(transfer)
 
     # ---- the lander ------------------------------------------------------------------------------------------------------------
 
@@ -287,22 +274,20 @@ class ReceiveLane:
             extent, one.extent = one.extent, None
             if one.ended or extent is None:
                 return
-            one.ended = True
+            one.ended = one.publishing = True
         try:
             self._landing.publish(one.manifest, extent)
         except SparseVilaError as error:
             self._landing.cancel(extent)
-            one.ended = False
+            one.ended = one.publishing = False
             return self._refuse(one, error)
         self._move(one, TransferState.ACKED)
-        with self._lock:
-            self._incoming.pop(one.transfer_id, None)
+        self._incoming.remove(one)
         self.channel.say("acked", transfer=one.transfer_id)
 
     def _ended(self, one: Incoming, reason: str) -> None:
         """The sender sends no more chunks of it, and what was on its way has landed."""
-        with self._lock:
-            self._incoming.pop(one.transfer_id, None)
+        self._incoming.remove(one)
         self._give_back(one)
         if not one.refused:
             self._move(one, TransferState.ABORTED)

@@ -1,6 +1,11 @@
-"""How two processes that want a group of two find each other: one socket, a token, and a store over that socket.
+"""One socket between two processes: who may come in, the keys that a group of two is built with, then messages.
 
-Knows: who may come in, and the few keys that a process group exchanges. Does not know: groups.
+Knows: the token, frames, deadlines. Does not know: groups, or what messages say.
+
+    dialer                                  dock
+    token, kind of link           ->        known, or shown out
+    keys of the group             <->       keys of the group          until it stands
+    messages                      <->       messages                   until either side closes
 
 torch's own TCPStore is not used: it asks the resolver for the name of every peer, which stalls for seconds where there is none, it
 lets anybody who reaches its port read and write, and its client tries for its whole deadline where nobody listens.
@@ -21,7 +26,7 @@ import msgpack
 import torch.distributed as dist
 
 from sparsevila_cluster.errors import LaneLost
-from sparsevila_cluster.transport.link import DockAddress
+from sparsevila_cluster.transport.link import MAX_MESSAGE_BYTES, DockAddress
 
 log = logging.getLogger(__name__)
 HEAD = struct.Struct("<I")
@@ -30,18 +35,18 @@ BACKLOG = 128
 
 
 class PairStore(dist.Store):
-    """The store of a group of two: what one side sets, the other one gets. Owns the socket, until `close`."""
+    """The store of a group of two while it is built: what one side sets, the other one gets. `connection` belongs to the caller."""
 
     def __init__(self, connection: socket.socket):
         super().__init__()
-        self._connection = connection
+        self.connection = connection
         self._values: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     def set(self, key: str, value: Any) -> None:
         value = value.encode() if isinstance(value, str) else bytes(value)
         self._values[key] = value
-        send_frame(self._connection, [key, value])
+        send_frame(self.connection, [key, value])
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -51,14 +56,55 @@ class PairStore(dist.Store):
         """Until the other side has set all `keys`; its deadline is that of the socket."""
         with self._lock:
             while not all(key in self._values for key in keys):
-                key, value = receive_frame(self._connection)
+                key, value = receive_frame(self.connection)
                 self._values[str(key)] = bytes(value)
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self._values for key in keys)
 
+
+class Line:
+    """Messages over a socket that is used for nothing else any more. Owns it. See `Link` for who may call what.
+
+    Beside a group's bulk, not within it: there a message waits for megabytes to pass, and for the lock that is held meanwhile.
+    """
+
+    def __init__(self, connection: socket.socket, within_s: float):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(within_s)
+        self._out = connection
+        self._in = connection.dup()  # with deadlines of its own
+        self._lock = threading.Lock()
+        self.closed = False
+
+    def send(self, message: bytes) -> None:
+        assert len(message) <= MAX_MESSAGE_BYTES, len(message)
+        with self._lock:
+            if self.closed:
+                raise LaneLost("the link is closed")
+            try:
+                self._out.sendall(HEAD.pack(len(message)) + message)
+            except OSError as error:
+                raise LaneLost(f"the other side does not listen: {error}") from error
+
+    def receive(self, within_s: float) -> bytes:
+        if self.closed:
+            raise LaneLost("the link is closed")
+        self._in.settimeout(max(0.001, within_s))
+        (num,) = HEAD.unpack(_receive(self._in, HEAD.size))
+        if num > MAX_MESSAGE_BYTES:
+            raise LaneLost(f"a message of {num} bytes; the limit is {MAX_MESSAGE_BYTES}")
+        return _receive(self._in, num)
+
     def close(self) -> None:
-        self._connection.close()
+        self.closed = True
+        for end in (self._out, self._in):
+            try:
+                end.shutdown(socket.SHUT_RDWR)  # wakes whoever waits
+            except OSError:
+                pass
+        self._out.close()
+        self._in.close()
 
 
 class Door:
@@ -142,16 +188,19 @@ def receive_frame(connection: socket.socket) -> Any:
 
 
 def _receive(connection: socket.socket, num: int) -> bytes:
-    data = b""
-    while len(data) < num:
+    data = bytearray(num)
+    view, got = memoryview(data), 0
+    while got < num:
         try:
-            piece = connection.recv(num - len(data))
+            came = connection.recv_into(view[got:])
+        except TimeoutError as error:
+            raise LaneLost(f"silence of {connection.gettimeout() or 0.0:g} s") from error
         except OSError as error:
-            raise LaneLost(f"the way to the other side: {error}") from error
-        if not piece:
-            raise LaneLost("the other side closed the way")
-        data += piece
-    return data
+            raise LaneLost(f"the other side is gone: {error}") from error
+        if not came:
+            raise LaneLost("the other side closed the lane")
+        got += came
+    return bytes(data)
 
 
 def _family(host: str) -> socket.AddressFamily:

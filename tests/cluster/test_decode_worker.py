@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 import uuid
 from dataclasses import replace
 
@@ -63,10 +64,13 @@ def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endles
                 (turn_of(handle.media_id, max_tokens=2000, deadline_s=0.05), lambda turn: asyncio.sleep(0), DeadlineExceeded),
             ):
                 stream = decode.ask(turn)
-                await anext(stream)
+                told = await anext(stream)
                 await end(turn)
                 with pytest.raises(error):
-                    await events_of(stream)
+                    async for events in stream:
+                        told += events
+                # What was said before the end is told before the error.
+                assert [event.index for event in told[1:]] == list(range(len(told) - 1))
             assert not await decode.abort("nobody")
             assert decode.report(full=True).records == ()
 
@@ -208,6 +212,20 @@ def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
             await decode.close()
             with pytest.raises(Unavailable):
                 await decode.check()
+
+    asyncio.run(main())
+
+
+def test_closing_does_not_wait_for_an_engine_that_is_stuck(checkpoint):
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint, engine={"close_timeout_s": 0.2})) as (_, [decode]):
+            go_on = threading.Event()
+            decode._desk.post(lambda engine: go_on.wait(20))
+            began_s = time.monotonic()
+            with pytest.raises(DeadlineExceeded, match="0.2 s"):
+                await decode.close()
+            assert time.monotonic() - began_s < 5
+            go_on.set()
 
     asyncio.run(main())
 

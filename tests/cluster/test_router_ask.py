@@ -5,24 +5,9 @@ import asyncio
 import pytest
 
 from sparsevila_cluster.cluster.conversations import Token
-from sparsevila_cluster.errors import (
-    BadRequest,
-    Cancelled,
-    DeadlineExceeded,
-    NotFound,
-    QueueFull,
-)
+from sparsevila_cluster.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound, QueueFull
 from tests.cluster.scripted import conversation
-from tests.cluster.scripted_cluster import (
-    NUM,
-    QUESTIONS,
-    ask,
-    home,
-    listen,
-    run_prepared,
-    turn,
-    video,
-)
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, listen, run_prepared, turn, video
 
 
 def test_turns_go_straight_to_the_worker_of_the_conversation():
@@ -151,6 +136,24 @@ def test_media_that_nobody_prepared_are_asked_for():
         with pytest.raises(NotFound, match="prepare it first"):
             await ask(router, "0" * 64, "what is it?")
         assert len(router._conversations) == 0 and cluster.num_encoded == 1
+
+    run_prepared(scenario)
+
+
+def test_a_question_about_media_in_the_making_is_refused_and_does_not_spoil_it():
+    async def scenario(cluster, router, key):
+        worker = cluster.prefill.workers["p0"]
+        request = video(b"a video 42")
+        another = await worker.key_of(request)
+        for maker in cluster.prefill.workers.values():
+            maker.lever.hold("encode")
+        preparing = asyncio.create_task(router.prepare(request))
+        asked = [asyncio.create_task(ask(router, another, "what is it?")) for _ in range(3)]
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(error, NotFound) for error in told) and not preparing.done()
+        for maker in cluster.prefill.workers.values():
+            maker.lever.free("encode")
+        assert (await preparing).media_id == another and (await ask(router, another, "what is it?"))[0].token_ids
 
     run_prepared(scenario)
 

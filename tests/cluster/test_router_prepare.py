@@ -17,11 +17,7 @@ from sparsevila_cluster.errors import (
     Unavailable,
     WorkerLost,
 )
-from tests.cluster.scripted_cluster import (
-    holders,
-    run,
-    video,
-)
+from tests.cluster.scripted_cluster import holders, run, video
 
 # ---- found -------------------------------------------------------------------------------------------------------------------
 

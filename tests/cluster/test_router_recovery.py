@@ -5,28 +5,10 @@ import asyncio
 import pytest
 
 from sparsevila_cluster.cluster.conversations import Token
-from sparsevila_cluster.errors import (
-    BadRequest,
-    Cancelled,
-    LaneLost,
-    NotFound,
-    QueueFull,
-    Unavailable,
-)
+from sparsevila_cluster.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, Unavailable
 from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest
 from tests.cluster.scripted import conversation
-from tests.cluster.scripted_cluster import (
-    NUM,
-    QUESTIONS,
-    Cluster,
-    ask,
-    cluster_of,
-    home,
-    listen,
-    run_prepared,
-    turn,
-    video,
-)
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, Cluster, ask, cluster_of, home, listen, run_prepared, turn, video
 
 POINTS = ["ask", *(f"token {i}" for i in range(NUM)), "done"]
 

@@ -6,23 +6,9 @@ import time
 import pytest
 
 from sparsevila_cluster.cluster.conversations import Token
-from sparsevila_cluster.errors import (
-    NotFound,
-    Unavailable,
-    WorkerLost,
-)
+from sparsevila_cluster.errors import NotFound, Unavailable, WorkerLost
 from tests.cluster.scripted import conversation
-from tests.cluster.scripted_cluster import (
-    NUM,
-    QUESTIONS,
-    SETTLE_REPORTS,
-    ask,
-    holders,
-    home,
-    run,
-    run_prepared,
-    video,
-)
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, SETTLE_REPORTS, ask, holders, home, run, run_prepared, video
 
 
 def test_a_registry_that_is_away_is_said_in_time_and_filled_by_reports_when_it_is_back():

@@ -5,23 +5,13 @@ import random
 
 import pytest
 
-from sparsevila_cluster.errors import (
-    NotFound,
-    QueueFull,
-    SparseVilaError,
-    Unavailable,
-)
-from tests.cluster.scripted import conversation
-from tests.cluster.scripted_cluster import (
-    NUM,
-    ask,
-    cluster_of,
-    video,
-)
+from sparsevila_cluster.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
+from tests.cluster.scripted import Lever, conversation
+from tests.cluster.scripted_cluster import NUM, ask, cluster_of, video
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed):
+def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed, monkeypatch):
     """Clients ask, leave and come back while workers and the registry die and are replaced: right answers or typed errors."""
 
     async def main():
@@ -52,7 +42,7 @@ def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed):
             async def fate():
                 number = 10
                 while not over:
-                    await asyncio.sleep(rng.uniform(0.01, 0.05))
+                    await asyncio.sleep(rng.uniform(0.02, 0.08))
                     what = rng.random()
                     if what < 0.5:
                         cluster.kill(rng.choice(list(cluster.decode.workers)))
@@ -67,6 +57,7 @@ def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed):
                     cluster.clock.now_s += 0.2
                     cluster.report()
 
+            monkeypatch.setattr(Lever, "pace_s", 0.004)
             storm = asyncio.create_task(fate())
             try:
                 await asyncio.gather(*(client(i) for i in range(10)))
@@ -74,7 +65,7 @@ def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed):
                 over = True
                 await storm
             for error in wrong:
-                assert isinstance(error, (Unavailable, NotFound, QueueFull)), repr(error)
-            assert right > 20, [repr(error) for error in wrong]
+                assert isinstance(error, (Unavailable, NotFound, QueueFull, DeadlineExceeded)), repr(error)
+            assert right > 20 and cluster.count("turns_recovered_total") > 0, [repr(error) for error in wrong]
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -6,21 +6,10 @@ import json
 import pytest
 
 from sparsevila_cluster.cluster.conversations import Token
-from sparsevila_cluster.errors import (
-    BadRequest,
-    Unavailable,
-    WorkerLost,
-)
+from sparsevila_cluster.errors import BadRequest, Unavailable, WorkerLost
 from sparsevila_cluster.request import SamplingParams
 from tests.cluster.scripted import conversation
-from tests.cluster.scripted_cluster import (
-    NUM,
-    QUESTIONS,
-    ask,
-    home,
-    run_prepared,
-    video,
-)
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, run_prepared, video
 
 
 def test_a_hot_prefix_is_sent_to_another_worker_in_the_background():

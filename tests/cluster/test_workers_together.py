@@ -49,7 +49,7 @@ def test_a_prefix_lands_bit_equal_and_is_answered_from(checkpoint, clips, local,
             assert decode.model.parts == DECODE_PARTS
             for clip, (handle, rows, answers) in zip(clips, local, strict=True):
                 got, report = await landed(prefill, decode, request_of(clip))
-                assert got.media_id == handle.media_id and not got.reused and set(got.ms) == set(handle.ms)
+                assert got.media_id == handle.media_id and not got.reused and set(got.ms) == {*handle.ms, "transfer"}
                 assert (got.kv_bytes, got.visual_tokens_kept) == (handle.kv_bytes, handle.visual_tokens_kept)
                 assert report["kind"] == kind and report["num_bytes"] >= handle.kv_bytes and report["attempts"] == 1
                 prefix = decode.engine.prefixes.get(handle.media_id)
@@ -84,6 +84,23 @@ def test_a_copy_and_a_resident_prefix_are_shipped_without_a_prefill(checkpoint, 
                 assert all(torch.equal(a, b) for a, b in zip(bench.rows_of(prefix), rows, strict=True))
                 assert await answer(decode, turn_of(key)) == answers[0]
                 assert decode.engine.prefixes.arena.used_bytes == handle.kv_bytes
+
+    asyncio.run(main())
+
+
+def test_int8_on_the_wire_is_close_and_smaller(checkpoint, clips, local):
+    plain, rows, _ = local[0]
+
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint, transport={"quantization": "int8"})) as ([prefill], [decode]):
+            handle, report = await landed(prefill, decode, request_of(clips[0]))
+            assert handle.media_id != plain.media_id and handle.kv_bytes == plain.kv_bytes
+            assert report["num_bytes"] < 0.5 * handle.kv_bytes
+            kept, landed_rows = bench.rows_of(prefill.copies.all()[0]), bench.rows_of(decode.engine.prefixes.get(handle.media_id))
+            assert all(torch.equal(a, b) for a, b in zip(kept, rows, strict=True))
+            for a, b in zip(landed_rows, rows, strict=True):
+                assert not torch.equal(a, b) and torch.allclose(a, b, atol=float(b.abs().max()) / 127)
+            assert await answer(decode, turn_of(handle.media_id))
 
     asyncio.run(main())
 

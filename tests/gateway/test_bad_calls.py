@@ -44,6 +44,7 @@ def bad_asks(media_id):
         (ask(media_id, turn_id="t" * 201), BadRequest, "turn_id"),
         (ask(media_id, conversation_id="\x00"), BadRequest, "conversation_id"),
         (ask(media_id, said_token_ids=[3, -1]), BadRequest, "said_token_ids"),
+        *((ask(media_id, said_token_ids=[3], said_brownout=b), BadRequest, "brownout") for b in (-0.1, 1.5, NAN)),
         *((sampling(max_tokens=n), BadRequest, "max_tokens") for n in (0, -1)),
         *((sampling(temperature=t), BadRequest, "temperature") for t in (-0.1, 10.1, NAN, float("inf"))),
         *((sampling(top_p=p), BadRequest, "top_p") for p in (0, -1, 1.01, NAN)),

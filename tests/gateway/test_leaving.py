@@ -209,6 +209,46 @@ def test_a_cancelled_preparation_ends_and_its_bytes_go(checkpoint, clips):
     run(checkpoint, work)
 
 
+class Endless:
+    """A pipeline whose preparations end only when they are cancelled, which takes a moment, and need their file until then."""
+
+    def __init__(self):
+        self.had_file = []
+
+    async def prepare(self, request, progress=None):
+        progress("decode", 0, 1)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            self.had_file.append(os.path.exists(request.sources[0].data))
+
+    async def ready(self):
+        return True
+
+    async def close(self):
+        pass
+
+
+def test_a_preparation_is_cancelled_with_its_call_and_has_its_file_until_it_ends(clips):
+    pipeline = Endless()
+
+    async def work(house):
+        sent = await upload(house.stub, clips[0])
+        for source in (pb.MediaSource(inline=clips[0]), pb.MediaSource(upload_id=sent.upload_id)):
+            call = house.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[source]))
+            assert (await anext(aiter(call))).stage == "decode"
+            call.cancel()
+
+        async def gone():
+            return len(pipeline.had_file) == 2 and house.door._spool.num_bytes == len(clips[0])
+
+        await until(gone, "preparations go on for nobody", 5)
+        assert pipeline.had_file == [True, True]
+
+    run("tiny", work, pipeline=pipeline)
+
+
 def test_too_many_calls_are_told_so_and_health_still_answers(checkpoint, clips):
     async def work(house):
         media = await prepare(house.stub, clips[0])

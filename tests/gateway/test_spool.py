@@ -3,8 +3,13 @@
 import asyncio
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +18,7 @@ from sparsevila_cluster.errors import BadConfig, NotFound, QueueFull, TooLarge, 
 from sparsevila_cluster.gateway.spool import Spool
 from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.pb import video_qa_pb2 as pb
+from tests import house as rules
 from tests.gateway.doors import prepare, refused, run, until, upload
 
 
@@ -64,11 +70,13 @@ def test_the_quota_holds_to_the_byte():
     with pytest.raises(QueueFull):
         put(held, b"x")
     held.close()
-    with pytest.raises(TooLarge, match="max_bytes = 50"):
-        put(spool(max_bytes=50), bytes(51))
-    with pytest.raises(TooLarge, match="spool_bytes = 1000"):
-        put(spool(max_bytes=5000), bytes(1001))
     assert first.num_bytes == 600
+    for max_bytes, size, limit in ((50, 51, "max_bytes = 50"), (5000, 1001, "spool_bytes = 1000")):
+        held = spool(max_bytes=max_bytes)
+        with pytest.raises(TooLarge, match=limit):
+            put(held, bytes(size))
+        assert held.num_bytes == 0
+        held.close()
 
 
 def test_uploads_expire_unless_they_are_read():
@@ -119,6 +127,36 @@ def test_a_shared_folder_has_one_quota_and_is_cleaned_of_the_dead(tmp_path):
     assert folder.exists() and [p.name for p in folder.rglob("*") if p.is_file()] == ["README"]
     with pytest.raises(BadConfig, match="spool_dir"):
         spool(spool_dir="/proc/no such folder")
+
+
+KILLED = """
+import os, signal
+from tests.gateway.test_spool import put, spool
+held = spool()
+put(held, bytes(100))
+print(held._folder, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_deleted_by_the_next_and_what_is_in_use_is_not(tmp_path, monkeypatch):
+    path = os.pathsep.join((str(rules.ROOT), str(rules.ROOT / "kernels")))
+    environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", KILLED], env=environ, cwd=rules.ROOT, capture_output=True, text=True, timeout=60)
+    left = Path(done.stdout.strip())
+    assert done.returncode == -signal.SIGKILL and left.exists(), done.stderr
+    (tmp_path / "sparsevila-spool-other").mkdir()  # no lock yet: it may be about to be used
+    (tmp_path / "sparsevila-spool-link").symlink_to(left)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    one = spool()
+    sent = put(one, bytes(10))
+    two = spool()
+    assert not left.exists() and (tmp_path / "sparsevila-spool-other").exists()
+    with one.hold("ann", sent.upload_id) as (file, _):
+        assert file.exists()
+    for held in (one, two):
+        held.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparsevila-spool-link", "sparsevila-spool-other"]
 
 
 def test_discarding_while_another_thread_writes_leaves_nothing():

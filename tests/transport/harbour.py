@@ -22,6 +22,7 @@ SPEC = KVSpec(num_layers=3, num_kv_heads=2, head_dim=16, dtype=torch.float32, fi
 KINDS = ("inproc", "gloo", "objectstore")
 # The first piece is long enough to travel straight from row to row, the second is packed.
 BOUNDS = (0, 1100, 1500)
+FINE = {"chunk_bytes": 65536}  # 256 rows of a layer: many chunks
 
 
 def make_prefix(key: str = "a", length: int = 1500, seed: int = 0, spec: KVSpec = SPEC) -> MediaPrefix:

@@ -1,0 +1,50 @@
+"""Evidence as heat maps, and that what a client leaves out means the default."""
+
+import pytest
+
+from sparsevila_cluster.errors import BadRequest
+from sparsevila_cluster.gateway.translate import to_evidence, to_turn
+from sparsevila_cluster.pb import video_qa_pb2 as pb
+from sparsevila_cluster.request import Replay, SamplingParams, Turn
+from sparsevila_cluster.sight import Evidence, FrameEvidence
+
+NAMES = {"turn_id": "t", "conversation_id": "", "deadline_s": 5.0, "tenant": "ann"}
+
+
+def test_heat_is_row_by_row_and_relative_to_the_turns_hottest_cell():
+    wide = FrameEvidence(3, 1.5, 0.7, (2, 3), ((0, 2, 0.5), (1, 0, 0.2)), ((0, 2), (1, 0), (1, 1)), media=1)
+    tall = FrameEvidence(4, 2.0, 0.3, (3, 1), ((2, 0, 0.3), (0, 0, 1e-9)), ((2, 0), (0, 0)))
+    unseen = FrameEvidence(5, 2.5, 0.0, (1, 1), (), ((0, 0),))
+    told = to_evidence(Evidence((wide, tall, unseen))).frames
+    assert [(f.media, f.frame, f.time_s, f.share, f.rows, f.cols) for f in told] == [(1, 3, 1.5, 0.7, 2, 3), (0, 4, 2.0, 0.3, 3, 1)]
+    assert [list(f.heat) for f in told] == [[0, 0, 255, 102, 0, 0], [1, 0, 153]]
+    assert not to_evidence(Evidence()).frames
+    nothing = FrameEvidence(0, 0.0, 0.0, (1, 2), ((0, 1, 0.0),), ((0, 1),))
+    assert list(to_evidence(Evidence((nothing,))).frames[0].heat) == [0, 1]
+
+
+def test_views_of_one_frame_are_one_map():
+    whole = FrameEvidence(0, 0.0, 0.5, (1, 1), ((0, 0, 0.5),), ((0, 0),))
+    tiles = FrameEvidence(0, 0.0, 0.5, (1, 2), ((0, 1, 0.5),), ((0, 1),))
+    (frame,) = to_evidence(Evidence((whole, tiles))).frames
+    assert frame.share == 1.0 and (frame.rows, frame.cols) == (1, 2) and list(frame.heat) == [85, 255]
+
+
+def test_what_is_left_out_is_the_default_and_what_is_sent_arrives():
+    plain = to_turn(pb.AskRequest(media_id="m", question="q?"), **NAMES)
+    assert plain == Turn("t", "", "m", "q?", deadline_s=5.0, tenant="ann")
+    sampling = {"max_tokens": 7, "temperature": 0.0, "top_p": 0.5, "top_k": 3, "seed": -1}
+    request = pb.AskRequest(
+        media_id="m",
+        question="q?",
+        sampling=pb.Sampling(**sampling, stop=["a", "b"]),
+        retrieval=pb.Retrieval(keep=0.5, mass=0.9, refresh_every=0),
+        want_evidence=True,
+        said_token_ids=[5, 6],
+        said_brownout=0.25,
+    )
+    assert to_turn(request, **NAMES) == Turn(
+        "t", "", "m", "q?", SamplingParams(**sampling, stop=("a", "b")), 0.5, 0.9, 0, True, 5.0, "ann", replay=Replay((5, 6), 0.25)
+    )
+    with pytest.raises(BadRequest, match="media_id"):
+        to_turn(pb.AskRequest(question="q?"), **NAMES)
