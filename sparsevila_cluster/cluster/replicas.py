@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 PREFILL, DECODE, REGISTRY, ROUTER = "Prefill", "Decode", "Registry", "Router"
 
-PREFILL_CALLS = ("key_of", "ship", "drop", "info")
-PREFILL_STREAMS = ("make",)
-DECODE_CALLS = ("reserve", "release", "abort", "close_conversation", "media", "drop", "ship", "set_brownout", "info", "exchange")
-DECODE_STREAMS = ("ask",)
+PREFILL_CALLS = ("drop", "info")
+PREFILL_STREAMS = ("key_of", "make", "ship")
+DECODE_CALLS = ("reserve", "release", "abort", "close_conversation", "media", "drop", "set_brownout", "info", "exchange")
+DECODE_STREAMS = ("ask", "ship")
 REGISTRY_CALLS = tuple(name for name, member in vars(Directory).items() if callable(member) and not name.startswith("_"))
 
 
