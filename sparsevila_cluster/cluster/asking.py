@@ -210,6 +210,8 @@ class Asking:
             replay=Replay(tuple(self._said), self._brownout) if self._said else None,
         )
         self.worker = worker
+        if head.worker not in ("", worker):
+            fleet.later(fleet.registry.tell("leave", head.base, head.worker, worker), "moving a conversation", turn=turn.turn_id)
         head.moves_to(worker)
         with fleet.busy(worker), self._means.replication.turn(worker, head.media_id):
             async with aclosing(fleet.stream("decode", worker, "ask", turn, self._history, caller=self.caller)) as batches:

@@ -195,10 +195,20 @@ class ClusterPipeline:
         self._conversations.forget(token.base)
         caller, fleet = self._short_call(), self._fleet
         present = {one.worker for one in await fleet.workers("decode", caller)}
-        workers = {token.worker, head.worker if head is not None else ""} & present
-        calls = (fleet.call("decode", worker, "close_conversation", token.base, caller=caller) for worker in workers)
+        workers = {token.worker, head.worker if head is not None else ""} - {""}
+        calls = (self._close_at(worker, token.base, worker in present, caller) for worker in workers)
         closed = await asyncio.gather(*calls, fleet.registry.tell("forget_conversation", token.base), return_exceptions=True)
         return any(answer is True for answer in closed)
+
+    async def _close_at(self, worker: str, base: str, present: bool, caller: Caller) -> bool:
+        """Whether a worker had the conversation. One that is out of reach is told when it reports again."""
+        try:
+            if present:
+                return bool(await self._fleet.call("decode", worker, "close_conversation", base, caller=caller))
+        except Unavailable as error:
+            log.info("a conversation was not closed at %s: %s", worker, error)
+        await self._fleet.registry.tell("leave", base, worker)
+        return False
 
     # ---- the cluster -------------------------------------------------------------------------------------------------------
 

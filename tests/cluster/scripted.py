@@ -150,6 +150,9 @@ class ScriptedDecode:
         del self.reserved[transfer_id]
         self.residents[handle.media_id] = replace(handle, reused=False, ms={})
 
+    def media(self, key):
+        return self.residents.get(key)
+
     async def ship(self, key, ticket):
         if key not in self.residents:
             raise NotFound(f"no prefix {key}")
