@@ -153,7 +153,8 @@ def test_an_evicted_conversation_is_made_again_where_it_was():
         worker = cluster.decode.workers[home(cluster, key)]
         worker.chats.clear()
         answer, moved = await ask(router, key, QUESTIONS[1], name)
-        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1] and Token.parse(moved).moves == 0 and worker.num_replayed == 1
+        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1]
+        assert Token.parse(moved).moves == 0 and worker.num_replayed == 1
         assert cluster.prefill.num("ship") == 0 and not cluster.count("turns_recovered_total")
 
     run_prepared(scenario)
