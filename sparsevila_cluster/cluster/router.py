@@ -10,10 +10,11 @@ routers serve the same workers: what one of them remembers is a shortcut, and an
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from sparsevila_cluster.cluster.asking import Asking, Means
@@ -120,6 +121,7 @@ class ClusterPipeline:
             UserError (BadRequest, TooLarge, NotFound), QueueFull, DeadlineExceeded, Cancelled, Internal, Unavailable.
         """
         self._check_open()
+        turn = _repeatable(turn)
         caller = Caller(self.config.engine.turn_timeout_s if turn.deadline_s is None else turn.deadline_s)
         token = Token.parse(turn.conversation_id) if turn.conversation_id else None
         head = self._conversations.head(token) if token is not None else self._conversations.open(turn)
@@ -286,3 +288,11 @@ class ClusterPipeline:
         for asking in list(self._turns.values()):
             asking.end(Unavailable("the router is closing"))
         await self._fleet.errands.settle(self.config.router.call_timeout_s)
+
+
+def _repeatable(turn: Turn) -> Turn:
+    """The turn with a seed if it samples without one: whoever takes it up elsewhere, by its id, goes on with the same draws."""
+    if turn.sampling.temperature == 0.0 or turn.sampling.seed is not None:
+        return turn
+    digest = hashlib.blake2b(turn.turn_id.encode(), digest_size=8).digest()
+    return replace(turn, sampling=replace(turn.sampling, seed=int.from_bytes(digest) >> 1))
