@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Patience] | None 
         if not options.no_ray:
             from benchmarks.ray_store import objectstore_rows
 
-            report.rows += objectstore_rows(SPEC, [mib for mib in sizes if mib <= 256], patience, say)
+            report.rows += objectstore_rows(SPEC, [mib for mib in sizes if mib <= 256], patience, say, contest)
         if not options.no_prefill:
             directory = make_checkpoint(options.cache, recipe)
             for frames in (8,) if toy else (64,) if options.quick else (64, 256):

@@ -106,7 +106,7 @@ class Route:
                 while self._pump():
                     self._take_events()
                 self._look_after()
-            except LaneLost as error:
+            except SparseVilaError as error:
                 self._lose(self._lane, error)
             except Exception as error:
                 log.exception("a route", extra={"dock": self.address.worker})
