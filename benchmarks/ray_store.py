@@ -84,7 +84,7 @@ def objectstore_rows(
     )
     try:
         num_slots = max(sizes) * MIB // spec.bytes_per_token + 1
-        far = ray.remote(FarActor).options(max_concurrency=8, num_cpus=1).remote(spec, num_slots)
+        far: Any = ray.remote(FarActor).options(max_concurrency=8, num_cpus=1).remote(spec, num_slots)
         address = ray.get(far.address.remote(), timeout=WAIT_S)
         shipper = Shipper("near", spec, TransportConfig(kind="objectstore"), courier=ActorCourier(far))
         number = 0
