@@ -193,11 +193,11 @@ def show(report: Report) -> None:
     sent = [row for row in report.rows if row["kind"] != "hidden"]
     names = ("kind", "mib", "ms", "best_ms", "bare_ms", "best_bare_ms", "gb_s", "share", "share_of_best")
     report.show_table("Lanes (medians) against bare transport", HEAD, [[row[name] for name in names] for row in sent])
-    names = ("frames", "mib", "prefill_ms", "transfer_ms", "together_ms", "tail_ms", "hidden_share")
+    parts = ("frames", "mib", "prefill_ms", "transfer_ms", "together_ms", "tail_ms", "hidden_share")
     head = ("frames", "MiB", "prefill ms", "transfer ms", "both ms", "tail ms", "hidden")
     hidden = [row for row in report.rows if row["kind"] == "hidden"]
     if hidden:
-        report.show_table("Behind prefill, mid-size model", head, [[row[name] for name in names] for row in hidden])
+        report.show_table("Behind prefill, mid-size model", head, [[row[name] for name in parts] for row in hidden])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Patience] | None 
         if not options.no_ray:
             from benchmarks.ray_store import objectstore_rows
 
-            report.rows += objectstore_rows(SPEC, [mib for mib in sizes if mib <= 256], patience, say)
+            report.rows += objectstore_rows(SPEC, [mib for mib in sizes if mib <= 256], patience, say, contest)
         if not options.no_prefill:
             directory = make_checkpoint(options.cache, recipe)
             for frames in (8,) if toy else (64,) if options.quick else (64, 256):
