@@ -192,7 +192,8 @@ class Shipping:
         except Unavailable:
             return None
         if handle is not None:
-            await self._fleet.registry.note_held(handle, (attempt.target,), wanted.digest, wanted.caller.remaining_s("preparing media"))
+            within_s = wanted.caller.remaining_s("preparing media")
+            await self._fleet.registry.note_held(handle, (attempt.target,), wanted.digest, within_s)
         return handle
 
     async def _nobody(self, kind: Kind, search: _Search, wanted: Wanted) -> None:

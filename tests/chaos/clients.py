@@ -9,6 +9,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def request_of(path: Path) -> PrepareRequest:
     return PrepareRequest((MediaSource(str(path)),), deadline_s=DEADLINE_S)
 
 
-def turn_of(media_id: str, question: str, conversation_id: str) -> Turn:
+def turn_of(media_id: str, question: str, conversation_id: str, deadline_s: float = DEADLINE_S) -> Turn:
     sampling = SamplingParams(max_tokens=NUM_TOKENS)
-    return Turn(uuid.uuid4().hex, conversation_id, media_id, question, sampling, deadline_s=DEADLINE_S)
+    return Turn(uuid.uuid4().hex, conversation_id, media_id, question, sampling, deadline_s=deadline_s)
 
 
 async def film_of(path: Path, config: ClusterConfig) -> Film:
@@ -67,25 +68,33 @@ class Client:
         self.num_answers = 0
         self.heard_s: list[float] = []
 
-    def next_turn(self) -> Turn:
-        return turn_of(self.film.media_id, QUESTIONS[self.num_answers], self.conversation_id)
+    def next_turn(self, deadline_s: float = DEADLINE_S) -> Turn:
+        return turn_of(self.film.media_id, QUESTIONS[self.num_answers], self.conversation_id, deadline_s)
 
-    async def ask(self, turn: Turn | None = None, heard: Callable[[int], None] = lambda index: None) -> None:
-        """Asks the next question. heard: called with the index of every token. Raises what the pipeline raises."""
+    async def ask(
+        self, turn: Turn | None = None, heard: Callable[[int], None] = lambda index: None, leave_at: int | None = None
+    ) -> None:
+        """Asks the next question. heard: called with the index of every token. leave_at: stop listening at this token.
+
+        Raises what the pipeline raises.
+        """
         turn = turn or self.next_turn()
         due, tokens, ended = self.film.answers[self.num_answers], list[int](), False
         self.heard_s = []
-        async for event in self.pipeline.ask(turn):
-            self.heard_s.append(time.monotonic())
-            if event.kind == "accepted":
-                self.conversation_id = event.conversation_id
-            if event.kind == "token":
-                assert event.index == len(tokens), f"token {event.index} came where {len(tokens)} was due"
-                tokens += event.token_ids
-                assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}"
-                heard(event.index)
-            if event.kind == "done":
-                self.conversation_id, ended = event.conversation_id, True
+        async with aclosing(self.pipeline.ask(turn)) as events:
+            async for event in events:
+                self.heard_s.append(time.monotonic())
+                if event.kind == "accepted":
+                    self.conversation_id = event.conversation_id
+                if event.kind == "token":
+                    assert event.index == len(tokens), f"token {event.index} came where {len(tokens)} was due"
+                    tokens += event.token_ids
+                    assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}"
+                    heard(event.index)
+                    if event.index == leave_at:
+                        return
+                if event.kind == "done":
+                    self.conversation_id, ended = event.conversation_id, True
         assert ended and tuple(tokens) == due, f"the answer is {tokens}, not {due}"
         self.num_answers += 1
 
