@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 PREFILL, DECODE, REGISTRY, ROUTER = "Prefill", "Decode", "Registry", "Router"
 
-PREFILL_CALLS = ("key_of", "ship", "drop", "info")
-PREFILL_STREAMS = ("make",)
-DECODE_CALLS = ("reserve", "release", "abort", "close_conversation", "drop", "ship", "set_brownout", "info", "exchange")
-DECODE_STREAMS = ("ask",)
+PREFILL_CALLS = ("drop", "info")
+PREFILL_STREAMS = ("key_of", "make", "ship")
+DECODE_CALLS = ("reserve", "release", "abort", "close_conversation", "media", "drop", "set_brownout", "info", "exchange")
+DECODE_STREAMS = ("ask", "ship")
 REGISTRY_CALLS = tuple(name for name, member in vars(Directory).items() if callable(member) and not name.startswith("_"))
 
 
@@ -98,6 +98,8 @@ class WorkerReplica(Clerk):
                 report = await report if inspect.isawaitable(report) else report
                 answer = await self._registry.call(None, "report", report, within_s=self._config.router.call_timeout_s)
                 again, full, heard = not full and answer["send_all"], answer["send_all"], True
+                for conversation_id in answer["close"]:
+                    await self.worker.close_conversation(conversation_id)
             except SparseVilaError as error:
                 again, full = False, True
                 if heard:  # once, until it is there again

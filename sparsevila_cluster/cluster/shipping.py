@@ -21,7 +21,6 @@ from sparsevila_cluster.cluster.claims import Claims
 from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
 from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
-from sparsevila_cluster.config import MIB
 from sparsevila_cluster.docks import Ticket
 from sparsevila_cluster.errors import (
     DataLoss,
@@ -46,8 +45,6 @@ log = logging.getLogger(__name__)
 
 # What another worker may do better. Everything else is the caller's to know.
 RETRIED = (Unavailable, QueueFull, DataLoss, Incompatible, DeadlineExceeded)
-# A worker that takes longer to send a copy, beyond a lease for standing in line, is stuck.
-SLOWEST_BYTES_PER_S = 16 * MIB
 # What says that a worker is gone or falling: a replacement may be under way.
 GONE = (WorkerLost, LaneLost)
 
@@ -186,6 +183,20 @@ class Shipping:
                 search.num_attempts += 1
                 search.error = error
                 self._blame(attempt, error, search, wanted.key)
+                if isinstance(error, WorkerLost) and attempt.leg in ("make", "ship"):
+                    arrived = await self._arrived(attempt, wanted)
+                    if arrived is not None:
+                        return attempt.target.worker, replace(arrived, reused=not (search.encoded or attempt.making))
+
+    async def _arrived(self, attempt: _Attempt, wanted: Wanted) -> MediaHandle | None:
+        """The handle of a prefix whose sender was lost when all of it was over there already."""
+        try:
+            handle = await self._fleet.call("decode", attempt.target.worker, "media", wanted.key, caller=wanted.caller)
+        except Unavailable:
+            return None
+        if handle is not None:
+            await self._fleet.registry.note_held(handle, (attempt.target,), wanted.digest, wanted.caller.remaining_s("preparing media"))
+        return handle
 
     async def _nobody(self, kind: Kind, search: _Search, wanted: Wanted) -> None:
         """No worker is left to ask. One that was lost is replaced, for which is waited a little; else that is the answer."""
@@ -244,8 +255,7 @@ class Shipping:
                     handle = await self._make(attempt, wanted, ticket)
                 else:
                     assert handle is not None
-                    kind, most_s = attempt.source.pool, fleet.config.transport.lease_s + handle.kv_bytes / SLOWEST_BYTES_PER_S
-                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=most_s)
+                    await fleet.work(attempt.source.pool, source, "ship", wanted.key, ticket, caller=caller)
                 arrived = True
             finally:
                 if not arrived:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import SparseVilaError
+from sparsevila_cluster.errors import SparseVilaError, Unavailable
 from sparsevila_cluster.pipeline import LocalPipeline, Pipeline
 from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn
 
@@ -92,6 +92,10 @@ class Client:
     async def close(self) -> None:
         if self.conversation_id:
             await self.pipeline.close_conversation(self.conversation_id)
+        self.forget()
+
+    def forget(self) -> None:
+        """The next question begins a new conversation."""
         self.conversation_id, self.num_answers = "", 0
 
 
@@ -101,6 +105,7 @@ class Neighbour:
     def __init__(self, pipeline: Pipeline, film: Film):
         self._client = Client(pipeline, film)
         self._over = False
+        self._left: list[str] = []
         self.num_answers = 0
         self.slowest_s = 0.0
         self._task = asyncio.ensure_future(self._run())
@@ -108,13 +113,24 @@ class Neighbour:
     async def _run(self) -> None:
         while not self._over:
             if self._client.num_answers == len(QUESTIONS):
-                await self._client.close()
+                await self._close()
             begun_s = time.monotonic()
             await self._client.ask()
             self.slowest_s = max(self.slowest_s, time.monotonic() - begun_s)
             self.num_answers += 1
             await asyncio.sleep(0.02)
-        await self._client.close()
+        await self._close()
+        for conversation_id in self._left:
+            await self._client.pipeline.close_conversation(conversation_id)
+
+    async def _close(self) -> None:
+        """Without the registry a conversation cannot be closed: later, then."""
+        conversation_id = self._client.conversation_id
+        try:
+            await self._client.close()
+        except Unavailable:
+            self._left.append(conversation_id)
+            self._client.forget()
 
     async def hears_more(self, num: int = 1) -> None:
         """Wait for `num` more answers. Raises what the neighbour met with."""

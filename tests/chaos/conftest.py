@@ -39,13 +39,15 @@ def world(runner, tmp_path_factory):
         zygote.close()
 
 
-@pytest.fixture(scope="session")
-def tell(request):
+@pytest.fixture
+def tell():
     """Notes a line for the table that is printed at the end."""
-    yield lambda case, what: TOLD.append((case, what))
-    writer = request.config.pluginmanager.getplugin("terminalreporter")
-    if writer is not None and TOLD:
-        writer.write_line("")
-        width = max(len(case) for case, _ in TOLD)
-        for case, what in TOLD:
-            writer.write_line(f"{case:{width}}  {what}")
+    return lambda case, what: TOLD.append((case, what))
+
+
+def pytest_terminal_summary(terminalreporter):
+    width = max((len(case) for case, _ in TOLD), default=0)
+    if TOLD:
+        terminalreporter.section("recovery")
+    for case, what in TOLD:
+        terminalreporter.write_line(f"{case:{width}}  {what}")

@@ -54,6 +54,14 @@ class Scene:
         reports = found.holders if kind == "decode" else found.copies
         return self.town.pools[kind].processes[reports[0].worker]
 
+    async def delete(self) -> None:
+        await _forget(self.town, self.film)
+
+    async def neighbours_leave(self) -> None:
+        """Of cases that leave them nobody to ask."""
+        await asyncio.gather(*(one.leaves() for one in self.neighbours))
+        self.neighbours = []
+
     async def neighbours_go_on(self) -> None:
         await asyncio.gather(*(one.hears_more(2) for one in self.neighbours))
 
@@ -77,14 +85,14 @@ async def scene(town: Town, film: Film, other: Film) -> AsyncGenerator[Scene, No
         await town.disarm()
         await made.neighbours_go_on()
         await made.client.close()
-        for neighbour in made.neighbours:
-            await neighbour.leaves()
-        made.neighbours = []
+        await made.neighbours_leave()
         await _forget(town, film)
         await town.rests({other.media_id})
     finally:
         for neighbour in made.neighbours:
             neighbour.drop()
+        if town.registry.directory is None:
+            town.registry.come_back()
         for process in town.processes:
             if process.stopped:
                 process.signal(signal.SIGCONT)
