@@ -22,7 +22,7 @@ from ray import serve
 from ray.serve import RunTarget
 
 from sparsevila_cluster.app import application
-from sparsevila_cluster.cluster.own_ray import hush, own_ray, within
+from sparsevila_cluster.cluster.own_ray import REPLICA_ENV, hush, own_ray, within
 from sparsevila_cluster.cluster.ray_pool import RayPool
 from sparsevila_cluster.cluster.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
@@ -72,9 +72,8 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
             progress.stage("connect to Ray", 0, 1)
             stack.enter_context(_connected(address, verbose))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
-        serve.run_many(
-            [RunTarget(application(config, verbose), name=config.name, route_prefix=None)], wait_for_applications_running=False
-        )
+        app = application(config, {} if address is None else REPLICA_ENV, verbose)  # an own Ray hands its environment on
+        serve.run_many([RunTarget(app, name=config.name, route_prefix=None)], wait_for_applications_running=False)
         stack.callback(within, config.drain_timeout_s + GRACE_S, lambda: serve.delete(config.name))
         port = _wait_until_ready(config, start_s + config.start_timeout_s, progress.stage)
         progress.clear()

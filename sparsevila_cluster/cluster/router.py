@@ -15,7 +15,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsevila_cluster.cluster.asking import Asking, Means
 from sparsevila_cluster.cluster.conversations import Conversations, Head, Token
@@ -30,8 +30,10 @@ from sparsevila_cluster.errors import BadRequest, Cancelled, NotFound, SparseVil
 from sparsevila_cluster.media_handle import as_reused
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller, wait_within
-from sparsevila_cluster.prefill_engine import Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest, Turn, TurnEvent, check_brownout
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.prefill_engine import Progress
 
 log = logging.getLogger(__name__)
 
