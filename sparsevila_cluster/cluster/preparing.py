@@ -85,7 +85,8 @@ class Preparing:
         assert found.key is not None
         if found.holders and found.handle is not None:
             self._sink.count("media_kv_hits_total")
-            await registry.note_held(found.handle, (), digest, caller.remaining_s("preparing media"))
+            noting = registry.note_held(found.handle, (), digest, caller.remaining_s("preparing media"))
+            self._fleet.later(noting, "telling which media a request means")
             return as_reused(found.handle)
         wanted = Wanted(found.key, caller, request, progress, digest)
         _, handle = await self._shipping.bring(wanted)
