@@ -61,8 +61,8 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         progress = stack.enter_context(ProgressLine())
         if address is None:
             _check_port(config)
-            if not config.engine.model_dir.is_dir():
-                raise BadCheckpoint(f"{str(config.engine.model_dir)!r} is not a directory")
+            if not (config.engine.model_dir / "config.json").is_file():
+                raise BadCheckpoint(f"{config.engine.model!r} is no checkpoint: there is no config.json in it")
             progress.stage("start Ray", 0, 1)
             folder = stack.enter_context(own_ray(config, verbose))
             if config.door.spool_dir is None:  # routers share it, and it goes with the rest
