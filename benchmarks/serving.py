@@ -178,7 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="shorter videos, fewer loads: a minute and a half on two cores")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the checkpoint is kept (620 MB)")
     parser.add_argument("--json", action="store_true", help="print the JSON document and nothing else")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write results to DIR")
+    parser.add_argument("--save", "--out", dest="save", type=Path, metavar="DIR", help="also write results to DIR")
     return parser.parse_args(argv)
 
 
@@ -234,7 +234,7 @@ def _main(options: argparse.Namespace, recipe: Recipe, plan: Plan) -> None:
     report.show_figures()
     if busy is not None:
         report.say(f"\nOther processes kept {report.machine['cores_busy_with_others']} of {report.machine['cores']} cores busy.")
-    report.finish(options.out)
+    report.finish(options.save)
 
 
 if __name__ == "__main__":

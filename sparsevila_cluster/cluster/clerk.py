@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from typing import Any
 
 from sparsevila_cluster.errors import Internal, SparseVilaError, WorkerLost, to_failure
@@ -41,11 +41,12 @@ class Clerk:
             return "failure", self._told(error, method)
 
     async def stream(self, addressee: str | None, method: str, args: tuple[Any, ...]) -> AsyncGenerator[Envelope, None]:
-        """What a method yields. Leaving early closes the method's generator."""
+        """What a method yields, or the one result of a coroutine. Leaving early closes the one and cancels the other."""
         items: AsyncGenerator[Any, None] | None = None
         pending: asyncio.Task[Any] | None = None
         try:
-            items = self._method(addressee, method, self._streams)(*args)
+            called = self._method(addressee, method, self._streams)(*args)
+            items = _only(called) if inspect.isawaitable(called) else called
             yield "beat", None
             while True:
                 pending = asyncio.create_task(_next(items))
@@ -76,6 +77,10 @@ class Clerk:
         if not isinstance(error, SparseVilaError):
             log.error("%s failed", method, exc_info=error, extra={"worker": self.name})
         return to_failure(error)
+
+
+async def _only(result: Awaitable[Any]) -> AsyncGenerator[Any, None]:
+    yield await result
 
 
 async def _next(items: AsyncIterator[Any]) -> Any:

@@ -114,6 +114,11 @@ class DecodeWorker:
         bounds = chunk_bounds(prefix.length, self.config.engine.prefill_chunk)
         return await self._sending.ship(prefix, bounds, ticket, lambda: self._desk.let_go(key))
 
+    async def media(self, key: str) -> MediaHandle | None:
+        """What is known of a prefix that is resident at this moment, None if it is not."""
+        standing = await self._desk.call(self._desk.look)
+        return next((handle for handle in standing.residents if handle.media_id == key), None)
+
     async def drop(self, key: str) -> bool:
         """Forget a prefix. False if it is not resident, or in use."""
         return await self._desk.call(lambda engine: engine.prefixes.remove(key))

@@ -25,6 +25,8 @@ MAX_DIGESTS = 65_536
 MAX_CLAIMS = 4_096
 # Turns kept of one conversation. A longer one can not be made again elsewhere.
 MAX_TURNS = 1_024
+# Workers for which it is kept what they are to close.
+MAX_LEFT = 1_024
 
 @dataclass
 class _Known:
@@ -55,11 +57,14 @@ class Directory:
         self._digests: Recent[str] = Recent(MAX_DIGESTS)
         self._claims: Recent[tuple[str, float]] = Recent(MAX_CLAIMS)
         self._journals: Recent[Journal] = Recent(max_conversations)
+        self._left: Recent[Recent[None]] = Recent(MAX_LEFT)
 
     # ---- workers -----------------------------------------------------------------------------------------------------------
 
     def report(self, report: WorkerReport) -> dict[str, Any]:
-        """Take a worker's word. {"send_all": True} asks for a report with residents and records: the sender is not known here."""
+        """Take a worker's word. {"send_all": True} asks for a report with residents and records: the sender is not known here.
+        "close": conversations that it may still hold, though they were closed, or went on elsewhere, while it was out of reach.
+        """
         now_s = self._drop_silent()
         bare = replace(report, residents=None, records=None)
         known = self._workers.setdefault(report.worker, _Known(bare, now_s))
@@ -68,9 +73,11 @@ class Directory:
         known.noted = {k: v for k, v in known.noted.items() if now_s - v[1] < NOTE_REPORTS * self.report_s}
         if report.residents is not None:
             known.residents = {handle.media_id: handle for handle in report.residents}
+        left = self._left.pop(report.worker, ())
         for journal in report.records or ():
-            self._restore(journal)
-        return {"send_all": not known.complete}
+            if journal.conversation_id not in left:
+                self._restore(journal)
+        return {"send_all": not known.complete, "close": tuple(left)}
 
     def forget_worker(self, worker: str) -> bool:
         """A worker that is gone; should it report again, it is asked for everything. False if it was not known."""
@@ -174,13 +181,17 @@ class Directory:
             self._journals.put(conversation_id, Journal(conversation_id, media_id, tenant=tenant))
 
     def record(self, conversation_id: str, media_id: str, number: int, record: TurnRecord) -> bool:
-        """Turn `number` (0 = the first) of a conversation is over; what was known of it and of later ones is replaced.
+        """Turn `number` (0 = the first) of a conversation is over. Another one that was known in its place is replaced, with all
+        that followed it; the same one, told again, changes nothing.
 
         False, and nothing is kept, when turns before it are not known here, or it is beyond MAX_TURNS.
         """
         known = self._journals.use(conversation_id) or Journal(conversation_id, media_id, tenant=record.turn.tenant)
         if not 0 <= number <= min(len(known.records), MAX_TURNS - 1):
             return False
+        there = known.records[number] if number < len(known.records) else None
+        if there is not None and (there.turn.turn_id, there.token_ids) == (record.turn.turn_id, record.token_ids):
+            return True
         self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record)))
         return True
 
@@ -191,6 +202,14 @@ class Directory:
     def forget_conversation(self, conversation_id: str) -> bool:
         """A conversation was closed. False if it is unknown."""
         return self._journals.pop(conversation_id, None) is not None
+
+    def leave(self, conversation_id: str, worker: str, successor: str = "") -> None:
+        """A conversation is at `successor` now ("": closed) and not at `worker`, which could not be told."""
+        left = self._left.use(worker) or Recent(self._journals.most)
+        left.put(conversation_id, None)
+        self._left.put(worker, left)
+        if successor in self._left:
+            self._left[successor].pop(conversation_id, None)
 
     def _restore(self, journal: Journal) -> None:
         """From a worker's memory; what is longer has seen more."""

@@ -59,14 +59,14 @@ class Fleet:
 
     # ---- calls -------------------------------------------------------------------------------------------------------------
 
-    async def call(self, kind: Kind, worker: str, method: str, *args: Any, caller: Caller, most_s: float | None = None) -> Any:
-        """A method of one worker, within the caller's time and `most_s` (None: `call_timeout_s`).
+    async def call(self, kind: Kind, worker: str, method: str, *args: Any, caller: Caller) -> Any:
+        """A method of one worker that takes milliseconds, within the caller's time and `call_timeout_s`.
 
         Raises:
-            WorkerLost, also for a worker that does not answer within `most_s`. Whatever the method raises.
+            WorkerLost, also for a worker that does not answer within `call_timeout_s`. Whatever the method raises.
         """
         left_s = caller.remaining_s(f"{method} of {worker}")
-        most_s = self.config.router.call_timeout_s if most_s is None else most_s
+        most_s = self.config.router.call_timeout_s
         try:
             result = await self.pools[kind].call(worker, method, *args, within_s=min(left_s, most_s))
         except DeadlineExceeded as error:
@@ -82,11 +82,21 @@ class Fleet:
         self.breaker.succeeded(worker)
         return result
 
+    async def work(self, kind: Kind, worker: str, method: str, *args: Any, caller: Caller) -> Any:
+        """A method of one worker that may take as long as the caller has: a stream of one item, which tells whether it lives.
+
+        Raises:
+            WorkerLost, also for a worker that has fallen silent. Whatever the method raises.
+        """
+        async with aclosing(self.stream(kind, worker, method, *args, caller=caller)) as items:
+            async for item in items:
+                return item
+        raise WorkerLost(f"worker {worker} ended {method} without a word")
+
     async def key_of(self, worker: str, request: PrepareRequest, caller: Caller) -> str:
         """The content key of what a request asks for, from one prefill worker, which reads the sources once."""
-        most_s = self.config.router.call_timeout_s + len(request.sources) * self.config.engine.limits.decode_timeout_s
         request = replace(request, deadline_s=caller.remaining_s(f"key_of of {worker}"))
-        key: str = await self.call("prefill", worker, "key_of", request, caller=caller, most_s=most_s)
+        key: str = await self.work("prefill", worker, "key_of", request, caller=caller)
         return key
 
     async def stream(self, kind: Kind, worker: str, method: str, *args: Any, caller: Caller) -> AsyncGenerator[Any, None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from typing import TYPE_CHECKING
 
 import msgpack
 
@@ -22,9 +23,11 @@ from sparsevila_cluster.media import identify
 from sparsevila_cluster.media_handle import as_reused
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller
-from sparsevila_cluster.prefill_engine import Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest
 from sparsevila_cluster.sharing import Sharing
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.prefill_engine import Progress
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -31,10 +32,10 @@ log = logging.getLogger(__name__)
 
 PREFILL, DECODE, REGISTRY, ROUTER = "Prefill", "Decode", "Registry", "Router"
 
-PREFILL_CALLS = ("key_of", "ship", "drop", "info")
-PREFILL_STREAMS = ("make",)
-DECODE_CALLS = ("reserve", "release", "abort", "close_conversation", "drop", "ship", "set_brownout", "info", "exchange")
-DECODE_STREAMS = ("ask",)
+PREFILL_CALLS = ("drop", "info")
+PREFILL_STREAMS = ("key_of", "make", "ship")
+DECODE_CALLS = ("reserve", "release", "abort", "close_conversation", "media", "drop", "set_brownout", "info", "exchange")
+DECODE_STREAMS = ("ask", "ship")
 REGISTRY_CALLS = tuple(name for name, member in vars(Directory).items() if callable(member) and not name.startswith("_"))
 
 
@@ -97,6 +98,8 @@ class WorkerReplica(Clerk):
                 report = await report if inspect.isawaitable(report) else report
                 answer = await self._registry.call(None, "report", report, within_s=self._config.router.call_timeout_s)
                 again, full, heard = not full and answer["send_all"], answer["send_all"], True
+                for conversation_id in answer["close"]:
+                    await self.worker.close_conversation(conversation_id)
             except SparseVilaError as error:
                 again, full = False, True
                 if heard:  # once, until it is there again
@@ -124,6 +127,18 @@ class PrefillReplica(WorkerReplica):
         worker = PrefillWorker(replica_name(), placed(config), **given)
         await worker.warm()
         self._begin(worker, PREFILL_CALLS, PREFILL_STREAMS)
+        self._meeting = asyncio.create_task(self._meet())
+
+    async def _meet(self) -> None:
+        """Build lanes to decode workers as they appear: no client waits for one to be dialled."""
+        met: set[Any] = set()
+        while True:
+            with suppress(SparseVilaError):  # `_report` says that the registry does not answer
+                snapshot = await self._registry.call(None, "snapshot", within_s=self._config.router.call_timeout_s)
+                docks = {one.address for one in snapshot.of("decode")}
+                await self.worker.meet(docks - met)
+                met = docks
+            await asyncio.sleep(self._config.report_s)
 
 
 class DecodeReplica(WorkerReplica):

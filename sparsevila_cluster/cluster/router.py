@@ -10,11 +10,12 @@ routers serve the same workers: what one of them remembers is a shortcut, and an
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from sparsevila_cluster.cluster.asking import Asking, Means
 from sparsevila_cluster.cluster.conversations import Conversations, Head, Token
@@ -29,8 +30,10 @@ from sparsevila_cluster.errors import BadRequest, Cancelled, NotFound, SparseVil
 from sparsevila_cluster.media_handle import as_reused
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller, wait_within
-from sparsevila_cluster.prefill_engine import Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest, Turn, TurnEvent, check_brownout
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.prefill_engine import Progress
 
 log = logging.getLogger(__name__)
 
@@ -120,20 +123,24 @@ class ClusterPipeline:
             UserError (BadRequest, TooLarge, NotFound), QueueFull, DeadlineExceeded, Cancelled, Internal, Unavailable.
         """
         self._check_open()
+        turn = _repeatable(turn)
         caller = Caller(self.config.engine.turn_timeout_s if turn.deadline_s is None else turn.deadline_s)
-        if turn.conversation_id:
-            head = self._conversations.head(Token.parse(turn.conversation_id))
-        else:
-            head = self._conversations.open(turn)
+        token = Token.parse(turn.conversation_id) if turn.conversation_id else None
+        head = self._conversations.head(token) if token is not None else self._conversations.open(turn)
         asking = Asking(self._means, turn, head, caller)
         await self._take_over(turn, head, caller)
         self._turns[turn.turn_id] = asking
         try:
             await asking.lock()
-            if not turn.conversation_id:
+            if token is None:
                 asking.begin()
-            elif not head.known or turn.replay is not None or head.last_turn_id == turn.turn_id:
-                await asking.resolve()
+            else:
+                head.catch_up(token)
+                enough = head.known or head.num_turns and head.worker and turn.media_id
+                if not enough or turn.replay is not None or head.last_turn_id == turn.turn_id:
+                    await asking.resolve()
+                elif not head.known:
+                    asking.suppose()
             head.check(turn)
             async with aclosing(asking.events()) as events:
                 async for event in events:
@@ -192,10 +199,20 @@ class ClusterPipeline:
         self._conversations.forget(token.base)
         caller, fleet = self._short_call(), self._fleet
         present = {one.worker for one in await fleet.workers("decode", caller)}
-        workers = {token.worker, head.worker if head is not None else ""} & present
-        calls = (fleet.call("decode", worker, "close_conversation", token.base, caller=caller) for worker in workers)
+        workers = {token.worker, head.worker if head is not None else ""} - {""}
+        calls = (self._close_at(worker, token.base, worker in present, caller) for worker in workers)
         closed = await asyncio.gather(*calls, fleet.registry.tell("forget_conversation", token.base), return_exceptions=True)
         return any(answer is True for answer in closed)
+
+    async def _close_at(self, worker: str, base: str, present: bool, caller: Caller) -> bool:
+        """Whether a worker had the conversation. One that is out of reach is told when it reports again."""
+        try:
+            if present:
+                return bool(await self._fleet.call("decode", worker, "close_conversation", base, caller=caller))
+        except Unavailable as error:
+            log.info("a conversation was not closed at %s: %s", worker, error)
+        await self._fleet.registry.tell("leave", base, worker)
+        return False
 
     # ---- the cluster -------------------------------------------------------------------------------------------------------
 
@@ -273,3 +290,11 @@ class ClusterPipeline:
         for asking in list(self._turns.values()):
             asking.end(Unavailable("the router is closing"))
         await self._fleet.errands.settle(self.config.router.call_timeout_s)
+
+
+def _repeatable(turn: Turn) -> Turn:
+    """The turn with a seed if it samples without one: whoever takes it up elsewhere, by its id, goes on with the same draws."""
+    if turn.sampling.temperature == 0.0 or turn.sampling.seed is not None:
+        return turn
+    digest = hashlib.blake2b(turn.turn_id.encode(), digest_size=8).digest()
+    return replace(turn, sampling=replace(turn.sampling, seed=int.from_bytes(digest) >> 1))

@@ -15,12 +15,13 @@ import uuid
 from collections.abc import Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sparsevila_cluster.cluster.claims import Claims
 from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
 from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
-from sparsevila_cluster.config import MIB
+from sparsevila_cluster.docks import Ticket
 from sparsevila_cluster.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -34,17 +35,16 @@ from sparsevila_cluster.errors import (
 )
 from sparsevila_cluster.media_handle import as_reused
 from sparsevila_cluster.patience import Caller
-from sparsevila_cluster.prefill_engine import Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest
 from sparsevila_cluster.sharing import Sharing
-from sparsevila_cluster.transport import Ticket
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.prefill_engine import Progress
 
 log = logging.getLogger(__name__)
 
 # What another worker may do better. Everything else is the caller's to know.
 RETRIED = (Unavailable, QueueFull, DataLoss, Incompatible, DeadlineExceeded)
-# A worker that takes longer to send a copy, beyond a lease for standing in line, is stuck.
-SLOWEST_BYTES_PER_S = 16 * MIB
 # What says that a worker is gone or falling: a replacement may be under way.
 GONE = (WorkerLost, LaneLost)
 
@@ -183,6 +183,21 @@ class Shipping:
                 search.num_attempts += 1
                 search.error = error
                 self._blame(attempt, error, search, wanted.key)
+                if isinstance(error, WorkerLost) and attempt.leg in ("make", "ship"):
+                    arrived = await self._arrived(attempt, wanted)
+                    if arrived is not None:
+                        return attempt.target.worker, replace(arrived, reused=not (search.encoded or attempt.making))
+
+    async def _arrived(self, attempt: _Attempt, wanted: Wanted) -> MediaHandle | None:
+        """The handle of a prefix whose sender was lost when all of it was over there already."""
+        try:
+            handle = await self._fleet.call("decode", attempt.target.worker, "media", wanted.key, caller=wanted.caller)
+        except Unavailable:
+            return None
+        if handle is not None:
+            within_s = wanted.caller.remaining_s("preparing media")
+            await self._fleet.registry.note_held(handle, (attempt.target,), wanted.digest, within_s)
+        return handle
 
     async def _nobody(self, kind: Kind, search: _Search, wanted: Wanted) -> None:
         """No worker is left to ask. One that was lost is replaced, for which is waited a little; else that is the answer."""
@@ -241,8 +256,7 @@ class Shipping:
                     handle = await self._make(attempt, wanted, ticket)
                 else:
                     assert handle is not None
-                    kind, most_s = attempt.source.pool, fleet.config.transport.lease_s + handle.kv_bytes / SLOWEST_BYTES_PER_S
-                    await fleet.call(kind, source, "ship", wanted.key, ticket, caller=caller, most_s=most_s)
+                    await fleet.work(attempt.source.pool, source, "ship", wanted.key, ticket, caller=caller)
                 arrived = True
             finally:
                 if not arrived:

@@ -9,11 +9,12 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import SparseVilaError
+from sparsevila_cluster.errors import SparseVilaError, Unavailable
 from sparsevila_cluster.pipeline import LocalPipeline, Pipeline
 from sparsevila_cluster.request import MediaSource, PrepareRequest, SamplingParams, Turn
 
@@ -39,9 +40,9 @@ def request_of(path: Path) -> PrepareRequest:
     return PrepareRequest((MediaSource(str(path)),), deadline_s=DEADLINE_S)
 
 
-def turn_of(media_id: str, question: str, conversation_id: str) -> Turn:
+def turn_of(media_id: str, question: str, conversation_id: str, deadline_s: float = DEADLINE_S) -> Turn:
     sampling = SamplingParams(max_tokens=NUM_TOKENS)
-    return Turn(uuid.uuid4().hex, conversation_id, media_id, question, sampling, deadline_s=DEADLINE_S)
+    return Turn(uuid.uuid4().hex, conversation_id, media_id, question, sampling, deadline_s=deadline_s)
 
 
 async def film_of(path: Path, config: ClusterConfig) -> Film:
@@ -67,31 +68,43 @@ class Client:
         self.num_answers = 0
         self.heard_s: list[float] = []
 
-    def next_turn(self) -> Turn:
-        return turn_of(self.film.media_id, QUESTIONS[self.num_answers], self.conversation_id)
+    def next_turn(self, deadline_s: float = DEADLINE_S) -> Turn:
+        return turn_of(self.film.media_id, QUESTIONS[self.num_answers], self.conversation_id, deadline_s)
 
-    async def ask(self, turn: Turn | None = None, heard: Callable[[int], None] = lambda index: None) -> None:
-        """Asks the next question. heard: called with the index of every token. Raises what the pipeline raises."""
+    async def ask(
+        self, turn: Turn | None = None, heard: Callable[[int], None] = lambda index: None, leave_at: int | None = None
+    ) -> None:
+        """Asks the next question. heard: called with the index of every token. leave_at: stop listening at this token.
+
+        Raises what the pipeline raises.
+        """
         turn = turn or self.next_turn()
         due, tokens, ended = self.film.answers[self.num_answers], list[int](), False
         self.heard_s = []
-        async for event in self.pipeline.ask(turn):
-            self.heard_s.append(time.monotonic())
-            if event.kind == "accepted":
-                self.conversation_id = event.conversation_id
-            if event.kind == "token":
-                assert event.index == len(tokens), f"token {event.index} came where {len(tokens)} was due"
-                tokens += event.token_ids
-                assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}"
-                heard(event.index)
-            if event.kind == "done":
-                self.conversation_id, ended = event.conversation_id, True
+        async with aclosing(self.pipeline.ask(turn)) as events:
+            async for event in events:
+                self.heard_s.append(time.monotonic())
+                if event.kind == "accepted":
+                    self.conversation_id = event.conversation_id
+                if event.kind == "token":
+                    assert event.index == len(tokens), f"token {event.index} came where {len(tokens)} was due"
+                    tokens += event.token_ids
+                    assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}"
+                    heard(event.index)
+                    if event.index == leave_at:
+                        return
+                if event.kind == "done":
+                    self.conversation_id, ended = event.conversation_id, True
         assert ended and tuple(tokens) == due, f"the answer is {tokens}, not {due}"
         self.num_answers += 1
 
     async def close(self) -> None:
         if self.conversation_id:
             await self.pipeline.close_conversation(self.conversation_id)
+        self.forget()
+
+    def forget(self) -> None:
+        """The next question begins a new conversation."""
         self.conversation_id, self.num_answers = "", 0
 
 
@@ -101,6 +114,7 @@ class Neighbour:
     def __init__(self, pipeline: Pipeline, film: Film):
         self._client = Client(pipeline, film)
         self._over = False
+        self._left: list[str] = []
         self.num_answers = 0
         self.slowest_s = 0.0
         self._task = asyncio.ensure_future(self._run())
@@ -108,13 +122,24 @@ class Neighbour:
     async def _run(self) -> None:
         while not self._over:
             if self._client.num_answers == len(QUESTIONS):
-                await self._client.close()
+                await self._close()
             begun_s = time.monotonic()
             await self._client.ask()
             self.slowest_s = max(self.slowest_s, time.monotonic() - begun_s)
             self.num_answers += 1
             await asyncio.sleep(0.02)
-        await self._client.close()
+        await self._close()
+        for conversation_id in self._left:
+            await self._client.pipeline.close_conversation(conversation_id)
+
+    async def _close(self) -> None:
+        """Without the registry a conversation cannot be closed: later, then."""
+        conversation_id = self._client.conversation_id
+        try:
+            await self._client.close()
+        except Unavailable:
+            self._left.append(conversation_id)
+            self._client.forget()
 
     async def hears_more(self, num: int = 1) -> None:
         """Wait for `num` more answers. Raises what the neighbour met with."""

@@ -7,6 +7,7 @@ import pytest
 from tests.chaos.clients import film_of
 from tests.chaos.processes import Zygote
 from tests.chaos.town import Town, config_of
+from tests.chaos.traps import LATER
 from tests.cluster.bench import write_clip
 from tests.tiny import make_qwen2_5_vl
 
@@ -30,6 +31,7 @@ def world(runner, tmp_path_factory):
         async def build():
             town = Town(zygote, config_of(checkpoint))
             films = [await film_of(write_clip(folder / f"{seed}.mp4", seed=seed), town.config) for seed in range(2)]
+            assert films[0].answers != films[1].answers and len(films[0].answers[1]) > LATER, "too few tokens to see a wrong one"
             return town, *films
 
         made = runner.run(build())
@@ -39,13 +41,15 @@ def world(runner, tmp_path_factory):
         zygote.close()
 
 
-@pytest.fixture(scope="session")
-def tell(request):
+@pytest.fixture
+def tell():
     """Notes a line for the table that is printed at the end."""
-    yield lambda case, what: TOLD.append((case, what))
-    writer = request.config.pluginmanager.getplugin("terminalreporter")
-    if writer is not None and TOLD:
-        writer.write_line("")
-        width = max(len(case) for case, _ in TOLD)
-        for case, what in TOLD:
-            writer.write_line(f"{case:{width}}  {what}")
+    return lambda case, what: TOLD.append((case, what))
+
+
+def pytest_terminal_summary(terminalreporter):
+    width = max((len(case) for case, _ in TOLD), default=0)
+    if TOLD:
+        terminalreporter.section("recovery")
+    for case, what in TOLD:
+        terminalreporter.write_line(f"{case:{width}}  {what}")

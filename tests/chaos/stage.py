@@ -54,6 +54,14 @@ class Scene:
         reports = found.holders if kind == "decode" else found.copies
         return self.town.pools[kind].processes[reports[0].worker]
 
+    async def delete(self) -> None:
+        await _forget(self.town, self.film)
+
+    async def neighbours_leave(self) -> None:
+        """Of cases that leave them nobody to ask."""
+        await asyncio.gather(*(one.leaves() for one in self.neighbours))
+        self.neighbours = []
+
     async def neighbours_go_on(self) -> None:
         await asyncio.gather(*(one.hears_more(2) for one in self.neighbours))
 
@@ -77,14 +85,14 @@ async def scene(town: Town, film: Film, other: Film) -> AsyncGenerator[Scene, No
         await town.disarm()
         await made.neighbours_go_on()
         await made.client.close()
-        for neighbour in made.neighbours:
-            await neighbour.leaves()
-        made.neighbours = []
+        await made.neighbours_leave()
         await _forget(town, film)
         await town.rests({other.media_id})
     finally:
         for neighbour in made.neighbours:
             neighbour.drop()
+        if town.registry.directory is None:
+            town.registry.come_back()
         for process in town.processes:
             if process.stopped:
                 process.signal(signal.SIGCONT)
@@ -100,10 +108,10 @@ async def _forget(town: Town, film: Film, within_s: float = 10.0) -> None:
     until_s = time.monotonic() + within_s
     while True:
         alive = {one.name for one in town.processes if one.lives}
+        held = [name for name, books in (await town.ledgers()).items() if film.media_id in books["media"]]
+        if not held and alive <= town.registered:
+            return
+        assert time.monotonic() < until_s, f"{film.media_id[:12]} cannot be deleted at {held}: {await town.ledgers()}"
         if alive <= town.registered:
             await town.pipeline.delete_media(film.media_id)
-            await asyncio.sleep(2 * town.config.report_s)
-            if not any(film.media_id in books["media"] for books in (await town.ledgers()).values()):
-                return
-        assert time.monotonic() < until_s, f"{film.media_id[:12]} cannot be deleted: {await town.ledgers()}"
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)

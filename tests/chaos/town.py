@@ -19,7 +19,7 @@ from sparsevila_cluster.errors import SparseVilaError, WorkerLost
 from sparsevila_cluster.metrics import Tally
 from tests.chaos.processes import Process, ProcessPool, Zygote
 
-SILENCE_S = 1.5
+SILENCE_S = 1.2
 LEASE_S = 3.0
 # What a loaded machine may take on top of a lease before bytes that are not back count as lost.
 SLACK_S = 5.0
@@ -33,8 +33,8 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
             "sparsity": {"prune_keep": 0.6, "retrieve_keep": 0.4},
         },
         "transport": {
-            "kind": "gloo", "host": "127.0.0.1", "chunk_bytes": 64 * 1024, "op_timeout_s": 3.0, "dial_timeout_s": 3.0,
-            "beat_s": 0.2, "silence_s": 2.0, "lease_s": LEASE_S,
+            "kind": "gloo", "host": "127.0.0.1", "chunk_bytes": 64 * 1024, "op_timeout_s": 3.0, "dial_timeout_s": 1.5,
+            "beat_s": 0.2, "silence_s": 1.5, "lease_s": LEASE_S,
         },
         "prefill": {"copy_bytes": 2 * 2**20},
         "decode": {"replicate_after": 0},
@@ -111,7 +111,10 @@ class Town:
         while process.lives:
             try:
                 report = await process.ask("worker", "report", full)
-                full = (await self.registry.call(None, "report", report, within_s=1.0))["send_all"]
+                answer = await self.registry.call(None, "report", report, within_s=1.0)
+                full = answer["send_all"]
+                for conversation_id in answer["close"]:
+                    await process.ask("worker", "close_conversation", conversation_id)
             except SparseVilaError:
                 full = True
             await asyncio.sleep(self.config.report_s)

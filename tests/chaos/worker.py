@@ -21,12 +21,12 @@ from tests.chaos.traps import PLACES, set_trap
 from tests.chaos.wires import LIMIT_BYTES, receive, send
 
 CALLS = {
-    "prefill": ("key_of", "ship", "drop", "info", "report", "check"),
+    "prefill": ("drop", "info", "report", "check"),
     "decode": (
-        "reserve", "release", "abort", "close_conversation", "drop", "ship", "set_brownout", "info", "report", "check",
+        "reserve", "release", "abort", "close_conversation", "media", "drop", "set_brownout", "info", "report", "check",
     ),
 }  # fmt: skip
-STREAMS = {"prefill": ("make",), "decode": ("ask",)}
+STREAMS = {"prefill": ("key_of", "make", "ship"), "decode": ("ask", "ship")}
 
 
 class CountedTally(Tally):

@@ -51,6 +51,8 @@ class LocalPool:
         until_s = asyncio.get_running_loop().time() + within_s
         async with self._asked(worker, method, args) as (name, target, dead):
             items = getattr(target, method)(*args)
+            if not inspect.isasyncgen(items):
+                items = _only(items)
             work = None
             try:
                 while True:
@@ -105,6 +107,10 @@ class LocalPool:
 
 
 _END = object()
+
+
+async def _only(result):
+    yield await result if inspect.isawaitable(result) else result
 
 
 async def _result(method, args):

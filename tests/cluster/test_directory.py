@@ -60,18 +60,18 @@ def test_it_knows_who_holds_what_and_with_which_load(directory):
 
 def test_an_unchanged_report_keeps_residents_and_a_new_list_replaces_them(directory):
     directory.report(report("d0", keys=["m"]))
-    assert directory.report(report("d0", num_waiting=5)) == {"send_all": False}
+    assert directory.report(report("d0", num_waiting=5))["send_all"] is False
     assert directory.find(None, "m").holders[0].load.num_waiting == 5
     directory.report(report("d0", keys=["n"]))
     assert directory.holders("m") == () and names(directory.holders("n")) == ["d0"]
 
 
 def test_a_stranger_is_asked_for_everything_until_it_told_everything(directory):
-    assert directory.report(report("d0", records=None)) == {"send_all": True}
-    assert directory.report(report("d0", records=None)) == {"send_all": True}
-    assert directory.report(report("d0", keys=["m"], records=None)) == {"send_all": True}, "its conversations are not known yet"
-    assert directory.report(report("d0", keys=["m"], records=())) == {"send_all": False}
-    assert directory.report(report("p0", "prefill", keys=[], records=None)) == {"send_all": False}
+    assert directory.report(report("d0", records=None))["send_all"] is True
+    assert directory.report(report("d0", records=None))["send_all"] is True
+    assert directory.report(report("d0", keys=["m"], records=None))["send_all"] is True, "its conversations are not known yet"
+    assert directory.report(report("d0", keys=["m"], records=()))["send_all"] is False
+    assert directory.report(report("p0", "prefill", keys=[], records=None))["send_all"] is False
 
 
 def test_silent_workers_are_dropped_and_asked_again_when_they_come_back(directory, clock):
@@ -80,7 +80,7 @@ def test_silent_workers_are_dropped_and_asked_again_when_they_come_back(director
     assert names(directory.find(None, "m").holders) == ["d0"]
     clock.now_s += 0.1
     assert directory.find(None, "m").holders == () and directory.snapshot().workers == ()
-    assert directory.report(report("d0", records=None)) == {"send_all": True}
+    assert directory.report(report("d0", records=None))["send_all"] is True
 
 
 def test_a_worker_that_died_is_forgotten_at_once(directory):
@@ -126,6 +126,7 @@ def test_turns_are_kept_in_order_and_one_made_again_replaces_what_followed(direc
     assert directory.history("c") == Journal("c", "m", (), "tenant")
     assert directory.record("c", "m", 0, said(0, 1)) and directory.record("c", "m", 1, said(1, 2))
     assert not directory.record("c", "m", 3, said(3, 4)), "a turn is missing before it"
+    assert directory.record("c", "m", 0, said(0, 1)) and len(directory.history("c").records) == 2, "told late, and again"
     assert directory.record("c", "m", 0, said(0, 9))
     assert directory.history("c").records == (said(0, 9),)
     directory.open_conversation("c", "m")
@@ -158,3 +159,17 @@ def test_conversations_are_bounded_and_the_least_recently_used_goes_first(direct
 def test_a_conversation_is_kept_up_to_a_bound(directory):
     directory.report(report("d0", keys=[], records=(Journal("c", "m", tuple(said(i, i) for i in range(MAX_TURNS + 5))),)))
     assert len(directory.history("c").records) == MAX_TURNS and not directory.record("c", "m", MAX_TURNS, said(0, 1))
+
+
+def test_a_worker_that_comes_back_is_told_which_conversations_it_has_no_more(directory):
+    directory.report(report("d0"))
+    directory.leave("c", "d0", "d1")
+    directory.leave("closed", "d0")
+    directory.leave("b", "d1", "d0")
+    directory.leave("b", "d0", "d1")
+    directory.leave("b", "d1", "d0")  # it is back where it was
+    stale = tuple(Journal(name, "m", (said(0, 1),)) for name in ("c", "closed", "kept"))
+    assert directory.report(report("d0", records=stale))["close"] == ("c", "closed")
+    assert directory.report(report("d0"))["close"] == ()
+    assert directory.report(report("d1"))["close"] == ("b",)
+    assert directory.history("closed") is None and directory.history("kept") is not None
