@@ -85,6 +85,7 @@ class Line:
             try:
                 self._out.sendall(HEAD.pack(len(message)) + message)
             except OSError as error:
+                self.close()  # half a message may have left: nothing can follow it
                 raise LaneLost(f"the other side does not listen: {error}") from error
 
     def receive(self, within_s: float) -> bytes:

@@ -129,7 +129,7 @@ class Harbour:
 
     def __init__(self, kind: str, courier: Cupboard | None = None, spec: KVSpec = SPEC, num_slots: int = 6000, **fields: Any):
         courier = courier or (Cupboard() if kind == "objectstore" else None)
-        short = {"beat_s": 0.1, "silence_s": 1.5, "op_timeout_s": 3.0, "dial_timeout_s": 3.0, "lease_s": 5.0}
+        short = {"beat_s": 0.1, "silence_s": 3.0, "op_timeout_s": 5.0, "dial_timeout_s": 5.0, "lease_s": 5.0}
         self.config = TransportConfig(kind=kind, **{**short, **fields})
         self.quay = Quay(num_slots)
         self.tally = Tally()

@@ -17,7 +17,7 @@ from sparsevila_cluster.errors import SparseVilaError
 from sparsevila_cluster.transport import Dock, Shipper, Ticket, rendezvous
 from tests.transport.harbour import SPEC, Quay, make_prefix, rows_equal
 
-SHORT = {"beat_s": 0.1, "silence_s": 1.0, "op_timeout_s": 2.0, "dial_timeout_s": 2.0, "lease_s": 5.0}
+SHORT = {"beat_s": 0.1, "silence_s": 2.0, "op_timeout_s": 3.0, "dial_timeout_s": 3.0, "lease_s": 30.0}
 # torch is imported once, by a server that forks every peer: they begin at once, and each can be killed alone.
 PROCESSES = multiprocessing.get_context("forkserver")
 

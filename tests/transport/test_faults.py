@@ -15,7 +15,7 @@ from sparsevila_cluster.transport.objectstore import ObjectstoreLink
 from tests.transport.faults import OF_BULK, OF_MESSAGES, Fault, Script
 from tests.transport.harbour import BOUNDS, Cupboard, Harbour, make_prefix, rows_equal, until
 
-HASTY = {"chunk_bytes": 65536, "silence_s": 0.8, "op_timeout_s": 0.8, "dial_timeout_s": 1.0}
+HASTY = {"chunk_bytes": 65536, "silence_s": 2.0, "op_timeout_s": 2.0, "dial_timeout_s": 2.0}
 
 
 @pytest.fixture

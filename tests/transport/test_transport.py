@@ -195,10 +195,10 @@ class TestEveryKind:
         until(lambda: not set(threading.enumerate()) - before, "threads end")
 
     def test_idle_lanes_stay(self, kind):
-        harbour = Harbour(kind, silence_s=0.5)
+        harbour = Harbour(kind, silence_s=1.0)
         try:
             harbour.send(make_prefix())
-            time.sleep(1.2)
+            time.sleep(2.2)
             harbour.send(make_prefix("b"))
             assert harbour.shipper.info()["lanes"][0]["epoch"] == 1
             assert harbour.tally.counts["kv_lane_rebuild_total",] == 0
