@@ -29,8 +29,7 @@ REPLICA_ENV = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
 }
-# Ray starts its workers at nice 15, which is for batch jobs: beside anything else that computes on this machine, clients
-# included, a replica would get a thirtieth of a processor, and answer no health check in time.
+# Ray starts its workers at nice 15, which is for batch jobs. Replicas serve, and share the machine with their clients.
 OWN_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
