@@ -178,7 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="shorter videos, fewer loads: a minute and a half on two cores")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the checkpoint is kept (620 MB)")
     parser.add_argument("--json", action="store_true", help="print the JSON document and nothing else")
-    parser.add_argument("--save", "--out", dest="save", type=Path, metavar="DIR", help="also write results to DIR")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="also write results to DIR")
     return parser.parse_args(argv)
 
 
