@@ -59,6 +59,7 @@ class Asking:
         self._lost: set[str] = set()
         self._lacking: set[str] = set()
         self._recovering = False
+        self._begun_at: int | None = None  # turns before this one, once a worker has begun it
 
     # ---- the outside's view ------------------------------------------------------------------------------------------------
 
@@ -76,6 +77,7 @@ class Asking:
                 async with aclosing(self._run(worker)) as events:
                     async for event in events:
                         self._check()
+                        self._begun_at = self.head.num_turns if self._begun_at is None else self._begun_at
                         if event.kind == "token":
                             self._add(event)
                         elif event.kind == "done":
@@ -171,6 +173,10 @@ class Asking:
         for number, record in head.unrecorded:
             if number <= len(records):
                 records[number:] = [record]
+        if self._begun_at is not None:
+            # What a worker remembers beyond was never heard by anybody, but for this very turn.
+            own = any(record.turn.turn_id == turn.turn_id for record in records[self._begun_at : self._begun_at + 1])
+            del records[self._begun_at + own :]
         if len(records) < head.num_turns:
             raise NotFound(f"the text of conversation {head.token!r} is lost, and the worker that held it")
         if records and records[-1].turn.turn_id == turn.turn_id:
