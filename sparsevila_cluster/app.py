@@ -47,21 +47,25 @@ def build(args: dict[str, Any]) -> Application:
     args: {"config": path of a YAML file}, or what may stand in such a file. Raises BadConfig.
     """
     if "config" not in args:
-        return application(cluster_config_of(dict(args)), verbose=True)
+        return application(cluster_config_of(dict(args)), REPLICA_ENV, verbose=True)
     if len(args) > 1:
         raise BadConfig(f"config names a file that holds everything; besides it: {', '.join(sorted(set(args) - {'config'}))}")
-    return application(load_cluster_config(args["config"]), verbose=True)
+    return application(load_cluster_config(args["config"]), REPLICA_ENV, verbose=True)
 
 
-def application(config: ClusterConfig, verbose: bool = False) -> Application:
-    """All deployments of `config`. verbose: replicas log what they do, not only what goes wrong."""
-    registry = _deployment(RegistryReplica, REGISTRY, config, 1, _actor(0.0), verbose).bind(config, verbose)
+def application(config: ClusterConfig, env: dict[str, str], verbose: bool = False) -> Application:
+    """All deployments of `config`.
+
+    env: what their processes need beside what they inherit; with an empty one Ray takes processes that it has ready. verbose:
+    replicas log what they do, not only what goes wrong.
+    """
+    registry = _deployment(RegistryReplica, REGISTRY, config, 1, _actor(0.0, env), verbose).bind(config, verbose)
     pools = [
-        _deployment(kind, name, config, pool.replicas, _worker(pool), verbose).bind(config, registry, verbose)
+        _deployment(kind, name, config, pool.replicas, _worker(pool, env), verbose).bind(config, registry, verbose)
         for kind, name, pool in ((PrefillReplica, PREFILL, config.prefill), (DecodeReplica, DECODE, config.decode))
     ]
     router = config.router
-    door = _deployment(RouterReplica, ROUTER, config, router.replicas, _actor(router.num_cpus), verbose)
+    door = _deployment(RouterReplica, ROUTER, config, router.replicas, _actor(router.num_cpus, env), verbose)
     return door.bind(config, *pools, registry, verbose)
 
 
@@ -85,13 +89,13 @@ def _deployment(
     return deployment
 
 
-def _worker(pool: PoolConfig) -> dict[str, Any]:
+def _worker(pool: PoolConfig, env: dict[str, str]) -> dict[str, Any]:
     placing: dict[str, Any] = {"label_selector": pool.labels} if pool.labels else {}
-    return _actor(pool.num_cpus) | {"num_gpus": pool.num_gpus, "resources": pool.resources} | placing
+    return _actor(pool.num_cpus, env) | {"num_gpus": pool.num_gpus, "resources": pool.resources} | placing
 
 
-def _actor(num_cpus: float) -> dict[str, Any]:
-    return {"num_cpus": num_cpus, "runtime_env": {"env_vars": REPLICA_ENV}}
+def _actor(num_cpus: float, env: dict[str, str]) -> dict[str, Any]:
+    return {"num_cpus": num_cpus} | ({"runtime_env": {"env_vars": env}} if env else {})
 
 
 class RouterReplica(Clerk):

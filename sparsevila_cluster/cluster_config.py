@@ -110,6 +110,9 @@ class ClusterConfig(FrozenConfig):
     decode: DecodeConfig = DecodeConfig(replicas=2)
     router: RouterConfig = RouterConfig()
     door: DoorConfig = DoorConfig()
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of Ray's metrics where `serve` starts Ray itself; 0 takes a free one."
+    )
     report_s: float = Field(1.0, gt=0, description="Seconds between two reports of a worker.")
     health_period_s: float = Field(2.0, gt=0, description="Seconds between two health checks of a replica.")
     health_timeout_s: float = Field(5.0, gt=0, description="Deadline of a health check.")

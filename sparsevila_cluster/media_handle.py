@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.request import MediaHandle
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.kv import MediaPrefix
 
 
 def handle_of(prefix: MediaPrefix, reused: bool = False, ms: Mapping[str, float] | None = None) -> MediaHandle:

@@ -6,6 +6,7 @@ Knows: how to start, to watch and to end it, each within a deadline. Does not kn
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -21,11 +22,19 @@ from ray import serve
 from ray.serve import RunTarget
 
 from sparsevila_cluster.app import application
-from sparsevila_cluster.cluster.own_ray import own_ray, within
+from sparsevila_cluster.cluster.own_ray import REPLICA_ENV, hush, own_ray, within
 from sparsevila_cluster.cluster.ray_pool import RayPool
 from sparsevila_cluster.cluster.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import BadCheckpoint, DeadlineExceeded, Internal, SparseVilaError, Unavailable, UserError, from_failure
+from sparsevila_cluster.errors import (
+    BadCheckpoint,
+    DeadlineExceeded,
+    Internal,
+    SparseVilaError,
+    Unavailable,
+    UserError,
+    from_failure,
+)
 from sparsevila_cluster.patience import GRACE_S
 from sparsevila_cluster.progress import ProgressLine
 
@@ -52,8 +61,8 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         progress = stack.enter_context(ProgressLine())
         if address is None:
             _check_port(config)
-            if not config.engine.model_dir.is_dir():
-                raise BadCheckpoint(f"{str(config.engine.model_dir)!r} is not a directory")
+            if not (config.engine.model_dir / "config.json").is_file():
+                raise BadCheckpoint(f"{config.engine.model!r} is no checkpoint: there is no config.json in it")
             progress.stage("start Ray", 0, 1)
             folder = stack.enter_context(own_ray(config, verbose))
             if config.door.spool_dir is None:  # routers share it, and it goes with the rest
@@ -63,9 +72,8 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
             progress.stage("connect to Ray", 0, 1)
             stack.enter_context(_connected(address, verbose))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
-        serve.run_many(
-            [RunTarget(application(config, verbose), name=config.name, route_prefix=None)], wait_for_applications_running=False
-        )
+        app = application(config, {} if address is None else REPLICA_ENV, verbose)  # an own Ray hands its environment on
+        serve.run_many([RunTarget(app, name=config.name, route_prefix=None)], wait_for_applications_running=False)
         stack.callback(within, config.drain_timeout_s + GRACE_S, lambda: serve.delete(config.name))
         port = _wait_until_ready(config, start_s + config.start_timeout_s, progress.stage)
         progress.clear()
@@ -100,8 +108,9 @@ def _ignoring(*numbers: int) -> Iterator[None]:
 
 @contextmanager
 def _connected(address: str, verbose: bool) -> Iterator[None]:
+    hush(verbose)
     try:
-        ray.init(address=address, log_to_driver=verbose, configure_logging=verbose)
+        ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(f"no Ray cluster at {address!r}: {error}") from error
     try:

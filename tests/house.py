@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 OURS, KERNELS = "sparsevila_cluster", "sparsevila_kernels"
 
 FLOORS = {
-    0: "errors config cluster_config display sight request calls metrics patience blocking logs pb",
+    0: "errors config cluster_config display sight request calls metrics patience blocking logs docks pb",
     1: "media models pruning retrieval kv awq sampling attention",
     2: "wire transport",
     3: "scheduler step_batch running_turn turn_retrieval turn_answer evidence prompt_rows prefill_engine decode_engine detokenize "

@@ -10,27 +10,25 @@ comes to another worker (`shipping`).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from sparsevila_cluster.cluster.conversations import Head
-from sparsevila_cluster.cluster.fleet import Fleet
+from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet
 from sparsevila_cluster.cluster.placement import choose_holder
 from sparsevila_cluster.cluster.preparing import Preparing
 from sparsevila_cluster.cluster.replication import Replication
 from sparsevila_cluster.cluster.shipping import Shipping, Wanted
+from sparsevila_cluster.cluster.writing import write_down
 from sparsevila_cluster.errors import BadMedia, Internal, NotFound, QueueFull, SparseVilaError, Unavailable, WorkerLost
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller, wait_within
 from sparsevila_cluster.request import Replay, Turn, TurnEvent, TurnRecord
 
 log = logging.getLogger(__name__)
-
-# Writing down a finished turn is not worth more of a client's time: the decode worker keeps it too.
-RECORD_WITHIN_S = 1.0
-MAX_UNRECORDED = 64
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,8 @@ class Asking:
                         self._begun_at = self.head.num_turns if self._begun_at is None else self._begun_at
                         if event.kind == "token":
                             self._add(event)
+                        elif event.kind == "accepted":
+                            self.head.known = True
                         elif event.kind == "done":
                             await self._finish(event)
                         if event.kind == "token" or event.kind not in told:
@@ -90,24 +90,30 @@ class Asking:
                 raise WorkerLost(f"worker {worker} ended a turn in mid-answer")
             except SparseVilaError as error:
                 self.worker = None
-                if "done" in told or attempt == self._fleet.config.router.max_attempts or not await self._goes_on(worker, error):
+                if "done" in told:
+                    return  # a worker that dies with its last word has said it
+                if attempt == self._fleet.config.router.max_attempts or not await self._goes_on(worker, error):
                     raise
                 extra = {"turn_id": self.turn.turn_id, "at": worker}
                 level = logging.WARNING if worker in self._lost else logging.INFO
                 log.log(level, "a turn is asked again after %d tokens: %s", len(self._said), error, extra=extra)
 
     async def resolve(self) -> None:
-        """Find out where a conversation stands that this router does not know, or whose last turn may be this very one.
+        """Find out where a conversation stands of which more is needed than its token says: what it is about, or what was said.
 
         Raises:
             NotFound: it is unknown, another tenant's, or its text is lost. BadRequest: it is about another media. Unavailable.
         """
+        known = self.head.known
         self._history = await self._read_history()
-        if not self.head.known:
+        if not known:
             decodes = await self._fleet.workers("decode", self.caller)
             if self.head.worker not in {one.worker for one in decodes}:
                 self._lost.add(self.head.worker)
-            self.head.known = True
+
+    def suppose(self) -> None:
+        """The token says enough to ask its worker, which knows better what the conversation is about and whose it is."""
+        self.head.media_id, self.head.tenant = self.turn.media_id, self.turn.tenant
 
     def begin(self) -> None:
         """The conversation begins with this turn."""
@@ -161,24 +167,35 @@ class Asking:
         return worker
 
     async def _read_history(self) -> tuple[TurnRecord, ...]:
-        """The finished turns before this one. Raises NotFound, BadRequest, Unavailable."""
+        """The finished turns before this one. What its client has seen finished is waited for: a router may be about to tell it.
+
+        Raises:
+            NotFound: unknown, another tenant's, or lost. BadRequest: about another media. Unavailable, DeadlineExceeded, Cancelled.
+        """
         head, turn = self.head, self.turn
-        journal = await self._fleet.registry.journal(head.base, self.caller)
+        patience = Caller(self._fleet.config.router.call_timeout_s)
+        while True:
+            journal = await self._fleet.registry.journal(head.base, self.caller)
+            records = list(journal.records) if journal is not None else []
+            for number, record in head.unrecorded:
+                if number == len(records):
+                    records.append(record)
+            if len(records) >= head.num_turns:
+                break
+            if not patience.left_s and journal is None and not head.known:
+                raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
+            if not patience.left_s:
+                raise NotFound(f"the text of conversation {head.token!r} is lost, and the worker that held it")
+            await asyncio.sleep(min(PAUSE_S, self.caller.remaining_s("waiting for the text of a conversation")))
         if journal is None and not head.known:
             raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
         if journal is not None and not head.known:
-            head.media_id, head.tenant = journal.media_id, journal.tenant
+            head.media_id, head.tenant, head.known = journal.media_id, journal.tenant, True
             head.check(turn)
-        records = list(journal.records) if journal is not None else []
-        for number, record in head.unrecorded:
-            if number <= len(records):
-                records[number:] = [record]
         if self._begun_at is not None:
             # What a worker remembers beyond was never heard by anybody, but for this very turn.
             own = any(record.turn.turn_id == turn.turn_id for record in records[self._begun_at : self._begun_at + 1])
             del records[self._begun_at + own :]
-        if len(records) < head.num_turns:
-            raise NotFound(f"the text of conversation {head.token!r} is lost, and the worker that held it")
         if records and records[-1].turn.turn_id == turn.turn_id:
             # It was finished, but its client did not hear all of it: it is made once more, the same.
             self._brownout = records.pop().brownout
@@ -200,7 +217,7 @@ class Asking:
         )
         self.worker = worker
         if head.worker not in ("", worker):
-            fleet.later(fleet.registry.tell("leave", head.base, head.worker, worker), "moving a conversation", turn=turn.turn_id)
+            fleet.later(fleet.registry.tell("leave", head.base, head.worker, worker), "moving a conversation", turn_id=turn.turn_id)
         head.moves_to(worker)
         with fleet.busy(worker), self._means.replication.turn(worker, head.media_id):
             async with aclosing(fleet.stream("decode", worker, "ask", turn, self._history, caller=self.caller)) as batches:
@@ -221,20 +238,12 @@ class Asking:
             self.turn, conversation_id=head.base, media_id=head.media_id, deadline_s=None, after=None, replay=None
         )
         brownout = done.usage.brownout if done.usage is not None else self._brownout
-        head.unrecorded.append((head.num_turns, TurnRecord(asked, tuple(self._said), brownout)))
-        head.num_turns += 1
+        record = TurnRecord(asked, tuple(self._said), brownout)
+        number, head.num_turns = head.num_turns, head.num_turns + 1
         head.last_turn_id = self.turn.turn_id
         if self._recovering:
             self._means.sink.count("turns_recovered_total")
-        try:
-            within_s = min(RECORD_WITHIN_S, self.caller.remaining_s("recording a turn"))
-            for number, record in head.unrecorded:
-                # What is refused is missing turns before it: a new registry has them, and this one, from the worker.
-                await self._fleet.registry.record(head.base, head.media_id, number, record, within_s)
-            head.unrecorded.clear()
-        except SparseVilaError as error:
-            del head.unrecorded[:-MAX_UNRECORDED]
-            log.warning("a turn is not in the registry yet: %s", error, extra={"turn_id": self.turn.turn_id})
+        await write_down(self._fleet, head, number, record, self.caller)
 
     # ---- when it fails -----------------------------------------------------------------------------------------------------
 

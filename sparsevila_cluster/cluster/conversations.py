@@ -3,6 +3,9 @@
 Knows: the token that clients hold (`base.worker.epoch`), and that turns of one conversation come one after the other. Does not
 know: what was said (the registry keeps that), or how workers are asked. What is forgotten here is found again by the token and in
 the registry.
+
+The epoch is `moves-turns`: how often the conversation went on at another worker, and how many turns it had behind it when the token
+was given. So a router that never heard of it can tell whether a worker, or the registry, is behind what the client has seen.
 """
 
 from __future__ import annotations
@@ -17,19 +20,20 @@ from sparsevila_cluster.errors import BadRequest, NotFound
 from sparsevila_cluster.request import Turn, TurnRecord
 
 _BASE = re.compile(r"[0-9a-f]{32}")
-_EPOCH = re.compile(r"[0-9]{1,9}")
+_EPOCH = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
 class Token:
-    """What a client is told: the conversation, the worker where it went on last, how often it moved."""
+    """What a client is told: the conversation, the worker where it went on last, how often it moved, how many turns it had."""
 
     base: str
     worker: str = ""
-    epoch: int = 0
+    moves: int = 0
+    num_turns: int = 0
 
     def __str__(self) -> str:
-        return f"{self.base}.{self.worker}.{self.epoch}"
+        return f"{self.base}.{self.worker}.{self.moves}-{self.num_turns}"
 
     @classmethod
     def parse(cls, text: str) -> Token:
@@ -40,38 +44,47 @@ class Token:
         """
         base, _, rest = text.partition(".")
         worker, _, epoch = rest.rpartition(".")
+        known = _EPOCH.fullmatch(epoch)
         if not _BASE.fullmatch(base):
             raise NotFound(f"conversation {text[:100]!r} is unknown")
-        return cls(base, worker, int(epoch) if _EPOCH.fullmatch(epoch) else 0)
+        return cls(base, worker, int(known[1]), int(known[2])) if known is not None else cls(base, worker)
 
 
 @dataclass
 class Head:
-    """Where a conversation stands. worker: where it is, "" if nowhere yet. known: num_turns and the rest are more than a guess.
+    """Where a conversation stands. worker: where it is, "" if nowhere yet. known: it is more than what a token says.
 
-    unrecorded: (number, record) of turns that the registry was not there to take.
+    unrecorded: (number, record) of turns that the registry was not there to take; recording: held by who tells it. late: somebody
+    will.
     """
 
     base: str
     media_id: str = ""
     tenant: str = ""
     worker: str = ""
-    epoch: int = 0
+    moves: int = 0
     num_turns: int = 0
     last_turn_id: str = ""
     known: bool = False
     unrecorded: list[tuple[int, TurnRecord]] = field(default_factory=list)
+    recording: asyncio.Lock = field(default_factory=asyncio.Lock)
+    late: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def token(self) -> str:
-        return str(Token(self.base, self.worker, self.epoch))
+        return str(Token(self.base, self.worker, self.moves, self.num_turns))
 
     def moves_to(self, worker: str) -> None:
         """The next turn runs there."""
         if self.worker and self.worker != worker:
-            self.epoch += 1
+            self.moves += 1
         self.worker = worker
+
+    def catch_up(self, token: Token) -> None:
+        """A client has seen it further than it is known here: another router took turns of it."""
+        if token.num_turns > self.num_turns:
+            self.worker, self.moves, self.num_turns = token.worker, token.moves, token.num_turns
 
     def check(self, turn: Turn) -> None:
         """Raises NotFound: it is another tenant's, which looks as if there was none. BadRequest: it is about another media."""
@@ -100,7 +113,7 @@ class Conversations:
         """The conversation of a token; a guess by the token alone if it is not known here."""
         head = self._heads.use(token.base)
         if head is None:
-            head = Head(token.base, worker=token.worker, epoch=token.epoch)
+            head = Head(token.base, worker=token.worker, moves=token.moves, num_turns=token.num_turns)
             self._heads.put(head.base, head)
         return head
 

@@ -181,13 +181,17 @@ class Directory:
             self._journals.put(conversation_id, Journal(conversation_id, media_id, tenant=tenant))
 
     def record(self, conversation_id: str, media_id: str, number: int, record: TurnRecord) -> bool:
-        """Turn `number` (0 = the first) of a conversation is over; what was known of it and of later ones is replaced.
+        """Turn `number` (0 = the first) of a conversation is over. Another one that was known in its place is replaced, with all
+        that followed it; the same one, told again, changes nothing.
 
         False, and nothing is kept, when turns before it are not known here, or it is beyond MAX_TURNS.
         """
         known = self._journals.use(conversation_id) or Journal(conversation_id, media_id, tenant=record.turn.tenant)
         if not 0 <= number <= min(len(known.records), MAX_TURNS - 1):
             return False
+        there = known.records[number] if number < len(known.records) else None
+        if there is not None and (there.turn.turn_id, there.token_ids) == (record.turn.turn_id, record.token_ids):
+            return True
         self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record)))
         return True
 

@@ -29,7 +29,9 @@ REPLICA_ENV = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
 }
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Ray starts its workers at nice 15, which is for batch jobs: beside anything else that computes on this machine, clients
+# included, a replica would get a thirtieth of a processor, and answer no health check in time.
+OWN_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 @contextmanager
@@ -43,13 +45,12 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
     from ray import serve
 
     # Only now: in this process Serve has read its settings, which must leave the routing loop apart.
-    added = {name: value for name, value in {**QUIET, **REPLICA_ENV}.items() if name not in os.environ}
+    added = {name: value for name, value in {**OWN_ENV, **REPLICA_ENV}.items() if name not in os.environ}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # stays: Ray reads it once per process
     folder = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp" if Path("/tmp").is_dir() else None))  # short: sockets lie in it
     os.environ.update(added)
     try:
-        for name in ("ray", "ray.serve"):
-            logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
+        hush(verbose)
         pools: list[PoolConfig] = [config.prefill, config.decode]
         num_cpus = sum(pool.replicas * pool.num_cpus for pool in pools) + config.router.replicas * config.router.num_cpus
         ray.init(
@@ -62,6 +63,7 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             log_to_driver=verbose,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
+            _metrics_export_port=config.metrics_port or None,
         )
         try:
             _check_gpus(sum(pool.replicas * pool.num_gpus for pool in pools), ray.cluster_resources().get("GPU", 0.0))
@@ -76,6 +78,12 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
         for name in added:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def hush(verbose: bool) -> None:
+    """What Ray and Serve log in this process: everything, or what ends them."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
 
 
 def within(most_s: float, call: Callable[[], object]) -> None:

@@ -261,6 +261,10 @@ class PrefillWorker:
                 self.copies.drop("warm")
 
         await wait_within(self._in(self._prefill_thread, run), self.config.engine.prepare_timeout_s, "warming up")
+        await self.meet(docks)
+
+    async def meet(self, docks: Iterable[DockAddress]) -> None:
+        """Build lanes to `docks` ahead of the first shipment. One that cannot be built now is built with that shipment."""
         await self._sending.warm(docks)
 
     # ---- threads -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from typing import TYPE_CHECKING
 
 import msgpack
 
@@ -22,9 +23,11 @@ from sparsevila_cluster.media import identify
 from sparsevila_cluster.media_handle import as_reused
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller
-from sparsevila_cluster.prefill_engine import Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest
 from sparsevila_cluster.sharing import Sharing
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.prefill_engine import Progress
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +85,8 @@ class Preparing:
         assert found.key is not None
         if found.holders and found.handle is not None:
             self._sink.count("media_kv_hits_total")
-            await registry.note_held(found.handle, (), digest, caller.remaining_s("preparing media"))
+            noting = registry.note_held(found.handle, (), digest, caller.remaining_s("preparing media"))
+            self._fleet.later(noting, "telling which media a request means")
             return as_reused(found.handle)
         wanted = Wanted(found.key, caller, request, progress, digest)
         _, handle = await self._shipping.bring(wanted)

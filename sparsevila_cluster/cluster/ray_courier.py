@@ -12,13 +12,13 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, RayError
 
 from sparsevila_cluster.cluster.ray_pool import RayPool
+from sparsevila_cluster.docks import DockAddress
 from sparsevila_cluster.errors import DeadlineExceeded, QueueFull, WorkerLost
 from sparsevila_cluster.patience import GRACE_S
-from sparsevila_cluster.transport import DockAddress
 
 
 class RayCourier:
-    """See `transport.Courier`. `decode` hands references on (`by_reference`); its event loop is the one this is made in."""
+    """What `transport.Courier` promises. `decode` hands references on (`by_reference`), in the event loop that this is made in."""
 
     def __init__(self, decode: RayPool):
         self._decode = decode

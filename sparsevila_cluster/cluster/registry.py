@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 MAX_REMEMBERED = 1_024
+# Who remembers where media are asks only whether that is still so.
+REMEMBERED_WITHIN_S = 1.0
+AWAY_S = 2.0
 
 
 class Registry:
@@ -32,6 +35,7 @@ class Registry:
         self._call_timeout_s = call_timeout_s
         self._found: Recent[Finding] = Recent(MAX_REMEMBERED)
         self._keys: Recent[str] = Recent(MAX_REMEMBERED)
+        self._away_until_s = 0.0
 
     # ---- what is asked -----------------------------------------------------------------------------------------------------
 
@@ -55,7 +59,7 @@ class Registry:
         remembered = self._found.use(key)
         if remembered is not None and remembered.holders:
             try:
-                found: Finding = await self._once("find", None, key, caller=caller)
+                found: Finding = await self._once("find", None, key, caller=caller, most_s=REMEMBERED_WITHIN_S)
             except (WorkerLost, DeadlineExceeded):
                 caller.check("looking for media")
                 return remembered
@@ -105,9 +109,20 @@ class Registry:
         except SparseVilaError as error:
             log.warning("the registry does not know yet of a prefix that arrived: %s", error)
 
+    @property
+    def away(self) -> bool:
+        """Whether it did not take a record just now: who is in a hurry need not try."""
+        return time.perf_counter() < self._away_until_s
+
     async def record(self, conversation_id: str, media_id: str, number: int, record: TurnRecord, within_s: float) -> bool:
         """`Directory.record`. Raises WorkerLost, DeadlineExceeded."""
-        return bool(await self.tell("record", conversation_id, media_id, number, record, within_s=within_s))
+        away_until_s = time.perf_counter() + AWAY_S
+        try:
+            told = bool(await self.tell("record", conversation_id, media_id, number, record, within_s=within_s))
+            away_until_s = 0.0
+        finally:
+            self._away_until_s = away_until_s
+        return told
 
     def forget_media(self, key: str) -> None:
         """What this router itself remembers of a media."""
@@ -123,8 +138,8 @@ class Registry:
         if found.key is not None and found.handle is not None:
             self._found.put(found.key, found)
 
-    async def _once(self, method: str, *args: Any, caller: Caller) -> Any:
-        within_s = min(self._call_timeout_s, caller.remaining_s("asking the registry"))
+    async def _once(self, method: str, *args: Any, caller: Caller, most_s: float | None = None) -> Any:
+        within_s = min(self._call_timeout_s, most_s or self._call_timeout_s, caller.remaining_s("asking the registry"))
         return await self._pool.call(None, method, *args, within_s=within_s)
 
     async def _ask(self, method: str, *args: Any, caller: Caller) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -126,6 +127,18 @@ class PrefillReplica(WorkerReplica):
         worker = PrefillWorker(replica_name(), placed(config), **given)
         await worker.warm()
         self._begin(worker, PREFILL_CALLS, PREFILL_STREAMS)
+        self._meeting = asyncio.create_task(self._meet())
+
+    async def _meet(self) -> None:
+        """Build lanes to decode workers as they appear: no client waits for one to be dialled."""
+        met: set[Any] = set()
+        while True:
+            with suppress(SparseVilaError):  # `_report` says that the registry does not answer
+                snapshot = await self._registry.call(None, "snapshot", within_s=self._config.router.call_timeout_s)
+                docks = {one.address for one in snapshot.of("decode")}
+                await self.worker.meet(docks - met)
+                met = docks
+            await asyncio.sleep(self._config.report_s)
 
 
 class DecodeReplica(WorkerReplica):

@@ -10,11 +10,12 @@ routers serve the same workers: what one of them remembers is a shortcut, and an
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from sparsevila_cluster.cluster.asking import Asking, Means
 from sparsevila_cluster.cluster.conversations import Conversations, Head, Token
@@ -29,8 +30,10 @@ from sparsevila_cluster.errors import BadRequest, Cancelled, NotFound, SparseVil
 from sparsevila_cluster.media_handle import as_reused
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller, wait_within
-from sparsevila_cluster.prefill_engine import Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest, Turn, TurnEvent, check_brownout
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.prefill_engine import Progress
 
 log = logging.getLogger(__name__)
 
@@ -120,21 +123,25 @@ class ClusterPipeline:
             UserError (BadRequest, TooLarge, NotFound), QueueFull, DeadlineExceeded, Cancelled, Internal, Unavailable.
         """
         self._check_open()
+        turn = _repeatable(turn)
         caller = Caller(self.config.engine.turn_timeout_s if turn.deadline_s is None else turn.deadline_s)
-        if turn.conversation_id:
-            head = self._conversations.head(Token.parse(turn.conversation_id))
-        else:
-            head = self._conversations.open(turn)
+        token = Token.parse(turn.conversation_id) if turn.conversation_id else None
+        head = self._conversations.head(token) if token is not None else self._conversations.open(turn)
         asking = Asking(self._means, turn, head, caller)
         await self._take_over(turn, head, caller)
         self._turns[turn.turn_id] = asking
         is_named = bool(turn.conversation_id)  # whether the client can name the conversation
         try:
             await asking.lock()
-            if not turn.conversation_id:
+            if token is None:
                 asking.begin()
-            elif not head.known or turn.replay is not None or head.last_turn_id == turn.turn_id:
-                await asking.resolve()
+            else:
+                head.catch_up(token)
+                enough = head.known or head.num_turns and head.worker and turn.media_id
+                if not enough or turn.replay is not None or head.last_turn_id == turn.turn_id:
+                    await asking.resolve()
+                elif not head.known:
+                    asking.suppose()
             head.check(turn)
             async with aclosing(asking.events()) as events:
                 async for event in events:
@@ -144,7 +151,7 @@ class ClusterPipeline:
             asking.let_go()
             caller.leave()
             if not is_named and head.worker:
-                self._fleet.later(self._close_unnamed(head), "closing a conversation", turn=turn.turn_id)
+                self._fleet.later(self._close_unnamed(head), "closing a conversation", turn_id=turn.turn_id)
             if self._turns.get(turn.turn_id) is asking:
                 del self._turns[turn.turn_id]
             if not head.known or not head.num_turns and not head.worker:
@@ -293,3 +300,11 @@ class ClusterPipeline:
         for asking in list(self._turns.values()):
             asking.end(Unavailable("the router is closing"))
         await self._fleet.errands.settle(self.config.router.call_timeout_s)
+
+
+def _repeatable(turn: Turn) -> Turn:
+    """The turn with a seed if it samples without one: whoever takes it up elsewhere, by its id, goes on with the same draws."""
+    if turn.sampling.temperature == 0.0 or turn.sampling.seed is not None:
+        return turn
+    digest = hashlib.blake2b(turn.turn_id.encode(), digest_size=8).digest()
+    return replace(turn, sampling=replace(turn.sampling, seed=int.from_bytes(digest) >> 1))

@@ -15,11 +15,13 @@ import uuid
 from collections.abc import Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sparsevila_cluster.cluster.claims import Claims
 from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
 from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
+from sparsevila_cluster.docks import Ticket
 from sparsevila_cluster.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -33,10 +35,11 @@ from sparsevila_cluster.errors import (
 )
 from sparsevila_cluster.media_handle import as_reused
 from sparsevila_cluster.patience import Caller
-from sparsevila_cluster.prefill_engine import Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest
 from sparsevila_cluster.sharing import Sharing
-from sparsevila_cluster.transport import Ticket
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.prefill_engine import Progress
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import yaml
 
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import DeadlineExceeded, Unavailable
+from sparsevila_cluster.errors import DeadlineExceeded, Unavailable, UserError
 
 READY = "serving on "
+USER_MISTAKE = 2  # the exit code
 LOOK_S = 0.05
 STOP_S = 60.0
 
@@ -29,8 +30,11 @@ STOP_S = 60.0
 def serving(config: ClusterConfig, report: Callable[[str, int, int], None]) -> Iterator[str]:
     """The target, host:port, of a cluster that is ready; it is ended when the block is left.
 
-    report: told (stage, done, total) while it starts. Raises Unavailable: it ended instead of starting; the message says why.
-    DeadlineExceeded: not ready within `start_timeout_s`.
+    report: told (stage, done, total) while it starts.
+
+    Raises:
+        UserError: a configuration that cannot be served. Unavailable: it ended instead of starting; the messages say why.
+        DeadlineExceeded: not ready within `start_timeout_s`.
     """
     with tempfile.TemporaryDirectory(prefix="sparsevila-serve-") as folder:
         file, out, err = (Path(folder) / name for name in ("cluster.yaml", "out", "err"))
@@ -61,8 +65,9 @@ def _target(
                 report("start the cluster", 1, 1)
                 return line.removeprefix(READY).split()[0]
         if process.poll() is not None:
-            told = err.read_text().strip().splitlines()
-            raise Unavailable(f"the cluster did not start: {told[-1] if told else f'exit code {process.returncode}'}")
+            lines = err.read_text().strip().splitlines()
+            told = lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
+            raise UserError(told) if process.returncode == USER_MISTAKE else Unavailable(f"the cluster did not start: {told}")
         if time.monotonic() > until_s:
             raise DeadlineExceeded(f"the cluster was not ready within {config.start_timeout_s:g} s")
         time.sleep(LOOK_S)

@@ -9,7 +9,7 @@ import asyncio
 import ipaddress
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -27,7 +27,9 @@ from sparsevila_cluster.gateway.sources import Sources
 from sparsevila_cluster.gateway.spool import Spool
 from sparsevila_cluster.metrics import Sink, Tally
 from sparsevila_cluster.pb.video_qa_pb2_grpc import add_VideoQAServicer_to_server
-from sparsevila_cluster.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 

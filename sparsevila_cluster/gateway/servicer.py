@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsevila_cluster.cluster_config import DoorConfig
 from sparsevila_cluster.config import EngineConfig
@@ -29,8 +29,10 @@ from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import GRACE_S, wait_within
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAServicer
-from sparsevila_cluster.pipeline import Pipeline
 from sparsevila_cluster.request import Answer, MediaHandle, Turn, TurnEvent
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.pipeline import Pipeline
 
 # Media that was made here and not asked about yet, so that a first question counts as cold.
 MAX_FRESH = 4096

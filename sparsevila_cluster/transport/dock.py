@@ -62,6 +62,7 @@ class Dock:
         self._transfers: OrderedDict[str, _Reservation] = OrderedDict()
         self._lanes: list[ReceiveLane] = []
         self._ending: list[ReceiveLane] = []  # closed, but with threads that may not have noticed
+        self._num_bytes = 0
         self._closed = threading.Event()
         self._token = secrets.token_hex(16)
         kind = resolve(config.kind, torch.device(device), courier)
@@ -107,13 +108,14 @@ class Dock:
             raise Unavailable(f"the dock of {self._worker} is closed")
 
     def info(self) -> dict[str, Any]:
-        """Lanes, transfers by state, and KV bytes of extents that are being filled. Plain data."""
+        """Lanes, transfers by state, KV bytes that have arrived, and those of extents that are being filled. Plain data."""
         with self._lock:
-            lanes = list(self._lanes)
+            lanes, num_bytes = list(self._lanes), self._num_bytes
             states = Counter(one.state.value for one in self._transfers.values())
         in_flight = sum(lane.bytes_in_flight for lane in lanes)
         told = [lane.info() for lane in lanes]
-        return {"kind": self.address.kind, "lanes": told, "transfers": dict(states), "bytes_in_flight": in_flight}
+        facts = {"transfers": dict(states), "bytes_landed": num_bytes, "bytes_in_flight": in_flight}
+        return {"kind": self.address.kind, "lanes": told, **facts}
 
     def exchange(self, lane_id: str, messages: list[tuple[str, Any]], wait_s: float) -> list[tuple[str, Any]]:
         """The dock's end of `Courier.exchange`: take messages of a lane, wait up to `wait_s` for replies. Blocks.
@@ -227,6 +229,8 @@ class Dock:
             self._sink.count("kv_lease_expired_total")
 
     def landed(self, num_bytes: int, kind: str) -> None:
+        with self._lock:
+            self._num_bytes += num_bytes
         if self._sink is not None:
             self._sink.count("kv_transfer_bytes_total", num_bytes, direction="in", transport=kind)
 

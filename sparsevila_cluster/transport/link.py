@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsevila_cluster.docks import DockAddress
 from sparsevila_cluster.kv import Extent
 from sparsevila_cluster.wire import Manifest
 
@@ -89,29 +90,6 @@ class TransferState(StrEnum):
     @property
     def terminal(self) -> bool:
         return self in (TransferState.ACKED, TransferState.FAILED, TransferState.ABORTED, TransferState.EXPIRED)
-
-
-@dataclass(frozen=True)
-class DockAddress:
-    """Where a dock is found. Plain data; `token` is a secret between workers: without it nobody joins."""
-
-    worker: str
-    kind: str
-    host: str
-    port: int
-    token: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """Leave to send one media prefix to a dock, which expects `transfer_id`. deadline_s: how long the sending may take."""
-
-    transfer_id: str
-    dock: DockAddress
-    deadline_s: float
 
 
 @dataclass(frozen=True)

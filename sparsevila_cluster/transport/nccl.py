@@ -81,7 +81,7 @@ def build_nccl_link(store: PairStore, rank: int, config: TransportConfig, device
         torch.cuda.set_device(device)
         options = ProcessGroupNCCL.Options()
         options._timeout = to_timedelta(config.op_timeout_s)
-        group = ProcessGroupNCCL(store, rank, 2, options)
+        group: Any = ProcessGroupNCCL(store, rank, 2, options)
         # The communicator is made by the first operation, through the store: now, while the socket is still the store's.
         first = torch.zeros(1, device=device)
         work = group.recv([first], 1, 0) if rank == 0 else group.send([first], 0, 0)

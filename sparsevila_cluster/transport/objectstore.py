@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class ObjectstoreLink:
         raise LaneLost(self.why_closed)
 
     def ship(self, parts: Sequence[Tensor]) -> _Stored:
-        tokens = [self._courier.put(part.numpy()) for part in parts]
+        tokens = [self._ask(self._courier.put, part.numpy()) for part in parts]
         for token in tokens:
             self._post(("bulk", token))
         return _Stored(tokens)
@@ -71,14 +72,14 @@ class ObjectstoreLink:
             if token is None:
                 self.end(f"no bulk within {within_s:g} s")
                 raise LaneLost(self.why_closed)
-            came = torch.from_numpy(self._courier.get(token, within_s))
-            if came.dtype != torch.uint8 or came.shape != part.shape:
+            came = self._ask(self._courier.get, token, within_s)
+            if came.dtype != np.uint8 or came.shape != tuple(part.shape):
                 self.end(f"bulk of {came.nbytes} bytes came where {part.numel()} were due")
                 raise LaneLost(self.why_closed)
             with self._copying:
                 if self.why_closed:
                     raise LaneLost(self.why_closed)
-                part.copy_(came)
+                np.copyto(part.numpy(), came)  # what the store gives may be read-only, which torch does not take
 
     def take(self, wait_s: float) -> list[tuple[str, Any]]:
         """What waits to go out, once there is something. Raises LaneLost when there is nothing and never will be."""
@@ -103,6 +104,14 @@ class ObjectstoreLink:
             self.why_closed = self.why_closed or why
             self._parcels.clear()
             self._changed.notify_all()
+
+    def _ask(self, call: Callable[..., Any], *given: Any) -> Any:
+        """Whatever the object store ends with, the link ends with."""
+        try:
+            return call(*given)
+        except Exception as error:
+            self.end(f"{type(error).__name__}: {error}")
+            raise LaneLost(self.why_closed) from error
 
     def _post(self, item: tuple[str, Any]) -> None:
         with self._changed:

@@ -108,7 +108,7 @@ class ReceiveLane:
             self._dead = True
         if not quiet:
             facts = {"lane": self.lane_id, "worker": self.worker, "transfers": self.transfers()}
-            log.warning("lane lost: %s", error, extra=facts)
+            log.log(logging.WARNING if facts["transfers"] else logging.INFO, "lane lost: %s", error, extra=facts)
         try:
             self.channel.say("bye", failure=to_failure(error))
         except LaneLost:

@@ -98,11 +98,13 @@ class Line:
 
     def close(self) -> None:
         self.closed = True
-        for end in (self._out, self._in):
-            try:
-                end.shutdown(socket.SHUT_RDWR)  # wakes whoever waits
-            except OSError:
-                pass
+        try:
+            self._out.shutdown(socket.SHUT_RDWR)  # of both ends; wakes whoever waits
+        except OSError:
+            pass
+
+    def __del__(self) -> None:
+        # Not in `close`: a reader that has not woken yet would go on with a number that is another socket's by then.
         self._out.close()
         self._in.close()
 

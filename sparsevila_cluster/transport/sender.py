@@ -106,7 +106,7 @@ class Route:
                 while self._pump():
                     self._take_events()
                 self._look_after()
-            except LaneLost as error:
+            except SparseVilaError as error:
                 self._lose(self._lane, error)
             except Exception as error:
                 log.exception("a route", extra={"dock": self.address.worker})
@@ -312,7 +312,7 @@ class Route:
         self._told.lanes(-1)
         if error is not None:
             facts = {"lane": lane.lane_id, "dock": self.address.worker, "epoch": lane.epoch, "transfers": list(lane.attempts)}
-            log.warning("lane lost: %s", error, extra=facts)
+            log.log(logging.WARNING if lane.attempts else logging.INFO, "lane lost: %s", error, extra=facts)
 
 
 def _parting(message: Message) -> SparseVilaError:

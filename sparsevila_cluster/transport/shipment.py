@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from sparsevila_cluster.docks import Ticket
 from sparsevila_cluster.errors import Cancelled, DeadlineExceeded, SparseVilaError
 from sparsevila_cluster.kv import MediaPrefix
-from sparsevila_cluster.transport.link import Ticket, TransferReport
+from sparsevila_cluster.transport.link import TransferReport
 from sparsevila_cluster.wire import Chunk, Manifest
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from sparsevila_cluster.cluster_config import TransportConfig
+from sparsevila_cluster.docks import DockAddress, Ticket
 from sparsevila_cluster.errors import DataLoss, DeadlineExceeded, LaneLost, SparseVilaError, Unavailable
 from sparsevila_cluster.kv import KVSpec, MediaPrefix
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.transport import kinds
-from sparsevila_cluster.transport.link import Courier, DockAddress, Ticket
+from sparsevila_cluster.transport.link import Courier
 from sparsevila_cluster.transport.sender import Route
 from sparsevila_cluster.transport.shipment import Shipment
 from sparsevila_cluster.wire import Manifest

@@ -166,6 +166,10 @@ class ScriptedDecode:
         if turn.media_id not in self.residents:
             raise NotFound(f"media {turn.media_id!r} is not resident; prepare it first")
         chat = self.chats.get(turn.conversation_id, [])
+        if chat and chat[0].turn.tenant not in ("", turn.tenant):
+            raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
+        if chat and chat[0].turn.media_id != turn.media_id:
+            raise BadRequest(f"conversation {turn.conversation_id!r} is about another media")
         if history is not None and len(chat) != turn.after:
             chat = self.chats[turn.conversation_id] = list(history)
             self.num_replayed += bool(history)

@@ -1,6 +1,8 @@
 """The files in deploy/ are what they say: read by Serve's and our own schema, without a key that either would overlook."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -44,7 +46,8 @@ def test_serve_takes_its_file():
     schema = ServeDeploySchema.model_validate(given)
     assert not list(unknown_keys(given, schema.model_dump()))
     (application,) = schema.applications
-    assert application.import_path == "sparsevila_cluster.app:build" and application.name == cluster_config_of(application.args).name
+    assert application.import_path == "sparsevila_cluster.app:build"
+    assert application.name == cluster_config_of(application.args).name
     assert {*deployments_of(build(application.args))} == DEPLOYMENTS
 
 
@@ -103,3 +106,10 @@ def test_options_override_the_file(line, place):
     assert (config.door.host, config.door.port) == place
     assert config.engine == load_cluster_config(CLUSTER_FILE).engine
     assert command._read_options(parser.parse_args(["serve"])) == ClusterConfig()
+
+
+def test_a_router_and_the_registry_need_no_tensors():
+    modules = "app cluster.router cluster.directory cluster.replicas gateway docks"
+    imports = "; ".join(f"import sparsevila_cluster.{module}" for module in modules.split())
+    script = f"{imports}; import sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120).returncode == 0

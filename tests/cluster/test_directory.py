@@ -126,6 +126,7 @@ def test_turns_are_kept_in_order_and_one_made_again_replaces_what_followed(direc
     assert directory.history("c") == Journal("c", "m", (), "tenant")
     assert directory.record("c", "m", 0, said(0, 1)) and directory.record("c", "m", 1, said(1, 2))
     assert not directory.record("c", "m", 3, said(3, 4)), "a turn is missing before it"
+    assert directory.record("c", "m", 0, said(0, 1)) and len(directory.history("c").records) == 2, "told late, and again"
     assert directory.record("c", "m", 0, said(0, 9))
     assert directory.history("c").records == (said(0, 9),)
     directory.open_conversation("c", "m")

@@ -18,6 +18,7 @@ from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, Queu
 from tests.cluster.ray_workers import ClumsyReplica
 from tests.house import ROOT
 
+pytestmark = pytest.mark.slow
 PIN_ROUTER = RequestRouterConfig(request_router_class="sparsevila_cluster.cluster.pinning:PinRouter")
 SILENCE_S = 1.5
 

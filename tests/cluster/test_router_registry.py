@@ -71,8 +71,11 @@ def test_turns_are_recorded_late_rather_than_never():
         cluster.registry.before = fail
         _, name = await ask(router, key, QUESTIONS[1], name)
         assert len(cluster.directory.history(Token.parse(name).base).records) == 1
-        cluster.registry.before = None
+        tried = cluster.registry.num("record")
         _, name = await ask(router, key, QUESTIONS[2], name)
+        assert cluster.registry.num("record") <= tried + 1, "every turn waits for a registry that is known to be away"
+        cluster.registry.before = None
+        await cluster.settled()
         records = cluster.directory.history(Token.parse(name).base).records
         assert [record.token_ids for record in records] == conversation(key, QUESTIONS, NUM)
 
@@ -156,3 +159,25 @@ def test_what_a_new_registry_does_not_know_is_not_denied_nor_made_again_before_e
         cluster.clock.now_s += SETTLE_REPORTS
 
     run(scenario)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_no_router_falls_behind_what_a_client_has_heard_while_the_record_is_late(lost):
+    async def scenario(cluster, router, key):
+        _, name = await ask(router, key, QUESTIONS[0])
+
+        def fail(worker, method, args):
+            if method == "record":
+                raise WorkerLost("not now")
+
+        cluster.registry.before = fail
+        _, name = await ask(router, key, QUESTIONS[1], name)
+        if lost:
+            cluster.kill(Token.parse(name).worker)
+        task = asyncio.create_task(ask(cluster.router("other"), key, QUESTIONS[2], name))
+        await asyncio.sleep(0.2)
+        assert task.done() != lost, "what was heard is missing in the registry, and must be waited for"
+        cluster.registry.before = None
+        assert (await task)[0].token_ids == conversation(key, QUESTIONS, NUM)[2]
+
+    run_prepared(scenario, router={"call_timeout_s": 3.0})

@@ -157,7 +157,28 @@ def test_a_decode_worker_killed_in_mid_answer_costs_no_token_and_no_prefill(chec
             same(answer, wanted[i])
         assert cluster.num_prefills == 1 and cluster.sink.counts["turns_recovered_total",] == 1
         replayed = sum(worker.sink.counts["conversations_replayed_total",] for worker in cluster.decodes)
-        assert replayed == (number > 0) and Token.parse(name).epoch == 1
+        assert replayed == (number > 0) and Token.parse(name).moves == 1
+
+    run(scenario, checkpoint, endless)
+
+
+def test_sampling_without_a_seed_goes_on_with_the_same_draws(checkpoint, endless, clips, local):
+    async def scenario(cluster):
+        router, key = cluster.router(), local[0][0]
+        await router.prepare(request_of(clips[0]))
+
+        async def draw(turn_id, index=None):
+            asked = replace(turn_of(key, QUESTIONS[0], "", NUM), turn_id=turn_id)
+            asked, tokens = replace(asked, sampling=replace(asked.sampling, temperature=2.0)), []
+            async for event in router.ask(asked):
+                tokens += event.token_ids
+                if event.kind == "token" and event.index == index:
+                    await cluster.kill(next(worker.name for worker in cluster.decodes if key in worker.engine.prefixes))
+            return tokens
+
+        first, other = await draw("one"), await draw("another")
+        assert len(first) == NUM and first != other
+        assert await draw("one", index=3) == first and cluster.sink.counts["turns_recovered_total",] == 1
 
     run(scenario, checkpoint, endless)
 

@@ -1,4 +1,4 @@
-"""The whole cluster, as `sparsevila serve` starts it with nothing given but a port: asked over gRPC, measured, ended by a signal."""
+"""The whole cluster, as `sparsevila serve` starts it with nothing given but ports: asked over gRPC, hurt, ended by a signal."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -46,8 +47,16 @@ def right(films):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    served = Served(tmp_path_factory.mktemp("served"), "--port", "0")
+def metrics_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, metrics_port):
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "cluster.yaml").write_text(f"metrics_port: {metrics_port}\n")
+    served = Served(folder, "--config", "cluster.yaml", "--port", "0")
     try:
         served.wait()
         yield served
@@ -86,8 +95,8 @@ def test_answers_are_those_of_one_process_and_later_turns_prefill_nothing(client
     assert num_prefills(client) - before == len(films)
 
 
-def test_a_second_client_of_the_same_video_costs_no_prefill(served, client, films, right):
-    (path, questions), answers = films[0], right[0]
+def test_a_second_client_of_the_same_video_costs_no_prefill(served, client, films):
+    path, questions = films[0]
     client.prepare(path)
     before = num_prefills(client)
     with Client.connect(served.target) as other:
@@ -129,6 +138,28 @@ def test_a_killed_decode_worker_is_made_up_for_without_another_prefill(served, c
     while len([process for process in served.replicas()["Decode"] if process != replicas[0]]) < 2:
         assert time.monotonic() < until_s, served.replicas()
         time.sleep(0.2)
+
+
+def test_prometheus_finds_our_families(served, client, films, metrics_port):
+    for path, questions in films:
+        client.ask(client.prepare(path), questions[0])
+    wanted = {
+        "requests_total": "Router",
+        "request_ttft_seconds": "Router",
+        "prefills_total": "Prefill",
+        "kv_transfer_bytes_total": "Prefill",
+        "tokens_total": "Decode",
+        "kv_bytes": "Decode",
+        "turns_running": "Decode",
+    }
+    until_s = time.monotonic() + 60  # Ray hands numbers on every few seconds
+    while wanted:
+        assert time.monotonic() < until_s, f"missing: {wanted}"
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_sparsevila_")]
+        found = {name for name, who in wanted.items() for line in lines if f"sparsevila_{name}" in line and f'"{who}"' in line}
+        wanted = {name: who for name, who in wanted.items() if name not in found}
+        time.sleep(0.5)
 
 
 def test_nothing_listens_on_other_interfaces(served):

@@ -14,7 +14,8 @@ from tests.transport.peer import SHORT, Peer
 
 LONG = 80_000  # rows: 61 MB, so that a signal meets bulk under way
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
-NOTICED_S = {"killed": 1.0, "stopped": SHORT["silence_s"] + 1.5}
+SLACK_S = 3.0  # what a machine with other work adds
+NOTICED_S = {"killed": SLACK_S, "stopped": SHORT["silence_s"] + SLACK_S}
 
 
 @pytest.fixture
@@ -131,7 +132,8 @@ def test_the_dock_is_lost(harbour, peers, how, state):
         shipment.finish(15.0)
     took_s = time.monotonic() - start_s
     print(f"dock {how} while {state}: the sender knew for certain after {took_s * 1e3:.0f} ms")
-    assert took_s < {"killed": 1.0, "stopped": SHORT["silence_s"] + SHORT["dial_timeout_s"] + 1.5}[how]
+    # An offer into a full socket waits for its own deadline, then the dialing of the next lane does.
+    assert took_s < {"killed": 0.0, "stopped": SHORT["op_timeout_s"] + SHORT["dial_timeout_s"]}[how] + SLACK_S
     until(lambda: not any(lane["transfers"] for lane in shipper.info()["lanes"]), "nothing is left on the route")
     assert rows_equal(sent, make_prefix("a", LONG, 3))  # the sender's rows are as they were
     harbour.send(make_prefix("b"))  # other docks are none the worse

@@ -1,0 +1,138 @@
+"""The NCCL kind without two GPUs: its link over a stand-in group that behaves like NCCL's, and honest refusals without one."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from sparsevila_cluster.errors import LaneLost
+from sparsevila_cluster.transport import nccl
+from sparsevila_cluster.transport.gloo import build_group
+from sparsevila_cluster.transport.rendezvous import Line
+from tests.transport.harbour import BOUNDS, KINDS, Harbour, make_prefix, rows_equal, until
+
+HOST = "127.0.0.1"
+
+
+class Work:
+    """Done when a thread has waited for it, or never; like NCCL's, it is only ever asked."""
+
+    def __init__(self, work):
+        self._done = False
+        threading.Thread(target=self._wait, args=(work,), daemon=True).start()
+
+    def _wait(self, work):
+        try:
+            work.wait()
+            self._done = True
+        except RuntimeError:
+            pass
+
+    def is_completed(self):
+        return self._done
+
+
+class Group:
+    """Bulk in the order in which it was posted; tags are ignored; `abort` ends it."""
+
+    def __init__(self, gloo):
+        self._gloo, self._number, self.aborted = gloo, 0, False
+
+    def _post(self, op, tensors, peer):
+        self._number += 1
+        return Work(op(tensors, peer, self._number))
+
+    def send(self, tensors, peer, tag):
+        return self._post(self._gloo.send, tensors, peer)
+
+    def recv(self, tensors, peer, tag):
+        return self._post(self._gloo.recv, tensors, peer)
+
+    def abort(self):
+        self.aborted = True
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    made = []
+
+    def build(store, rank, config, device):
+        made.append(Group(build_group(store, rank, HOST, config.dial_timeout_s)))
+        return nccl.NcclLink(Line(store.connection, config.op_timeout_s), made[-1], rank)
+
+    monkeypatch.setattr(nccl, "build_nccl_link", build)
+    monkeypatch.setattr("sparsevila_cluster.transport.kinds.resolve", lambda *_: "nccl")
+    monkeypatch.setattr("sparsevila_cluster.transport.dock.resolve", lambda *_: "nccl")
+    monkeypatch.setattr("sparsevila_cluster.transport.kinds.kind_towards", lambda *_: "nccl")
+    return made
+
+
+def test_the_same_lane_over_another_group(groups):
+    harbour = Harbour("nccl", chunk_bytes=65536)
+    try:
+        sent = make_prefix()
+        assert harbour.send(sent, BOUNDS).kind == "nccl"
+        assert rows_equal(sent, harbour.resident(sent.key))
+        shipment = harbour.begin(make_prefix("b"), BOUNDS)
+        shipment.wrote(0, 0, 1500)
+        until(lambda: shipment.landed_bytes > 0, "some of it has landed")
+        shipment.abort("enough")
+        harbour.settle(sent.kv_bytes)
+    finally:
+        harbour.close()
+    assert len(groups) == 2 and all(group.aborted for group in groups)
+
+
+def test_bulk_that_never_comes_ends_the_link_at_its_deadline(groups):
+    class Never:
+        def is_completed(self):
+            return False
+
+    class Link:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    link = Link()
+    start_s = time.monotonic()
+    with pytest.raises(LaneLost, match="within 0.1 s"):
+        nccl.Polled(link, [Never()], []).wait(0.1)
+    assert link.closed and time.monotonic() - start_s < 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_there_is_none():
+    assert not nccl.nccl_is_here() and "nccl" not in KINDS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_between_two_gpus():
+    """NCCL refuses two ranks on one GPU."""
+    from sparsevila_cluster.cluster_config import TransportConfig
+    from sparsevila_cluster.kv import Arena
+    from sparsevila_cluster.transport import Dock, Shipper, Ticket
+    from tests.transport.harbour import SPEC, Quay
+
+    config = TransportConfig(kind="nccl")
+    quay = Quay()
+    quay.store.arena = Arena(SPEC, 6000, "cuda:1")
+    dock = Dock("decode-0", quay, SPEC, config, device="cuda:1")
+    shipper = Shipper("prefill-0", SPEC, config, device="cuda:0")
+    try:
+        sent = make_prefix()
+        sent.extent.arena.k = [tensor.to("cuda:0") for tensor in sent.extent.arena.k]
+        sent.extent.arena.v = [tensor.to("cuda:0") for tensor in sent.extent.arena.v]
+        dock.expect("t", sent.key, 5.0)
+        shipment = shipper.begin(sent, BOUNDS, Ticket("t", dock.address, 30.0))
+        shipment.wrote_all()
+        assert shipment.finish(30.0).kind == "nccl"
+        came = quay.store.get(sent.key)
+        for layer in range(SPEC.num_layers):
+            for one, other in zip(sent.extent.rows(layer), came.extent.rows(layer), strict=True):
+                assert torch.equal(one.cpu(), other.cpu())
+    finally:
+        shipper.close()
+        dock.close()
