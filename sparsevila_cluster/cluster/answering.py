@@ -65,8 +65,9 @@ class Answering:
             entered = True
 
         def abort(engine: DecodeEngine) -> None:
-            if entered:  # a turn that was refused is not ours to end: another one may have its id
-                engine.abort(turn.turn_id)
+            # A turn that was refused is not ours to end: another one may have its id.
+            if entered and not engine.abort(turn.turn_id):
+                self._take_back(engine, turn)
 
         return event_lists(
             lambda listener: begin(turn, listener, enter),
@@ -75,6 +76,11 @@ class Answering:
             f"turn {turn.turn_id}",
             MAX_EVENTS,
         )
+
+    def _take_back(self, engine: DecodeEngine, turn: Turn) -> None:
+        """A turn was over when its asker left without having heard so: the conversation goes on as if it had never been."""
+        if not engine.conversations.busy(turn.conversation_id) and self._journals.take_back(turn):
+            engine.close_conversation(turn.conversation_id)
 
     async def _enter(self, turn: Turn, listener: Listener, entered: Callable[[], None]) -> None:
         notes = Notes.of(turn)

@@ -57,6 +57,7 @@ class Asking:
         self._lost: set[str] = set()
         self._lacking: set[str] = set()
         self._recovering = False
+        self._begun_at: int | None = None  # turns before this one, once a worker has begun it
 
     # ---- the outside's view ------------------------------------------------------------------------------------------------
 
@@ -74,6 +75,7 @@ class Asking:
                 async with aclosing(self._run(worker)) as events:
                     async for event in events:
                         self._check()
+                        self._begun_at = self.head.num_turns if self._begun_at is None else self._begun_at
                         if event.kind == "token":
                             self._add(event)
                         elif event.kind == "accepted":
@@ -190,6 +192,10 @@ class Asking:
         if journal is not None and not head.known:
             head.media_id, head.tenant, head.known = journal.media_id, journal.tenant, True
             head.check(turn)
+        if self._begun_at is not None:
+            # What a worker remembers beyond was never heard by anybody, but for this very turn.
+            own = any(record.turn.turn_id == turn.turn_id for record in records[self._begun_at : self._begun_at + 1])
+            del records[self._begun_at + own :]
         if records and records[-1].turn.turn_id == turn.turn_id:
             # It was finished, but its client did not hear all of it: it is made once more, the same.
             self._brownout = records.pop().brownout
@@ -211,7 +217,7 @@ class Asking:
         )
         self.worker = worker
         if head.worker not in ("", worker):
-            fleet.later(fleet.registry.tell("leave", head.base, head.worker, worker), "moving a conversation", turn=turn.turn_id)
+            fleet.later(fleet.registry.tell("leave", head.base, head.worker, worker), "moving a conversation", turn_id=turn.turn_id)
         head.moves_to(worker)
         with fleet.busy(worker), self._means.replication.turn(worker, head.media_id):
             async with aclosing(fleet.stream("decode", worker, "ask", turn, self._history, caller=self.caller)) as batches:

@@ -49,6 +49,17 @@ class Journals:
             while len(self._all) > self.most:
                 self._all.popitem(last=False)
 
+    def take_back(self, turn: Turn) -> bool:
+        """Strike out the last record of a conversation. False, and nothing happens, if it is not of this turn."""
+        with self._lock:
+            known = self._all.get(turn.conversation_id)
+            if known is None or known.records[-1].turn.turn_id != turn.turn_id:
+                return False
+            self._all[turn.conversation_id] = replace(known, records=known.records[:-1])
+            if not known.records[:-1]:
+                del self._all[turn.conversation_id]
+            return True
+
     def forget(self, conversation_id: str) -> None:
         with self._lock:
             self._all.pop(conversation_id, None)

@@ -130,6 +130,7 @@ class ClusterPipeline:
         asking = Asking(self._means, turn, head, caller)
         await self._take_over(turn, head, caller)
         self._turns[turn.turn_id] = asking
+        is_named = bool(turn.conversation_id)  # whether the client can name the conversation
         try:
             await asking.lock()
             if token is None:
@@ -144,10 +145,13 @@ class ClusterPipeline:
             head.check(turn)
             async with aclosing(asking.events()) as events:
                 async for event in events:
+                    is_named = True
                     yield event
         finally:
             asking.let_go()
             caller.leave()
+            if not is_named and head.worker:
+                self._fleet.later(self._close_unnamed(head), "closing a conversation", turn_id=turn.turn_id)
             if self._turns.get(turn.turn_id) is asking:
                 del self._turns[turn.turn_id]
             if not head.known or not head.num_turns and not head.worker:
@@ -203,6 +207,12 @@ class ClusterPipeline:
         calls = (self._close_at(worker, token.base, worker in present, caller) for worker in workers)
         closed = await asyncio.gather(*calls, fleet.registry.tell("forget_conversation", token.base), return_exceptions=True)
         return any(answer is True for answer in closed)
+
+    async def _close_unnamed(self, head: Head) -> None:
+        """Nobody was told of a conversation that a worker has begun: it is over before it was asked for."""
+        self._conversations.forget(head.base)
+        await self._close_at(head.worker, head.base, True, self._short_call())
+        await self._fleet.registry.tell("forget_conversation", head.base)
 
     async def _close_at(self, worker: str, base: str, present: bool, caller: Caller) -> bool:
         """Whether a worker had the conversation. One that is out of reach is told when it reports again."""

@@ -67,6 +67,7 @@ class Client:
         self.conversation_id = ""
         self.num_answers = 0
         self.heard_s: list[float] = []
+        self.trail: list[str] = []
 
     def next_turn(self, deadline_s: float = DEADLINE_S) -> Turn:
         return turn_of(self.film.media_id, QUESTIONS[self.num_answers], self.conversation_id, deadline_s)
@@ -81,6 +82,7 @@ class Client:
         turn = turn or self.next_turn()
         due, tokens, ended = self.film.answers[self.num_answers], list[int](), False
         self.heard_s = []
+        self.trail.append(f"{turn.turn_id[:6]} at {self.num_answers}")
         async with aclosing(self.pipeline.ask(turn)) as events:
             async for event in events:
                 self.heard_s.append(time.monotonic())
@@ -89,9 +91,10 @@ class Client:
                 if event.kind == "token":
                     assert event.index == len(tokens), f"token {event.index} came where {len(tokens)} was due"
                     tokens += event.token_ids
-                    assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}"
+                    assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}: {self.trail}"
                     heard(event.index)
                     if event.index == leave_at:
+                        self.trail.append(f"left at {leave_at}")
                         return
                 if event.kind == "done":
                     self.conversation_id, ended = event.conversation_id, True
@@ -105,7 +108,7 @@ class Client:
 
     def forget(self) -> None:
         """The next question begins a new conversation."""
-        self.conversation_id, self.num_answers = "", 0
+        self.conversation_id, self.num_answers, self.trail = "", 0, []
 
 
 class Neighbour:
