@@ -259,7 +259,7 @@ def test_the_cluster_is_measured(tmp_path_factory, tmp_path, capsys):
         limit_s=60.0,
         decodes=1,
     )
-    serving.main(["--cache", str(tmp_path_factory.mktemp("cache")), "--out", str(tmp_path)], (TOY, plan))
+    serving.main(["--cache", str(tmp_path_factory.mktemp("cache")), "--save", str(tmp_path)], (TOY, plan))
     shown = capsys.readouterr().out
     document = json.loads(shown.splitlines()[-1])
     assert document["what"] == "serving" and set(document["figures"]) >= FIGURES - {"goodput_vs_dense"}
