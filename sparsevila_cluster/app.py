@@ -15,12 +15,12 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from sparsevila_cluster.cluster.clerk import Clerk
-from sparsevila_cluster.cluster.loopback import stay_on_loopback
-from sparsevila_cluster.cluster.own_ray import REPLICA_ENV
-from sparsevila_cluster.cluster.ray_metrics import RaySink
-from sparsevila_cluster.cluster.ray_pool import RayPool
-from sparsevila_cluster.cluster.replicas import (
+from sparsevila_cluster.cluster.on_ray.clerk import Clerk
+from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
+from sparsevila_cluster.cluster.on_ray.own_ray import REPLICA_ENV
+from sparsevila_cluster.cluster.on_ray.ray_metrics import RaySink
+from sparsevila_cluster.cluster.on_ray.ray_pool import RayPool
+from sparsevila_cluster.cluster.on_ray.replicas import (
     DECODE,
     PREFILL,
     REGISTRY,
@@ -38,7 +38,7 @@ from sparsevila_cluster.logs import log_to_stderr
 MAX_CALLS = 100_000
 # Constructors that fail again and again: a model that cannot be loaded does not get better.
 MAX_START_ATTEMPTS = 3
-PIN_ROUTER = "sparsevila_cluster.cluster.pinning:PinRouter"
+PIN_ROUTER = "sparsevila_cluster.cluster.on_ray.pinning:PinRouter"
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -111,7 +111,7 @@ class RouterReplica(Clerk):
     ):
         stay_on_loopback()
         log_to_stderr(verbose, replica_name())
-        from sparsevila_cluster.cluster.router import ClusterPipeline
+        from sparsevila_cluster.cluster.routing.router import ClusterPipeline
         from sparsevila_cluster.gateway import Door
 
         sink, silence_s = RaySink(), config.transport.silence_s

@@ -22,9 +22,9 @@ from ray import serve
 from ray.serve import RunTarget
 
 from sparsevila_cluster.app import application
-from sparsevila_cluster.cluster.own_ray import REPLICA_ENV, hush, own_ray, within
-from sparsevila_cluster.cluster.ray_pool import RayPool
-from sparsevila_cluster.cluster.replicas import ROUTER
+from sparsevila_cluster.cluster.on_ray.own_ray import REPLICA_ENV, hush, own_ray, within
+from sparsevila_cluster.cluster.on_ray.ray_pool import RayPool
+from sparsevila_cluster.cluster.on_ray.replicas import ROUTER
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.errors import (
     BadCheckpoint,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.router import ClusterPipeline
+from sparsevila_cluster.cluster.routing.router import ClusterPipeline
 from sparsevila_cluster.cluster_config import build_cluster_config
 from sparsevila_cluster.errors import SparseVilaError, WorkerLost
 from sparsevila_cluster.metrics import Tally

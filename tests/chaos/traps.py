@@ -18,8 +18,8 @@ from typing import Any, Literal
 RECEIVER = "sparsevila_cluster.transport.receiver:ReceiveLane."
 SENDER = "sparsevila_cluster.transport.sender:Route."
 SHIPPER = "sparsevila_cluster.transport.shipper:Shipper."
-LANDING = "sparsevila_cluster.cluster.landing:EngineLanding."
-ANSWERING = "sparsevila_cluster.cluster.answering:Answering."
+LANDING = "sparsevila_cluster.cluster.workers.landing:EngineLanding."
+ANSWERING = "sparsevila_cluster.cluster.workers.answering:Answering."
 RUNNING = "sparsevila_cluster.running_turn:RunningTurn."
 
 Test = Callable[..., bool]  # (mark, *the method's arguments)
@@ -88,7 +88,7 @@ DECODE_TRANSFER = {
     "acked": Place(RECEIVER + "_commit", "after", lambda mark, lane, one: one.manifest.key == mark),
 }
 PREFILL_TRANSFER = {
-    "reserved": Place("sparsevila_cluster.cluster.making:Making.run", "before", lambda mark, making, _: making.key == mark),
+    "reserved": Place("sparsevila_cluster.cluster.workers.making:Making.run", "before", lambda mark, making, _: making.key == mark),
     "granted": Place(SENDER + "_send", "before", _sending(first, 0)),
     "first chunk": Place(SENDER + "_send", "after", _sending(first, 0)),
     "middle chunk": Place(SENDER + "_send", "after", _sending(middle, 0)),
@@ -114,7 +114,9 @@ DECODE_TURN = {
     "later token": Place(ANSWERING + "_hear", "before", _event("token", LATER)),
     "committed": Place(ANSWERING + "_hear", "before", _event("done")),
     "recorded": Place(
-        "sparsevila_cluster.cluster.journals:Journals.add", "after", lambda mark, journals, record: record.turn.turn_id == mark
+        "sparsevila_cluster.cluster.workers.journals:Journals.add",
+        "after",
+        lambda mark, journals, record: record.turn.turn_id == mark,
     ),
 }
 PLACES: dict[tuple[str, str], Place] = {

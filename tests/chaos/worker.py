@@ -11,9 +11,9 @@ import os
 import signal
 from typing import Any
 
-from sparsevila_cluster.cluster.clerk import Clerk
-from sparsevila_cluster.cluster.decode_worker import DecodeWorker
-from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
+from sparsevila_cluster.cluster.on_ray.clerk import Clerk
+from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
+from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.models.adapter import Model

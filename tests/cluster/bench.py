@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import av
 import numpy as np
 
-from sparsevila_cluster.cluster.decode_worker import DecodeWorker
-from sparsevila_cluster.cluster.making import Making
-from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
+from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
+from sparsevila_cluster.cluster.workers.making import Making
+from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 from sparsevila_cluster.cluster_config import build_cluster_config
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.media import DecodeGuard

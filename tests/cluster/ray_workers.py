@@ -7,8 +7,8 @@ import time
 
 from ray import serve
 
-from sparsevila_cluster.cluster.clerk import Clerk
-from sparsevila_cluster.cluster.loopback import stay_on_loopback
+from sparsevila_cluster.cluster.on_ray.clerk import Clerk
+from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
 from sparsevila_cluster.errors import NotFound, QueueFull
 
 

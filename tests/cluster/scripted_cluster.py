@@ -5,7 +5,7 @@ import uuid
 from contextlib import asynccontextmanager
 
 from sparsevila_cluster.cluster.directory import SETTLE_REPORTS, Directory
-from sparsevila_cluster.cluster.router import ClusterPipeline
+from sparsevila_cluster.cluster.routing.router import ClusterPipeline
 from sparsevila_cluster.cluster_config import build_cluster_config
 from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, SamplingParams, Turn

@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import aclosing
 
-from sparsevila_cluster.cluster.clerk import Clerk
+from sparsevila_cluster.cluster.on_ray.clerk import Clerk
 from sparsevila_cluster.errors import NotFound
 
 

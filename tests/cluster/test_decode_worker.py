@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.standing import pressure
+from sparsevila_cluster.cluster.workers.standing import pressure
 from sparsevila_cluster.errors import (
     BadRequest,
     Cancelled,

@@ -82,7 +82,7 @@ def test_the_application_is_what_the_configuration_asks_for():
     for one in found.values():
         config = one._deployment_config
         assert config.health_check_period_s == 3 and config.graceful_shutdown_timeout_s == 7
-        assert config.request_router_config.request_router_class == "sparsevila_cluster.cluster.pinning:PinRouter"
+        assert config.request_router_config.request_router_class == "sparsevila_cluster.cluster.on_ray.pinning:PinRouter"
         assert "GRPC_MAX_MESSAGE_LENGTH" in str(one.ray_actor_options["runtime_env"])
 
 
@@ -109,7 +109,7 @@ def test_options_override_the_file(line, place):
 
 
 def test_a_router_and_the_registry_need_no_tensors():
-    modules = "app cluster.router cluster.directory cluster.replicas gateway docks"
+    modules = "app cluster.routing.router cluster.directory cluster.on_ray.replicas gateway docks"
     imports = "; ".join(f"import sparsevila_cluster.{module}" for module in modules.split())
     script = f"{imports}; import sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120).returncode == 0

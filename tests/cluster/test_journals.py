@@ -1,6 +1,6 @@
 """Journals: what a decode worker writes down of its conversations, and strikes out again."""
 
-from sparsevila_cluster.cluster.journals import Journals
+from sparsevila_cluster.cluster.workers.journals import Journals
 from sparsevila_cluster.request import Turn, TurnRecord
 
 

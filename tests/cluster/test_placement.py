@@ -2,7 +2,8 @@
 
 import random
 
-from sparsevila_cluster.cluster.placement import (
+from sparsevila_cluster.cluster.reports import Load, WorkerReport
+from sparsevila_cluster.cluster.routing.placement import (
     FIRST_COOLING_S,
     LONGEST_COOLING_S,
     Breaker,
@@ -13,7 +14,6 @@ from sparsevila_cluster.cluster.placement import (
     choose_replica,
     choose_source,
 )
-from sparsevila_cluster.cluster.reports import Load, WorkerReport
 
 
 def decode(worker, used=0, budget=1000, **load):

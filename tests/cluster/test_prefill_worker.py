@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sparsevila_cluster.cluster.copies import Copies
+from sparsevila_cluster.cluster.workers.copies import Copies
 from sparsevila_cluster.errors import (
     BadMedia,
     BadRequest,

@@ -11,15 +11,15 @@ import pytest
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from sparsevila_cluster.cluster.own_ray import own_ray
-from sparsevila_cluster.cluster.ray_pool import RayPool
+from sparsevila_cluster.cluster.on_ray.own_ray import own_ray
+from sparsevila_cluster.cluster.on_ray.ray_pool import RayPool
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, QueueFull, WorkerLost
 from tests.cluster.ray_workers import ClumsyReplica
 from tests.house import ROOT
 
 pytestmark = pytest.mark.slow
-PIN_ROUTER = RequestRouterConfig(request_router_class="sparsevila_cluster.cluster.pinning:PinRouter")
+PIN_ROUTER = RequestRouterConfig(request_router_class="sparsevila_cluster.cluster.on_ray.pinning:PinRouter")
 SILENCE_S = 1.5
 
 

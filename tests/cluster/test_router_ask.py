@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from sparsevila_cluster.cluster.conversations import Token
+from sparsevila_cluster.cluster.routing.conversations import Token
 from sparsevila_cluster.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound, QueueFull
 from tests.cluster.scripted import conversation
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, listen, run_prepared, turn, video

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from sparsevila_cluster.cluster.conversations import Token
+from sparsevila_cluster.cluster.routing.conversations import Token
 from sparsevila_cluster.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, Unavailable
 from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest
 from tests.cluster.scripted import conversation
@@ -218,7 +218,7 @@ def test_media_whose_source_has_changed_or_gone_can_not_be_made_again(change, er
             assert cluster.num_encoded == 1
 
     async def with_real_keys():
-        from sparsevila_cluster.cluster.preparing import digest_of
+        from sparsevila_cluster.cluster.routing.preparing import digest_of
         from tests.cluster import scripted
 
         config = Cluster().config.engine

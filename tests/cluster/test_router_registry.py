@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sparsevila_cluster.cluster.conversations import Token
+from sparsevila_cluster.cluster.routing.conversations import Token
 from sparsevila_cluster.errors import NotFound, Unavailable, WorkerLost
 from tests.cluster.scripted import conversation
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, SETTLE_REPORTS, ask, holders, home, run, run_prepared, video

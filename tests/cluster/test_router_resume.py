@@ -3,7 +3,7 @@
 
 import pytest
 
-from sparsevila_cluster.cluster.conversations import Token
+from sparsevila_cluster.cluster.routing.conversations import Token
 from sparsevila_cluster.errors import Cancelled
 from sparsevila_cluster.request import Answer, Replay
 from tests.cluster.scripted import conversation

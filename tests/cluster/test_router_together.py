@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from sparsevila_cluster.cluster.conversations import Token
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.router import ClusterPipeline
+from sparsevila_cluster.cluster.routing.conversations import Token
+from sparsevila_cluster.cluster.routing.router import ClusterPipeline
 from sparsevila_cluster.errors import BadMedia, DeadlineExceeded
 from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.pipeline import LocalPipeline

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sparsevila_cluster.cluster.conversations import Token
+from sparsevila_cluster.cluster.routing.conversations import Token
 from sparsevila_cluster.errors import BadRequest, Unavailable, WorkerLost
 from sparsevila_cluster.request import SamplingParams
 from tests.cluster.scripted import conversation

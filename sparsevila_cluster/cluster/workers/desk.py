@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from sparsevila_cluster.cluster.reports import Load
-from sparsevila_cluster.cluster.standing import Standing, load_of, pressure
+from sparsevila_cluster.cluster.workers.standing import Standing, load_of, pressure
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.engine_thread import EngineThread
 from sparsevila_cluster.errors import Internal, Unavailable, WorkerLost

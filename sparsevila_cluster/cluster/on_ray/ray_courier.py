@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, RayError
 
-from sparsevila_cluster.cluster.ray_pool import RayPool
+from sparsevila_cluster.cluster.on_ray.ray_pool import RayPool
 from sparsevila_cluster.docks import DockAddress
 from sparsevila_cluster.errors import DeadlineExceeded, QueueFull, WorkerLost
 from sparsevila_cluster.patience import GRACE_S

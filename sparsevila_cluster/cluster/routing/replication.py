@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sparsevila_cluster.cluster.fleet import Fleet
-from sparsevila_cluster.cluster.placement import choose_replica
 from sparsevila_cluster.cluster.recent import Recent
-from sparsevila_cluster.cluster.shipping import Shipping
+from sparsevila_cluster.cluster.routing.fleet import Fleet
+from sparsevila_cluster.cluster.routing.placement import choose_replica
+from sparsevila_cluster.cluster.routing.shipping import Shipping
 from sparsevila_cluster.patience import Caller
 
 log = logging.getLogger(__name__)

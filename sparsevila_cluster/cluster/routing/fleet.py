@@ -15,11 +15,11 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
-from sparsevila_cluster.cluster.errands import Errands
-from sparsevila_cluster.cluster.placement import Breaker, Scene
 from sparsevila_cluster.cluster.pool import Pool
-from sparsevila_cluster.cluster.registry import Registry
 from sparsevila_cluster.cluster.reports import WorkerReport
+from sparsevila_cluster.cluster.routing.errands import Errands
+from sparsevila_cluster.cluster.routing.placement import Breaker, Scene
+from sparsevila_cluster.cluster.routing.registry import Registry
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.errors import DeadlineExceeded, LaneLost, SparseVilaError, Unavailable, WorkerLost
 from sparsevila_cluster.patience import Caller

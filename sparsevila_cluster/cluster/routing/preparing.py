@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
-from sparsevila_cluster.cluster.fleet import Fleet
-from sparsevila_cluster.cluster.placement import choose_prefill
 from sparsevila_cluster.cluster.recent import Recent
-from sparsevila_cluster.cluster.shipping import Shipping, Wanted
+from sparsevila_cluster.cluster.routing.fleet import Fleet
+from sparsevila_cluster.cluster.routing.placement import choose_prefill
+from sparsevila_cluster.cluster.routing.shipping import Shipping, Wanted
 from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.errors import QueueFull, SparseVilaError, Unavailable
 from sparsevila_cluster.media import identify

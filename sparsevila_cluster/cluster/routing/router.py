@@ -17,14 +17,14 @@ from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from sparsevila_cluster.cluster.asking import Asking, Means
-from sparsevila_cluster.cluster.conversations import Conversations, Head, Token
-from sparsevila_cluster.cluster.fleet import Fleet, Kind
 from sparsevila_cluster.cluster.pool import Pool
-from sparsevila_cluster.cluster.preparing import Preparing
-from sparsevila_cluster.cluster.replication import Replication
 from sparsevila_cluster.cluster.reports import WorkerReport
-from sparsevila_cluster.cluster.shipping import Shipping
+from sparsevila_cluster.cluster.routing.asking import Asking, Means
+from sparsevila_cluster.cluster.routing.conversations import Conversations, Head, Token
+from sparsevila_cluster.cluster.routing.fleet import Fleet, Kind
+from sparsevila_cluster.cluster.routing.preparing import Preparing
+from sparsevila_cluster.cluster.routing.replication import Replication
+from sparsevila_cluster.cluster.routing.shipping import Shipping
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.errors import BadRequest, Cancelled, NotFound, SparseVilaError, Unavailable, WorkerLost
 from sparsevila_cluster.media_handle import as_reused

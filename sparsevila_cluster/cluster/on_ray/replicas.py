@@ -19,11 +19,11 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from sparsevila_cluster.cluster.clerk import Clerk
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.loopback import stay_on_loopback
-from sparsevila_cluster.cluster.ray_metrics import RaySink
-from sparsevila_cluster.cluster.ray_pool import RayPool
+from sparsevila_cluster.cluster.on_ray.clerk import Clerk
+from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
+from sparsevila_cluster.cluster.on_ray.ray_metrics import RaySink
+from sparsevila_cluster.cluster.on_ray.ray_pool import RayPool
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.errors import SparseVilaError
 from sparsevila_cluster.logs import log_to_stderr
@@ -67,7 +67,7 @@ class WorkerReplica(Clerk):
 
     def _open(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool) -> dict[str, Any]:
         """Settle into this process; what every worker is made with, besides its name and configuration."""
-        from sparsevila_cluster.cluster.ray_courier import RayCourier
+        from sparsevila_cluster.cluster.on_ray.ray_courier import RayCourier
 
         stay_on_loopback()
         log_to_stderr(verbose, replica_name())
@@ -122,7 +122,7 @@ class PrefillReplica(WorkerReplica):
 
     async def __init__(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
         given = self._open(config, registry, verbose)
-        from sparsevila_cluster.cluster.prefill_worker import PrefillWorker
+        from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 
         worker = PrefillWorker(replica_name(), placed(config), **given)
         await worker.warm()
@@ -146,7 +146,7 @@ class DecodeReplica(WorkerReplica):
 
     async def __init__(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
         given = self._open(config, registry, verbose)
-        from sparsevila_cluster.cluster.decode_worker import DecodeWorker
+        from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
 
         worker = DecodeWorker(replica_name(), placed(config), **given)
         await worker.warm()

@@ -12,11 +12,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from sparsevila_cluster.cluster.desk import Desk
-from sparsevila_cluster.cluster.journals import Journals, Notes
-from sparsevila_cluster.cluster.replaying import InOrder, needs_replay, replay
-from sparsevila_cluster.cluster.stages import tell_turn
-from sparsevila_cluster.cluster.warming import ROWS, tiny_prefix
+from sparsevila_cluster.cluster.workers.desk import Desk
+from sparsevila_cluster.cluster.workers.journals import Journals, Notes
+from sparsevila_cluster.cluster.workers.replaying import InOrder, needs_replay, replay
+from sparsevila_cluster.cluster.workers.stages import tell_turn
+from sparsevila_cluster.cluster.workers.warming import ROWS, tiny_prefix
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller

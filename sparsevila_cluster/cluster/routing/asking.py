@@ -16,13 +16,13 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from sparsevila_cluster.cluster.conversations import Head
-from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet
-from sparsevila_cluster.cluster.placement import choose_holder
-from sparsevila_cluster.cluster.preparing import Preparing
-from sparsevila_cluster.cluster.replication import Replication
-from sparsevila_cluster.cluster.shipping import Shipping, Wanted
-from sparsevila_cluster.cluster.writing import write_down
+from sparsevila_cluster.cluster.routing.conversations import Head
+from sparsevila_cluster.cluster.routing.fleet import PAUSE_S, Fleet
+from sparsevila_cluster.cluster.routing.placement import choose_holder
+from sparsevila_cluster.cluster.routing.preparing import Preparing
+from sparsevila_cluster.cluster.routing.replication import Replication
+from sparsevila_cluster.cluster.routing.shipping import Shipping, Wanted
+from sparsevila_cluster.cluster.routing.writing import write_down
 from sparsevila_cluster.errors import BadMedia, Internal, NotFound, QueueFull, SparseVilaError, Unavailable, WorkerLost
 from sparsevila_cluster.metrics import Sink
 from sparsevila_cluster.patience import Caller, wait_within

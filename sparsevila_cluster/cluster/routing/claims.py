@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet
+from sparsevila_cluster.cluster.routing.fleet import PAUSE_S, Fleet
 from sparsevila_cluster.errors import SparseVilaError
 from sparsevila_cluster.patience import Caller
 

@@ -17,10 +17,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sparsevila_cluster.cluster.claims import Claims
-from sparsevila_cluster.cluster.fleet import PAUSE_S, Fleet, Kind
-from sparsevila_cluster.cluster.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.cluster.reports import WorkerReport
+from sparsevila_cluster.cluster.routing.claims import Claims
+from sparsevila_cluster.cluster.routing.fleet import PAUSE_S, Fleet, Kind
+from sparsevila_cluster.cluster.routing.placement import choose_decode, choose_holder, choose_prefill, choose_source
 from sparsevila_cluster.docks import Ticket
 from sparsevila_cluster.errors import (
     DataLoss,

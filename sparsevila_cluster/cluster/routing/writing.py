@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from sparsevila_cluster.cluster.conversations import Head
-from sparsevila_cluster.cluster.fleet import Fleet
+from sparsevila_cluster.cluster.routing.conversations import Head
+from sparsevila_cluster.cluster.routing.fleet import Fleet
 from sparsevila_cluster.errors import DeadlineExceeded, SparseVilaError, Unavailable, WorkerLost
 from sparsevila_cluster.patience import Caller, wait_within
 from sparsevila_cluster.request import TurnRecord

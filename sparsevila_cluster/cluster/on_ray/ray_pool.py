@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from sparsevila_cluster.cluster.pinning import PIN
+from sparsevila_cluster.cluster.on_ray.pinning import PIN
 from sparsevila_cluster.errors import DeadlineExceeded, Internal, QueueFull, SparseVilaError, WorkerLost, from_failure
 from sparsevila_cluster.patience import wait_within
 

@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from sparsevila_cluster.cluster.copies import Copies
-from sparsevila_cluster.cluster.making import LastWords, Making
 from sparsevila_cluster.cluster.reports import Load, WorkerReport
-from sparsevila_cluster.cluster.sending import Sending
-from sparsevila_cluster.cluster.stages import tell_memory, tell_prefill
-from sparsevila_cluster.cluster.warming import tiny_picture
+from sparsevila_cluster.cluster.workers.copies import Copies
+from sparsevila_cluster.cluster.workers.making import LastWords, Making
+from sparsevila_cluster.cluster.workers.sending import Sending
+from sparsevila_cluster.cluster.workers.stages import tell_memory, tell_prefill
+from sparsevila_cluster.cluster.workers.warming import tiny_picture
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, QueueFull, SparseVilaError, WorkerLost
 from sparsevila_cluster.kv import MediaPrefix

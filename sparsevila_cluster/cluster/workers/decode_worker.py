@@ -17,13 +17,13 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from sparsevila_cluster.cluster.answering import Answering
-from sparsevila_cluster.cluster.desk import Desk
-from sparsevila_cluster.cluster.journals import Journals
-from sparsevila_cluster.cluster.landing import EngineLanding
 from sparsevila_cluster.cluster.reports import WorkerReport
-from sparsevila_cluster.cluster.sending import Sending
-from sparsevila_cluster.cluster.stages import count, tell_memory
+from sparsevila_cluster.cluster.workers.answering import Answering
+from sparsevila_cluster.cluster.workers.desk import Desk
+from sparsevila_cluster.cluster.workers.journals import Journals
+from sparsevila_cluster.cluster.workers.landing import EngineLanding
+from sparsevila_cluster.cluster.workers.sending import Sending
+from sparsevila_cluster.cluster.workers.stages import count, tell_memory
 from sparsevila_cluster.cluster_config import ClusterConfig
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, WorkerLost

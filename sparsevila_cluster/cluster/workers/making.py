@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 
-from sparsevila_cluster.cluster.copies import Copies, in_host_memory
+from sparsevila_cluster.cluster.workers.copies import Copies, in_host_memory
 from sparsevila_cluster.errors import SparseVilaError
 from sparsevila_cluster.kv import Extent, MediaPrefix
 from sparsevila_cluster.patience import GRACE_S, Caller, wait_within

@@ -1,0 +1,1 @@
+"""The skin of Ray around workers, registry and routers."""

@@ -1,0 +1,1 @@
+"""Prefill and decode workers: engines, what they send and what they receive."""
