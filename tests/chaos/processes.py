@@ -59,10 +59,9 @@ class Zygote:
         self._popen.stdin.flush()
         return Process(kind, name, self._read("pid"), path, Path(job["log"]))
 
-    @property
-    def num_prefills(self) -> int:
-        """Media prefixes made so far, by all workers that ever were."""
-        return len(self.prefills.read_bytes()) // 2
+    def num_prefills(self, key: str = "") -> int:
+        """Media prefixes made so far, of this key or of all, by all workers that ever were."""
+        return sum(key in ("", made) for made in self.prefills.read_text().splitlines())
 
     def close(self) -> None:
         """End it, and with it every worker that is left."""

@@ -206,7 +206,7 @@ async def run(num_operations: int, seed: int, report: Callable[[], None]) -> Cou
             town = Town(zygote, config_of(checkpoint))
             films = [await film_of(write_clip(folder / f"{i}.mp4", seed=i), town.config) for i in range(3)]
             told = await Storm(town, films, seed, report).blow(num_operations)
-            told["prefills"] = zygote.num_prefills
+            told["prefills"] = zygote.num_prefills()
             await town.close()
             return told
         except BaseException:

@@ -13,9 +13,10 @@ from typing import Any
 
 from sparsevila_cluster.cluster.on_ray.clerk import Clerk
 from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
+from sparsevila_cluster.cluster.workers.making import Making
 from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.metrics import Tally
+from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.models.adapter import Model
 from tests.chaos.traps import PLACES, set_trap
 from tests.chaos.wires import LIMIT_BYTES, receive, send
@@ -29,17 +30,16 @@ CALLS = {
 STREAMS = {"prefill": ("key_of", "make", "ship"), "decode": ("ask", "ship")}
 
 
-class CountedTally(Tally):
-    """Writes a line for every prefill to a file, which outlives this process."""
+class CountedPrefillWorker(PrefillWorker):
+    """Writes the key of everything that it made to a file, which outlives this process."""
 
-    def __init__(self, path: str):
-        super().__init__()
-        self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    prefills = os.devnull
 
-    def count(self, name: str, value: float = 1.0, **labels: str) -> None:
-        if name == "prefills_total":
-            os.write(self._file, b"1\n")
-        super().count(name, value, **labels)
+    def _tell(self, making: Making, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
+        if not making.reused and making.key != "warm":
+            with open(self.prefills, "a") as file:
+                file.write(f"{prefix.key}\n")
+        return super()._tell(making, prefix, facts)
 
 
 class Host:
@@ -106,8 +106,9 @@ async def serve(kind: str, name: str, path: str, config: ClusterConfig, model: M
     faulthandler.enable()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    made = PrefillWorker if kind == "prefill" else DecodeWorker
-    worker = made(name, config, model=model, sink=CountedTally(prefills))
+    CountedPrefillWorker.prefills = prefills
+    made = CountedPrefillWorker if kind == "prefill" else DecodeWorker
+    worker = made(name, config, model=model)
     await worker.warm()
     host = Host(kind, worker)
     clerks = {
