@@ -123,23 +123,37 @@ def _dequantize(buffer: Tensor, parts: Sequence[Tensor]) -> None:
         part.copy_(one.float() * scale)
 
 
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """64 bits over uint8 tensors, one after the other; equal on every device.
+class Checksum:
+    """64 bits over uint8 tensors, added one after the other; equal on every device.
 
     Sums of 512 bytes, each times an odd weight of its place: any one changed word changes it, and so does moving rows, parts or
-    chunks. It finds faults, not forgery. Reads cold memory at about 20 GiB/s on one core, where zlib.crc32 reaches 3.
+    chunks. It finds faults, not forgery. Reads cold memory at about 15 GiB/s on one core and what lies in a cache at 60, where
+    zlib.crc32 reaches 3.
     """
-    total = 0
-    for tensor in tensors:
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Count in the next tensor."""
         num = tensor.numel()
         whole = num - num % (8 * LANE_WORDS)
         part = num
         if whole:
             words = tensor[:whole].view(torch.int64).view(-1, LANE_WORDS).sum(1)
-            part += int((words * _weights(len(words), tensor.device)).sum())
-        part += zlib.crc32(bytes(tensor[whole:].tolist())) * ODD
-        total = (total * (ODD & MASK) + part) & MASK
-    return total
+            weights = _weights(len(words), tensor.device)
+            part += int(torch.dot(words, weights) if words.is_cpu else (words * weights).sum())
+        if whole < num:
+            part += zlib.crc32(bytes(tensor[whole:].tolist())) * ODD
+        self.value = (self.value * (ODD & MASK) + part) & MASK
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """The checksum of some tensors."""
+    total = Checksum()
+    for tensor in tensors:
+        total.add(tensor)
+    return total.value
 
 
 @lru_cache(maxsize=64)

@@ -88,11 +88,13 @@ class Works:
 
     def __init__(self, works: Sequence[Any], parts: Sequence[Tensor]):
         self._works, self._parts = works, parts
+        self._num_done = 0
 
-    def wait(self, within_s: float) -> None:
+    def wait(self, within_s: float, num: int | None = None) -> None:
         try:
-            for work in self._works:
+            for work in self._works[self._num_done : num]:
                 work.wait(to_timedelta(within_s))
+                self._num_done += 1
         except RuntimeError as error:
             raise LaneLost(brief(error)) from error
 

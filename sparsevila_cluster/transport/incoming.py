@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from sparsevila_cluster.errors import LaneLost
 from sparsevila_cluster.kv import Extent
-from sparsevila_cluster.transport.chunks import Cargo
-from sparsevila_cluster.transport.link import TransferState
+from sparsevila_cluster.transport.chunks import Cargo, Checksum
+from sparsevila_cluster.transport.link import Handle, TransferState
 from sparsevila_cluster.wire import Manifest
 
 
@@ -46,12 +50,47 @@ class Incoming:
     granted: int = 0
     announced: int = 0
     landed: int = 0
+    sums: dict[int, Future[int]] = field(default_factory=dict)
     state: TransferState = TransferState.RESERVED
     refused: bool = False
     ended: bool = False
     publishing: bool = False
     heard_s: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def arrived(self, index: int, handle: Handle, berths: Sequence[Tensor], within_s: float) -> bool:
+        """Wait until a chunk has landed; whether it is what was sent. Raises LaneLost."""
+        total = Checksum()
+        for number, berth in enumerate(berths, 1):
+            handle.wait(within_s, number)
+            if self.manifest.checksum and not self.refused:  # while it is in the cache, and the next part is landing
+                total.add(berth)
+        if not self.manifest.checksum:
+            return True
+        try:
+            return self.sums[index].result(within_s) == total.value
+        except TimeoutError:
+            raise LaneLost(f"no checksum came for chunk {index} of transfer {self.transfer_id}") from None
+        finally:
+            del self.sums[index]
+
+    def announce_sum(self, index: int) -> None:
+        """The chunk comes, and then its checksum."""
+        self.sums[index] = Future()
+
+    def take_sum(self, index: int, checksum: int) -> bool:
+        """What the sender says of a chunk that it announced. False if it said so before, or announced none."""
+        due = self.sums.get(index)
+        if due is None or due.done():
+            return False
+        due.set_result(checksum)
+        return True
+
+    def forget_sums(self) -> None:
+        """No checksum comes any more: whoever waits for one hears so."""
+        for due in list(self.sums.values()):
+            if not due.done():
+                due.set_exception(LaneLost("the lane is closed"))
 
     @property
     def transfer_id(self) -> str:

@@ -38,7 +38,7 @@ class _Parcel:
     parts: list[Tensor]
     taken: bool = False
 
-    def wait(self, within_s: float) -> None:
+    def wait(self, within_s: float, num: int | None = None) -> None:
         wire = self.wire
         with wire.changed:
             wire.changed.wait_for(lambda: self.taken or wire.closed, within_s)
@@ -52,8 +52,14 @@ class _Berth:
 
     wire: _Wire
     parts: list[Tensor]
+    landed: bool = False
 
-    def wait(self, within_s: float) -> None:
+    def wait(self, within_s: float, num: int | None = None) -> None:
+        if not self.landed:
+            self._take(within_s)
+            self.landed = True
+
+    def _take(self, within_s: float) -> None:
         wire = self.wire
         with wire.changed:
             wire.changed.wait_for(lambda: wire.parcels or wire.closed, within_s)

@@ -24,8 +24,11 @@ from sparsevila_cluster.wire import Manifest
 class Handle(Protocol):
     """Bulk tensors on their way."""
 
-    def wait(self, within_s: float) -> None:
-        """Return when they have left, or landed. Raises LaneLost; a wait that takes too long ends the link."""
+    def wait(self, within_s: float, num: int | None = None) -> None:
+        """Return when the first `num` of them, None = all, have left, or landed. Links that cannot tell wait for all.
+
+        Raises LaneLost; a wait that takes too long ends the link.
+        """
 
 
 class Link(Protocol):

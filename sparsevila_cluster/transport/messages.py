@@ -20,7 +20,8 @@ MESSAGES = {
     # dialer -> dock
     "hello": "lane, worker, epoch, token, version: the first message",
     "offer": "transfer, key, attempt, manifest: may this prefix come?",
-    "chunk": "transfer, index, checksum: the next bulk tensors are this chunk",
+    "chunk": "transfer, index: the next bulk tensors are this chunk",
+    "sum": "transfer, index, checksum: of that chunk, reckoned while it was on its way",
     "commit": "transfer: all chunks were sent",
     "abort": "transfer, reason: no more chunks of it come; always answered with `ended`",
     # dock -> dialer

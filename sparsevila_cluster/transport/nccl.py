@@ -61,9 +61,9 @@ class Polled:
     def __init__(self, link: NcclLink, works: Sequence[Any], parts: Sequence[Tensor]):
         self._link, self._works, self._parts = link, works, parts
 
-    def wait(self, within_s: float) -> None:
+    def wait(self, within_s: float, num: int | None = None) -> None:
         until_s = time.monotonic() + within_s
-        for work in self._works:
+        for work in self._works[:num]:
             while not work.is_completed():
                 if self._link.closed or time.monotonic() > until_s:
                     self._link.close()

@@ -127,16 +127,19 @@ class _Stored:
     def __init__(self, tokens: list[Any]):
         self._tokens = tokens
 
-    def wait(self, within_s: float) -> None:
+    def wait(self, within_s: float, num: int | None = None) -> None:
         self._tokens.clear()
 
 
 class _Fetch:
     def __init__(self, link: ObjectstoreLink, parts: Sequence[Tensor]):
         self._link, self._parts = link, parts
+        self._fetched = False
 
-    def wait(self, within_s: float) -> None:
-        self._link.fetch(self._parts, within_s)
+    def wait(self, within_s: float, num: int | None = None) -> None:
+        if not self._fetched:
+            self._link.fetch(self._parts, within_s)
+            self._fetched = True
 
 
 class ObjectstoreDock:

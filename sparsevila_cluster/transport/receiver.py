@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import Cancelled, DataLoss, DeadlineExceeded, Internal, LaneLost, SparseVilaError, to_failure
 from sparsevila_cluster.kv import KVSpec
-from sparsevila_cluster.transport.chunks import Cargo, checksum
+from sparsevila_cluster.transport.chunks import Cargo
 from sparsevila_cluster.transport.incoming import Desk, Incoming, Incomings
-from sparsevila_cluster.transport.link import Landing, Link, TransferState
+from sparsevila_cluster.transport.link import Handle, Landing, Link, TransferState
 from sparsevila_cluster.transport.messages import Channel, Message
 from sparsevila_cluster.wire import Manifest
 
@@ -115,6 +117,7 @@ class ReceiveLane:
             pass
         self.link.close()
         for one in self._incoming.take_all():
+            one.forget_sums()
             self._give_back(one)
             # What is being published is verified: its lander has the last word.
             if not one.state.terminal and not one.publishing:
@@ -128,6 +131,7 @@ class ReceiveLane:
         acts: dict[str, Callable[..., None]] = {
             "offer": self._on_offer,
             "chunk": self._on_chunk,
+            "sum": self._on_sum,
             "commit": self._on_commit,
             "abort": self._on_abort,
             "beat": self._on_beat,
@@ -178,7 +182,7 @@ class ReceiveLane:
         self._incoming.add(one)
         self._jobs.put(lambda: self._allocate(one))
 
-    def _on_chunk(self, transfer: str, index: int, checksum: int) -> None:
+    def _on_chunk(self, transfer: str, index: int) -> None:
         one = self._incoming.get(transfer)
         # Bulk follows this message. Where it is not what was granted, the order of the lane is lost, and the lane with it.
         if one is None or one.cargo is None or index != one.announced or index >= one.granted:
@@ -190,7 +194,13 @@ class ReceiveLane:
         handle = self.link.land(berths)
         if index == 0:
             self._move(one, TransferState.SENDING)
-        self._jobs.put(lambda: self._landed(one, index, handle, berths, checksum))
+        one.announce_sum(index)
+        self._jobs.put(lambda: self._landed(one, index, handle, berths))
+
+    def _on_sum(self, transfer: str, index: int, checksum: int) -> None:
+        one = self._incoming.get(transfer)
+        if one is None or not one.take_sum(index, checksum):
+            raise LaneLost(f"the checksum of chunk {index} of transfer {transfer} was not due")
 
     def _on_commit(self, transfer: str) -> None:
         one = self._incoming.get(transfer)
@@ -244,13 +254,13 @@ class ReceiveLane:
             self._move(one, TransferState.GRANTED)
             self.channel.say("grant", transfer=one.transfer_id, upto=one.granted, landed=0)
 
-    def _landed(self, one: Incoming, index: int, handle: Any, berths: list, due: int) -> None:
-        handle.wait(self._config.op_timeout_s)
+    def _landed(self, one: Incoming, index: int, handle: Handle, berths: list[Tensor]) -> None:
+        manifest, cargo = one.manifest, one.cargo
+        is_right = one.arrived(index, handle, berths, self._config.op_timeout_s)
         if one.refused:
             return
-        manifest, cargo = one.manifest, one.cargo
         assert cargo is not None
-        if manifest.checksum and checksum(berths) != due:
+        if not is_right:
             return self._refuse(one, DataLoss(f"chunk {index} of transfer {one.transfer_id} is not what was sent"))
         with one.lock:
             if one.ended:

@@ -213,9 +213,11 @@ class Route:
         sizes = [part.numel() for part in parts]
         # What the other side will have posted; more would abort its process.
         assert sizes == attempt.cargo.sizes(chunk), (sizes, chunk)
-        total = checksum(parts) if attempt.manifest.checksum else 0
-        lane.channel.say("chunk", transfer=attempt.shipment.transfer_id, index=index, checksum=total)
+        transfer = attempt.shipment.transfer_id
+        lane.channel.say("chunk", transfer=transfer, index=index)
         attempt.under_way.append((lane.link.ship(parts), parts))
+        if attempt.manifest.checksum:  # reckoned while the chunk is on its way
+            lane.channel.say("sum", transfer=transfer, index=index, checksum=checksum(parts))
         attempt.sent += 1
         attempt.num_bytes += sum(sizes)
         self._told.sent(sum(sizes), self.kind)
