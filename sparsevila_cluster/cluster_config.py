@@ -25,7 +25,7 @@ class TransportConfig(FrozenConfig):
     host: str = Field("auto", description="Address that lanes listen on. auto: that of the Ray node.")
     quantization: Literal["none", "int8"] = Field("none", description="KV on the wire: as it is, or int8 with scales.")
     checksum: bool = Field(True, description="One checksum per chunk, verified before a prefix may be used.")
-    chunk_bytes: int = Field(32 * MIB, ge=64 * 1024, le=32 * MIB, description="Most bytes of one chunk.")
+    chunk_bytes: int = Field(16 * MIB, ge=64 * 1024, le=32 * MIB, description="Most bytes of one chunk.")
     credits: int = Field(4, ge=1, le=64, description="Chunks that a receiver grants ahead.")
     op_timeout_s: float = Field(10.0, gt=0, description="Deadline of a single send or receive.")
     dial_timeout_s: float = Field(10.0, gt=0, description="Deadline for building a lane.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -160,7 +160,8 @@ class MediaPrefix:
     is_visual bool [n], False for text and for structural visual tokens (row ends), which always stay; positions i64 [R, n];
     token_map i32 [n, 3] = (group, row, col), -1 where not visual; per group its grid (rows, cols), the index of its media, its
     frame and time_s; kind: "image" if all media are images; next_pos: position of the first token after it; generation_floor:
-    see PromptPlan; tenant: who alone may use it, "" = everybody.
+    see PromptPlan; tenant: who alone may use it, "" = everybody; sums: checksums of parts of the KV, which never change, kept by
+    whoever sends them.
     """
 
     key: str
@@ -180,6 +181,7 @@ class MediaPrefix:
     duration_s: float
     num_visual: int
     tenant: str = ""
+    sums: dict[Hashable, int] = field(default_factory=dict, repr=False)
     visual_index: Tensor = field(init=False)
     other_index: Tensor = field(init=False)
 

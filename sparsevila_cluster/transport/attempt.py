@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from sparsevila_cluster.errors import Internal, SparseVilaError
-from sparsevila_cluster.transport.chunks import Cargo
+from sparsevila_cluster.transport.chunks import Cargo, checksum
 from sparsevila_cluster.transport.link import Handle, Link
 from sparsevila_cluster.transport.messages import Channel
 from sparsevila_cluster.transport.shipment import Shipment
-from sparsevila_cluster.wire import Manifest
+from sparsevila_cluster.wire import Chunk, Manifest
 
 
 class Told(Protocol):
@@ -60,6 +61,13 @@ class Attempt:
         """Whether another chunk is granted and final."""
         free = not self.ending and self.sent < self.granted
         return free and self.shipment.is_final(self.manifest.chunks[self.sent])
+
+    def sum_of(self, chunk: Chunk, parts: Sequence[Tensor]) -> int:
+        """The checksum of a chunk, reckoned once in the life of its prefix: a copy that rots before it is sent again shows, too."""
+        sums, name = self.shipment.prefix.sums, (chunk, self.manifest.quantization, len(parts))
+        if name not in sums:
+            sums[name] = checksum(parts)
+        return sums[name]
 
     def release(self, landed: int) -> None:
         """Chunks below `landed` have arrived: let go of their handles and buffers."""

@@ -20,7 +20,6 @@ from typing import Any
 from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import Cancelled, Internal, LaneLost, SparseVilaError, from_failure
 from sparsevila_cluster.transport.attempt import Attempt, Lane, Told
-from sparsevila_cluster.transport.chunks import checksum
 from sparsevila_cluster.transport.link import DockAddress, Link
 from sparsevila_cluster.transport.messages import Message
 from sparsevila_cluster.transport.shipment import Shipment
@@ -217,7 +216,7 @@ class Route:
         lane.channel.say("chunk", transfer=transfer, index=index)
         attempt.under_way.append((lane.link.ship(parts), parts))
         if attempt.manifest.checksum:  # reckoned while the chunk is on its way
-            lane.channel.say("sum", transfer=transfer, index=index, checksum=checksum(parts))
+            lane.channel.say("sum", transfer=transfer, index=index, checksum=attempt.sum_of(chunk, parts))
         attempt.sent += 1
         attempt.num_bytes += sum(sizes)
         self._told.sent(sum(sizes), self.kind)
