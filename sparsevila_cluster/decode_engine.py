@@ -69,7 +69,7 @@ class DecodeEngine:
     # ---- the outside's view ------------------------------------------------------------------------------------------------
 
     def submit(self, turn: Turn, sink: Sink) -> None:
-        """Queue a turn; its events, or one error, go to `sink`.
+        """Queue a turn; its events, or one error, go to `sink`. It runs only if, when it starts, `turn.after` turns are finished.
 
         Raises:
             NotFound: unknown media, or a conversation that is not here as `turn.after` says, or is another tenant's. BadRequest,
@@ -110,12 +110,17 @@ class DecodeEngine:
             raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
         if conversation is not None and conversation.media_id != turn.media_id:
             raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")
+        if not self.conversations.busy(turn.conversation_id):  # else it is as it will be only when the turn starts
+            self._check_after(turn, conversation)
+        return conversation
+
+    @staticmethod
+    def _check_after(turn: Turn, conversation: Conversation | None) -> None:
         num_turns = 0 if conversation is None else conversation.num_turns
-        if turn.after not in (None, num_turns) and not self.conversations.busy(turn.conversation_id):
+        if turn.after not in (None, num_turns):
             raise NotFound(
                 f"conversation {turn.conversation_id!r} is not here as it was: it has {num_turns} turns behind it, not {turn.after}"
             )
-        return conversation
 
     def abort(self, turn_id: str, error: SparseVilaError | None = None) -> bool:
         """End a turn in any phase; its conversation stays as it was before it. False if the turn is unknown."""
@@ -234,6 +239,9 @@ class DecodeEngine:
         """Take the bytes of a waiting turn; the rows that it has to prefill, or None if there is no room now or it failed."""
         running = self.turns[turn_id]
         try:
+            if running.phase == "waiting":
+                # Turns before it may have ended otherwise than whoever asked it believes.
+                self._check_after(running.turn, running.conversation)
             running.prepare_question()
             if running.phase == "waiting":
                 running.start(self.brownout)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparsevila_cluster.cluster.recent import Recent
-from sparsevila_cluster.cluster.reports import Finding, Journal, Snapshot, Whereabouts, WorkerReport
+from sparsevila_cluster.cluster.reports import Finding, Journal, Snapshot, Whereabouts, WorkerReport, names
 from sparsevila_cluster.request import MediaHandle, TurnRecord
 
 # Reports that a worker may miss before it counts as gone, and periods after which every worker has reported to a new directory.
@@ -190,9 +190,10 @@ class Directory:
         if not 0 <= number <= min(len(known.records), MAX_TURNS - 1):
             return False
         there = known.records[number] if number < len(known.records) else None
-        if there is not None and (there.turn.turn_id, there.token_ids) == (record.turn.turn_id, record.token_ids):
+        if there is not None and names([there]) == names([record]):
+            self._journals.put(conversation_id, replace(known, num_heard=max(known.num_heard, number + 1)))
             return True
-        self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record)))
+        self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record), num_heard=number + 1))
         return True
 
     def history(self, conversation_id: str) -> Journal | None:
@@ -212,10 +213,16 @@ class Directory:
             self._left[successor].pop(conversation_id, None)
 
     def _restore(self, journal: Journal) -> None:
-        """From a worker's memory; what is longer has seen more."""
-        known = self._journals.get(journal.conversation_id)
-        if known is None or len(known.records) < len(journal.records):
-            self._journals.put(journal.conversation_id, replace(journal, records=journal.records[:MAX_TURNS]))
+        """From a worker's memory; what is longer has seen more, but takes no turn away whose end was heard."""
+        known, records = self._journals.get(journal.conversation_id), journal.records[:MAX_TURNS]
+        # A turn is asked by somebody who heard the one before it.
+        num_heard = max(0, len(records) - 1)
+        if known is not None:
+            heard = known.records[: known.num_heard]
+            if len(known.records) >= len(records) or names(heard) != names(records[: known.num_heard]):
+                return
+            num_heard = max(num_heard, known.num_heard)
+        self._journals.put(journal.conversation_id, replace(journal, records=records, num_heard=num_heard))
 
 
 def _names(reports: tuple[WorkerReport, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Knows: the facts that placement and recovery need. Does not know: who sends them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,12 +34,22 @@ class Load:
 
 @dataclass(frozen=True)
 class Journal:
-    """A conversation as it can be made again: its finished turns, oldest first. `tenant`: whose it is."""
+    """A conversation as it can be made again: its finished turns, oldest first. `tenant`: whose it is.
+
+    num_heard: how many of them a router has heard the end of. A worker does not know that: whoever asked its last turn may have
+    left, and the conversation gone on without that turn.
+    """
 
     conversation_id: str
     media_id: str
     records: tuple[TurnRecord, ...] = ()
     tenant: str = ""
+    num_heard: int = 0
+
+
+def names(records: Sequence[TurnRecord]) -> list[tuple[str, tuple[int, ...]]]:
+    """Which turns, with which answers: equal for conversations that go on alike."""
+    return [(record.turn.turn_id, tuple(record.token_ids)) for record in records]
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ DECODE_TURN = {
     "recorded": Place(
         "sparsevila_cluster.cluster.workers.journals:Journals.add",
         "after",
-        lambda mark, journals, record: record.turn.turn_id == mark,
+        lambda mark, journals, number, record: record.turn.turn_id == mark,
     ),
 }
 PLACES: dict[tuple[str, str], Place] = {

@@ -1,5 +1,7 @@
 """The directory: what it believes of whom, for how long, and what it forgets first."""
 
+from dataclasses import replace
+
 import pytest
 
 from sparsevila_cluster.cluster.directory import MAX_TURNS, MISSED_REPORTS, NOTE_REPORTS, SETTLE_REPORTS, Directory
@@ -138,7 +140,20 @@ def test_a_lost_directory_is_filled_by_reports_and_the_longer_memory_wins(direct
     whole = Journal("c", "m", (said(0, 1), said(1, 2)))
     directory.report(report("d0", keys=["m"], records=(whole,)))
     directory.report(report("d1", keys=["m"], records=(Journal("c", "m", (said(0, 1),)),)))
-    assert directory.history("c") == whole
+    assert directory.history("c") == replace(whole, num_heard=1), "nobody can tell whether its last turn was heard"
+
+
+def test_what_a_router_heard_is_not_replaced_by_what_a_worker_did_for_nobody(directory):
+    directory.record("c", "m", 0, said(0, 1))
+    unheard, other = Journal("c", "m", (said(0, 1), said(1, 2))), Journal("c", "m", (said(0, 9), said(1, 2)))
+    directory.report(report("d0", keys=["m"], records=(other,)))
+    assert directory.history("c") == Journal("c", "m", (said(0, 1),), num_heard=1)
+    directory.report(report("d0", keys=["m"], records=(unheard,)))
+    assert directory.history("c") == replace(unheard, num_heard=1)
+    directory.record("c", "m", 1, said(1, 2))
+    assert directory.history("c") == replace(unheard, num_heard=2)
+    directory.record("c", "m", 0, said(0, 3))
+    assert directory.history("c") == Journal("c", "m", (said(0, 3),), num_heard=1)
 
 
 def test_it_says_whether_everybody_had_time_to_report(directory, clock):

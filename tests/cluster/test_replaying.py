@@ -37,9 +37,10 @@ def test_a_lost_conversation_is_made_again_and_goes_on_alike(checkpoint, clips):
             assert tokens_of(events) == wanted[2][5:]
             assert [event.index for event in events if event.kind == "token"][0] == 5
             assert two.sink.counts[("conversations_replayed_total",)] == 2
-            assert [r.token_ids for r in two.report(full=True).records[0].records] == wanted
+            told = two.report(full=True).records[0].records
+            assert [r.token_ids for r in told] == wanted
             # As it should be: nothing is made again. Nor is it for a conversation that begins.
-            assert await answer(two, turn_of(key, max_tokens=3, after=3), records)
+            assert await answer(two, turn_of(key, max_tokens=3, after=3), told)
             assert await answer(two, turn_of(key, "?", "new"), ())
             assert two.sink.counts[("conversations_replayed_total",)] == 2
             assert two.sink.counts[("tokens_total", "answer")] == 12 + 7 + 3 + 6
@@ -59,6 +60,43 @@ def test_turns_of_one_conversation_are_served_in_the_order_in_which_they_were_as
             got = await asyncio.gather(*(answer(two, turn_of(key, question), records[:1]) for question in QUESTIONS[1:]))
             assert got == wanted[1:]
             assert two.sink.counts[("conversations_replayed_total",)] == 1
+
+    asyncio.run(main())
+
+
+def test_a_turn_never_starts_behind_one_that_its_asker_gave_up(checkpoint, clips, endless):
+    """A turn is asked while the one before it, which nobody wants any more, is still under way, and comes to its end."""
+
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            key = handle.media_id
+            wanted = await answer(decode, turn_of(key, QUESTIONS[1], "d"))
+            given_up = asyncio.ensure_future(answer(decode, turn_of(key, max_tokens=60)))
+            await until(lambda: decode.engine.turns)
+            next_one = turn_of(key, QUESTIONS[1], after=0)
+            with pytest.raises(NotFound, match="1 turns behind it, not 0"):
+                await answer(decode, next_one)
+            await given_up
+            assert await answer(decode, next_one, ()) == wanted
+
+    asyncio.run(main())
+
+
+def test_a_conversation_with_as_many_turns_but_others_is_made_again(checkpoint, clips, endless):
+    """A worker that was out of reach has finished a turn that nobody heard; another one took its place elsewhere."""
+
+    async def main():
+        async with bench.workers(bench.config_of(checkpoint), decode=2, model=endless) as ([prefill], [one, two]):
+            handle, _ = await landed(prefill, one, request_of(clips[0]))
+            key = handle.media_id
+            await prefill.ship(key, await bench.ticket_for(two, key))
+            wanted = [await answer(one, turn_of(key, question)) for question in QUESTIONS[:2]]
+            (journal,) = one.report(full=True).records
+            await answer(two, turn_of(key, QUESTIONS[2]))
+            assert await answer(two, turn_of(key, QUESTIONS[1], after=1), journal.records[:1]) == wanted[1]
+            told = two.report(full=True).records[0].records
+            assert told[0] == journal.records[0], "it is known by another name than elsewhere"
 
     asyncio.run(main())
 

@@ -1,13 +1,15 @@
 """Turns whose worker is lost: the same tokens from another one, the media encoded once, and every error a typed one in time."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from sparsevila_cluster.cluster.directory import SETTLE_REPORTS
 from sparsevila_cluster.cluster.routing.conversations import Token
 from sparsevila_cluster.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, Unavailable
-from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest
-from tests.cluster.scripted import conversation
+from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, TurnRecord
+from tests.cluster.scripted import conversation, said
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, Cluster, ask, cluster_of, home, listen, run_prepared, turn, video
 
 POINTS = ["ask", *(f"token {i}" for i in range(NUM)), "done"]
@@ -239,5 +241,71 @@ def test_a_conversation_whose_text_is_lost_too_is_not_found():
         cluster.kill(home(cluster, key))
         with pytest.raises(NotFound, match="text of conversation"):
             await ask(router, key, QUESTIONS[1], name)
+
+    run_prepared(scenario)
+
+
+# ---- what nobody heard -------------------------------------------------------------------------------------------------------
+
+
+def finish_unheard(worker, key, name, question="never heard?"):
+    """A worker brings a turn to its end whose client has left."""
+    base = Token.parse(name).base
+    chat = worker.chats[base]
+    asked = replace(turn(key, question), conversation_id=base)
+    worker.chats[base] = [*chat, TurnRecord(asked, said(key, chat, question, 0.0, NUM))]
+    return asked
+
+
+def lose_registry(cluster):
+    """It comes back empty, and everybody who lives has reported to it."""
+    cluster.start_registry()
+    cluster.report()
+    cluster.clock.now_s += SETTLE_REPORTS
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("routers", [1, 2])
+def test_a_turn_that_ended_when_its_client_had_left_is_no_part_of_the_conversation(lost, routers):
+    async def scenario(cluster, router, key):
+        _, name = await ask(router, key, QUESTIONS[0])
+        finish_unheard(cluster.decode.workers[home(cluster, key)], key, name)
+        if lost:
+            lose_registry(cluster)
+        router = router if routers == 1 else cluster.router("other")
+        for number in (1, 2):
+            answer, name = await ask(router, key, QUESTIONS[number], name)
+            assert answer.token_ids == conversation(key, QUESTIONS, NUM)[number] and Token.parse(name).num_turns == number + 1
+
+    run_prepared(scenario)
+
+
+def test_it_is_what_its_client_comes_back_for():
+    async def scenario(cluster, router, key):
+        _, name = await ask(router, key, QUESTIONS[0])
+        asked = finish_unheard(cluster.decode.workers[home(cluster, key)], key, name, QUESTIONS[1])
+        lose_registry(cluster)
+        events = await listen(router, replace(asked, conversation_id=name))
+        checked(events, key, 1)
+
+    run_prepared(scenario)
+
+
+def test_a_turn_that_nobody_heard_does_not_stand_in_for_one_that_was():
+    """One worker finishes a turn for nobody while it is out of reach, another one the turn that the client asked instead; then the
+    registry is lost, and with the second worker the only memory of what was said."""
+
+    async def scenario(cluster, router, key):
+        _, name = await ask(router, key, QUESTIONS[0])
+        first = cluster.decode.workers[home(cluster, key)]
+        cluster.decode.stop(first.name)
+        answer, name = await ask(router, key, QUESTIONS[1], name)
+        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1] and Token.parse(name).worker != first.name
+        cluster.decode.go_on(first.name)
+        finish_unheard(first, key, name)
+        cluster.kill(Token.parse(name).worker)
+        lose_registry(cluster)
+        with pytest.raises(NotFound, match="text of conversation"):
+            await ask(router, key, QUESTIONS[2], name)
 
     run_prepared(scenario)

@@ -208,6 +208,27 @@ def test_a_client_that_lost_its_stream_goes_on_through_another_router(checkpoint
     run(scenario, checkpoint, endless)
 
 
+def test_a_client_that_left_is_answered_as_if_its_turn_had_never_been(checkpoint, endless, clips, local):
+    """The worker hears of it late: it still runs the turn, and ends it, when the next one is asked."""
+
+    async def scenario(cluster):
+        router, (key, wanted) = cluster.router(), local[0]
+        await router.prepare(request_of(clips[0]))
+        _, name = await ask(router, key, 0)
+        token = Token.parse(name)
+        (worker,) = [worker for worker in cluster.decodes if worker.name == token.worker]
+        for number in (1, 2):
+            left = turn_of(key, "never heard?", token.base, 40, after=number)
+            running = asyncio.create_task(bench.answer(worker, left))
+            await bench.until(lambda left=left: left.turn_id in worker.engine.turns)
+            answer, name = await ask(router, key, number, name)
+            same(answer, wanted[number])
+            await running
+        assert worker.sink.counts["conversations_replayed_total",] == 2 and Token.parse(name).num_turns == 3
+
+    run(scenario, checkpoint, endless)
+
+
 def test_the_registry_may_come_back_empty(checkpoint, endless, clips, local):
     async def scenario(cluster):
         router, (key, wanted) = cluster.router("a"), local[0]

@@ -75,7 +75,8 @@ class Asking:
                 async with aclosing(self._run(worker)) as events:
                     async for event in events:
                         self._check()
-                        self._begun_at = self.head.num_turns if self._begun_at is None else self._begun_at
+                        if self._begun_at is None and event.kind != "accepted":
+                            self._begun_at = self.head.num_turns
                         if event.kind == "token":
                             self._add(event)
                         elif event.kind == "accepted":
@@ -176,11 +177,8 @@ class Asking:
         patience = Caller(self._fleet.config.router.call_timeout_s)
         while True:
             journal = await self._fleet.registry.journal(head.base, self.caller)
-            records = list(journal.records) if journal is not None else []
-            for number, record in head.unrecorded:
-                if number == len(records):
-                    records.append(record)
-            if len(records) >= head.num_turns:
+            records = head.and_unrecorded(journal.records if journal is not None else ())
+            if head.leads_to(records):
                 break
             if not patience.left_s and journal is None and not head.known:
                 raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
@@ -192,14 +190,15 @@ class Asking:
         if journal is not None and not head.known:
             head.media_id, head.tenant, head.known = journal.media_id, journal.tenant, True
             head.check(turn)
-        if self._begun_at is not None:
-            # What a worker remembers beyond was never heard by anybody, but for this very turn.
-            own = any(record.turn.turn_id == turn.turn_id for record in records[self._begun_at : self._begun_at + 1])
-            del records[self._begun_at + own :]
+        num_heard = max(head.num_turns, journal.num_heard if journal is not None else 0)
+        # What a worker remembers beyond was never heard by anybody, but for this very turn.
+        begun_at = num_heard if self._begun_at is None else self._begun_at
+        own = any(record.turn.turn_id == turn.turn_id for record in records[begun_at : begun_at + 1])
+        del records[begun_at + own :]
         if records and records[-1].turn.turn_id == turn.turn_id:
             # It was finished, but its client did not hear all of it: it is made once more, the same.
             self._brownout = records.pop().brownout
-        head.num_turns = len(records)
+        head.num_turns, head.last_turn_id = len(records), records[-1].turn.turn_id if records else ""
         return tuple(records)
 
     # ---- one attempt -------------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparsevila_cluster.cluster.recent import Recent
+from sparsevila_cluster.cluster.reports import names
 from sparsevila_cluster.errors import BadRequest, NotFound
 from sparsevila_cluster.request import Turn, TurnRecord
 
@@ -52,7 +54,8 @@ class Token:
 
 @dataclass
 class Head:
-    """Where a conversation stands. worker: where it is, "" if nowhere yet. known: it is more than what a token says.
+    """Where a conversation stands. worker: where it is, "" if nowhere yet. known: it is more than what a token says. last_turn_id:
+    of its last finished turn, "" if that is not known.
 
     unrecorded: (number, record) of turns that the registry was not there to take; recording: held by who tells it. late: somebody
     will.
@@ -84,7 +87,21 @@ class Head:
     def catch_up(self, token: Token) -> None:
         """A client has seen it further than it is known here: another router took turns of it."""
         if token.num_turns > self.num_turns:
-            self.worker, self.moves, self.num_turns = token.worker, token.moves, token.num_turns
+            self.worker, self.moves, self.num_turns, self.last_turn_id = token.worker, token.moves, token.num_turns, ""
+
+    def and_unrecorded(self, records: Sequence[TurnRecord]) -> list[TurnRecord]:
+        """What the registry knows of it, with the turns that the registry was not there to take."""
+        told = list(records)
+        for number, record in self.unrecorded:
+            if number <= len(told) and names(told[number : number + 1]) != names([record]):
+                told[number:] = [record]
+        return told
+
+    def leads_to(self, records: Sequence[TurnRecord]) -> bool:
+        """Whether these are the turns that were heard here, or more: as many may be others, of a worker that was out of reach."""
+        if len(records) < self.num_turns:
+            return False
+        return not self.num_turns or self.last_turn_id in ("", records[self.num_turns - 1].turn.turn_id)
 
     def check(self, turn: Turn) -> None:
         """Raises NotFound: it is another tenant's, which looks as if there was none. BadRequest: it is about another media."""

@@ -45,8 +45,10 @@ class Answering:
 
         async def submit(asked: Turn, listener: Listener, entered: Callable[[], None]) -> None:
             async with self._in_order.of(turn.conversation_id):
-                if history is not None and await self._desk.call(lambda engine: needs_replay(engine, turn, history)):
+                journals = self._journals
+                if history is not None and await self._desk.call(lambda engine: needs_replay(engine, journals, turn, history)):
                     await replay(turn, history, caller, self._run, lambda: self._desk.post(self._forgetting(turn.conversation_id)))
+                    await self._desk.call(lambda engine: self._name(engine, turn, history))
                     self._sink.count("conversations_replayed_total")
                     log.info("conversation made again", extra={"turn_id": turn.turn_id, "num_turns": len(history)})
                     asked = replace(turn, deadline_s=max(1e-3, caller.left_s))
@@ -82,6 +84,11 @@ class Answering:
         if not engine.conversations.busy(turn.conversation_id) and self._journals.take_back(turn):
             engine.close_conversation(turn.conversation_id)
 
+    def _name(self, engine: DecodeEngine, turn: Turn, history: Sequence[TurnRecord]) -> None:
+        """A conversation was made again: write its turns down under the names that everybody else knows them by."""
+        if engine.conversations.get(turn.conversation_id) is not None:
+            self._journals.restore(turn, history)
+
     async def _enter(self, turn: Turn, listener: Listener, entered: Callable[[], None]) -> None:
         notes = Notes.of(turn)
 
@@ -103,7 +110,9 @@ class Answering:
         elif event.kind == "token":
             notes.token_ids += event.token_ids
         elif event.usage is not None:
-            self._journals.add(notes.record(event))
+            conversation = engine.conversations.get(notes.turn.conversation_id)
+            assert conversation is not None, "a turn that has just become part of it"
+            self._journals.add(conversation.num_turns - 1, notes.record(event))
             tell_turn(self._sink, event.usage, 0 if notes.turn.replay is None else len(notes.turn.replay.token_ids))
             log.info("turn done", extra={**facts, "ms": event.usage.ms})
         if over:

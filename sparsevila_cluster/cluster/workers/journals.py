@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sparsevila_cluster.cluster.reports import Journal
+from sparsevila_cluster.cluster.reports import Journal, names
 from sparsevila_cluster.request import Turn, TurnEvent, TurnRecord
 
 
@@ -41,13 +42,24 @@ class Journals:
     def __len__(self) -> int:
         return len(self._all)
 
-    def add(self, record: TurnRecord) -> None:
+    def add(self, number: int, record: TurnRecord) -> None:
+        """Turn `number` (0 = the first) of a conversation is over. One whose beginning was forgotten here stays forgotten."""
         turn = record.turn
         with self._lock:
             known = self._all.pop(turn.conversation_id, None) or Journal(turn.conversation_id, turn.media_id, (), turn.tenant)
-            self._all[turn.conversation_id] = replace(known, records=(*known.records, record))
-            while len(self._all) > self.most:
-                self._all.popitem(last=False)
+            if len(known.records) == number:
+                self._put(replace(known, records=(*known.records, record)))
+
+    def restore(self, turn: Turn, records: Sequence[TurnRecord]) -> None:
+        """The conversation of `turn` was made again from these."""
+        with self._lock:
+            self._put(Journal(turn.conversation_id, turn.media_id, tuple(records), turn.tenant))
+
+    def tells(self, conversation_id: str, records: Sequence[TurnRecord]) -> bool:
+        """Whether these very turns, with these very answers, are what is known of a conversation."""
+        with self._lock:
+            known = self._all.get(conversation_id)
+        return names(records) == names(known.records if known is not None else ())
 
     def take_back(self, turn: Turn) -> bool:
         """Strike out the last record of a conversation. False, and nothing happens, if it is not of this turn."""
@@ -63,6 +75,12 @@ class Journals:
     def forget(self, conversation_id: str) -> None:
         with self._lock:
             self._all.pop(conversation_id, None)
+
+    def _put(self, journal: Journal) -> None:
+        self._all[journal.conversation_id] = journal
+        self._all.move_to_end(journal.conversation_id)
+        while len(self._all) > self.most:
+            self._all.popitem(last=False)
 
     def all(self) -> tuple[Journal, ...]:
         with self._lock:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
+from sparsevila_cluster.cluster.workers.journals import Journals
 from sparsevila_cluster.decode_engine import DecodeEngine
 from sparsevila_cluster.patience import Caller
 from sparsevila_cluster.request import Replay, Turn, TurnEvent, TurnRecord
@@ -34,10 +35,11 @@ class InOrder:
                 self._locks[name] = lock, num - 1
 
 
-def needs_replay(engine: DecodeEngine, turn: Turn, history: Sequence[TurnRecord]) -> bool:
-    """Whether the conversation has to be made again: it is idle, and has another number of turns behind it than `history`.
+def needs_replay(engine: DecodeEngine, journals: Journals, turn: Turn, history: Sequence[TurnRecord]) -> bool:
+    """Whether the conversation has to be made again: it is idle, and other turns are behind it than those of `history`.
 
-    If so, what was there of it is closed.
+    If so, what was there of it is closed. As many turns are not enough: one that was asked here and heard by nobody may lie where
+    another one was asked elsewhere.
     """
     asked_before = engine.turns.get(turn.turn_id)
     if asked_before is not None and asked_before.conversation.conversation_id == turn.conversation_id:
@@ -47,7 +49,8 @@ def needs_replay(engine: DecodeEngine, turn: Turn, history: Sequence[TurnRecord]
     conversation = engine.conversations.get(turn.conversation_id)
     if conversation is not None and conversation.tenant not in ("", turn.tenant):
         return False  # not theirs to close
-    if (0 if conversation is None else conversation.num_turns) == len(history):
+    num_turns = 0 if conversation is None else conversation.num_turns
+    if num_turns == len(history) and (not num_turns or journals.tells(turn.conversation_id, history)):
         return False
     engine.close_conversation(turn.conversation_id)
     return bool(history)
