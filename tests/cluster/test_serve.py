@@ -9,12 +9,15 @@ import threading
 import time
 import urllib.request
 
+import grpc
 import numpy as np
 import pytest
 
 from sparsevila_cluster.client import Client
 from sparsevila_cluster.config import EngineConfig
 from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
+from sparsevila_cluster.pb import video_qa_pb2 as pb
+from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 from sparsevila_cluster.video_qa import VideoQA
 from tests.cluster.served import Served
 from tests.house import ROOT
@@ -106,6 +109,18 @@ def test_a_second_client_of_the_same_video_costs_no_prefill(served, client, film
         told = ["".join(chat.stream(question)) for question in questions]
         assert told == [other_chat_text(client, path, questions, i) for i in range(NUM_TURNS)]
     assert num_prefills(client) == before
+
+
+def test_unary_answers_are_the_same(served, client, films, right):
+    (path, questions), answers = films[1], right[1]
+    media_id, conversation_id, told = client.prepare(path).media_id, "", []
+    with grpc.insecure_channel(served.target) as channel:
+        for question in questions:
+            request = pb.AskRequest(media_id=media_id, conversation_id=conversation_id, question=question)
+            reply = VideoQAStub(channel).Answer(request, timeout=60)
+            conversation_id = reply.conversation_id
+            told.append(tuple(reply.token_ids))
+    assert told == [tuple(answer) for answer in answers]
 
 
 def other_chat_text(client, path, questions, turn):

@@ -15,9 +15,15 @@ import ray
 from ray.serve._private import replica
 
 
+def node_address() -> str:
+    """The address of this process's node as Ray was told it. `ray.util` would look which way the world is, and answer with that."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
+
+
 def stay_on_loopback() -> bool:
     """To be called while a replica is constructed, before Serve binds its port. False on a node with another address."""
-    host = ray.util.get_node_ip_address()
+    host = node_address()
     if not ipaddress.ip_address(host).is_loopback:
         return False
     bind = replica.add_port_to_grpc_server

@@ -30,7 +30,8 @@ REPLICA_ENV = {
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
 }
 # Ray starts its workers at nice 15, which is for batch jobs. Replicas serve, and share the machine with their clients.
-OWN_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+# Without the third, Ray takes 127.0.0.1 for this machine's address in the network, and every port is open to that.
+OWN_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @contextmanager
@@ -42,12 +43,14 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
     """
     import ray
     from ray import serve
+    from ray._private import ray_constants
 
     # Only now: in this process Serve has read its settings, which must leave the routing loop apart.
     added = {name: value for name, value in {**OWN_ENV, **REPLICA_ENV}.items() if name not in os.environ}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # stays: Ray reads it once per process
     folder = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp" if Path("/tmp").is_dir() else None))  # short: sockets lie in it
     os.environ.update(added)
+    networked, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False  # as its variable says in children
     try:
         hush(verbose)
         pools: list[PoolConfig] = [config.prefill, config.decode]
@@ -74,6 +77,7 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             finally:
                 ray.shutdown()
     finally:
+        ray_constants.ENABLE_RAY_CLUSTER = networked
         for name in added:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from sparsevila_cluster.cluster.directory import Directory
 from sparsevila_cluster.cluster.on_ray.clerk import Clerk
-from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
+from sparsevila_cluster.cluster.on_ray.loopback import node_address, stay_on_loopback
 from sparsevila_cluster.cluster.on_ray.ray_metrics import RaySink
 from sparsevila_cluster.cluster.on_ray.ray_pool import RayPool
 from sparsevila_cluster.cluster_config import ClusterConfig
@@ -48,7 +48,7 @@ def placed(config: ClusterConfig) -> ClusterConfig:
     """`config` with what depends on the node of this process."""
     if config.transport.host != "auto":
         return config
-    transport = config.transport.model_copy(update={"host": ray.util.get_node_ip_address()})
+    transport = config.transport.model_copy(update={"host": node_address()})
     return config.model_copy(update={"transport": transport})
 
 
