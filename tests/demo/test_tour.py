@@ -76,7 +76,7 @@ def short(monkeypatch):
 
 def test_the_tour_tells_everything_and_leaves_its_files(checkpoint, short, tmp_path, capsys):
     out = tmp_path / "deep" / "tour"
-    code = cli.main(["demo", "--model", str(checkpoint), "--out", str(out)])
+    code = cli.main(["demo", "--local", "--model", str(checkpoint), "--out", str(out)])
     shown, err = capsys.readouterr()
     assert err == "" and code == (0 if checkpoint == BUNDLED else 1)
     assert sorted(path.name for path in out.iterdir()) == ["heatmap.png", "video-1.mp4", "video-2.mp4", "video-3.mp4"]
@@ -90,7 +90,7 @@ def test_the_tour_tells_everything_and_leaves_its_files(checkpoint, short, tmp_p
 
 
 def test_the_tour_speaks_json(checkpoint, short, tmp_path, capsys):
-    code = cli.main(["demo", "--model", str(checkpoint), "--out", str(tmp_path), "--json"])
+    code = cli.main(["demo", "--local", "--model", str(checkpoint), "--out", str(tmp_path), "--json"])
     shown, err = capsys.readouterr()
     document = json.loads(shown)
     assert err == "" and document["passed"] == (code == 0) == (document["right"] >= 0.9 * document["asked"])
