@@ -37,6 +37,7 @@ class _Reservation:
     until_s: float
     state: TransferState = TransferState.RESERVED
     lane: ReceiveLane | None = None
+    attempt: int = 0
 
 
 class Dock:
@@ -193,7 +194,7 @@ class Dock:
         lane.lane_id, lane.worker, lane.epoch = str(hello["lane"]), str(hello["worker"]), int(hello["epoch"])
         log.info("lane up", extra={"lane": lane.lane_id, "worker": lane.worker, "epoch": lane.epoch})
 
-    def admit(self, lane: ReceiveLane, transfer_id: str, key: str) -> float | None:
+    def admit(self, lane: ReceiveLane, transfer_id: str, key: str, attempt: int) -> float | None:
         for _ in range(3):
             with self._lock:
                 one = self._transfers.get(transfer_id)
@@ -203,6 +204,9 @@ class Dock:
                     return None
                 if one.state.terminal:
                     raise NotFound(f"transfer {transfer_id} is over: {one.state.value}")
+                if attempt < one.attempt:  # it lay unread in a lane that the sender has given up
+                    raise LaneLost(f"attempt {attempt} of transfer {transfer_id} came after attempt {one.attempt}")
+                one.attempt = attempt
                 if one.lane is None or one.lane is lane:
                     one.lane = lane
                     return one.lease_s

@@ -27,8 +27,11 @@ class Desk(Protocol):
     def welcome(self, lane: Any, hello: dict[str, Any]) -> None:
         """Raises PermissionDenied, Incompatible, QueueFull."""
 
-    def admit(self, lane: Any, transfer_id: str, key: str) -> float | None:
-        """Seconds within which the transfer must have begun; None if it was acknowledged before. Raises NotFound."""
+    def admit(self, lane: Any, transfer_id: str, key: str, attempt: int) -> float | None:
+        """Seconds within which the transfer must have begun; None if it was acknowledged before.
+
+        Raises NotFound. LaneLost: a later attempt has come before this one.
+        """
 
     def moved(self, lane: Any, transfer_id: str, state: TransferState) -> None:
         """A transfer of this lane is in another state now."""

@@ -44,10 +44,7 @@ class ReceiveLane:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._dead = False
-        self._threads = [threading.Thread(target=work, name=name, daemon=True) for work, name in self._work()]
-
-    def _work(self) -> list[tuple[Callable[[], None], str]]:
-        return [(self._read, "lane-reader"), (self._land, "lane-lander")]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._land)]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -165,7 +162,7 @@ class ReceiveLane:
     def _on_offer(self, transfer: str, key: str, attempt: int, manifest: bytes) -> None:
         self.used_s = time.monotonic()
         try:
-            begin_within_s = self._desk.admit(self, transfer, key)
+            begin_within_s = self._desk.admit(self, transfer, key, attempt)
             if begin_within_s is None:
                 return self.channel.say("acked", transfer=transfer)
         except SparseVilaError as error:
@@ -179,7 +176,11 @@ class ReceiveLane:
             self._desk.moved(self, transfer, TransferState.FAILED)
             return self.channel.say("refused", transfer=transfer, failure=to_failure(error))
         one = Incoming(read, begin_within_s)
-        self._incoming.add(one)
+        try:
+            self._incoming.add(one)
+        except LaneLost:
+            self._desk.moved(self, transfer, TransferState.RESERVED)  # nobody else would let go of it
+            raise
         self._jobs.put(lambda: self._allocate(one))
 
     def _on_chunk(self, transfer: str, index: int) -> None:

@@ -59,6 +59,15 @@ def test_one_bad_message(harbour, monkeypatch, what, op, at):
     check_after(harbour, there, resident, sent, report)
 
 
+@pytest.mark.parametrize("number", range(15))
+def test_an_offer_left_unread_in_a_lane_that_was_given_up_takes_nothing_over(harbour, monkeypatch, number):
+    """The sender hears a message twice and dials anew while the dock still reads what came over the old lane."""
+    there, resident = send_beside_another(harbour)
+    Script([Fault("duplicate", "receive", 0)]).install(monkeypatch)
+    sent = make_prefix("sent")
+    check_after(harbour, there, resident, sent, harbour.send(sent, BOUNDS))
+
+
 @pytest.mark.parametrize("what", OF_BULK)
 @pytest.mark.parametrize("at", [0, 5, 17])
 def test_one_bad_chunk(harbour, monkeypatch, what, at):
