@@ -278,8 +278,7 @@ class ReceiveLane:
         if one.refused:
             return
         if one.landed != len(one.manifest.chunks):
-            text = f"{one.landed} of {len(one.manifest.chunks)} chunks of transfer {one.transfer_id} came"
-            return self._refuse(one, DataLoss(text))
+            return self._refuse(one, DataLoss(f"{one.landed} chunks of transfer {one.transfer_id} came, not all that were announced"))
         self._move(one, TransferState.VERIFIED)
         with one.lock:
             extent, one.extent = one.extent, None
