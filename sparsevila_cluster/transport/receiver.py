@@ -278,7 +278,7 @@ class ReceiveLane:
         if one.refused:
             return
         if one.landed != len(one.manifest.chunks):
-            return self._refuse(one, DataLoss(f"{one.landed} chunks of transfer {one.transfer_id} came, not all that were announced"))
+            return self._refuse(one, DataLoss(f"{one.landed} chunks of transfer {one.transfer_id} came, and not all"))
         self._move(one, TransferState.VERIFIED)
         with one.lock:
             extent, one.extent = one.extent, None
