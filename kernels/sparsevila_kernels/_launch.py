@@ -1,0 +1,94 @@
+"""How every kernel of this package is compiled and launched, with or without Triton on the machine.
+
+Knows: whether Triton can be imported, whether it interprets, which of torch and Triton serves a tensor, and how a kernel is
+launched on the tensors' own device with settled floating-point rules. Does not know any kernel.
+
+Triton's interpreter (TRITON_INTERPRET=1, read when this file is imported) runs kernels on CPU tensors, slowly, for tests. What
+version 3.9 of it gets wrong, and kernels must go around by casting to fp32 when INTERPRETED: tl.dot of bf16 operands, int -> bf16,
+and fp32 -> bf16, which truncates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON, INTERPRETED = True, bool(triton.knobs.runtime.interpret)
+except ImportError:  # no wheel for this platform: the torch paths serve everything
+    triton = tl = None
+    HAS_TRITON = INTERPRETED = False
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+class Variant(NamedTuple):
+    """One way in which a kernel is launched, written down so that it can be compiled without a GPU.
+
+    `signature` gives the type of each argument that is no constexpr, in Triton's words; ":16" after it says that the pointer or
+    integer is divisible by 16, as that of a contiguous tensor is: {"x": "*bf16:16", "num_rows": "i32"}. `options` are num_warps
+    and num_stages.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, int]
+
+
+def jit(function: Any) -> Any:
+    """triton.jit, or the bare function where there is no Triton: nobody launches it there."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def constexpr(value: Any) -> Any:
+    """A constant of a module that kernels may read."""
+    return tl.constexpr(value) if HAS_TRITON else value
+
+
+def choose(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:
+    """Which path serves `tensor`: "auto" is Triton on CUDA and torch elsewhere.
+
+    Raises ValueError if `backend` is unknown, or if it is "triton" and Triton is missing or cannot reach the tensor.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend {backend!r}: legal are 'auto', 'torch' and 'triton'")
+    if backend == "auto":
+        return "triton" if HAS_TRITON and tensor.is_cuda else "torch"
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton': triton cannot be imported here; legal are 'auto' and 'torch'")
+    if backend == "triton" and not (tensor.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"backend 'triton': the tensor is on {tensor.device}; legal are CUDA tensors, or any with TRITON_INTERPRET=1 "
+            "in the environment before the import"
+        )
+    return backend
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **settings: Any) -> None:
+    """Start `kernel` over `grid` on `device`; an empty grid starts nothing.
+
+    Multiplications and additions may fuse: Triton 3.9 warns unless that is said, and 3.10 changes the default. (The variable
+    TRITON_DEFAULT_FP_FUSION would settle it for other kernels of the process as well, which is not ours to do.)
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, enable_fp_fusion=True, **settings)
+
+
+def cdiv(num: int, size: int) -> int:
+    """How many parts of `size` cover `num`."""
+    return -(-num // size)
+
+
+def next_power_of_2(num: int) -> int:
+    """The least power of two that is not below `num` >= 1."""
+    return 1 << (num - 1).bit_length()
