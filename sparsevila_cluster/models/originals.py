@@ -1,0 +1,197 @@
+"""A checkpoint taken apart for quantizing: its text model layer by layer, the linears of its tower, and their names on disk.
+
+Knows: the modules of transformers, which linears a decoder layer has and how they hang together. Does not know: how anything is
+rounded, calibration, files that are written.
+
+    h -> norm_in -> q, k, v -> attention -> o -> + -> norm_mlp -> gate, up -> * -> down -> +
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsevila_cluster.errors import BadCheckpoint
+from sparsevila_cluster.models.adapter import ALL_PARTS, Model
+from sparsevila_cluster.models.chat import load_tokenizer
+from sparsevila_cluster.models.checkpoint import Checkpoint
+from sparsevila_cluster.models.hf import HFDecoder
+from sparsevila_cluster.models.loader import _family_class, _read_config, load_modules
+from sparsevila_cluster.models.weights import source_names
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUT = "self_attn.o_proj"
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = "mlp.down_proj"
+LINEARS = (*QKV, OUT, *GATE_UP, DOWN)
+NORM_IN, NORM_MLP = "input_layernorm", "post_attention_layernorm"
+
+# Everything inside the blocks of a tower; not its patch embedding, mergers, projector, or heads beside the blocks.
+_TOWER_BLOCK = re.compile(r"^model\.(visual|vision_tower)\.(.*\.)?(blocks|layers?)\.\d+\.")
+
+
+class DecoderLayer:
+    """One layer of the text model. `linears` and `norms` are its modules by their names within the layer.
+
+    Raises:
+        BadCheckpoint: the layer is built otherwise (fused projections, experts, norms in other places).
+    """
+
+    def __init__(self, module: Any, name: str, rotary: Any):
+        self.module, self.name, self._rotary = module, name, rotary
+        self.linears: dict[str, nn.Linear] = {}
+        for path in LINEARS:
+            linear = _at(module, path)
+            if not isinstance(linear, nn.Linear):
+                found = type(linear).__name__ if linear is not None else f"none in {type(module).__name__}"
+                raise BadCheckpoint(f"{name}: quantizing needs a plain linear {path!r}, found {found}; fused projections and experts are not supported")
+            self.linears[path] = linear
+        others = [path for path, one in module.named_modules() if isinstance(one, nn.Linear) and path not in self.linears]
+        if others:
+            raise BadCheckpoint(f"{name}: quantizing does not know the linear {others[0]!r}; fused projections and experts are not supported")
+        self.norms: dict[str, Any] = {path: _at(module, path) for path in (NORM_IN, NORM_MLP)}
+        norms = {path for path, _ in module.named_children() if "norm" in path}
+        if norms != set(self.norms):
+            raise BadCheckpoint(f"{name}: quantizing knows the norms {', '.join(self.norms)}, found {', '.join(sorted(norms)) or 'none'}")
+
+    def attention(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Normed rows f32 [T, D] of one sequence, positions i64 [R, T] -> what attention adds to the residual, [T, D]."""
+        rows = x[None]
+        ids = positions[:, None] if len(positions) == 3 else positions
+        found = self.module.self_attn(
+            hidden_states=rows,
+            position_embeddings=self._rotary(rows, ids),
+            attention_mask=None,
+            step_batch=WholeSequence(),
+        )
+        return found[0][0]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Normed rows [T, D] -> what the MLP adds, [T, D]."""
+        return self.module.mlp(x)
+
+    @contextmanager
+    def watch(self, path: str, seen: list[Tensor]) -> Iterator[None]:
+        """Append what the linear at `path` is given, [T, K] each, to `seen` while the block runs."""
+        hook = self.linears[path].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+class WholeSequence:
+    """A `StepBatch` of one sequence whose rows see themselves and what comes before; nothing is kept."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        pass
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint with float weights, in memory as transformers modules.
+
+    layers: the text model's, in order; None once released. tower: linears of the vision tower's blocks by their names in memory, None
+    where the family does not run the block. sources: names of tensors in memory -> on disk.
+    """
+
+    files: Checkpoint
+    model: Model
+    layers: list[DecoderLayer | None]
+    tower: dict[str, nn.Linear | None]
+    sources: dict[str, str]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """How the tensor called `name` in memory is stored."""
+        source = self.sources[name]
+        return _STORED[self.files.shards[self.files.file_of[source]].dtypes[source]]
+
+    def release(self, index: int) -> None:
+        """Let the weights of a layer go."""
+        layer = self.layers[index]
+        assert layer is not None
+        layer.module.to("meta")
+        self.layers[index] = None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a checkpoint takes, known before its weights are read. size: number of token ids; kinds: of media."""
+
+    size: int
+    kinds: tuple[str, ...]
+    _tokenizer: Any
+
+    def ids_of(self, text: str) -> list[int]:
+        """Tokens of a text as it stands; what looks like a control token is one."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def plain_ids(self) -> list[int]:
+        """All ids that are text and no control tokens, ascending."""
+        added = set(self._tokenizer.added_tokens_decoder)
+        return sorted(i for i in self._tokenizer.get_vocab().values() if i not in added and i < self.size)
+
+
+def read_vocabulary(directory: str | Path) -> Vocabulary:
+    """Raises BadCheckpoint: no checkpoint, one that is not supported or quantized already, or without a tokenizer."""
+    files = Checkpoint.open(directory)
+    refuse_quantized(files)
+    config = _read_config(files)
+    kinds = tuple(_family_class(files).slots(config))
+    return Vocabulary(config.get_text_config().vocab_size, kinds, load_tokenizer(files))
+
+
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def open_original(directory: str | Path, device: str | torch.device = "auto") -> Original:
+    """Load a checkpoint that is to be quantized: float32 on a CPU, as it is stored on a GPU.
+
+    Raises:
+        BadCheckpoint: as `load_model`; or it is quantized already, or a layer is of a kind that cannot be taken apart.
+    """
+    files = Checkpoint.open(directory)
+    refuse_quantized(files)
+    model, skeleton = load_modules(files, ALL_PARTS, device, "auto", "hf")
+    sources = source_names(files, _read_config(files))  # the model's own config names attention functions by now
+    modules = dict(skeleton.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    assert isinstance(model.text, HFDecoder)
+    text = model.text.modules
+    layers = [DecoderLayer(module, names[id(module)], text.rotary_emb) for module in text.layers]
+    tower = {name: modules.get(name) for name in _tower_linears(files, sources)}
+    return Original(files, model, list(layers), tower, sources)
+
+
+def _tower_linears(files: Checkpoint, sources: dict[str, str]) -> list[str]:
+    """Names in memory of all linears inside the blocks of the vision tower; a family may have let go of blocks that it does not run."""
+    weights = [name for name in sources if _TOWER_BLOCK.match(name) and name.endswith(".weight")]
+    matrices = [name for name in weights if len(files.shards[files.file_of[sources[name]]].shapes[sources[name]]) == 2]
+    return sorted(name.removesuffix(".weight") for name in matrices)
+
+
+def refuse_quantized(files: Checkpoint) -> None:
+    """Raises BadCheckpoint: config.json speaks of a quantization."""
+    text = files.config.get("text_config")
+    for data in (files.config, text if isinstance(text, dict) else {}):
+        if data.get("quantization_config") is not None:
+            raise BadCheckpoint(f"{str(files.directory)!r} is quantized already (config.json: quantization_config); take the original")
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
