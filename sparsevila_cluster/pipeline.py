@@ -85,7 +85,11 @@ class LocalPipeline:
     def __init__(self, config: EngineConfig, model: Model | None = None):
         self.config = config
         self.model = model or load_model(
-            config.model_dir, device=config.device, dtype=config.dtype, text_backend=config.text_backend
+            config.model_dir,
+            device=config.device,
+            dtype=config.dtype,
+            text_backend=config.text_backend,
+            quantization=config.quantization,
         )
         self.prefill = PrefillEngine(self.model, config)
         self.decode = DecodeEngine(self.model, config)
