@@ -81,6 +81,15 @@ class EngineConfig(FrozenConfig):
     text_backend: Literal["auto", "lean", "hf"] = Field(
         "auto", description="Text decoder. auto: lean where it knows the architecture, else hf."
     )
+    attention: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="Kernels of the text decoder. auto: triton on a GPU, torch on a CPU."
+    )
+    quantization: Literal["auto", "none"] = Field(
+        "auto", description="Weights of a quantised checkpoint. auto: as they are stored; none: dequantised as they are loaded."
+    )
+    decode_graphs: Literal["auto", "none"] = Field(
+        "auto", description="CUDA graphs of decode steps. auto: one per batch size on a GPU with lean and triton; none: never."
+    )
     system_prompt: str | None = Field(None, description="System message before the media. None: the chat template's own default.")
     positions: Literal["keep", "compact"] = Field(
         "keep", description="Positions of kept visual tokens: the original ones with gaps, or closed up."

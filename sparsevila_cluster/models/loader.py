@@ -47,13 +47,13 @@ default ones up to max_position_embeddings, and no sequence goes on beyond: `Mod
 
 
 def load_model(
-    directory: str | Path,
+    directory: str | Path | Checkpoint,
     parts: Sequence[Part] = ALL_PARTS,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     text_backend: str = "auto",
 ) -> Model:
-    """Load `parts` of the checkpoint in `directory`; tensors of other parts are never read.
+    """Load `parts` of the checkpoint in `directory` (or one that is open already); tensors of other parts are never read.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU. text_backend:
     "lean", "hf", or "auto" for lean wherever it knows the text model.
@@ -65,7 +65,7 @@ def load_model(
     parts = _parts(parts)
     if text_backend not in ("auto", "lean", "hf"):
         raise BadConfig(f"text_backend must be auto, lean or hf, got {text_backend!r}")
-    files = Checkpoint.open(directory)
+    files = directory if isinstance(directory, Checkpoint) else Checkpoint.open(directory)
     family_class = _family_class(files)
     config = _read_config(files)
     text_config = config.get_text_config()
