@@ -127,7 +127,7 @@ class LeanDecoder:
     def _write_last(self, x: Tensor, layer: _Layer, cos: Tensor, sin: Tensor, batch: StepBatch) -> None:
         """The last layer of a prefill whose hidden state nobody reads: keys and values only."""
         first = self.num_heads * self.spec.head_dim
-        kv = layer.qkv.mm_from(x, first)
+        kv = layer.qkv.tail_mm(x, first)
         if layer.qkv_bias is not None:
             kv = kv + layer.qkv_bias[first:]
         k, v = kv.view(x.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim).unbind(1)

@@ -3,7 +3,7 @@
 Knows: which product belongs to which form, and how parallel projections are fused. Does not know: layers, files, how the products
 are computed (the kernels).
 
-    lean:           Matrix.mm(x), Matrix.addmm(base, x), Matrix.mm_from(x, first)        [in, out]
+    lean:           Matrix.mm(x), Matrix.addmm(base, x), Matrix.tail_mm(x, first)        [in, out]
     transformers:   AwqLinear, Int8Linear in the place of nn.Linear                      [out, in]
 """
 
@@ -29,7 +29,7 @@ class Matrix(Protocol):
         """base + x @ W [T, N], base [N] or [T, N], which is left as it is."""
         ...
 
-    def mm_from(self, x: Tensor, first: int) -> Tensor:
+    def tail_mm(self, x: Tensor, first: int) -> Tensor:
         """The columns of x @ W from `first` on: [T, N - first]."""
         ...
 
@@ -48,7 +48,7 @@ class DenseMatrix:
     def addmm(self, base: Tensor, x: Tensor) -> Tensor:
         return torch.addmm(base, x, self._weight)
 
-    def mm_from(self, x: Tensor, first: int) -> Tensor:
+    def tail_mm(self, x: Tensor, first: int) -> Tensor:
         return torch.mm(x, self._weight[:, first:])
 
 
@@ -68,7 +68,7 @@ class AwqMatrix:
             return awq_matmul(x, self._weight, base)
         return awq_matmul(x, self._weight).add_(base)
 
-    def mm_from(self, x: Tensor, first: int) -> Tensor:
+    def tail_mm(self, x: Tensor, first: int) -> Tensor:
         """All columns are computed: one layer of a prefill needs this, and a second copy of its weights would cost more."""
         return awq_matmul(x, self._weight)[:, first:]
 
