@@ -75,7 +75,12 @@ def in_layers(name: str) -> bool:
 
 
 def as_awq(
-    source: Path, target: Path, group: int = 32, dtype: torch.dtype = torch.float16, wanted: Callable[[str], bool] = in_layers, **keys: Any
+    source: Path,
+    target: Path,
+    group: int = 32,
+    dtype: torch.dtype = torch.float16,
+    wanted: Callable[[str], bool] = in_layers,
+    **keys: Any,
 ) -> Path:
     """A plain checkpoint as an AutoAWQ one: linears whose weight's name is `wanted` in 4 bits."""
     weights = {}

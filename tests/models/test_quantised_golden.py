@@ -63,7 +63,9 @@ def test_qwen2_in_4_bits_is_near_its_twin(qwen2_logits, backend):
 
 
 @pytest.mark.parametrize("backend", ["lean", "hf"])
-@pytest.mark.parametrize("quantization,dtype,tolerance", [("auto", "float32", 1e-5), ("auto", "auto", 0.03), ("none", "bfloat16", 0.03)])
+@pytest.mark.parametrize(
+    "quantization,dtype,tolerance", [("auto", "float32", 1e-5), ("auto", "auto", 0.03), ("none", "bfloat16", 0.03)]
+)
 def test_qwen2_5_vl_sees_pictures_as_its_twin(qwen2_5_vl, stock_vl, backend, quantization, dtype, tolerance):
     """The vision tower stays as it is, although the list in config.json says "visual" and the module is "model.visual"."""
     model = load_model(qwen2_5_vl, device="cpu", dtype=dtype, text_backend=backend, quantization=quantization)
