@@ -1,4 +1,4 @@
-"""Activation-aware 4-bit rounding (arXiv 2306.00978): which input channels to enlarge, where to clip, and the codes that come of it.
+"""Activation-aware 4-bit rounding (arXiv 2306.00978): which input channels to enlarge, where to clip, and the codes.
 
 Knows: weights, activations, groups; tensors only. Does not know: layers, checkpoints, how codes are packed.
 

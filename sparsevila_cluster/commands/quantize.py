@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsevila_cluster.commands.options import OK, add_output_options
+from sparsevila_cluster.commands.server_tables import WIDTH_IN_FILES
 from sparsevila_cluster.errors import BadRequest
 from sparsevila_cluster.progress import ProgressLine
 from sparsevila_cluster.trip import megabytes
@@ -31,22 +33,32 @@ def add_to(commands: Any) -> None:
         "quantize",
         allow_abbrev=False,
         help="write a checkpoint in 4 bits (AWQ), its vision tower in 8",
-        description="Writes SRC to the new directory DST with 4-bit weights (AutoAWQ's format). When it is interrupted, the same call "
-        "goes on with what was finished; DST appears only once it is whole.",
+        description="Writes SRC to the new directory DST with 4-bit weights (AutoAWQ's format). When it is interrupted, the same "
+        "call goes on with what was finished; DST appears only once it is whole.",
     )
     quantize.add_argument("source", metavar="SRC", help="checkpoint with float weights")
     quantize.add_argument("target", metavar="DST", help="directory to make")
     _add_material_options(quantize, "--calibration", CALIBRATION_EXAMPLES)
     how = quantize.add_argument_group("how")
-    how.add_argument("--engine", choices=ENGINES, default="own", help="own, or AutoAWQ 0.2.9 in an environment of its own (%(default)s)")
+    how.add_argument(
+        "--engine", choices=ENGINES, default="own", help="own, or AutoAWQ 0.2.9 in an environment of its own (%(default)s)"
+    )
     how.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale (the largest of 128, 64, 32 that fits)")
-    how.add_argument("--vision", choices=("w8a8", "none"), default="none", help="the vision tower in 8 bits, or as it is (%(default)s)")
-    how.add_argument("--keep", action="append", default=[], metavar="NAME", help="leave linears whose name ends so; may be repeated")
+    how.add_argument(
+        "--vision", choices=("w8a8", "none"), default="none", help="the vision tower in 8 bits, or as it is (%(default)s)"
+    )
+    how.add_argument(
+        "--keep", action="append", default=[], metavar="NAME", help="leave linears whose name ends so; may be repeated"
+    )
     how.add_argument("--no-clip", action="store_true", help="leave out the search for clipping")
-    how.add_argument("--alpha", type=float, default=0.5, help="8 bits: how much of an outlier goes to the weights, 0 to 1 (%(default)s)")
+    how.add_argument(
+        "--alpha", type=float, default=0.5, help="8 bits: how much of an outlier goes to the weights, 0 to 1 (%(default)s)"
+    )
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     how.add_argument("--restart", action="store_true", help="throw unfinished work for DST away")
-    peer = quantize.add_argument_group("--engine autoawq", "AutoAWQ knows text only, and other versions of its libraries than ours.")
+    peer = quantize.add_argument_group(
+        "--engine autoawq", "AutoAWQ knows text only, and other versions of its libraries than ours."
+    )
     peer.add_argument("--create-env", action="store_true", help="install its environment first, if it is not there (some GB)")
     peer.add_argument("--env", metavar="DIR", help="where the environment is (in the user's cache directory)")
     peer.add_argument("--engine-timeout-s", type=float, default=7200.0, metavar="S", help="longest run of AutoAWQ (%(default)g)")
@@ -70,9 +82,12 @@ def add_to(commands: Any) -> None:
 def _add_material_options(parser: argparse.ArgumentParser, directory: str, num: int) -> None:
     what = parser.add_argument_group("inputs", "A directory of media, .txt and .jsonl files, or synthetic ones.")
     one = what.add_mutually_exclusive_group(required=True)
-    one.add_argument(directory, dest="directory", metavar="DIR", help="media (questions in a .txt of the same name), texts, dialogues")
+    one.add_argument(
+        directory, dest="directory", metavar="DIR", help="media (questions in a .txt of the same name), texts, dialogues"
+    )
     one.add_argument("--synthetic", action="store_true", help="scenes of the demo world and random tokens")
     what.add_argument("--examples", type=int, default=num, metavar="N", help="how many synthetic ones (%(default)s)")
+    what.add_argument("--no-media", action="store_true", help="random tokens only, of synthetic ones")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of synthetic ones (%(default)s)")
     what.add_argument("--text-tokens", type=int, default=512, metavar="N", help="longest piece of a text (%(default)s)")
     what.add_argument("--fps", type=float, default=2.0, metavar="F", help="frames per second of video (%(default)g)")
@@ -108,7 +123,11 @@ def _quantize(args: argparse.Namespace) -> int:
                 text_tokens=args.text_tokens, deadline_s=args.engine_timeout_s, restart=args.restart, report=progress.stage,
             )  # fmt: skip
     facts = job.describe(outcome)
-    print(json.dumps({"source": str(source), "target": str(target), "engine": args.engine, **facts}) if args.json else _told(target, facts))
+    print(
+        json.dumps({"source": str(source), "target": str(target), "engine": args.engine, **facts})
+        if args.json
+        else _told(target, facts)
+    )
     return OK
 
 
@@ -146,12 +165,12 @@ def _show(original: str, found: list[Distance]) -> None:
 
     table = Table(title=f"Distance from {original}, on {found[0].num_tokens} tokens", title_justify="left")
     table.add_column("checkpoint", overflow="fold")
-    for name in ("KL (nats)", "logits off by", "same top token", "weights"):
+    for name in ("KL (nats)", "logits off by", "same top token", "files"):
         table.add_column(name, justify="right")
     for one in found:
-        size = megabytes(one.weight_bytes)
+        size = megabytes(one.stored_bytes)
         table.add_row(one.checkpoint, f"{one.kl:.3e}", f"{100 * one.relative_error:.2f} %", f"{100 * one.same_top:.2f} %", size)
-    Console(highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH_IN_FILES, highlight=False).print(table)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -175,4 +194,4 @@ def _materials(args: argparse.Namespace, vocabulary: Vocabulary, reading: Readin
         return read_materials(args.directory)
     from sparsevila_cluster.demo.examples import make_examples
 
-    return make_examples(vocabulary, reading, args.examples, seed=args.seed, held_out=held_out)
+    return make_examples(vocabulary, reading, args.examples, media=not args.no_media, seed=args.seed, held_out=held_out)

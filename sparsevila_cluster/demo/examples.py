@@ -16,25 +16,27 @@ from sparsevila_cluster.quantizing.calibration import Reading
 from sparsevila_cluster.quantizing.materials import Material
 
 NUM_TURNS = 6
+NUM_IDS = 256  # random tokens in a row
 # The seeds that the demo model's own measurements do not use.
 FIRST_SEED = 400_000
 
 
 def make_examples(
-    vocabulary: Vocabulary, reading: Reading, num: int, *, seed: int = 0, held_out: bool = False, num_ids: int = 256
+    vocabulary: Vocabulary, reading: Reading, num: int, *, media: bool = True, seed: int = 0, held_out: bool = False
 ) -> list[Material]:
-    """`num` materials: random tokens for a text model; else as many videos and pictures (as the model takes them), half of each,
-    and a quarter as many random texts. Held-out ones share nothing with the others of any seed."""
+    """Without `media`, and for a language model, `num` times random tokens; else `num` videos and pictures in turn, as the model
+    takes them, and a quarter as many random tokens. Held-out ones share nothing with the others of any seed."""
     stream = HELD_OUT_STREAM if held_out else TRAINING_STREAM
     rng = np.random.default_rng((stream, seed, 7))
     plain = np.array(vocabulary.plain_ids())
-    num_texts = -(-num // 4) if vocabulary.kinds else num
+    kinds = vocabulary.kinds if media else ()
+    num_texts = -(-num // 4) if kinds else num
     found = [
-        Material(f"random tokens {i}", ids=tuple(int(one) for one in rng.choice(plain, min(num_ids, reading.text_tokens))))
+        Material(f"random tokens {i}", ids=tuple(int(one) for one in rng.choice(plain, min(NUM_IDS, reading.text_tokens))))
         for i in range(num_texts)
     ]
-    for i in range(num if vocabulary.kinds else 0):
-        kind = vocabulary.kinds[i % len(vocabulary.kinds)]
+    for i in range(num if kinds else 0):
+        kind = kinds[i % len(kinds)]
         found.append(_scene(FIRST_SEED + 1000 * seed + i, kind, reading, held_out))
     return found
 

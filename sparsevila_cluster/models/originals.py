@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsevila_cluster.awq.scheme import read_scheme
 from sparsevila_cluster.errors import BadCheckpoint
-from sparsevila_cluster.models.adapter import ALL_PARTS, Model
+from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.models.chat import load_tokenizer
 from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.hf import HFDecoder
-from sparsevila_cluster.models.loader import _family_class, _read_config, load_modules
+from sparsevila_cluster.models.loader import family_class_of, load_model, load_modules, read_config
+from sparsevila_cluster.models.text_only import TEXT_MODELS, TextModel, load_text
 from sparsevila_cluster.models.weights import source_names
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -52,15 +54,21 @@ class DecoderLayer:
             linear = _at(module, path)
             if not isinstance(linear, nn.Linear):
                 found = type(linear).__name__ if linear is not None else f"none in {type(module).__name__}"
-                raise BadCheckpoint(f"{name}: quantizing needs a plain linear {path!r}, found {found}; fused projections and experts are not supported")
+                raise BadCheckpoint(
+                    f"{name}: quantizing needs a plain linear {path!r}, found {found}; no fused projections or experts"
+                )
             self.linears[path] = linear
         others = [path for path, one in module.named_modules() if isinstance(one, nn.Linear) and path not in self.linears]
         if others:
-            raise BadCheckpoint(f"{name}: quantizing does not know the linear {others[0]!r}; fused projections and experts are not supported")
+            raise BadCheckpoint(
+                f"{name}: quantizing does not know the linear {others[0]!r}; no fused projections or experts"
+            )
         self.norms: dict[str, Any] = {path: _at(module, path) for path in (NORM_IN, NORM_MLP)}
         norms = {path for path, _ in module.named_children() if "norm" in path}
         if norms != set(self.norms):
-            raise BadCheckpoint(f"{name}: quantizing knows the norms {', '.join(self.norms)}, found {', '.join(sorted(norms)) or 'none'}")
+            raise BadCheckpoint(
+                f"{name}: quantizing knows the norms {', '.join(self.norms)}, found {', '.join(sorted(norms)) or 'none'}"
+            )
 
     def attention(self, x: Tensor, positions: Tensor) -> Tensor:
         """Normed rows f32 [T, D] of one sequence, positions i64 [R, T] -> what attention adds to the residual, [T, D]."""
@@ -104,14 +112,15 @@ class WholeSequence:
 class Original:
     """A checkpoint with float weights, in memory as transformers modules.
 
-    layers: the text model's, in order; None once released. tower: linears of the vision tower's blocks by their names in memory, None
-    where the family does not run the block. sources: names of tensors in memory -> on disk.
+    layers: the text model's, in order; None once released. tower: linears of the vision tower's blocks by their names in memory, as
+    far as the family runs the block. sources: names of tensors in memory -> on disk.
     """
 
     files: Checkpoint
-    model: Model
+    model: Model | TextModel
+    vocabulary: Vocabulary
     layers: list[DecoderLayer | None]
-    tower: dict[str, nn.Linear | None]
+    tower: dict[str, nn.Linear]
     sources: dict[str, str]
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -129,7 +138,8 @@ class Original:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a checkpoint takes, known before its weights are read. size: number of token ids; kinds: of media."""
+    """What a checkpoint takes, known before its weights are read. size: number of token ids; kinds: of media, none for a language
+    model."""
 
     size: int
     kinds: tuple[str, ...]
@@ -145,50 +155,53 @@ class Vocabulary:
         return sorted(i for i in self._tokenizer.get_vocab().values() if i not in added and i < self.size)
 
 
-def read_vocabulary(directory: str | Path) -> Vocabulary:
-    """Raises BadCheckpoint: no checkpoint, one that is not supported or quantized already, or without a tokenizer."""
-    files = Checkpoint.open(directory)
-    refuse_quantized(files)
-    config = _read_config(files)
-    kinds = tuple(_family_class(files).slots(config))
-    return Vocabulary(config.get_text_config().vocab_size, kinds, load_tokenizer(files))
-
-
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def open_original(directory: str | Path, device: str | torch.device = "auto") -> Original:
-    """Load a checkpoint that is to be quantized: float32 on a CPU, as it is stored on a GPU.
+def open_original(directory: str | Path, device: str | torch.device = "auto", with_media: bool = True) -> Original:
+    """Load a checkpoint that is to be quantized: float32 on a CPU, as stored on a GPU. Without `with_media`: its text model alone.
 
     Raises:
         BadCheckpoint: as `load_model`; or it is quantized already, or a layer is of a kind that cannot be taken apart.
     """
     files = Checkpoint.open(directory)
-    refuse_quantized(files)
-    model, skeleton = load_modules(files, ALL_PARTS, device, "auto", "hf")
-    sources = source_names(files, _read_config(files))  # the model's own config names attention functions by now
-    modules = dict(skeleton.named_modules())
-    names = {id(module): name for name, module in modules.items()}
+    vocabulary = read_vocabulary(files)
+    model: Model | TextModel
+    tower = {}
+    if vocabulary.kinds and with_media:
+        model, skeleton = load_modules(files, device=device, text_backend="hf")
+        tower = {name: one for name, one in skeleton.named_modules() if isinstance(one, nn.Linear) and _TOWER_BLOCK.match(name)}
+    else:
+        model = load_text(files, device=device, text_backend="hf")
+    sources = source_names(files, read_config(files), text_only=not vocabulary.kinds)
     assert isinstance(model.text, HFDecoder)
-    text = model.text.modules
-    layers = [DecoderLayer(module, names[id(module)], text.rotary_emb) for module in text.layers]
-    tower = {name: modules.get(name) for name in _tower_linears(files, sources)}
-    return Original(files, model, list(layers), tower, sources)
+    text: Any = model.text.modules
+    prefix = "model.language_model" if vocabulary.kinds else "model"
+    layers = [DecoderLayer(module, f"{prefix}.layers.{i}", text.rotary_emb) for i, module in enumerate(text.layers)]
+    return Original(files, model, vocabulary, list(layers), tower, sources)
 
 
-def _tower_linears(files: Checkpoint, sources: dict[str, str]) -> list[str]:
-    """Names in memory of all linears inside the blocks of the vision tower; a family may have let go of blocks that it does not run."""
-    weights = [name for name in sources if _TOWER_BLOCK.match(name) and name.endswith(".weight")]
-    matrices = [name for name in weights if len(files.shards[files.file_of[sources[name]]].shapes[sources[name]]) == 2]
-    return sorted(name.removesuffix(".weight") for name in matrices)
+def open_copy(directory: str | Path, device: str | torch.device = "auto", with_media: bool = True) -> Model | TextModel:
+    """Load what was made of an original, or it itself, in float32; its text model alone, without `with_media`.
+
+    Raises:
+        BadCheckpoint: as `load_model`.
+    """
+    files = Checkpoint.open(directory)
+    load = load_text if files.config.get("model_type") in TEXT_MODELS or not with_media else load_model
+    return load(files, device=device, dtype="float32")
 
 
-def refuse_quantized(files: Checkpoint) -> None:
-    """Raises BadCheckpoint: config.json speaks of a quantization."""
-    text = files.config.get("text_config")
-    for data in (files.config, text if isinstance(text, dict) else {}):
-        if data.get("quantization_config") is not None:
-            raise BadCheckpoint(f"{str(files.directory)!r} is quantized already (config.json: quantization_config); take the original")
+def read_vocabulary(directory: str | Path | Checkpoint) -> Vocabulary:
+    """Raises BadCheckpoint: no checkpoint, one that is not supported or quantized already, or without a tokenizer."""
+    files = directory if isinstance(directory, Checkpoint) else Checkpoint.open(directory)
+    if read_scheme(files.config) is not None:
+        raise BadCheckpoint(f"{str(files.directory)!r} is quantized already (config.json: quantization_config); take the original")
+    text_only = files.config.get("model_type") in TEXT_MODELS
+    family_class = None if text_only else family_class_of(files)
+    config = read_config(files)
+    kinds = () if family_class is None else tuple(family_class.slots(config))
+    return Vocabulary(config.get_text_config().vocab_size, kinds, load_tokenizer(files))
 
 
 def _at(module: Any, path: str) -> Any:

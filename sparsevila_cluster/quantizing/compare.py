@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import Model
-from sparsevila_cluster.models.originals import Vocabulary, WholeSequence
+from sparsevila_cluster.models.originals import Vocabulary, WholeSequence, open_copy
+from sparsevila_cluster.models.text_only import TextModel
 from sparsevila_cluster.quantizing.calibration import Reading, Report, make_samples
 from sparsevila_cluster.quantizing.materials import Material
 
@@ -29,14 +29,14 @@ _ROWS = 256  # rows whose logits are in memory at once
 
 @dataclass(frozen=True)
 class Distance:
-    """Of one checkpoint from the original. num_tokens: on how many it was measured."""
+    """Of one checkpoint from the original. num_tokens: on how many it was measured; stored_bytes: of its files."""
 
     checkpoint: str
     kl: float
     relative_error: float
     same_top: float
     num_tokens: int
-    weight_bytes: int
+    stored_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,13 +58,13 @@ def compare(
     Raises:
         BadCheckpoint: one of them cannot be loaded. BadRequest: one of them has other tokens, or there are no inputs.
     """
-    true = _load(original, device, report)
+    true = _load(original, materials, device, report)
     wanted = _states(true, vocabulary, materials, reading, report)
     true_head = true.text.head_weight  # type: ignore[attr-defined]
     del true
     found = []
     for path in others:
-        model = _load(path, device, report)
+        model = _load(path, materials, device, report)
         states = _states(model, vocabulary, materials, reading, report)
         if [len(state) for state in states] != [len(state) for state in wanted]:
             raise BadRequest(f"{str(path)!r} makes other sequences of the same inputs than {str(original)!r}: it is no copy of it")
@@ -72,16 +72,18 @@ def compare(
         if head.shape != true_head.shape:
             raise BadRequest(f"{str(path)!r} has {len(head)} tokens, {str(original)!r} has {len(true_head)}")
         pairs = ((_logits(a, true_head), _logits(b, head)) for x, y in zip(wanted, states, strict=True) for a, b in _chunks(x, y))
-        found.append(_distance(str(path), pairs, model.weight_bytes))
+        found.append(_distance(str(path), pairs, sum(file.stat().st_size for file in path.glob("*.safetensors"))))
     return found
 
 
-def _load(path: Path, device: str, report: Report) -> Model:
+def _load(path: Path, materials: Sequence[Material], device: str, report: Report) -> Model | TextModel:
     report(f"load {path.name}", 0, 1)
-    return load_model(path, device=device, dtype="float32")
+    return open_copy(path, device, any(material.media for material in materials))
 
 
-def _states(model: Model, vocabulary: Vocabulary, materials: Sequence[Material], reading: Reading, report: Report) -> list[Tensor]:
+def _states(
+    model: Model | TextModel, vocabulary: Vocabulary, materials: Sequence[Material], reading: Reading, report: Report
+) -> list[Tensor]:
     """Hidden states f32 [T, D] of every sequence after the final norm, text rows only."""
     states = []
     for sample in make_samples(model, vocabulary, materials, reading, report):
@@ -101,7 +103,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     return F.linear(hidden, head).float()
 
 
-def _distance(name: str, pairs: Iterable[tuple[Tensor, Tensor]], weight_bytes: int) -> Distance:
+def _distance(name: str, pairs: Iterable[tuple[Tensor, Tensor]], stored_bytes: int) -> Distance:
     kl = off = size = same = 0.0
     num_tokens = 0
     for wanted, got in pairs:
@@ -111,4 +113,4 @@ def _distance(name: str, pairs: Iterable[tuple[Tensor, Tensor]], weight_bytes: i
         size += float(wanted.square().sum())
         same += float((wanted.argmax(-1) == got.argmax(-1)).sum())
         num_tokens += len(wanted)
-    return Distance(name, kl / num_tokens, (off / size) ** 0.5, same / num_tokens, num_tokens, weight_bytes)
+    return Distance(name, kl / num_tokens, (off / size) ** 0.5, same / num_tokens, num_tokens, stored_bytes)

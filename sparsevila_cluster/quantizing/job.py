@@ -9,7 +9,7 @@ calibration is made of, what a user typed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from sparsevila_cluster.errors import BadCheckpoint, BadRequest
-from sparsevila_cluster.models.originals import Original, Vocabulary, open_original, read_vocabulary
+from sparsevila_cluster.models.originals import Original, open_original
 from sparsevila_cluster.quantizing.calibration import Reading, Report, check_finite, make_samples, num_rows
 from sparsevila_cluster.quantizing.layers import Sample, TextSettings, choose_group_size, quantize_layer, run_layer
 from sparsevila_cluster.quantizing.materials import Material
@@ -80,18 +80,22 @@ def quantize_checkpoint(
     """Write `source`, quantized, to the new directory `target`. Interrupted, the same call goes on where it was.
 
     Raises:
-        BadCheckpoint: the source cannot be quantized. BadRequest: the destination exists, materials or settings do not fit. BadMedia,
-        TooLarge: materials, or no room on the disk.
+        BadCheckpoint: the source cannot be quantized. BadRequest: the destination exists, materials or settings do not fit. 
+        BadMedia, TooLarge: materials, or no room on the disk.
     """
     start_s = time.monotonic()
     check_target(target)
     report("load model", 0, 1)
-    vocabulary = read_vocabulary(source)
-    original = open_original(source, device)
+    with_media = any(material.media for material in materials)
+    if settings.vision == "w8a8" and not with_media:
+        raise BadRequest(
+            "the vision tower is quantized with media to calibrate on, and there are none (--vision none leaves it as it is)"
+        )
+    original = open_original(source, device, with_media)
     shapes = _shapes(original, settings.keep)
     group_size = choose_group_size(shapes, settings.group_size)
     vision = settings.vision == "w8a8"
-    if vision and not any(original.tower.values()):
+    if vision and not original.tower:
         raise BadRequest("this checkpoint has no vision tower to quantize (--vision none)")
     text = TextSettings(group_size, settings.num_steps, settings.clip, settings.search_rows, settings.keep)
     record = {
@@ -104,7 +108,7 @@ def quantize_checkpoint(
     with open_scratch(target, record, restart) as scratch, torch.inference_mode():
         check_room(target, scratch, _room(original, shapes, group_size))
         done = _finished(scratch, original)
-        samples = _calibrate(original, scratch, vocabulary, materials, settings, vision, report)
+        samples = _calibrate(original, scratch, materials, settings, vision, report)
         _quantize_layers(original, scratch, samples, text, done, report)
         pieces = [scratch.open(piece) for piece in _pieces(original, vision)]
         replacements = plan_replacements(original.sources, pieces)
@@ -116,7 +120,7 @@ def quantize_checkpoint(
     num_linears = sum(name.endswith(".qweight") for piece in pieces for name in piece.shapes)
     num_tower = sum(name.endswith(".weight_scale") for piece in pieces for name in piece.shapes)
     seconds = time.monotonic() - start_s
-    return Outcome(group_size, num_linears, num_tower, len(samples), num_rows(samples), *sizes, len(done), seconds)
+    return Outcome(group_size, num_linears, num_tower, len(samples), num_rows(samples), sizes[0], sizes[1], len(done), seconds)
 
 
 def _layer_piece(index: int) -> str:
@@ -134,20 +138,18 @@ def _finished(scratch: Scratch, original: Original) -> list[int]:
 def _calibrate(
     original: Original,
     scratch: Scratch,
-    vocabulary: Vocabulary,
     materials: Sequence[Material],
     settings: Settings,
     vision: bool,
     report: Report,
 ) -> list[Sample]:
     """Samples for the text model; what the tower is given on the way quantizes it."""
-    linears = {name: linear for name, linear in original.tower.items() if linear is not None}
     with ExitStack() as stack:
-        watch = stack.enter_context(TowerWatch(linears)) if vision and not scratch.has("vision") else None
-        samples = make_samples(original.model, vocabulary, materials, settings.reading, report)
+        watch = stack.enter_context(TowerWatch(original.tower)) if vision and not scratch.has("vision") else None
+        samples = make_samples(original.model, original.vocabulary, materials, settings.reading, report)
     check_finite(samples)
     if watch is not None:
-        scratch.save("vision", quantize_tower(linears, watch, settings.alpha))
+        scratch.save("vision", quantize_tower(original.tower, watch, settings.alpha))
     return samples
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from sparsevila_kernels.awq_format import NIBBLES, pack
 from torch import Tensor, nn
 
 from sparsevila_cluster.awq.search import encode, search_clip, search_scale
 from sparsevila_cluster.errors import BadCheckpoint, BadRequest
 from sparsevila_cluster.models.originals import DOWN, GATE_UP, LINEARS, NORM_IN, NORM_MLP, OUT, QKV, DecoderLayer
+from sparsevila_kernels.awq_format import NIBBLES, pack
 
 GROUP_SIZES = (128, 64, 32)
 NEVER_CLIPPED = QKV[:2]
@@ -52,8 +52,8 @@ class TextSettings:
 
 @dataclass
 class Seen:
-    """What a layer was given. activity: mean |x| f32 [K] of each input, under the first linear's name; rows: some of them, f32 [R, K];
-    sequences: whole ones for attention, with their positions."""
+    """What a layer was given. activity: mean |x| f32 [K] of each input, under the first linear's name; rows: some of them,
+    f32 [R, K]; sequences: whole ones for attention, with their positions."""
 
     activity: dict[str, Tensor]
     rows: dict[str, Tensor]
@@ -104,7 +104,9 @@ def run_layer(layer: DecoderLayer, samples: Sequence[Sample], index: int, watch_
         for path, rows in ((OUT, inputs[0]), (GATE_UP[0], y), (DOWN, inputs[1])):
             seen.add(path, rows)
         if not torch.isfinite(h).all():
-            raise BadCheckpoint(f"{layer.name}: calibration gives values that are not finite; its weights, or what comes before, are broken")
+            raise BadCheckpoint(
+                f"{layer.name}: calibration gives values that are not finite; its weights, or what comes before, are broken"
+            )
         if index < len(sample.deepstack):
             h = h.index_add(0, sample.visual_rows.to(device), sample.deepstack[index].to(h))
         after.append(replace(sample, hidden=h.to(sample.hidden.device)))

@@ -29,7 +29,7 @@ class TowerWatch(AbstractContextManager["TowerWatch"]):
 
     def __enter__(self) -> TowerWatch:
         self._hooks = [
-            linear.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))  # type: ignore[misc]
+            linear.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
             for name, linear in self._linears.items()
         ]
         return self
@@ -56,7 +56,9 @@ def quantize_tower(linears: Mapping[str, nn.Linear], watch: TowerWatch, alpha: f
     found: dict[str, Tensor] = {}
     for name, linear in linears.items():
         if name not in watch.reach:
-            raise BadRequest("the vision tower can only be quantized with media to calibrate on, and there are none (--vision none leaves it)")
+            raise BadRequest(
+                "the vision tower can only be quantized with media to calibrate on, and there are none (--vision none leaves it)"
+            )
         weight, reach = linear.weight.data.float(), watch.reach[name]
         if not torch.isfinite(weight).all():
             raise BadCheckpoint(f"tensor '{name}.weight' holds values that are not finite")

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsevila_cluster.models.checkpoint import Checkpoint, Shard
+from sparsevila_cluster.awq.scheme import VISION_SECTION
+from sparsevila_cluster.models.checkpoint import Checkpoint, Shard, read_json
 from sparsevila_cluster.quantizing.scratch import Scratch, full_disk_is_told
 from sparsevila_cluster.quantizing.shards import Entry, entry_in, write_file, write_whole
 
 INDEX = "model.safetensors.index.json"
-VISION_SECTION = {"bits": 8, "scheme": "w8a8", "weights": "per_channel", "activations": "per_token"}
 # Weights in other forms would be those of the original, and code is not part of a quantized copy.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".py", ".index.json")
 _OUTSIDE_TEXT = ("visual", "vision_tower", "multi_modal_projector")
@@ -72,12 +72,20 @@ def write_checkpoint(
         if (files.directory / INDEX).is_file():
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             write_whole(whole / INDEX, json.dumps(index, indent=2).encode())
-        for path in sorted(files.directory.iterdir()):
-            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED) and path.name != "config.json":
-                shutil.copyfile(path, whole / path.name)
-        config = {**files.config, "quantization_config": dict(quantization)}
+        copy_other_files(files, whole)
+        # Read anew: transformers writes into the nested values of what it is given.
+        config = {**read_json(files.directory / "config.json"), "quantization_config": dict(quantization)}
         write_whole(whole / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     report("write", len(files.shards), len(files.shards))
+
+
+def copy_other_files(files: Checkpoint, target: Path) -> None:
+    """Tokenizer, processor, template and the like: all that is no weight, no code, not config.json and not there yet."""
+    for path in sorted(files.directory.iterdir()):
+        skip = path.name.startswith(".") or path.name.endswith(_NOT_COPIED) or path.name == "config.json"
+        if path.is_file() and not skip and not (target / path.name).exists():
+            with full_disk_is_told(target):
+                shutil.copyfile(path, target / path.name)
 
 
 def size_of(files: Checkpoint, replacements_bytes: Mapping[str, int]) -> int:
