@@ -2,7 +2,7 @@
 
 Knows: slots, bytes and who holds what. Does not know: models, policies, turns or the wire.
 
-An arena holds one k and one v tensor per layer, [slots, Hkv, D]. An extent is the half-open slot interval
+An arena holds one k and one v tensor, [L, slots, Hkv, D]. An extent is the half-open slot interval
 [start, start + length), the same in all layers:
 
     slots  0 ......... start ............. start+length ......... slots
@@ -68,11 +68,13 @@ class Arena:
     """One budget of KV memory. First fit with coalescing: contiguous extents keep attention kernels and the wire simple."""
 
     def __init__(self, spec: KVSpec, num_slots: int, device: torch.device | str = "cpu"):
-        shape = (num_slots, spec.num_kv_heads, spec.head_dim)
+        shape = (spec.num_layers, num_slots, spec.num_kv_heads, spec.head_dim)
         self.spec = spec
         self.num_slots = num_slots
-        self.k = [torch.empty(shape, dtype=spec.dtype, device=device) for _ in range(spec.num_layers)]
-        self.v = [torch.empty(shape, dtype=spec.dtype, device=device) for _ in range(spec.num_layers)]
+        self.k_all = torch.empty(shape, dtype=spec.dtype, device=device)
+        self.v_all = torch.empty(shape, dtype=spec.dtype, device=device)
+        # Views of one layer each, [slots, Hkv, D].
+        self.k, self.v = list(self.k_all), list(self.v_all)
         self._free: list[tuple[int, int]] = [(0, num_slots)] if num_slots else []
         self._used: dict[int, Extent] = {}
         self.num_freed = 0

@@ -203,6 +203,8 @@ LONG = " ".join(["word"] * 3000)
         (("ask", "good.mp4", "q", "--model", "nothing"), "'nothing' is no checkpoint"),
         (("ask", "good.mp4", "q", "--model", "missing"), "'missing'"),
         (("ask", "good.mp4", "q", "{model}", "--device", "abacus"), "'abacus'"),
+        (("ask", "good.mp4", "q", "{model}", "--attention", "flash"), "'auto', 'torch', 'triton'"),
+        (("ask", "good.mp4", "q", "{model}", "--decode-graphs", "all"), "'auto', 'none'"),
         (("demo", "--model", "nothing", "--out", "demo"), "'nothing' is no checkpoint"),
         (("demo", "--out", "good.mp4"), "'good.mp4'"),
         # numbers

@@ -55,6 +55,17 @@ def test_arena_against_a_map_of_slots():
     assert arena.used_bytes == 0 and arena.fragmentation == 0.0
 
 
+def test_layers_are_views_of_one_tensor():
+    arena = Arena(SPEC, 5)
+    assert arena.k_all.shape == arena.v_all.shape == (SPEC.num_layers, 5, SPEC.num_kv_heads, SPEC.head_dim)
+    arena.k_all.zero_()
+    arena.v_all.zero_()
+    k, v = arena.alloc(3).rows(1)
+    k[2], v[0] = 1.0, 2.0
+    assert arena.k_all[1, 2].eq(1).all() and arena.v_all[1, 0].eq(2).all()
+    assert arena.k_all.sum() == k.sum() and arena.v_all.sum() == v.sum()
+
+
 def test_integrity_check_finds_damage():
     arena = Arena(SPEC, 10)
     extent = arena.alloc(3)

@@ -110,7 +110,8 @@ def _join_splits(peaks, totals, lse, num, num_splits, BLOCK: tl.constexpr, SPLIT
 
 @jit(do_not_specialize=["num_rows", "num_keys", "num_sequences"])
 def _columns(
-    q, k, lse, cu_rows, cu_keys, out, num_rows, num_keys, num_sequences, q_row, q_head, k_row, k_head, lse_row, lse_head, scale_log2,
+    q, k, lse, cu_rows, cu_keys, out, num_rows, num_keys, num_sequences,
+    q_row, q_head, k_row, k_head, lse_row, lse_head, scale_log2,
     GROUP: tl.constexpr, TOGETHER: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     CAUSAL: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, PAD: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -181,8 +182,8 @@ def colreduce(
     q [M, Hq, D] and k [N, Hkv, D] of one dtype (bf16, fp16, fp32), any stride but 1 along D; Hkv divides Hq. `scale` is D^-0.5 by
     default. `cu_rows` and `cu_keys` i32 [B + 1], on the same device and ending at M and N, cut them into B sequences that know
     nothing of each other; any of them may be empty. `causal`: row i of m sees the keys up to i + (n - m); a row that sees none
-    counts as 0. "mean" divides by the number m of rows of the sequence. `lse` f32 [M, Hq] is the natural log-sum-exp of each row over
-    whatever keys it is to be normalised by (also others than k); with it k is read once instead of twice.
+    counts as 0. "mean" divides by the number m of rows of the sequence. `lse` f32 [M, Hq] is the natural log-sum-exp of each row
+    over whatever keys it is to be normalised by (also others than k); with it k is read once instead of twice.
 
     Raises ValueError for shapes, dtypes, strides and words other than these. The result is deterministic, and a sequence's part
     of it depends on its neighbours only through the average number of rows, which chooses the tiles.
@@ -198,7 +199,8 @@ def colreduce(
     together = group if heads == "mean" and reduction != "max" else 1
     shape = num_heads // together, num_keys
     # Where the bounds may leave keys out, or all rows away, nobody writes: 0 is right.
-    out = q.new_zeros(shape, dtype=torch.float32) if cu_keys is not None or not num_rows else q.new_empty(shape, dtype=torch.float32)
+    make = torch.zeros if cu_keys is not None or not num_rows else torch.empty
+    out = make(shape, dtype=torch.float32, device=q.device)
     if num_rows and num_keys:
         shared = _shared(head_dim, group, causal, num_sequences)
         tiles = _tiles(q.dtype, cdiv(num_rows, num_sequences), group, together)
@@ -215,8 +217,9 @@ def colreduce(
 
 
 def _row_lses(
-    q: Tensor, k: Tensor, cu_rows: Tensor | None, cu_keys: Tensor | None, num_sequences: int, scale: float, tiles: dict, shared: dict
-) -> Tensor:
+    q: Tensor, k: Tensor, cu_rows: Tensor | None, cu_keys: Tensor | None, num_sequences: int, scale: float,
+    tiles: dict[str, int], shared: dict[str, Any],
+) -> Tensor:  # fmt: skip
     """The first pass -> f32 [M, Hq], natural."""
     num_rows, num_heads, num_keys = *q.shape[:2], len(k)
     num_packed = num_rows * shared["GROUP"]

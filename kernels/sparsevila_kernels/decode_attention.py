@@ -165,10 +165,10 @@ def decode_attention(
     """Attention of the last rows of B sequences to all their keys -> [T, Hq, D] of q's dtype, and with `return_lse` f32 [T, Hq].
 
     q [T, Hq, D]. pools ((k, v), (k, v)): arenas [slots, Hkv, D] of q's dtype, stride 1 along D. spans i32 [B, 2, 3] on q's device:
-    per sequence two times (pool, start, length); its keys are those of the first span, then those of the second. Lengths may be 0; a
-    row without any key gives 0 and the log-sum-exp -inf. Without `cu_rows` each sequence has one row (T = B), which sees all its
-    keys. With it, i32 [B + 1], rows cu_rows[b]:cu_rows[b + 1] (at most `max_rows`) are the last of the second span and see the keys up to
-    and including their own. The log-sum-exp is natural, of the scaled logits; `scale` is D^-0.5 by default.
+    per sequence two times (pool, start, length); its keys are those of the first span, then those of the second. Lengths may be
+    0; a row without any key gives 0 and the log-sum-exp -inf. Without `cu_rows` each sequence has one row (T = B), which sees all
+    its keys. With it, i32 [B + 1], rows cu_rows[b]:cu_rows[b + 1] (at most `max_rows`) are the last of the second span and see
+    the keys up to and including their own. The log-sum-exp is natural, of the scaled logits; `scale` is D^-0.5 by default.
 
     `max_keys` is a promise that no sequence is longer; it makes the grid smaller and changes no bit. With `max_rows` 1 a row's bits
     do not depend on the other sequences. Triton's path reads no device value on the host. Raises ValueError for shapes and dtypes
@@ -203,7 +203,8 @@ def _launch_window(
     shared = {"HEAD_DIM": head_dim, "WIDTH": _width(head_dim), "SPLITS": num_splits, **CUT}
     strides = (stride for x in (k0, v0, k1, v1) for stride in x.stride()[:2])
     launch(
-        _attend_split, (num_sequences * num_tiles, k0.shape[1], num_splits), q, k0, v0, k1, v1, spans, cu_rows, partial, partial_lse,
+        _attend_split, (num_sequences * num_tiles, k0.shape[1], num_splits),
+        q, k0, v0, k1, v1, spans, cu_rows, partial, partial_lse,
         first, num_window, num_tiles, num_heads, *q.stride()[:2], *strides, scale * LOG2_E,
         device=q.device, GROUP=group, UPCAST=INTERPRETED, **tiles, **shared,
     )  # fmt: skip

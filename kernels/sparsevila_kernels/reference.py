@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def attention_logits(q: Tensor, k: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """scale q k^T of one sequence, q [m, Hq, D] and k [n, Hkv, D] -> [Hq, m, n]; -inf where row i does not see key j > i + n - m."""
+    """scale q k^T of one sequence, q [m, Hq, D] and k [n, Hkv, D] -> [Hq, m, n]; -inf where row i cannot see key j > i + n - m."""
     num_rows, num_keys = len(q), len(k)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = torch.einsum("mhd,nhd->hmn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)

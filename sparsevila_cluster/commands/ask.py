@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sparsevila_cluster.calls import AskOptions
 from sparsevila_cluster.commands.options import (
+    COMPUTE_CHOICES,
     OK,
     SAMPLING_OPTIONS,
+    add_compute_options,
     add_frame_options,
     add_media,
     add_output_options,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG_OPTIONS = (
-    "model", "device", "system_prompt", "fps", "max_frames", "prune", "prune_keep", "retrieve", "retrieve_keep",
+    "model", "device", *COMPUTE_CHOICES, "system_prompt", "fps", "max_frames", "prune", "prune_keep", "retrieve", "retrieve_keep",
     "retrieve_mass", "refresh_every",
 )  # fmt: skip
 
@@ -51,7 +53,7 @@ def add_to(commands: Any) -> None:
     engine = ask.add_argument_group("model and media")
     engine.add_argument("--model", metavar="DIR", help=fields["model"].description)
     engine.add_argument("--config", metavar="FILE", help="YAML file of settings; options override it")
-    engine.add_argument("--device", help=fields["device"].description)
+    add_compute_options(engine)
     engine.add_argument("--system-prompt", metavar="TEXT", help=fields["system_prompt"].description)
     add_frame_options(engine)
     add_sparsity_options(ask, policies=True)

@@ -15,6 +15,7 @@ from sparsevila_cluster.request import SamplingParams, Turn, check_ratio, with_d
 
 OK = 0
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+COMPUTE_CHOICES = ("attention", "quantization", "decode_graphs")
 # A parser of arguments, or one of its groups.
 Parser = argparse._ActionsContainer
 
@@ -33,6 +34,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--stop", action="append", metavar="TEXT", help="end an answer before this text; may be repeated"
     )
+
+
+def add_compute_options(parser: Parser) -> None:
+    """What an engine computes with: device, kernels, weights."""
+    fields = EngineConfig.model_fields
+    parser.add_argument("--device", help=fields["device"].description)
+    for name in COMPUTE_CHOICES:
+        field = fields[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=get_args(field.annotation), help=field.description)
 
 
 def add_frame_options(parser: Parser) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sparsevila_kernels._launch import HAS_TRITON, INTERPRETED
 
+from sparsevila_kernels._launch import HAS_TRITON, INTERPRETED
 from tests.kernels.judge import Place
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from sparsevila_kernels import colreduce, reference
 
+from sparsevila_kernels import colreduce, reference
 from tests.kernels.judge import assert_as_exact_as_torch, offsets
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -111,10 +111,9 @@ def test_a_given_norm_may_come_from_more_keys_than_these(place):
     whole = colreduce(q, k, backend=place.backend)
     torch.testing.assert_close(found, whole[:, :150], rtol=1e-5, atol=1e-7)
     lse[2] = -math.inf  # a row that has seen nothing
-    assert torch.isfinite(check(place, q[[0, 1, 3]], k, lse=lse[[0, 1, 3]])).all()
-    torch.testing.assert_close(
-        colreduce(q, k, lse=lse, backend=place.backend), colreduce(q[[0, 1, 3, 4, 5]], k, lse=lse[[0, 1, 3, 4, 5]], backend=place.backend)
-    )
+    others = [0, 1, 3, 4, 5]
+    without = colreduce(q[others], k, lse=lse[others], backend=place.backend)
+    torch.testing.assert_close(colreduce(q, k, lse=lse, backend=place.backend), without)
 
 
 def test_large_logits_neither_overflow_nor_lose_the_largest(place):
@@ -130,9 +129,10 @@ def test_reads_keys_where_they_lie(place):
     fused = torch.full((9, 12 * 64), math.nan, dtype=F16, device=place.device)
     fused[:, 128 : 128 + 8 * 64] = torch.randn(9, 8 * 64).to(fused)
     q, k = fused[:, 128 : 128 + 8 * 64].view(9, 8, 64), arena[1, 7:80]
-    assert torch.equal(check(place, q, k, causal=True), colreduce(q.contiguous(), k.contiguous(), causal=True, backend=place.backend))
+    found = check(place, q, k, causal=True)
     head_major = k.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(colreduce(q, head_major, causal=True, backend=place.backend), colreduce(q, k, causal=True, backend=place.backend))
+    for same in (k.contiguous(), head_major):
+        assert torch.equal(found, colreduce(q.contiguous(), same, causal=True, backend=place.backend))
 
 
 def test_memory_stays_bounded_in_torch(monkeypatch):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from sparsevila_kernels import decode_attention, reference
 
+from sparsevila_kernels import decode_attention, reference
 from tests.kernels.judge import NoHostReads, assert_as_exact_as_torch, offsets
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -42,7 +42,13 @@ def check(place, q, pools, spans, how):
 
 LONG = [(0, 5, 601), (1, 3, 40)]
 # Sequences: both spans in one pool, in two, in the order of neither, alone in either; one key.
-MIXED = [[(0, 0, 257), (1, 0, 1)], [(0, 300, 19), (0, 400, 63)], [(1, 20, 0), (0, 500, 64)], [(1, 50, 97), (1, 150, 0)], [(1, 1, 0), (1, 2, 1)]]
+MIXED = [
+    [(0, 0, 257), (1, 0, 1)],
+    [(0, 300, 19), (0, 400, 63)],
+    [(1, 20, 0), (0, 500, 64)],
+    [(1, 50, 97), (1, 150, 0)],
+    [(1, 1, 0), (1, 2, 1)],
+]
 SHAPES = [((1, 1), 64, F32), ((4, 4), 80, BF16), ((8, 2), 96, F16), ((7, 1), 128, BF16), ((8, 1), 64, F16), ((14, 2), 16, F32)]
 
 
@@ -80,14 +86,13 @@ def test_a_sequences_bits_do_not_depend_on_the_batch(place):
 def test_where_keys_lie_does_not_matter(place):
     """The same keys in one span, in two, and in other slots of the other pool."""
     q, pools, _, _ = make([[(0, 0, 200), (1, 0, 0)]], (8, 2), 64, F32, device=place.device)
-    for (near, _), (far, _) in zip([(a, None) for a in pools[0]], [(a, None) for a in pools[1]], strict=True):
+    for near, far in zip(*pools, strict=True):
         far[100:300] = near[:200]
-    outs = [
-        decode_attention(q, pools, torch.tensor([both], dtype=torch.int32, device=place.device), max_keys=200, backend=place.backend)
-        for both in ([(0, 0, 200), (1, 0, 0)], [(0, 0, 64), (1, 164, 136)], [(1, 100, 0), (1, 100, 200)], [(1, 100, 130), (0, 130, 70)])
-    ]
-    for out in outs[1:]:
-        torch.testing.assert_close(out, outs[0], rtol=1e-5, atol=1e-6)
+    places = ([(0, 0, 200), (1, 0, 0)], [(0, 0, 64), (1, 164, 136)], [(1, 9, 0), (1, 100, 200)], [(1, 100, 130), (0, 130, 70)])
+    spans = [torch.tensor([both], dtype=torch.int32, device=place.device) for both in places]
+    first, *others = (decode_attention(q, pools, both, max_keys=200, backend=place.backend) for both in spans)
+    for out in others:
+        torch.testing.assert_close(out, first, rtol=1e-5, atol=1e-6)
 
 
 def test_the_longest_length_may_be_unknown(place):

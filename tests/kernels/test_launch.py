@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from sparsevila_kernels import _launch
 
+from sparsevila_kernels import _launch
 from tests.house import ROOT
 
 NO_TRITON = """

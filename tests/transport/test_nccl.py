@@ -123,8 +123,9 @@ def test_between_two_gpus():
     shipper = Shipper("prefill-0", SPEC, config, device="cuda:0")
     try:
         sent = make_prefix()
-        sent.extent.arena.k = [tensor.to("cuda:0") for tensor in sent.extent.arena.k]
-        sent.extent.arena.v = [tensor.to("cuda:0") for tensor in sent.extent.arena.v]
+        arena = sent.extent.arena
+        arena.k_all, arena.v_all = arena.k_all.to("cuda:0"), arena.v_all.to("cuda:0")
+        arena.k, arena.v = list(arena.k_all), list(arena.v_all)
         dock.expect("t", sent.key, 5.0)
         shipment = shipper.begin(sent, BOUNDS, Ticket("t", dock.address, 30.0))
         shipment.wrote_all()
