@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsevila_cluster.errors import BadRequest
 from sparsevila_cluster.models.adapter import Model
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.originals import Vocabulary, WholeSequence, open_copy
 from sparsevila_cluster.models.text_only import TextModel
 from sparsevila_cluster.quantizing.calibration import Reading, Report, make_samples
@@ -58,6 +59,10 @@ def compare(
     Raises:
         BadCheckpoint: one of them cannot be loaded. BadRequest: one of them has other tokens, or there are no inputs.
     """
+    kind = Checkpoint.open(original).config.get("model_type")
+    for path in others:  # before anything large is loaded
+        if (other := Checkpoint.open(path).config.get("model_type")) != kind:
+            raise BadRequest(f"{str(path)!r} is a {other}, {str(original)!r} a {kind}: it is no copy of it")
     true = _load(original, materials, device, report)
     wanted = _states(true, vocabulary, materials, reading, report)
     true_head = true.text.head_weight  # type: ignore[attr-defined]

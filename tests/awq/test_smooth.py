@@ -1,9 +1,9 @@
 """Smoothing for 8-bit products: what it must leave alone, and that it helps where it should."""
 
 import torch
-from sparsevila_kernels import Int8Weight, int8_matmul
 
 from sparsevila_cluster.awq.smooth import choose_smooth, quantize_rows, round_rows, smooth_factors
+from sparsevila_kernels import Int8Weight, int8_matmul
 
 
 def some(*shape, seed=0):

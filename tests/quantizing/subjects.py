@@ -12,16 +12,16 @@ from sparsevila_cluster.quantizing.job import Settings
 from sparsevila_cluster.quantizing.materials import Material
 from tests import tiny
 
-READING = Reading(text_tokens=32, max_frames=4)
+READING = Reading(text_tokens=64, max_frames=4)
 TURNS = (("what colour is the star?", "red"), ("where is it?", "in the first frame"))
 
 
 def settings(**fields: Any) -> Settings:
     """Few steps: tests want the same arithmetic, not the best result."""
-    return Settings(**{"num_steps": 4, "search_rows": 64, "reading": READING, **fields})
+    return Settings(**{"num_steps": 4, "search_rows": 256, "reading": READING, **fields})
 
 
-def texts(num: int = 3, length: int = 24, vocab_size: int = 250, seed: int = 0) -> list[Material]:
+def texts(num: int = 6, length: int = 64, vocab_size: int = 250, seed: int = 0) -> list[Material]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab_size, (num, length), generator=generator).tolist()
     return [Material(f"text {i}", ids=tuple(row)) for i, row in enumerate(ids)]

@@ -9,7 +9,7 @@ from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.text_only import load_text
 from sparsevila_cluster.quantizing.job import quantize_checkpoint
 from tests.families import FAMILIES
-from tests.models.quantised_files import in_layers, plain_twin, weights_of
+from tests.models.quantised_files import as_awq, in_layers, plain_twin, weights_of
 from tests.models.test_text_backends import CausalBatch
 from tests.quantizing.subjects import dialogue, make_text_model, settings, texts
 
@@ -20,6 +20,15 @@ def logits(model):
     positions = torch.arange(len(IDS)).expand(model.text.num_position_rows, -1)
     with torch.inference_mode():
         return model.text.logits(model.text.forward(model.text.embed(IDS), positions, CausalBatch()))
+
+
+def check_near(load, source, target, tmp_path, group=64):
+    """No worse than rounding to nearest, give or take: a scale that is folded in at one place only would be off by far more.
+
+    Random weights are chaotic: 4 bits move their logits by half."""
+    nearest = as_awq(source, tmp_path / "nearest", group)
+    true, got, plain = (logits(load(one, device="cpu", dtype="float32")) for one in (source, target, nearest))
+    assert 0 < (got - true).norm() < 1.2 * (plain - true).norm()
 
 
 def check_stored(source, target):
@@ -47,8 +56,7 @@ def test_a_family_survives_the_round_trip(name, tmp_path):
     got = logits(load_model(target, device="cpu", dtype="float32"))
     twin = logits(load_model(plain_twin(target, tmp_path / "twin"), device="cpu", dtype="float32"))
     torch.testing.assert_close(got, twin, atol=1e-4, rtol=0)
-    true = logits(load_model(source, device="cpu"))
-    assert 0.01 < (got - true).norm() / true.norm() < 0.35
+    check_near(load_model, source, target, tmp_path)
     # The vision side is the original's, to the bit.
     inputs = [load_model(source, device="cpu").family.patchify(dialogue(next(iter(kinds))).media[0])]
     a, b = (load_model(one, device="cpu", dtype="float32").family.encode(inputs).embeds for one in (source, target))
@@ -65,8 +73,7 @@ def test_a_language_model_survives_the_round_trip(kind, dtype, tmp_path):
     got = logits(load_text(target, device="cpu", dtype="float32"))
     twin = logits(load_text(plain_twin(target, tmp_path / "twin"), device="cpu", dtype="float32"))
     torch.testing.assert_close(got, twin, atol=1e-4, rtol=0)
-    true = logits(load_text(source, device="cpu"))
-    assert 0.01 < (got - true).norm() / true.norm() < 0.35
+    check_near(load_text, source, target, tmp_path, 32)
 
 
 def test_heads_that_are_not_grouped_scale_the_output_projection_too(tmp_path):
@@ -74,8 +81,7 @@ def test_heads_that_are_not_grouped_scale_the_output_projection_too(tmp_path):
     source, target = make_text_model(tmp_path / "source", num_key_value_heads=4), tmp_path / "target"
     quantize_checkpoint(source, target, texts(), settings())
     assert any(name.endswith("v_proj.bias") for name in check_stored(source, target))
-    got, true = logits(load_text(target, device="cpu", dtype="float32")), logits(load_text(source, device="cpu"))
-    assert (got - true).norm() / true.norm() < 0.35
+    check_near(load_text, source, target, tmp_path)
 
 
 @pytest.mark.parametrize("layout,prefix", [("hub", ""), ("modern", "model.")])
@@ -108,5 +114,4 @@ def test_linears_that_are_kept_stay_plain(text_model, tmp_path):
     after = weights_of(target)
     plain = {name.removesuffix(".weight") for name in after if in_layers(name)}
     assert plain == {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"}
-    got, true = logits(load_text(target, device="cpu", dtype="float32")), logits(load_text(text_model, device="cpu"))
-    assert (got - true).norm() / true.norm() < 0.35
+    check_near(load_text, text_model, target, tmp_path)
