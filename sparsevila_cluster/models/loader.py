@@ -23,6 +23,8 @@ from sparsevila_cluster.models import hf, lean
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model, Part
 from sparsevila_cluster.models.chat import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint, canonical_json, one_line
+from sparsevila_cluster.models.computing import resolve_attention
+from sparsevila_cluster.models.lean_kernels import KernelDecoder
 from sparsevila_cluster.models.weights import fill
 
 FAMILIES = {
@@ -52,16 +54,19 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     text_backend: str = "auto",
+    attention: str = "auto",
 ) -> Model:
     """Load `parts` of the checkpoint in `directory` (or one that is open already); tensors of other parts are never read.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU. text_backend:
-    "lean", "hf", or "auto" for lean wherever it knows the text model.
+    "lean", "hf", or "auto" for lean wherever it knows the text model. attention: see `resolve_attention`.
 
     Raises:
-        BadCheckpoint: the message names the file, tensor or rule. BadConfig: an unknown part, device, dtype or backend.
+        BadCheckpoint: the message names the file, tensor or rule. BadConfig: an unknown part, device, dtype or backend, or kernels
+        that cannot run here.
     """
     target = _device(device)
+    kernels = resolve_attention(attention, target)
     parts = _parts(parts)
     if text_backend not in ("auto", "lean", "hf"):
         raise BadConfig(f"text_backend must be auto, lean or hf, got {text_backend!r}")
@@ -90,7 +95,8 @@ def load_model(
         backend = "hf" if lean.unsupported(text_config) else "lean"
     text: lean.LeanDecoder | hf.HFDecoder
     if backend == "lean":
-        text = lean.LeanDecoder.from_modules(text_config, spec, language_model)
+        decoder = KernelDecoder if kernels == "triton" else lean.LeanDecoder
+        text = decoder.from_modules(text_config, spec, language_model)
     else:
         text = hf.HFDecoder(text_config, spec, language_model)
     text.embed_weight = embed.weight if "embed" in parts else None
@@ -107,6 +113,7 @@ def load_model(
         processor_hash=_hash(rules.as_dict()),
         max_position=int(text_config.max_position_embeddings),
         weight_bytes=weight_bytes,
+        attention=kernels,
     )
 
 
