@@ -45,14 +45,13 @@ class KernelDecoder(LeanDecoder):
             if kv_only and i == len(layers) - 1:
                 self._write_last(x, layer, cos, sin, batch)
                 return h
-            qkv = torch.mm(x, layer.qkv) if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, x, layer.qkv)
+            qkv = layer.qkv.mm(x) if layer.qkv_bias is None else layer.qkv.addmm(layer.qkv_bias, x)
             q = rope_write(qkv, cos, sin, layer.qk_norm, eps, *batch.target(i), backend="triton")
             o = batch.attend_written(i, q, scale)
-            y = torch.mm(o.reshape(num_tokens, -1), layer.out)
-            if layer.out_bias is not None:
-                y = y + layer.out_bias
+            o = o.reshape(num_tokens, -1)
+            y = layer.out.mm(o) if layer.out_bias is None else layer.out.addmm(layer.out_bias, o)
             x, h = rms_norm(y, layer.norm_mlp, eps, residual=h, backend="triton")
-            y = torch.mm(silu_mul(torch.mm(x, layer.gate_up), backend="triton"), layer.down)
+            y = layer.down.mm(silu_mul(layer.gate_up.mm(x), backend="triton"))
             if i < len(deepstack):
                 assert visual_rows is not None
                 y = y.index_add(0, visual_rows, deepstack[i])
