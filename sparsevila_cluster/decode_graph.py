@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,8 +117,8 @@ class _Bucket:
         else:
             self._compute()
 
-    def capture(self, pool: tuple[int, int]) -> None:
-        """Must be called while no turn runs: it writes to slot 0 of the arena of turns."""
+    def capture(self, pool: Any) -> None:
+        """pool: memory that graphs share. Must be called while no turn runs: it writes to slot 0 of the arena of turns."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode():
