@@ -9,6 +9,7 @@ Knows: how a step's rows become slots and spans on the device. Does not know: mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class DecodeRows:
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
         pools = _pools(self._arenas, layer)
-        return decode_attention(q, pools, self._spans, scale=scale, max_keys=self._max_keys, backend="triton")
+        return cast(Tensor, decode_attention(q, pools, self._spans, scale=scale, max_keys=self._max_keys, backend="triton"))
 
 
 class KernelBatch:
