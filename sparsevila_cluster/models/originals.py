@@ -97,10 +97,7 @@ class DecoderLayer:
 
 
 class WholeSequence:
-    """A `StepBatch` of one sequence whose rows see themselves and what comes before; nothing is kept."""
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        pass
+    """What of a `StepBatch` the backend "hf" calls: one sequence, whose rows see themselves and what comes before."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
@@ -182,14 +179,14 @@ def open_original(directory: str | Path, device: str | torch.device = "auto", wi
 
 
 def open_copy(directory: str | Path, device: str | torch.device = "auto", with_media: bool = True) -> Model | TextModel:
-    """Load what was made of an original, or it itself, in float32; its text model alone, without `with_media`.
+    """Load what was made of an original, or it itself, in float32, as transformers modules; its text model alone, without `with_media`.
 
     Raises:
         BadCheckpoint: as `load_model`.
     """
     files = Checkpoint.open(directory)
     load = load_text if files.config.get("model_type") in TEXT_MODELS or not with_media else load_model
-    return load(files, device=device, dtype="float32")
+    return load(files, device=device, dtype="float32", text_backend="hf")
 
 
 def read_vocabulary(directory: str | Path | Checkpoint) -> Vocabulary:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ def _states(
     for sample in make_samples(model, vocabulary, materials, reading, report):
         hidden, positions, rows = (t.to(model.device) for t in (sample.hidden, sample.positions, sample.visual_rows))
         deepstack = [level.to(model.device) for level in sample.deepstack]
-        out = model.text.forward(hidden, positions, WholeSequence(), deepstack, rows)
+        out = model.text.forward(hidden, positions, cast(Any, WholeSequence()), deepstack, rows)
         is_text = torch.ones(len(out), dtype=torch.bool, device=out.device).index_fill_(0, rows, False)
         states.append(out[is_text])
     return states
