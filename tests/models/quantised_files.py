@@ -74,6 +74,11 @@ def rewrite(
     return target
 
 
+def config_of(directory: Path) -> dict[str, Any]:
+    """What a directory's config.json says of its quantisation."""
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
 def in_layers(name: str) -> bool:
     """Whether a name on disk is the weight of a linear inside a decoder layer, in either way of naming."""
     text = not name.startswith(("visual.", "model.visual.", "vision_tower.", "model.vision_tower."))

@@ -1,7 +1,5 @@
 """Quantised checkpoints of every family, way of naming, form and way to run: the same logits as their plain twins."""
 
-import json
-
 import pytest
 import torch
 
@@ -11,7 +9,16 @@ from sparsevila_cluster.models.placement import runs_as_stored
 from sparsevila_cluster.models.text_only import load_text
 from tests import tiny
 from tests.families import FAMILIES
-from tests.models.quantised_files import as_awq, as_pack_quantized, in_layers, pack_config, plain_twin, rewrite, weights_of
+from tests.models.quantised_files import (
+    as_awq,
+    as_pack_quantized,
+    config_of,
+    in_layers,
+    pack_config,
+    plain_twin,
+    rewrite,
+    weights_of,
+)
 from tests.models.test_loader import read_names
 from tests.models.test_text_backends import CausalBatch
 
@@ -167,10 +174,6 @@ def test_one_group_for_all_inputs(tmp_path):
     whole = rewrite(directory, tmp_path / "whole", weights_of(directory), {**config_of(directory), "group_size": -1})
     got, expected = (logits_of(load_model(d, device="cpu", dtype="float32")) for d in (whole, directory))
     assert torch.equal(got, expected)
-
-
-def config_of(directory):
-    return json.loads((directory / "config.json").read_text())["quantization_config"]
 
 
 TEXT = {
