@@ -135,7 +135,7 @@ class _Scored:
 
 
 def _upload(wide: list[int], narrow: Sequence[list[int]], device: torch.device) -> list[Tensor]:
-    """One tensor i64 and several i32, in one copy. Each begins at a multiple of 16 bytes: Triton compiles kernels anew for others."""
+    """One tensor i64 and several i32, in one copy. Each begins at a multiple of 16 bytes, or Triton compiles kernels anew."""
     padded = [numbers + [0] * (-len(numbers) % ALIGNED) for numbers in narrow]
     numbers = torch.tensor(wide + [number for part in padded for number in part]).to(device)
     parts = numbers[len(wide) :].to(torch.int32).split([len(part) for part in padded])
