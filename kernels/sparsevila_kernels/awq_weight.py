@@ -3,9 +3,9 @@
 Knows: AutoAWQ tensors, the two layouts that the codes lie in, and how to get the numbers back. Does not know: how a product is
 computed, or whose weight it is.
 
-    planes   i32 [ceil(K/128) * 16, N]    word 16b + r of a column: nibble i holds k = 128b + 16i + r. A load brings 8 planes of
-                                          16 consecutive k, so a group is some whole planes: its scale is applied to sums, not to
-                                          weights. Neighbouring columns lie side by side.
+    planes   i32 [ceil(K/256) * 32, N]    word 32b + r of a column: nibble i holds k = 256b + 32i + r. One load brings 8 planes of
+                                          32 consecutive k, so that a group is some whole planes and its scale is applied to
+                                          their sum, not to weights. Neighbouring columns lie side by side.
     blocks   u8 [ceil(N/64), K, 32]       what torch's int4 operator for CPUs reads with AVX-512: byte j of a row holds column j
                                           of the block in its low nibble and column j + 32 in its high one
 """
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ._launch import cdiv
-from .awq_format import TOP_CODE, check_gemm, unpack
+from .awq_format import NIBBLES, TOP_CODE, check_gemm, pack_natural, unpack
 
-PLANES, PLANE_ROWS = 8, 16
+PLANES, PLANE_ROWS = 8, 32
 SPAN = PLANES * PLANE_ROWS  # inputs in the words of one row of planes
 BLOCK = 64  # columns in one block of torch's operator
 OPERATOR_GROUPS = (32, 64, 128, 256)  # which torch's operator takes
@@ -99,7 +99,7 @@ class AwqWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that the weight holds."""
-        tensors = [self.codes, self.zeros, self.scales, *([self.operator_steps] if self.in_blocks else [])]
+        tensors = (self.codes, self.zeros, self.scales, self.operator_steps if self.in_blocks else self.zero_words)
         return sum(t.nbytes for t in tensors)
 
     def to(self, device: torch.device | str) -> AwqWeight:
@@ -129,6 +129,12 @@ class AwqWeight:
         """W [K, N]: each product rounded once, to `dtype` (float32 holds it exactly for 16-bit scales)."""
         steps = self.unpacked().view(-1, self.group_size, self.num_out).to(torch.int8) - self.zeros.to(torch.int8).unsqueeze(1)
         return (steps * self.scales.float().unsqueeze(1)).view(self.num_in, self.num_out).to(dtype)
+
+    @cached_property
+    def zero_words(self) -> Tensor:
+        """What our kernels read instead of `zeros`, i32 [ceil(K/g/8), N]: nibble i of word w is the zero of group 8w + i."""
+        zeros = torch.nn.functional.pad(self.zeros, (0, 0, 0, -len(self.zeros) % NIBBLES))
+        return pack_natural(zeros.t()).t().contiguous()
 
     @cached_property
     def operator_steps(self) -> Tensor:
