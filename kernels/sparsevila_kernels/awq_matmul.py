@@ -34,7 +34,8 @@ def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, back
     the exact dequantised weight.
 
     Raises:
-        ValueError: x is not [M, K] in such a dtype on the weight's device, or bias is not [N] in x's dtype.
+        ValueError: x is not [M, K] in such a dtype on the weight's device, bias is not [N] in x's dtype, or backend is "triton"
+            and the kernels cannot read the weight (blocks, or groups other than 32, 64, 128, whole 256s and all of K).
     """
     if x.dim() != 2 or x.shape[1] != weight.num_in or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not bfloat16, float16 or float32 [M, {weight.num_in}]")
@@ -42,9 +43,14 @@ def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, back
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}")
     if bias is not None and (bias.shape != (weight.num_out,) or bias.dtype != x.dtype):
         raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, not {x.dtype} [{weight.num_out}]")
+    in_triton = choose(backend, x) == "triton"
+    if in_triton and (weight.in_blocks or not _awq_triton.group_planes(weight)):
+        if backend == "triton":
+            raise ValueError(f"backend 'triton': cannot read {'blocks' if weight.in_blocks else f'groups of {weight.group_size}'}")
+        in_triton = False
     if not x.shape[0]:
         return x.new_empty(0, weight.num_out)
-    if choose(backend, x) == "triton" and not weight.in_blocks and _awq_triton.group_planes(weight):
+    if in_triton:
         if x.shape[0] <= FUSED_ROWS and x.dtype != torch.float32:
             return _awq_triton.matmul(x, weight, bias)
         return _unpacked_on_gpu(x, weight, bias)
@@ -57,7 +63,8 @@ def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, back
 
 def _unpacked_on_gpu(x: Tensor, weight: AwqWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape[0], weight.num_out)
-    columns = max(BLOCK, SCRATCH_BYTES // (x.element_size() * weight.num_in * BLOCK) * BLOCK)
+    tile = _awq_triton.BLOCK_COLUMNS
+    columns = max(1, SCRATCH_BYTES // (x.element_size() * weight.num_in * tile)) * tile
     for first in range(0, weight.num_out, columns):
         stop = min(weight.num_out, first + columns)
         piece = _awq_triton.dequantize(weight, x.dtype, first, stop)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .awq_format import NIBBLES, TOP_CODE, check_gemm, pack_natural, unpack
 PLANES, PLANE_ROWS = 8, 32
 SPAN = PLANES * PLANE_ROWS  # inputs in the words of one row of planes
 BLOCK = 64  # columns in one block of torch's operator
+Layout = Literal["auto", "planes", "blocks"]
 OPERATOR_GROUPS = (32, 64, 128, 256)  # which torch's operator takes
 
 
@@ -41,8 +43,8 @@ class AwqWeight:
     num_in: int
 
     @classmethod
-    def from_gemm(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> AwqWeight:
-        """From AutoAWQ's tensors (awq_format.py), on their device.
+    def from_gemm(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, layout: Layout = "auto") -> AwqWeight:
+        """From AutoAWQ's tensors (awq_format.py), on their device; "auto" lays them out for it.
 
         Raises:
             ValueError: a dtype or shape that the format does not have, or scales that are not finite.
@@ -50,12 +52,14 @@ class AwqWeight:
         check_gemm(qweight, qzeros, scales)
         if not torch.isfinite(scales).all():
             raise ValueError("scales hold NaN or infinity")
-        return cls.from_codes(unpack(qweight), unpack(qzeros), scales)
+        return cls.from_codes(unpack(qweight), unpack(qzeros), scales, layout)
 
     @classmethod
-    def from_codes(cls, codes: Tensor, zeros: Tensor, scales: Tensor) -> AwqWeight:
+    def from_codes(cls, codes: Tensor, zeros: Tensor, scales: Tensor, layout: Layout = "auto") -> AwqWeight:
         """From codes u8 [K, N], zeros u8 [K/g, N] and scales [K/g, N] that belong together."""
-        lay = _to_blocks if suits_operator(codes.device, len(codes) // len(scales)) else _to_planes
+        if layout == "auto":
+            layout = "blocks" if suits_operator(codes.device, len(codes) // len(scales)) else "planes"
+        lay = _to_blocks if layout == "blocks" else _to_planes
         return cls(lay(codes), zeros.contiguous(), scales.contiguous(), len(codes))
 
     @classmethod

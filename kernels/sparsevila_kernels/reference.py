@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .awq_weight import AwqWeight
+
 
 def attention_logits(q: Tensor, k: Tensor, scale: float | None, causal: bool) -> Tensor:
     """scale q k^T of one sequence, q [m, Hq, D] and k [n, Hkv, D] -> [Hq, m, n]; -inf where row i cannot see key j > i + n - m."""
@@ -80,3 +82,11 @@ def decode_attention(
         out[rows] = torch.einsum("hmn,nhd->mhd", torch.softmax(logits, -1), v)
         lse[rows] = torch.logsumexp(logits, -1).T
     return (out, lse) if return_lse else out
+
+
+def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x W with W[k, n] = (code - zero) * scale, rounded to `dtype` and multiplied in it -> [M, N] of `dtype`."""
+    group = torch.arange(weight.num_in, device=x.device) // weight.group_size
+    steps = weight.unpacked().double() - weight.zeros.double()[group]
+    product = x.to(dtype) @ (steps * weight.scales.double()[group]).to(dtype)
+    return product if bias is None else product + bias.to(dtype)
