@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .awq_weight import AwqWeight
+from .int8_matmul import Int8Weight
 
 
 def attention_logits(q: Tensor, k: Tensor, scale: float | None, causal: bool) -> Tensor:
@@ -90,3 +91,15 @@ def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, dtyp
     steps = weight.unpacked().double() - weight.zeros.double()[group]
     product = x.to(dtype) @ (steps * weight.scales.double()[group]).to(dtype)
     return product if bias is None else product + bias.to(dtype)
+
+
+def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x / smooth rounded per row to 127 steps each way, an integer product, then the scales -> [M, N] fp64.
+
+    The rounded quotients are those of fp32: of a number halfway between two steps, more digits would choose the other.
+    """
+    wide = x.float() if weight.smooth is None else x.float() / weight.smooth
+    scales = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / scales).nan_to_num(0.0).round().clamp(-127, 127).long()
+    product = (codes @ weight.values.long().t()).double() * scales.double() * weight.scales.double()
+    return product if bias is None else product + bias.double()
