@@ -95,9 +95,9 @@ def _row_lse(
 
 
 @jit(do_not_specialize=["num", "num_splits"])
-def _join_splits(peaks, totals, lse, num, num_splits, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def _join_splits(peaks, totals, lse, num, num_splits, BLOCK: tl.constexpr, MOST: tl.constexpr):
     """Peaks and sums [splits, num] -> natural log-sum-exps [num], always summed in the same order."""
-    split, at = tl.arange(0, SPLITS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split, at = tl.arange(0, MOST), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     where = split.to(tl.int64)[:, None] * num + at[None, :]
     real = (split < num_splits)[:, None] & (at < num)[None, :]
     peak = tl.load(peaks + where, mask=real, other=float("-inf"))
@@ -239,7 +239,7 @@ def _row_lses(
     grid = (cdiv(lse.numel(), JOINED),)
     launch(
         _join_splits, grid, peaks, totals, lse, lse.numel(), num_splits,
-        device=q.device, BLOCK=JOINED, SPLITS=next_power_of_2(num_splits), num_warps=4,
+        device=q.device, BLOCK=JOINED, MOST=MAX_SPLITS, num_warps=4,
     )  # fmt: skip
     return lse
 
@@ -310,7 +310,7 @@ def _variants() -> list[Variant]:
         constants = {**shared, **second, **absent, "TOGETHER": together, "REDUCTION": "sum", "lse_head": 1}
         variants.append(Variant(_columns, {**types, **bounds}, constants, options))
     joined = {"peaks": "*fp32:16", "totals": "*fp32:16", "lse": "*fp32:16", "num": "i32", "num_splits": "i32"}
-    variants.append(Variant(_join_splits, joined, {"BLOCK": JOINED, "SPLITS": MAX_SPLITS}, {"num_warps": 4}))
+    variants.append(Variant(_join_splits, joined, {"BLOCK": JOINED, "MOST": MAX_SPLITS}, {"num_warps": 4}))
     return variants
 
 
