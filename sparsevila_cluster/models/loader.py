@@ -21,6 +21,7 @@ from sparsevila_cluster.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model, Part
 from sparsevila_cluster.models.chat import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint, canonical_json, one_line
+from sparsevila_cluster.models.computing import resolve_attention
 from sparsevila_cluster.models.linear import weight_bytes
 from sparsevila_cluster.models.placement import find_device, find_dtype, runs_as_stored
 from sparsevila_cluster.models.text_backend import build_text, check_backend, check_text, kv_spec
@@ -49,22 +50,38 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     text_backend: str = "auto",
     quantization: str = "auto",
+    attention: str = "auto",
 ) -> Model:
     """Load `parts` of the checkpoint in `directory` (or one that is open already); tensors of other parts are never read.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU, bfloat16 for a
     quantised checkpoint. text_backend: "lean", "hf", or "auto" for lean wherever it knows the text model. quantization: "auto" runs
     quantised weights as they are stored where that is fast (`runs_as_stored`), "none" makes them plain as they are loaded.
+    attention: the kernels of the text decoder (`resolve_attention`).
 
     Raises:
-        BadCheckpoint: the message names the file, tensor or rule. BadConfig: an unknown part, device, dtype, backend or
-            quantization.
+        BadCheckpoint: the message names the file, tensor or rule. BadConfig: an unknown part, device, dtype, backend,
+            quantization or attention, or kernels that cannot run here.
     """
+    return load_modules(directory, parts, device, dtype, text_backend, quantization, attention)[0]
+
+
+def load_modules(
+    directory: str | Path | Checkpoint,
+    parts: Sequence[Part] = ALL_PARTS,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    text_backend: str = "auto",
+    quantization: str = "auto",
+    attention: str = "auto",
+) -> tuple[Model, Any]:
+    """As `load_model`, and the transformers model that it is made of; the backend "hf" leaves the modules of the text in it."""
     target = find_device(device)
+    kernels = resolve_attention(attention, target)
     parts = _parts(parts)
     check_backend(text_backend)
     files = directory if isinstance(directory, Checkpoint) else Checkpoint.open(directory)
-    family_class = _family_class(files)
+    family_class = family_class_of(files)
     scheme = read_scheme(files.config)
     config = read_config(files)
     text_config = config.get_text_config()
@@ -82,8 +99,8 @@ def load_model(
     core = skeleton.model if "vision" in parts else None
     family = family_class(config, rules, core, target)  # lets go of weights that it has no use for
     num_bytes = weight_bytes(skeleton)
-    text = build_text(text_config, spec, skeleton, parts, text_backend)
-    return Model(
+    text = build_text(text_config, spec, skeleton, parts, text_backend, kernels)
+    model = Model(
         family=family,
         text=text,
         chat=chat,
@@ -95,10 +112,13 @@ def load_model(
         processor_hash=_hash(rules.as_dict()),
         max_position=int(text_config.max_position_embeddings),
         weight_bytes=num_bytes,
+        attention=kernels,
     )
+    return model, skeleton
 
 
-def _family_class(files: Checkpoint) -> Any:
+def family_class_of(files: Checkpoint) -> Any:
+    """The class that implements `Family` for a checkpoint. Raises BadCheckpoint: none does."""
     model_type = files.config.get("model_type")
     if model_type in TWINS:
         raise BadCheckpoint(f"config.json: model_type {model_type!r} is not supported: {TWINS[model_type]}")
