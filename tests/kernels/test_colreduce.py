@@ -90,9 +90,7 @@ def test_a_sequences_bits_do_not_depend_on_its_neighbours(place):
     lengths = (300, 99, 401)
     bounds = {"cu_rows": offsets(4, 4, 4, device=place.device), "cu_keys": offsets(*lengths, device=place.device)}
     together = colreduce(q, k, causal=True, backend=place.backend, **bounds).split(lengths, 1)
-    alone = [
-        colreduce(a, b, causal=True, backend=place.backend) for a, b in zip(q.split(4), k.split(lengths), strict=True)
-    ]
+    alone = [colreduce(a, b, causal=True, backend=place.backend) for a, b in zip(q.split(4), k.split(lengths), strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
@@ -167,6 +165,8 @@ def test_memory_stays_bounded_in_torch(monkeypatch):
         ({"k": torch.zeros(9, 2, 16, dtype=BF16)}, "bfloat16"),
         ({"q": torch.zeros(5, 4, 16, dtype=torch.float64), "k": torch.zeros(9, 2, 16, dtype=torch.float64)}, "float64"),
         ({"k": torch.zeros(9, 2, 32)[..., ::2]}, "stride 1"),
+        ({"k": torch.zeros(2, 2, 16).as_strided((1, 2, 16), (2**23 + 16, 16, 1))}, "rows at most 8388608"),
+        ({"scale": -1.0}, "scale -1.0: must be above 0"),
         ({"cu_rows": offsets(5)}, "both or neither"),
         ({"cu_rows": offsets(5), "cu_keys": offsets(4, 5)}, "both must be int32"),
         ({"cu_rows": offsets(5).long(), "cu_keys": offsets(9).long()}, "both must be int32"),

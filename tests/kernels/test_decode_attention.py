@@ -77,9 +77,7 @@ def test_a_sequences_bits_do_not_depend_on_the_batch(place):
     together = decode_attention(q, pools, bounds, backend=place.backend, return_lse=True, **how)
     for b, both in enumerate(spans):
         own = sum(num for _, _, num in both)
-        alone = decode_attention(
-            q[b : b + 1], pools, bounds[b : b + 1], backend=place.backend, return_lse=True, max_keys=own
-        )
+        alone = decode_attention(q[b : b + 1], pools, bounds[b : b + 1], backend=place.backend, return_lse=True, max_keys=own)
         assert all(torch.equal(x[b], y[0]) for x, y in zip(together, alone, strict=True))
 
 
@@ -161,6 +159,7 @@ def test_more_rows_than_their_span_is_refused_in_torch():
         ({"q": torch.zeros(2, 4, 16, dtype=F16)}, "one dtype"),
         ({"pools": ((torch.zeros(9, 2, 16),) * 2, (torch.zeros(9, 1, 16),) * 2)}, "pool 1"),
         ({"pools": ((torch.zeros(9, 2, 16), torch.zeros(8, 2, 16)),) * 2}, "pool 0"),
+        ({"pools": ((torch.zeros(9, 2, 16), torch.zeros(9, 2, 16, dtype=F16)),) * 2}, "v of pool 0"),
     ],
 )
 def test_refuses(change, message):
