@@ -204,3 +204,5 @@ def columns(
         if REDUCTION == "mean":
             reduced = reduced / tl.maximum(m, 1)
         tl.store(out + head * num_keys + first_key + key, reduced, mask=key < n)
+
+
