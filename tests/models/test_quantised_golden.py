@@ -24,8 +24,9 @@ IDS = torch.arange(60) * 37 % 250
 
 
 def text_logits(model, ids):
+    positions = torch.arange(len(ids), device=ids.device)[None]
     with torch.inference_mode():
-        return model.text.logits(model.text.forward(model.text.embed(ids), torch.arange(len(ids), device=ids.device)[None], CausalBatch()))
+        return model.text.logits(model.text.forward(model.text.embed(ids), positions, CausalBatch()))
 
 
 def stock_logits(directory, ids):
