@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsevila_cluster.models import DECODE_PARTS, PREFILL_PARTS, load_model
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.linear import AwqLinear, AwqMatrix, DenseMatrix
 from sparsevila_cluster.models.placement import runs_as_stored
 from sparsevila_cluster.models.text_only import load_text
@@ -91,7 +92,8 @@ def test_auto_keeps_four_bits_and_none_does_not(awq):
     num_weights = sum(t.numel() for name, t in weights_of(awq[1]).items() if in_layers(name))
     others = plain.weight_bytes - 2 * num_weights
     assert 0.5 * num_weights < stored.weight_bytes - others < 1.2 * num_weights
-    assert stored.fingerprint == plain.fingerprint and stored.spec == plain.spec, "one model: their KV may meet"
+    assert stored.fingerprint == plain.fingerprint == Checkpoint.open(awq[0]).fingerprint()
+    assert stored.spec == plain.spec, "one model: their KV may meet"
 
 
 @pytest.mark.skipif(not FAST_CPU, reason="only a CPU with AVX-512 runs 4 bits as they are stored")
