@@ -161,7 +161,9 @@ def test_a_run_is_given_ids_and_leaves_nothing_half_done(fake_env, text_model, t
 
 def test_a_run_that_ends_well_is_completed_with_the_sources_other_files(fake_env, text_model, tmp_path):
     """A stand-in that copies the checkpoint: what comes of a run is checked and moved in one step."""
-    env = fake_env("import shutil; shutil.copytree(request['source'], request['target']); os.remove(request['target'] + '/tokenizer.json')")
+    env = fake_env(
+        "import shutil; shutil.copytree(request['source'], request['target']); os.remove(request['target'] + '/tokenizer.json')"
+    )
     outcome = ask(env, text_model, tmp_path / "target", texts(2, 20))
     assert outcome.num_linears == 0 and (tmp_path / "target" / "tokenizer.json").is_file()
     assert not (tmp_path / ".target.quantizing").exists()

@@ -87,7 +87,10 @@ def test_weights_that_are_not_finite_are_named(path, text_model):
     original = open_original(text_model, device="cpu")
     layer = original.layers[1]
     layer.linears[path].weight.data[3, 1] = torch.nan
-    with torch.inference_mode(), pytest.raises(BadCheckpoint, match=rf"model\.layers\.1\.{path}\.weight' holds values that are not"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(BadCheckpoint, match=rf"model\.layers\.1\.{path}\.weight' holds values that are not"),
+    ):
         quantize_layer(layer, None, TextSettings(64), original.stored_dtype)
 
 

@@ -69,10 +69,16 @@ def whole(source, tmp_path_factory):
 def killed(source, tmp_path_factory):
     """Folder of each moment, in which a process was killed there."""
     folders = {name: tmp_path_factory.mktemp("killed") for name in MOMENTS}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels")),
+    }
     moments = [(at, str(folders[name] / "target")) for name, at in MOMENTS.items()]
     work = json.dumps([str(source), str(tmp_path_factory.mktemp("warm") / "target"), *moments])
-    done = subprocess.run([sys.executable, "-c", KILLED, work], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, work], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert done.stdout.split() == [str(-signal.SIGKILL)] * len(MOMENTS), done.stderr
     return folders
 
