@@ -23,8 +23,18 @@ from .awq_weight import BLOCK, AwqWeight
 # instructions per weight and tile of 32 rows, 45 us for 128 rows at 60 % of the issue rate.
 FUSED_ROWS = 128
 SCRATCH_BYTES = 64 << 20  # of an unpacked piece on a GPU
+# Rows up to which torch's int4 operator serves on a CPU. Its time grows with each row, and unpacking costs the same for all.
+# Milliseconds on one thread of a Zen 4 (AVX-512 BF16, shared), the least of 100 rounds in turn, weights not in the L3:
+#     K x N          rows    1     8     16    32    48    64    96
+#     1024 x 2816    int4    0.29  0.58  1.1   2.1   3.2   4.3   6.7
+#                    unpack  3.0   2.8   3.0   3.6   4.2   4.5   5.6
+#                    bf16    0.65  0.81  1.0   1.4   1.8   2.2   3.1
+#     3584 x 3584    int4    0.73  2.4   4.8   9.6   15    27    28
+#                    unpack  16    15    16    18    19    25    23
+#                    bf16    2.5   2.8   3.7   5.5   10    9.1   13
+# A weight of its own in bfloat16 would be faster from 16 rows on, for four times the memory.
 OPERATOR_ROWS = 64
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 2 << 20  # of an unpacked piece on a CPU; 1 to 4 MiB took the same time
 
 
 def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
