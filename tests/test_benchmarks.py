@@ -64,7 +64,7 @@ def test_checkpoint_is_made_once_and_named_by_its_recipe(cache, toy):
 
 
 def test_default_recipe_has_the_promised_size():
-    assert 100e6 < TextShape.of(midsize._config(midsize.Recipe())).num_parameters < 200e6
+    assert 100e6 < TextShape.of(midsize.config_of(midsize.Recipe())).num_parameters < 200e6
 
 
 def test_tokenizer_round_trip(model):
