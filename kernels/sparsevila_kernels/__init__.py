@@ -1,5 +1,21 @@
 """GPU kernels in Triton, each beside a plain PyTorch reference with the same name and arguments.
 
-Knows: tensors. Does not know: sparsevila_cluster, of which it imports nothing. It holds no kernel yet: the engine runs
-on PyTorch operators.
+Knows: tensors. Does not know: sparsevila_cluster, of which it imports nothing. CPU tensors take the best PyTorch path.
 """
+
+from .awq_format import dequantize_gemm, from_pack_quantized, pack, quantize_rtn, unpack
+from .awq_matmul import awq_matmul
+from .awq_weight import AwqWeight
+from .int8_matmul import Int8Weight, int8_matmul
+
+__all__ = [
+    "AwqWeight",
+    "Int8Weight",
+    "awq_matmul",
+    "dequantize_gemm",
+    "from_pack_quantized",
+    "int8_matmul",
+    "pack",
+    "quantize_rtn",
+    "unpack",
+]

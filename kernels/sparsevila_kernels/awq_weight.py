@@ -1,0 +1,173 @@
+"""The weight of one quantised linear as matmul wants to read it: repacked once, at load.
+
+Knows: AutoAWQ tensors, the two layouts that the codes lie in, and how to get the numbers back. Does not know: how a product is
+computed, or whose weight it is.
+
+    planes   i32 [ceil(K/128) * 16, N]    word 16b + r of a column: nibble i holds k = 128b + 16i + r. A load brings 8 planes of
+                                          16 consecutive k, so a group is some whole planes: its scale is applied to sums, not to
+                                          weights. Neighbouring columns lie side by side.
+    blocks   u8 [ceil(N/64), K, 32]       what torch's int4 operator for CPUs reads with AVX-512: byte j of a row holds column j
+                                          of the block in its low nibble and column j + 32 in its high one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ._launch import cdiv
+from .awq_format import TOP_CODE, check_gemm, unpack
+
+PLANES, PLANE_ROWS = 8, 16
+SPAN = PLANES * PLANE_ROWS  # inputs in the words of one row of planes
+BLOCK = 64  # columns in one block of torch's operator
+OPERATOR_GROUPS = (32, 64, 128, 256)  # which torch's operator takes
+
+
+@dataclass(frozen=True, eq=False)
+class AwqWeight:
+    """W[k, n] = (code - zeros[k // g, n]) * scales[k // g, n]; what `awq_matmul` takes. Make one with `from_gemm`.
+
+    codes: in one of the two layouts above, which their dtype tells; zeros u8 [K/g, N]; scales [K/g, N], float.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
+    num_in: int
+
+    @classmethod
+    def from_gemm(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> AwqWeight:
+        """From AutoAWQ's tensors (awq_format.py), on their device.
+
+        Raises:
+            ValueError: a dtype or shape that the format does not have, or scales that are not finite.
+        """
+        check_gemm(qweight, qzeros, scales)
+        if not torch.isfinite(scales).all():
+            raise ValueError("scales hold NaN or infinity")
+        return cls.from_codes(unpack(qweight), unpack(qzeros), scales)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, zeros: Tensor, scales: Tensor) -> AwqWeight:
+        """From codes u8 [K, N], zeros u8 [K/g, N] and scales [K/g, N] that belong together."""
+        lay = _to_blocks if suits_operator(codes.device, len(codes) // len(scales)) else _to_planes
+        return cls(lay(codes), zeros.contiguous(), scales.contiguous(), len(codes))
+
+    @classmethod
+    def cat(cls, weights: Sequence[AwqWeight]) -> AwqWeight:
+        """Side by side along N: one product instead of several (q, k and v; gate and up).
+
+        Raises:
+            ValueError: they differ in inputs, groups or device.
+        """
+        first = weights[0]
+        for other in weights[1:]:
+            if (other.num_in, other.group_size, other.device) != (first.num_in, first.group_size, first.device):
+                theirs = f"{other.num_in} inputs in groups of {other.group_size} on {other.device}"
+                raise ValueError(f"cannot join {theirs} to {first.num_in} in groups of {first.group_size} on {first.device}")
+        dtypes = {w.scales.dtype for w in weights}
+        scales = torch.cat([w.scales if len(dtypes) == 1 else w.scales.float() for w in weights], 1)
+        zeros = torch.cat([w.zeros for w in weights], 1)
+        if first.in_blocks and any(w.num_out % BLOCK for w in weights[:-1]):
+            codes = _to_blocks(torch.cat([w.unpacked() for w in weights], 1))
+        else:
+            codes = torch.cat([w.codes for w in weights], 0 if first.in_blocks else 1)
+        return cls(codes, zeros, scales, first.num_in)
+
+    @property
+    def num_out(self) -> int:
+        return self.scales.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.num_in // self.scales.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.scales.device
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the codes lie as torch's CPU operator reads them; else in planes."""
+        return self.codes.dtype == torch.uint8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight holds."""
+        tensors = [self.codes, self.zeros, self.scales, *([self.operator_steps] if self.in_blocks else [])]
+        return sum(t.nbytes for t in tensors)
+
+    def to(self, device: torch.device | str) -> AwqWeight:
+        """On another device, laid out for it; itself if it is there already."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if device == self.device:
+            return self
+        zeros, scales = self.zeros.to(device), self.scales.to(device)
+        if not self.in_blocks and not suits_operator(device, self.group_size):
+            return AwqWeight(self.codes.to(device), zeros, scales, self.num_in)
+        return AwqWeight.from_codes(self.unpacked().to(device), zeros, scales)
+
+    def unpacked(self) -> Tensor:
+        """The codes alone, u8 [K, N]."""
+        if self.in_blocks:
+            lanes = torch.cat((self.codes & TOP_CODE, self.codes >> 4), -1)
+            return lanes.transpose(0, 1).reshape(self.num_in, -1)[:, : self.num_out]
+        lanes = torch.empty(
+            (len(self.codes) // PLANE_ROWS, PLANES, PLANE_ROWS, self.num_out), dtype=torch.uint8, device=self.device
+        )
+        words = self.codes.view(-1, PLANE_ROWS, self.num_out)
+        for plane in range(PLANES):
+            lanes[:, plane] = (words >> (4 * plane)) & TOP_CODE
+        return lanes.view(-1, self.num_out)[: self.num_in]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [K, N]: each product rounded once, to `dtype` (float32 holds it exactly for 16-bit scales)."""
+        steps = self.unpacked().view(-1, self.group_size, self.num_out).to(torch.int8) - self.zeros.to(torch.int8).unsqueeze(1)
+        return (steps * self.scales.float().unsqueeze(1)).view(self.num_in, self.num_out).to(dtype)
+
+    @cached_property
+    def operator_steps(self) -> Tensor:
+        """What torch's operator takes beside the codes: scale and (8 - zero) * scale, bf16 [K/g, whole blocks, 2].
+
+        It computes (code - 8) * scale + offset. The offset is rounded to bfloat16, an error of at most 1/64 of a step of the code.
+        """
+        scales = self.scales.float()
+        steps = torch.stack((scales, (8 - self.zeros.float()) * scales), -1)
+        padding = len(self.codes) * BLOCK - self.num_out
+        return torch.nn.functional.pad(steps, (0, 0, 0, padding)).to(torch.bfloat16)
+
+
+def suits_operator(device: torch.device, group_size: int) -> bool:
+    """Whether torch's int4 operator takes such a weight and is worth it: only AVX-512 gains over bfloat16 (28 ms with AVX2, as
+    bfloat16 itself, where AVX-512 takes 1.8)."""
+    return device.type == "cpu" and group_size in OPERATOR_GROUPS and _operator_reads_blocks()
+
+
+@lru_cache(maxsize=1)
+def _operator_reads_blocks() -> bool:
+    """The layout is torch's own affair: ask it once whether it is the one that we know."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    codes = torch.arange(2 * BLOCK * 16, dtype=torch.int32).view(2 * BLOCK, 16) * 7 % 16
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return torch.equal(theirs.flatten(), _to_blocks(codes.t().to(torch.uint8)).flatten())
+
+
+def _to_planes(codes: Tensor) -> Tensor:
+    num_in, num_out = codes.shape
+    lanes = torch.nn.functional.pad(codes, (0, 0, 0, -num_in % SPAN)).view(cdiv(num_in, SPAN), PLANES, PLANE_ROWS, num_out)
+    words = torch.zeros((len(lanes), PLANE_ROWS, num_out), dtype=torch.int32, device=codes.device)
+    for plane in range(PLANES):
+        words |= lanes[:, plane].to(torch.int32) << (4 * plane)
+    return words.view(-1, num_out)
+
+
+def _to_blocks(codes: Tensor) -> Tensor:
+    num_in, num_out = codes.shape
+    lanes = torch.nn.functional.pad(codes, (0, -num_out % BLOCK)).view(num_in, -1, 2, BLOCK // 2).transpose(0, 1)
+    return (lanes[:, :, 0] | lanes[:, :, 1] << 4).contiguous()
