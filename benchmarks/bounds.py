@@ -28,7 +28,7 @@ class Work:
 
 @dataclass(frozen=True)
 class TextShape:
-    """Sizes of a text decoder; `width` is bytes per number, `matrix_width` that of the layers' matrices where it differs (0: no)."""
+    """Sizes of a text decoder; `width` is bytes per number, `matrix_width` per weight of the layers' matrices; 0: the same."""
 
     num_layers: int
     hidden: int

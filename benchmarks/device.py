@@ -24,7 +24,7 @@ from benchmarks.stopwatch import Patience, Times, once_ms
 
 log = logging.getLogger(__name__)
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 _WARM_UPS = 3
 _GPU_FLUSH_BYTES = 256 << 20
 
@@ -98,8 +98,10 @@ def ceilings(device: torch.device, dtypes: tuple[str, ...], size: float = 1.0) -
     read_gb_s = source.nbytes / _best_ms(stand, source.sum) / 1e6
     if not on_gpu:
         # A row times a matrix reads faster than a sum, and is what decoding one token asks of memory.
-        row = torch.rand(1, min(4096, num), device=device)
-        read_gb_s = max(read_gb_s, source.nbytes / _best_ms(stand, lambda: torch.mm(row, source.view(-1, row.shape[1]).t())) / 1e6)
+        row, matrix = torch.rand(1, 64), source.view(-1, 64).t()
+        if num % 4096 == 0:
+            row, matrix = torch.rand(1, 4096), source.view(-1, 4096).t()
+        read_gb_s = max(read_gb_s, source.nbytes / _best_ms(stand, lambda: torch.mm(row, matrix)) / 1e6)
     copy_gb_s = 2 * source.nbytes / _best_ms(stand, lambda: target.copy_(source)) / 1e6
     found = {}
     for dtype in dtypes:
@@ -160,5 +162,5 @@ def last_level_bytes() -> int:
 
 
 def choose(wanted: str) -> torch.device:
-    """"auto" is a GPU if there is one."""
+    """ "auto" is a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else torch.device(wanted)

@@ -28,7 +28,7 @@ import torch
 from benchmarks import longvideo, machine, seeking, w4
 from benchmarks.bounds import TextShape
 from benchmarks.contest import Contest, Plan
-from benchmarks.ledger import HEAD, Ledger, percent
+from benchmarks.ledger import Ledger, show
 from benchmarks.midsize import Recipe, default_cache, make_checkpoint, make_media
 from benchmarks.report import Report, progress
 from benchmarks.stopwatch import Patience
@@ -76,21 +76,6 @@ def figures(ledger: Ledger, demo_frames: int | None, by: str = "ms") -> dict[str
         **w4.figure(ledger, by),
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def show(report: Report, ledger: Ledger, name: str) -> None:
-    report.show_table(f"{name}: times (medians; bounds in ms, and their share of the time)", HEAD, ledger.table(name))
-    mine = [row for row in ledger.rows if row["model"] == name]
-    encodes = [row for row in mine if row["stage"] in ("encode", "patchify")]
-    shares = ("share_of_bound", "salience_share")
-    body = [[r["frames"], r["stage"], r["variant"], r["ms"], *(percent(r.get(share)) for share in shares)] for r in encodes]
-    if body:
-        report.show_table(f"{name}: encode", ("frames", "stage", "variant", "ms", "bound of it", "salience of it"), body)
-    memory = [row for row in mine if row["stage"] == "memory"]
-    names = ("frames", "variant", "visual_tokens", "kept", "retrieved")
-    body = [[*(r[n] for n in names), r["prefix_bytes"] / 1e6, r["attended_bytes"] / 1e6, r["peak_rss_bytes"] / 1e9] for r in memory]
-    head = ("frames", "variant", "visual tokens", "kept", "retrieved", "prefix MB", "attended MB", "peak RSS GB so far")
-    report.show_table(f"{name}: memory", head, body)
 
 
 def demo_media() -> Media:

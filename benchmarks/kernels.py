@@ -1,12 +1,12 @@
-"""How fast the kernels are: against their references, against what others offer, against the device. `python -m benchmarks.kernels`.
+"""How fast the kernels are: against references, against what others offer, against the device. `python -m benchmarks.kernels`.
 
 Knows: which cases are measured in which order, for how long, and which figures come of it. Does not know: any operation (`ops`).
 
-    case (one op, one shape) -> tensors -> ours | its torch path | reference | peers, in turns -> rows -> figures of one shape per op
+    case (one op, one shape) -> tensors -> ours | its torch path | reference | peers, in turns -> rows -> figures
 
-All ways of one case take turns in the same run, their operands not in a processor cache. A share of the ceiling is the time in which
-the device could do what no way can avoid (its measured rates of reading or of multiplying, whichever takes longer) over the time.
-The reference computes in float64; `error` is |result - reference| / |reference|.
+All ways of one case take turns in the same run, their operands not in a processor cache. A share of the ceiling is bound over time;
+the bound is what no way can avoid, bytes or operations, at the rate that the device was measured to read or to multiply with. The
+reference computes in float64, and `error` is |result - reference| / |reference|.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.report import Report, progress
 from benchmarks.stopwatch import Patience
 
 OPS = ("colreduce", "decode_attention", "kv_pack", "kv_quantize", "awq_matmul", "int8_matmul", "rms_norm", "rope_write", "silu_mul")
-HEAD = ("op", "shape", "way", "ms", "GB/s", "TFLOP/s", "of ceiling", "bound by", "ours is x faster", "error")
+HEAD = ("shape", "way", "ms", "GB/s", "TFLOP/s", "of ceiling", "bound by", "ours is x faster", "error")
 Row = dict[str, Any]
 
 
@@ -53,7 +53,7 @@ PLANS = {
 class Measurement:
     """Cases one after the other, into rows. `tell` hears of peers that are missing, `write` every row as soon as it is there."""
 
-    def __init__(self, target: torch.device, plan: Plan, tell: Callable[[str], None], write: Callable[[Row], None] = lambda row: None):
+    def __init__(self, target: torch.device, plan: Plan, tell: Callable[[str], None], write: Callable[[Row], None]):
         self.device, self.plan, self._tell, self._write = target, plan, tell, write
         self.rows: list[Row] = []
         self._stand = device.Stand(target, plan.patience)
@@ -69,7 +69,7 @@ class Measurement:
 
     @torch.inference_mode()
     def _measure(self, case: Case, ceilings: dict[str, Ceilings]) -> None:
-        subject = case.build(self.device)
+        subject = case.build(self.device, ("auto", "torch") if self.device.type == "cuda" else ("auto",))
         for name, why in subject.missing.items():
             if f"{name}: {why}" not in self._told:
                 self._tell(f"{case.op}: no {name}: {why}")
@@ -131,14 +131,14 @@ def show(report: Report, rows: Sequence[Row]) -> None:
     for op in OPS:
         body = [
             [
-                row["op"], row["shape"], row["way"], row["ms"], row["gb_s"], row["tflop_s"] or None, percent(row["share_of_ceiling"]),
+                row["shape"], row["way"], row["ms"], row["gb_s"], row["tflop_s"] or None, percent(row["share_of_ceiling"]),
                 row["bound_by"], None if row["role"] == "op" else row["ms"] / ours[op, row["shape"]], _scientific(row.get("error")),
             ]
             for row in rows
             if row["op"] == op and (op, row["shape"]) in ours
         ]  # fmt: skip
         if body:
-            report.show_table(op, HEAD[1:], [line[1:] for line in body])
+            report.show_table(op, HEAD, body)
 
 
 def _scientific(error: float | str | None) -> str | None:

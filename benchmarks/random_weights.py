@@ -29,8 +29,8 @@ _IN_4_BITS = ("qweight", "qzeros", "scales")
 
 # Qwen2.5-VL-7B, its processor taking frames of 364 x 364 pixels: 169 visual tokens for every two frames.
 SEVEN_B = Recipe(
-    hidden=3584, num_layers=28, num_heads=28, num_kv_heads=4, intermediate=18944, vocab=152064, vision_hidden=1280, vision_layers=32,
-    vision_heads=16, vision_intermediate=3420, full_layers=(7, 15, 23, 31), frame_px=364,
+    hidden=3584, num_layers=28, num_heads=28, num_kv_heads=4, intermediate=18944, vocab=152064,
+    vision_hidden=1280, vision_layers=32, vision_heads=16, vision_intermediate=3420, full_layers=(7, 15, 23, 31), frame_px=364,
 )  # fmt: skip
 
 
@@ -48,7 +48,8 @@ class RandomCheckpoint(Checkpoint):
         write_layout(directory, recipe)
         config = config_of(recipe).to_dict() | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
         config["dtype"] = str(STORED[stored]).removeprefix("torch.")
-        shapes, dtypes = {}, {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
         for name, shape in _shapes(recipe).items():
             if group_size and _is_quantised(name):
                 base, (num_out, num_in) = name.removesuffix(".weight"), shape
@@ -71,16 +72,16 @@ class RandomCheckpoint(Checkpoint):
     def read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) for the wanted tensors, in order of their names: the three of one 4-bit matrix are made once."""
         made: tuple[str, tuple[Tensor, ...]] = ("", ())
+        shapes = self.shards[FILE].shapes
         for name in sorted(names):
             base, _, leaf = name.rpartition(".")
             if leaf in _IN_4_BITS:
                 if made[0] != base:
-                    num_in, num_out = self.shards[FILE].shapes[f"{base}.qweight"][0], self.shards[FILE].shapes[f"{base}.scales"][1]
-                    made = (base, awq_format.quantize_rtn(self._number(f"{base}.weight", (num_out, num_in), device), self.group_size))
+                    weight = self._number(f"{base}.weight", (shapes[f"{base}.scales"][1], shapes[f"{base}.qweight"][0]), device)
+                    made = (base, awq_format.quantize_rtn(weight, self.group_size))
                 yield name, made[1][_IN_4_BITS.index(leaf)]
             else:
-                stored = STORED[self.shards[FILE].dtypes[name]]
-                yield name, self._number(name, self.shards[FILE].shapes[name], device).to(stored)
+                yield name, self._number(name, shapes[name], device).to(STORED[self.shards[FILE].dtypes[name]])
 
     def fingerprint(self) -> str:
         """BLAKE2b-256 hex of config, names, shapes and seed."""

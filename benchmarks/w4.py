@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.bounds import TextShape, four_bit_width
+from benchmarks.bounds import four_bit_width
 from benchmarks.ledger import Ledger, percent
 from benchmarks.midsize import Recipe, make_media
 from benchmarks.random_weights import RandomCheckpoint
@@ -47,7 +47,9 @@ def usable() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def measure(ledger: Ledger, say: Callable[[str], None], recipe: Recipe = RECIPE, group_size: int = GROUP_SIZE, rounds: int = 12) -> None:
+def measure(
+    ledger: Ledger, say: Callable[[str], None], recipe: Recipe = RECIPE, group_size: int = GROUP_SIZE, rounds: int = 12
+) -> None:
     """Steps of both forms, in turns, into `ledger`."""
     video = make_media(FRAMES, recipe.frame_px)
     stands: dict[str, Stand] = {}
@@ -58,7 +60,8 @@ def measure(ledger: Ledger, say: Callable[[str], None], recipe: Recipe = RECIPE,
             model, loaded = _load(RandomCheckpoint.make(recipe, Path(folder) / form, group_size=group))
             ledger.rows.append({"model": NAME, "frames": FRAMES, "batch": 0, "stage": "weights", "variant": form, **loaded})
             stack.enter_context(endless(model))
-            stands[form] = Stand(model, "dense", model.family.patchify(video).num_tokens + 64, 1 + BATCHES[-1])
+            rows, width = model.family.patchify(video).num_tokens + 64, four_bit_width(group) if group else 0.0
+            stands[form] = Stand(model, "dense", rows, 1 + BATCHES[-1], width)
             prefixes[form], _ = stands[form].prepare(video)
         for batch in BATCHES:
             say(f"{NAME}: steps of a batch of {batch}")
@@ -69,9 +72,7 @@ def measure(ledger: Ledger, say: Callable[[str], None], recipe: Recipe = RECIPE,
             for _ in range(rounds):
                 time_round(stands, times, BLOCK)
             for form, stand in stands.items():
-                width = four_bit_width(group_size) if form == "w4" else 0.0
-                shape = TextShape.of(stand.model.config, stand.model.spec.dtype.itemsize, width)
-                work = shape.step(batch, prefixes[form].length + num_tokens // 2)
+                work = stand.shape.step(batch, prefixes[form].length + num_tokens // 2)
                 ledger.add(NAME, FRAMES, "step", form, times[form], batch=batch, work=work)
                 stand.forget(keep=prefixes[form])
 

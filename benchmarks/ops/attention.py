@@ -7,18 +7,17 @@ what SDPA, a softmax written out and flash-colreduce need for the same. Does not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sparsevila_kernels as kernels
 from benchmarks.bounds import Work
 from benchmarks.device import DTYPES
-from benchmarks.ops.case import KEEPS, PACK, Case, Entry, Sizes, Subject, random
-from sparsevila_kernels import reference
+from benchmarks.ops.case import KEEPS, PACK, Case, Sizes, Subject, random, ways
 
 TAIL = 64
 """Keys of a conversation's own text in a decode step."""
@@ -62,16 +61,16 @@ class Retrieval:
     def __init__(self, sizes: Sizes, rows: int, keys: int, lse: bool):
         self.sizes, self.rows, self.keys, self.lse = sizes, rows, keys, lse
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         s, dtype = self.sizes, DTYPES[self.sizes.dtype]
         q = random((self.rows, s.num_heads, s.head_dim), dtype, device, 1)
         k = random((self.keys, s.num_kv_heads, s.head_dim), dtype, device, 2)
         given: dict[str, Any] = {"lse": _log_sum_exp(q, k)} if self.lse else {}
         flop = 2.0 * self.rows * self.keys * s.num_heads * s.head_dim
         work = Work(flop, q.nbytes + k.nbytes + 4.0 * s.num_heads * self.keys)
-        subject = Subject(work, _ours("colreduce", (q, k), given, device))
-        if self.rows * self.keys * s.num_heads <= s.scores:
-            subject.entries.append(Entry("reference", "reference", lambda: reference.colreduce(q, k, **given)))
+        small = self.rows * self.keys * s.num_heads <= s.scores
+        subject = Subject(work, ways("colreduce", backends, lambda run: partial(run, q, k, **given), small))
+        if small:
             subject.add_peer("softmax written out", lambda: lambda: _written_out(q[None], k[None])[0])
         subject.add_peer("flash-colreduce", lambda: _flash_colreduce(q[None], k[None]), judged=False)
         return subject
@@ -83,17 +82,18 @@ class Salience:
     def __init__(self, sizes: Sizes):
         self.sizes = sizes
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         s, dtype = self.sizes, DTYPES[self.sizes.dtype]
         shape = (s.frame_groups * s.patches, s.vision_heads, s.vision_head_dim)
         q, k = random(shape, dtype, device, 1), random(shape, dtype, device, 2)
         cu = torch.arange(s.frame_groups + 1, dtype=torch.int32, device=device) * s.patches
         how = {"reduction": "mean", "heads": "mean", "cu_rows": cu, "cu_keys": cu}
         flop = 2.0 * len(q) * s.patches * s.vision_heads * s.vision_head_dim
-        subject = Subject(Work(flop, q.nbytes + k.nbytes + 4.0 * len(q)), _ours("colreduce", (q, k), how, device))
+        work = Work(flop, q.nbytes + k.nbytes + 4.0 * len(q))
+        small = len(q) * s.patches * s.vision_heads <= s.scores
+        subject = Subject(work, ways("colreduce", backends, lambda run: partial(run, q, k, **how), small))
         split = [t.view(s.frame_groups, s.patches, *shape[1:]) for t in (q, k)]
-        if len(q) * s.patches * s.vision_heads <= s.scores:
-            subject.entries.append(Entry("reference", "reference", lambda: reference.colreduce(q, k, **how)))
+        if small:
             subject.add_peer("softmax written out", lambda: lambda: _written_out(*split).mean(1).flatten() / s.patches)
         subject.add_peer("flash-colreduce", lambda: _flash_colreduce(*split), judged=False)
         return subject
@@ -105,13 +105,12 @@ class Step:
     def __init__(self, sizes: Sizes, lengths: list[int]):
         self.sizes, self.lengths = sizes, lengths
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         s, dtype = self.sizes, DTYPES[self.sizes.dtype]
         batch, bodies = len(self.lengths), [length - TAIL for length in self.lengths]
         row = (s.num_kv_heads, s.head_dim)
-        pools = tuple(
-            tuple(random((num, *row), dtype, device, seed + i) for i in range(2)) for seed, num in ((1, sum(bodies)), (3, batch * TAIL))
-        )
+        sized = ((1, sum(bodies)), (3, batch * TAIL))
+        pools = tuple(tuple(random((num, *row), dtype, device, seed + i) for i in range(2)) for seed, num in sized)
         starts = [sum(bodies[:i]) for i in range(batch)]
         table = [[[0, starts[i], bodies[i]], [1, i * TAIL, TAIL]] for i in range(batch)]
         spans = torch.tensor(table, dtype=torch.int32, device=device)
@@ -119,8 +118,7 @@ class Step:
         total = sum(self.lengths)
         kv_bytes = 2.0 * total * s.num_kv_heads * s.head_dim * dtype.itemsize
         work = Work(4.0 * total * s.num_heads * s.head_dim, kv_bytes + 2 * q.nbytes)
-        subject = Subject(work, _ours("decode_attention", (q, pools, spans), {}, device))
-        subject.entries.append(Entry("reference", "reference", lambda: reference.decode_attention(q, pools, spans)))
+        subject = Subject(work, ways("decode_attention", backends, lambda run: partial(run, q, pools, spans)))
         slots = _slots(starts, bodies, sum(bodies), device)
         joined = [torch.cat([a, b]) for a, b in zip(*pools, strict=True)]
         padded = [t.index_select(0, slots.flatten()).view(batch, -1, *row).transpose(1, 2) for t in joined]
@@ -137,14 +135,6 @@ class Step:
         subject.add_peer("SDPA groups as rows, KV in one piece", lambda: lambda: _sdpa_by_group(q, *padded, mask))
         subject.add_peer("index_select + SDPA", lambda: gathered)
         return subject
-
-
-def _ours(name: str, args: tuple[Any, ...], how: dict[str, Any], device: torch.device) -> list[Entry]:
-    op = getattr(kernels, name)
-    entries = [Entry("op", "op", lambda: op(*args, **how))]
-    if device.type == "cuda":
-        entries.append(Entry("torch", "torch", lambda: op(*args, **how, backend="torch")))
-    return entries
 
 
 def _log_sum_exp(q: Tensor, k: Tensor) -> Tensor:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+import sparsevila_kernels as kernels
 from benchmarks.bounds import Work
+from sparsevila_kernels import reference
 
 # op: ours as the engine calls it. torch: ours, its torch path, on a device where that is not the same. reference: the definition.
 # peer: what others offer for the same task. context: another task that the reader will compare with (unquantised weights).
@@ -33,7 +36,7 @@ class Entry:
 
 @dataclass
 class Subject:
-    """A case with its tensors made. `work` is what no way of computing it can avoid; `missing`: peers that are not here, and why."""
+    """A case with its tensors made. `work` is what no way of computing it can avoid; `missing`: absent peers, and why."""
 
     work: Work
     entries: list[Entry]
@@ -50,14 +53,31 @@ class Subject:
         self.entries.append(Entry(name, role, run, judged))
 
 
+Make = Callable[[Callable[..., Any]], Callable[[], Any]]
+
+
+def ways(op: str, backends: Sequence[str], make: Make, judge: bool = True) -> list[Entry]:
+    """Our operation on each of `backends`, the first of them being the one that counts, and its reference unless not `judge`.
+
+    `make` turns the function into a call of it, with tensors of its own where it writes into them.
+    """
+    entries = []
+    for i, backend in enumerate(backends):
+        run = make(partial(getattr(kernels, op), backend=backend))
+        entries.append(Entry(backend, "torch", run) if i else Entry("op", "op", run))
+    if judge:
+        entries.append(Entry("reference", "reference", make(getattr(reference, op))))
+    return entries
+
+
 @dataclass(frozen=True)
 class Case:
-    """`build(device)` makes the tensors. headline: its times are the figures of its operation."""
+    """`build(device, backends)` makes the tensors. headline: its times are the figures of its operation."""
 
     op: str
     shape: str
     dtype: str
-    build: Callable[[torch.device], Subject]
+    build: Callable[[torch.device, Sequence[str]], Subject]
     headline: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
 

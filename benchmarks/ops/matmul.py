@@ -6,7 +6,7 @@ matmuls want. Does not know: clocks, figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 import sparsevila_kernels as kernels
 from benchmarks.bounds import Work
 from benchmarks.device import DTYPES
-from benchmarks.ops.case import Case, Entry, Sizes, Subject, module_file, random
-from sparsevila_kernels import awq_format, reference
+from benchmarks.ops.case import Case, Sizes, Subject, module_file, random, ways
+from sparsevila_kernels import awq_format
 
 AWQ_DTYPE = "bfloat16"
 
@@ -51,7 +51,7 @@ class Awq:
     def __init__(self, sizes: Sizes, rows: int, num_in: int, num_out: int):
         self.sizes, self.rows, self.num_in, self.num_out = sizes, rows, num_in, num_out
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         group, dtype = self.sizes.group_size, DTYPES[AWQ_DTYPE]
         dense = random((self.num_out, self.num_in), torch.float32, device, 1) / self.num_in**0.5
         words = awq_format.quantize_rtn(dense, group)
@@ -60,11 +60,7 @@ class Awq:
         weight = kernels.AwqWeight.from_gemm(*words)
         out_bytes = self.rows * self.num_out * dtype.itemsize
         work = Work(2.0 * self.rows * self.num_in * self.num_out, sum(t.nbytes for t in words) + x.nbytes + out_bytes)
-        entries = [Entry("op", "op", lambda: kernels.awq_matmul(x, weight))]
-        if device.type == "cuda":
-            entries.append(Entry("torch", "torch", lambda: kernels.awq_matmul(x, weight, backend="torch")))
-        entries.append(Entry("reference", "reference", partial(reference.awq_matmul, x, weight)))
-        subject = Subject(work, entries)
+        subject = Subject(work, ways("awq_matmul", backends, lambda run: partial(run, x, weight)))
         if device.type == "cpu":
             subject.add_peer("_weight_int4pack_mm_for_cpu", lambda: _int4pack_cpu(x, words, group))
         else:
@@ -82,18 +78,14 @@ class Int8:
     def __init__(self, rows: int, num_in: int, num_out: int):
         self.rows, self.num_in, self.num_out = rows, num_in, num_out
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         dtype = DTYPES[AWQ_DTYPE]
         dense = random((self.num_out, self.num_in), dtype, device, 1) / self.num_in**0.5
         x = random((self.rows, self.num_in), dtype, device, 2)
         weight = kernels.Int8Weight.of(dense)
         out_bytes = self.rows * self.num_out * dtype.itemsize
         work = Work(2.0 * self.rows * self.num_in * self.num_out, dense.numel() + 4.0 * self.num_out + x.nbytes + out_bytes)
-        entries = [Entry("op", "op", lambda: kernels.int8_matmul(x, weight))]
-        if device.type == "cuda":
-            entries.append(Entry("torch", "torch", lambda: kernels.int8_matmul(x, weight, backend="torch")))
-        entries.append(Entry("reference", "reference", partial(reference.int8_matmul, x, weight)))
-        subject = Subject(work, entries)
+        subject = Subject(work, ways("int8_matmul", backends, lambda run: partial(run, x, weight)))
         subject.add_peer("torch._int_mm and scales", lambda: _int_mm(x, dense))
         subject.add_peer("unquantised matmul", lambda: lambda: F.linear(x, dense), judged=False, role="context")
         return subject

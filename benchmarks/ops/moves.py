@@ -6,7 +6,7 @@ the same. Does not know: clocks, figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sparsevila_kernels as kernels
 from benchmarks.bounds import Work
 from benchmarks.device import DTYPES
-from benchmarks.ops.case import PACK, Case, Entry, Sizes, Subject, random
-from sparsevila_kernels import reference
+from benchmarks.ops.case import PACK, Case, Sizes, Subject, random, ways
 
 EPS = 1e-6
 
@@ -50,7 +48,7 @@ class Pack:
     def __init__(self, sizes: Sizes, num_slots: int, num_rows: int):
         self.sizes, self.num_slots, self.num_rows = sizes, num_slots, num_rows
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         s, dtype, num = self.sizes, DTYPES[self.sizes.dtype], self.num_rows
         row = (s.num_kv_heads, s.head_dim)
         k, v = (random((s.num_layers, self.num_slots, *row), dtype, device, seed) for seed in (1, 2))
@@ -72,8 +70,7 @@ class Pack:
             return run
 
         moved = 2.0 * 2 * s.num_layers * num * s.num_kv_heads * s.head_dim * dtype.itemsize
-        subject = Subject(Work(0.0, moved), _ours(device, lambda how: into(partial(kernels.kv_pack, **how))))
-        subject.entries.append(Entry("reference", "reference", into(reference.kv_pack)))
+        subject = Subject(Work(0.0, moved), ways("kv_pack", backends, into))
         subject.add_peer("index_select per layer", lambda: into(_select))
         subject.add_peer("gather", lambda: into(_gather))
         return subject
@@ -85,14 +82,13 @@ class Quantize:
     def __init__(self, sizes: Sizes, num_rows: int):
         self.sizes, self.num_rows = sizes, num_rows
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         s, dtype = self.sizes, DTYPES[self.sizes.dtype]
         k, v = (random((s.num_layers, self.num_rows, s.num_kv_heads, s.head_dim), dtype, device, seed) for seed in (1, 2))
         rows = torch.arange(self.num_rows, device=device)
         scales_bytes = 2.0 * 4 * s.num_layers * self.num_rows * s.num_kv_heads
         work = Work(0.0, 2.0 * k.nbytes + 2.0 * k.numel() + scales_bytes)
-        subject = Subject(work, _ours(device, lambda how: partial(kernels.kv_quantize, k, v, rows, **how)))
-        subject.entries.append(Entry("reference", "reference", partial(reference.kv_quantize, k, v, rows)))
+        subject = Subject(work, ways("kv_quantize", backends, lambda run: partial(run, k, v, rows)))
         return subject
 
 
@@ -102,7 +98,7 @@ class Norm:
     def __init__(self, sizes: Sizes, num_rows: int):
         self.sizes, self.num_rows = sizes, num_rows
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         hidden, dtype = self.sizes.hidden, DTYPES[self.sizes.dtype]
         x, residual = (random((self.num_rows, hidden), dtype, device, seed) for seed in (1, 2))
         weight = random((hidden,), dtype, device, 3)
@@ -112,8 +108,7 @@ class Norm:
             return F.rms_norm(total, (hidden,), weight, EPS), total
 
         work = Work(0.0, 4.0 * x.nbytes + weight.nbytes)
-        subject = Subject(work, _ours(device, lambda how: partial(kernels.rms_norm, x, weight, EPS, residual, **how)))
-        subject.entries.append(Entry("reference", "reference", partial(reference.rms_norm, x, weight, EPS, residual)))
+        subject = Subject(work, ways("rms_norm", backends, lambda run: partial(run, x, weight, EPS, residual)))
         subject.add_peer("add, F.rms_norm", lambda: stock)
         return subject
 
@@ -124,7 +119,7 @@ class Rope:
     def __init__(self, sizes: Sizes, num_rows: int):
         self.sizes, self.num_rows = sizes, num_rows
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         s, dtype, num = self.sizes, DTYPES[self.sizes.dtype], self.num_rows
         qkv = random((num, s.qkv), dtype, device, 1)
         angle = random((num, 1, s.head_dim), torch.float32, device, 2)
@@ -136,8 +131,7 @@ class Rope:
             return lambda: (run(qkv, cos, sin, None, EPS, k, v, slots), k, v)
 
         work = Work(0.0, 2.0 * qkv.nbytes + cos.nbytes + sin.nbytes)
-        subject = Subject(work, _ours(device, lambda how: into(partial(kernels.rope_write, **how))))
-        subject.entries.append(Entry("reference", "reference", into(reference.rope_write)))
+        subject = Subject(work, ways("rope_write", backends, into))
         subject.add_peer("roll, addcmul, index_copy_", lambda: into(partial(_turn, s.num_heads)))
         return subject
 
@@ -148,20 +142,12 @@ class Gate:
     def __init__(self, sizes: Sizes, num_rows: int):
         self.sizes, self.num_rows = sizes, num_rows
 
-    def __call__(self, device: torch.device) -> Subject:
+    def __call__(self, device: torch.device, backends: Sequence[str]) -> Subject:
         gate_up = random((self.num_rows, 2 * self.sizes.intermediate), DTYPES[self.sizes.dtype], device, 1)
         gate, up = gate_up.chunk(2, -1)
-        subject = Subject(Work(0.0, 1.5 * gate_up.nbytes), _ours(device, lambda how: partial(kernels.silu_mul, gate_up, **how)))
-        subject.entries.append(Entry("reference", "reference", partial(reference.silu_mul, gate_up)))
+        subject = Subject(Work(0.0, 1.5 * gate_up.nbytes), ways("silu_mul", backends, lambda run: partial(run, gate_up)))
         subject.add_peer("F.silu, mul", lambda: lambda: F.silu(gate) * up)
         return subject
-
-
-def _ours(device: torch.device, make: Callable[[dict[str, Any]], Callable[[], Any]]) -> list[Entry]:
-    entries = [Entry("op", "op", make({}))]
-    if device.type == "cuda":
-        entries.append(Entry("torch", "torch", make({"backend": "torch"})))
-    return entries
 
 
 def _select(k: Tensor, v: Tensor, to_k: Tensor, to_v: Tensor, rows: Tensor, slots: Tensor) -> None:
