@@ -76,7 +76,7 @@ class EngineConfig(FrozenConfig):
     model: str = Field("demo", description="Checkpoint directory, or `demo` for the bundled model.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on a CPU, the checkpoint's own dtype on a GPU."
+        "auto", description="auto: float32 on a CPU, the checkpoint's own dtype on a GPU; bfloat16 for a quantised checkpoint."
     )
     text_backend: Literal["auto", "lean", "hf"] = Field(
         "auto", description="Text decoder. auto: lean where it knows the architecture, else hf."
@@ -85,7 +85,9 @@ class EngineConfig(FrozenConfig):
         "auto", description="Kernels of the text decoder. auto: triton on a GPU, torch on a CPU."
     )
     quantization: Literal["auto", "none"] = Field(
-        "auto", description="Weights of a quantised checkpoint. auto: as they are stored; none: dequantised as they are loaded."
+        "auto",
+        description="Weights of a quantised checkpoint. auto: as they are stored, where that is fast (a GPU in 16 bits, a CPU in "
+        "bfloat16 with AVX-512); none: dequantised as they are loaded.",
     )
     decode_graphs: Literal["auto", "none"] = Field(
         "auto", description="CUDA graphs of decode steps. auto: one per batch size on a GPU with lean and triton; none: never."

@@ -25,7 +25,7 @@ from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, Spar
 from sparsevila_cluster.kv import Extent, MediaPrefix
 from sparsevila_cluster.media_handle import as_reused, handle_of
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.adapter import Model
+from sparsevila_cluster.models.adapter import ALL_PARTS, Model
 from sparsevila_cluster.patience import GRACE_S, Caller, wait_within
 from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation, Progress
 from sparsevila_cluster.request import MediaHandle, PrepareRequest, Turn, TurnEvent
@@ -85,7 +85,7 @@ class LocalPipeline:
     def __init__(self, config: EngineConfig, model: Model | None = None):
         self.config = config
         self.model = model or load_model(
-            config.model_dir, device=config.device, dtype=config.dtype, text_backend=config.text_backend
+            config.model_dir, ALL_PARTS, config.device, config.dtype, config.text_backend, config.quantization
         )
         self.prefill = PrefillEngine(self.model, config)
         self.decode = DecodeEngine(self.model, config)

@@ -33,7 +33,7 @@ class TemplateChat:
         Raises:
             BadCheckpoint: no tokenizer, no chat template, no end-of-turn token, or a template that cannot be cut.
         """
-        self._tokenizer = _load_tokenizer(files)
+        self._tokenizer = load_tokenizer(files)
         self._template = _load_template(files, self._tokenizer)
         # The Rust tokenizer itself: no per-call padding state, so threads may share it.
         self._core = self._tokenizer.backend_tokenizer
@@ -214,7 +214,8 @@ def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _load_tokenizer(files: Checkpoint) -> Any:
+def load_tokenizer(files: Checkpoint) -> Any:
+    """The checkpoint's transformers tokenizer. Raises BadCheckpoint: there is none, or it is broken or of the slow kind."""
     from transformers import AutoTokenizer
 
     directory = files.directory

@@ -19,23 +19,24 @@ from torch import Tensor
 from sparsevila_cluster.errors import BadCheckpoint
 from sparsevila_cluster.kv import KVSpec
 from sparsevila_cluster.models.adapter import StepBatch
+from sparsevila_cluster.models.linear import Matrix, take_matrix
 from sparsevila_cluster.models.rotary import Rotary
 
 KNOWN_TEXT_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text"})
 
 
 class _Layer(NamedTuple):
-    """Weights of one layer as the loop wants them: matrices [in, out], norm weights scaled for the chosen norm."""
+    """Weights of one layer as the loop wants them: norm weights scaled for the chosen norm."""
 
     norm_in: Tensor
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
-    out: Tensor
+    out: Matrix
     out_bias: Tensor | None
     norm_mlp: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 class LeanDecoder:
@@ -71,7 +72,7 @@ class LeanDecoder:
         form = make(config.hidden_size, spec.head_dim, float(config.rms_norm_eps))
         layers = []
         for i in range(len(language_model.layers)):
-            layers.append(_take_layer(language_model.layers[i], form))
+            layers.append(_take_layer(language_model.layers[i], form, spec.dtype))
             language_model.layers[i] = None
         return cls(config, spec, layers, form.norm_weight(language_model.norm.weight.data), rope, form)
 
@@ -106,18 +107,18 @@ class LeanDecoder:
             if kv_only and i == last:
                 self._write_last(x, self._layers[i], cos, sin, batch)
                 return h
-            x = torch.mm(x, qkv) if qkv_bias is None else torch.addmm(qkv_bias, x, qkv)
+            x = qkv.mm(x) if qkv_bias is None else qkv.addmm(qkv_bias, x)
             qk, v = x.view(num_tokens, -1, head_dim).split_with_sizes((num_qk, num_kv_heads), 1)
             if qk_norm is not None:
                 qk = head_norm(qk, qk_norm)
             qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
             q, k = qk.split_with_sizes((num_heads, num_kv_heads), 1)
             o = attend(i, q, k, v, scale)
-            h = torch.addmm(h, o.reshape(num_tokens, -1), out)
+            h = out.addmm(h, o.reshape(num_tokens, -1))
             if out_bias is not None:
                 h = h + out_bias
-            gate, up = torch.mm(norm(h, norm_mlp), gate_up).chunk(2, -1)
-            h = torch.addmm(h, F.silu(gate) * up, down)
+            gate, up = gate_up.mm(norm(h, norm_mlp)).chunk(2, -1)
+            h = down.addmm(h, F.silu(gate) * up)
             if i < len(deepstack):
                 assert visual_rows is not None
                 h = h.index_add(0, visual_rows, deepstack[i])
@@ -126,7 +127,7 @@ class LeanDecoder:
     def _write_last(self, x: Tensor, layer: _Layer, cos: Tensor, sin: Tensor, batch: StepBatch) -> None:
         """The last layer of a prefill whose hidden state nobody reads: keys and values only."""
         first = self.num_heads * self.spec.head_dim
-        kv = torch.mm(x, layer.qkv[:, first:])
+        kv = layer.qkv.tail_mm(x, first)
         if layer.qkv_bias is not None:
             kv = kv + layer.qkv_bias[first:]
         k, v = kv.view(x.shape[0], 2, self.spec.num_kv_heads, self.spec.head_dim).unbind(1)
@@ -193,7 +194,7 @@ class _ForSmallCPU(_Plain):
         return norm
 
 
-def _take_layer(layer: Any, form: _Plain) -> _Layer:
+def _take_layer(layer: Any, form: _Plain, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     bias = None if attention.q_proj.bias is None else torch.cat([p.bias.data for p in projections])
@@ -205,12 +206,12 @@ def _take_layer(layer: Any, form: _Plain) -> _Layer:
     out_bias = attention.o_proj.bias
     return _Layer(
         norm_in=form.norm_weight(layer.input_layernorm.weight.data),
-        qkv=form.matrix(torch.cat([p.weight.data for p in projections])),
+        qkv=take_matrix(projections, form.matrix, dtype),
         qkv_bias=bias,
         qk_norm=None if qk_norm is None else form.norm_weight(qk_norm),
-        out=form.matrix(attention.o_proj.weight.data),
+        out=take_matrix([attention.o_proj], form.matrix, dtype),
         out_bias=None if out_bias is None else out_bias.data,
         norm_mlp=form.norm_weight(layer.post_attention_layernorm.weight.data),
-        gate_up=form.matrix(torch.cat((mlp.gate_proj.weight.data, mlp.up_proj.weight.data))),
-        down=form.matrix(mlp.down_proj.weight.data),
+        gate_up=take_matrix([mlp.gate_proj, mlp.up_proj], form.matrix, dtype),
+        down=take_matrix([mlp.down_proj], form.matrix, dtype),
     )

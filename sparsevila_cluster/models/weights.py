@@ -1,63 +1,63 @@
 """From tensors on disk to modules in memory: a skeleton without memory, filled with only the tensors that a worker needs.
 
-Knows: names on disk and in memory, tied heads, shapes and dtypes, and which tensors belong to which part. Does not know: families,
-preprocessing, text backends.
+Knows: tied heads, shapes and dtypes, and how plain and quantised weights get into modules. Does not know: how names are found
+(`names`), how weights are quantised (`quantised`), families, preprocessing, text backends.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsevila_cluster.awq.scheme import Scheme
 from sparsevila_cluster.errors import BadCheckpoint
 from sparsevila_cluster.models import hf, vision_attention
 from sparsevila_cluster.models.adapter import Part
 from sparsevila_cluster.models.checkpoint import Checkpoint, one_line
+from sparsevila_cluster.models.linear import AwqLinear, Int8Linear
+from sparsevila_cluster.models.names import HEAD, VISION_MODULES, names_on_disk, part_of
+from sparsevila_cluster.models.quantised import find_linears
+from sparsevila_kernels import AwqWeight, Int8Weight
 
-log = logging.getLogger(__name__)
-
-HEAD, EMBED = "lm_head.weight", "model.language_model.embed_tokens.weight"
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-"""What a weight may be stored as. Everything else (int8, float8) needs scales that a plain load would ignore."""
-
-_VISION_MODULES = ("visual", "vision_tower", "multi_modal_projector", "image_newline")
-_TEXT_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
-# Left in old checkpoints; made anew from the config.
-_COMPUTED = ("rotary_emb.inv_freq", "position_ids")
+"""What a plain weight may be stored as. Everything else (int8, float8) needs scales that a plain load would ignore."""
 
 
-def part_of(name: str) -> Part:
-    """The part that a tensor belongs to, by its name in memory."""
-    if name.startswith("lm_head."):
-        return "head"
-    name = name.removeprefix("model.")
-    if name.startswith(_VISION_MODULES):
-        return "vision"
-    return "embed" if name.startswith("language_model.embed_tokens.") else "llm"
-
-
-def fill(files: Checkpoint, config: Any, parts: Sequence[Part], device: torch.device, dtype: torch.dtype) -> Any:
+def fill(
+    files: Checkpoint,
+    config: Any,
+    parts: Sequence[Part],
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: Scheme | None = None,
+    as_stored: bool = True,
+    text_only: bool = False,
+) -> Any:
     """A transformers model of which `parts` hold weights and everything else is gone.
+
+    scheme: what config.json says of quantised weights. as_stored: they stay so, in the place of the linears that the files hold
+    quantised; otherwise they become plain weights of `dtype`. text_only: the config is one of a language model without vision.
 
     Raises:
         BadCheckpoint: a tensor is missing, of a wrong shape or dtype, there twice, or unknown to the config; the message names it
             and its file.
     """
-    skeleton = _skeleton(config, dtype)
+    skeleton = _skeleton(config, dtype, text_only)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    sources = _sources(files, skeleton, shapes)
+    sources = names_on_disk(files, skeleton, shapes)
+    stored = find_linears(files, scheme, skeleton, sources, parts)
     tied = _tied(files, config, skeleton, sources, "head" in parts)
-    wanted = {tied.get(name, name) for name in shapes if part_of(name) in parts}
+    wanted = {tied.get(name, name) for name in shapes if part_of(name) in parts} - {f"{path}.weight" for path in stored}
     for name in sorted(wanted):
         _check_tensor(files, name, sources, shapes[name])
     target_of = {sources[name]: name for name in wanted}
     for source, tensor in files.read(target_of, device):
         _place(skeleton, target_of[source], tensor.to(dtype))
+    for linear in stored.values():
+        _place_quantised(skeleton, linear.path, linear.read(files, device), dtype, as_stored)
     for name, source in tied.items():
         if part_of(name) in parts:
             _place(skeleton, name, skeleton.get_parameter(source).data)
@@ -66,6 +66,11 @@ def fill(files: Checkpoint, config: Any, parts: Sequence[Part], device: torch.de
     left = [name for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()) if tensor.is_meta]
     assert not left, f"without weights: {left[:4]}"
     return skeleton
+
+
+def language_model_of(skeleton: Any) -> Any:
+    """The text decoder of a model with or without vision."""
+    return getattr(skeleton.model, "language_model", skeleton.model)
 
 
 def _check_tensor(files: Checkpoint, name: str, sources: dict[str, str], wanted: tuple[int, ...]) -> None:
@@ -92,57 +97,35 @@ def _tied(files: Checkpoint, config: Any, skeleton: Any, sources: dict[str, str]
     told = bool(getattr(config, "tie_word_embeddings", False))
     inner = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     tied = {name: source for name, source in skeleton.get_expanded_tied_weights_keys().items() if name != HEAD}
+    embed = next(name for name in skeleton.state_dict() if part_of(name) == "embed")
     if HEAD not in sources and (told or inner):
-        tied[HEAD] = EMBED
-    elif HEAD in sources and told and needs_head and EMBED in sources:
-        names = {sources[HEAD]: "head", sources[EMBED]: "embed"}
+        tied[HEAD] = embed
+    elif HEAD in sources and told and needs_head and embed in sources:
+        names = {sources[HEAD]: "head", sources[embed]: "embed"}
         both = {names[source]: tensor for source, tensor in files.read(names, torch.device("cpu"))}
         if torch.equal(both["head"], both["embed"]):
-            tied[HEAD] = EMBED
+            tied[HEAD] = embed
         elif inner or "text_config" not in files.config:
             raise BadCheckpoint(
-                f"{files.file_of[sources[HEAD]]}: tensor {sources[HEAD]!r} differs from {sources[EMBED]!r}, although config.json "
+                f"{files.file_of[sources[HEAD]]}: tensor {sources[HEAD]!r} differs from {sources[embed]!r}, although config.json "
                 "ties them (tie_word_embeddings): which one is the head?"
             )
     return tied
 
 
-def _skeleton(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForImageTextToText
+def _skeleton(config: Any, dtype: torch.dtype, text_only: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
-    names = {"text_config": hf.register(), "vision_config": vision_attention.register()}
+    auto = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+    names = hf.register() if text_only else {"text_config": hf.register(), "vision_config": vision_attention.register()}
     try:
         with torch.device("meta"), no_init_weights():
-            skeleton = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            skeleton = auto.from_config(config, dtype=dtype)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise BadCheckpoint(f"config.json: no model can be built from it: {one_line(error)}") from error
     skeleton.set_attn_implementation(names)
     return skeleton.eval().requires_grad_(False)
-
-
-def _sources(files: Checkpoint, skeleton: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """Name in memory -> name on disk. Older checkpoints use other module names; transformers knows the renamings."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-    converters = [step for step in mapping if isinstance(step, WeightConverter)]
-    sources: dict[str, str] = {}
-    for source in files.file_of:
-        name, converted = rename_source_key(source, renamings, converters, skeleton.base_model_prefix, shapes)
-        if converted is not None:
-            raise BadCheckpoint(f"{files.file_of[source]}: tensor {source!r} is stored in a layout that needs more than a renaming")
-        if name in sources:
-            files_of = " and ".join(sorted({files.file_of[sources[name]], files.file_of[source]}))
-            raise BadCheckpoint(f"{files_of}: tensors {sources[name]!r} and {source!r} are both {name!r}")
-        if name not in shapes and not name.endswith(_COMPUTED):
-            if part_of(name) == "llm" and _TEXT_LAYER.search(name):
-                raise BadCheckpoint(f"{files.file_of[source]}: tensor {source!r} belongs to no layer that config.json describes")
-            log.warning("%s: tensor %s is not used", files.file_of[source], source)
-        sources[name] = source
-    return sources
 
 
 def _place(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
@@ -154,14 +137,26 @@ def _place(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+def _place_quantised(skeleton: nn.Module, path: str, weight: AwqWeight | Int8Weight, dtype: torch.dtype, as_stored: bool) -> None:
+    """A module that holds everything it needs takes the linear's place, or the linear gets a plain weight."""
+    linear: Any = skeleton.get_submodule(path)
+    if not as_stored:
+        plain = weight.dequantize(dtype)
+        _place(skeleton, f"{path}.weight", plain.t().contiguous() if isinstance(weight, AwqWeight) else plain)
+    elif isinstance(weight, AwqWeight):
+        skeleton.set_submodule(path, AwqLinear(weight, linear.bias))
+    else:
+        skeleton.set_submodule(path, Int8Linear(weight, linear.bias))
+
+
 def _drop(skeleton: Any, parts: Sequence[Part]) -> None:
-    core = skeleton.model
+    core, language_model = skeleton.model, language_model_of(skeleton)
     if "vision" not in parts:
-        for name in _VISION_MODULES:
+        for name in VISION_MODULES:
             if hasattr(core, name):
                 setattr(core, name, None)
-    if core.language_model.embed_tokens.weight.is_meta or "embed" not in parts:
-        core.language_model.embed_tokens = None
+    if language_model.embed_tokens.weight.is_meta or "embed" not in parts:
+        language_model.embed_tokens = None
     if "head" not in parts:
         skeleton.lm_head = None
 

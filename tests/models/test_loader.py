@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparsevila_cluster.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.models import ALL_PARTS, DECODE_PARTS, PREFILL_PARTS, load_model
 from sparsevila_cluster.models.checkpoint import Checkpoint
-from sparsevila_cluster.models.weights import part_of
+from sparsevila_cluster.models.names import part_of
 from tests import tiny
 
 
@@ -140,7 +140,7 @@ def test_processor_hash_sees_preprocessing(tmp_path, model):
 def test_parts_have_names():
     assert part_of("lm_head.weight") == "head"
     assert part_of("model.visual.blocks.0.norm1.weight") == "vision"
-    assert part_of("model.language_model.embed_tokens.weight") == "embed"
+    assert part_of("model.language_model.embed_tokens.weight") == part_of("model.embed_tokens.weight") == "embed"
     assert part_of("model.language_model.layers.0.mlp.up_proj.weight") == part_of("model.language_model.norm.weight") == "llm"
 
 
@@ -154,6 +154,7 @@ def test_parts_have_names():
         ({"device": "meta"}, "device"),
         ({"dtype": "int8"}, "dtype"),
         ({"text_backend": "fast"}, "text_backend"),
+        ({"quantization": "int4"}, "quantization must be auto or none"),
     ],
 )
 def test_bad_arguments(hub, kwargs, message):
@@ -215,7 +216,7 @@ BROKEN = {
     ),
     "sliding window": (edit_config(use_sliding_window=True, max_window_layers=1, sliding_window=64), "only full attention"),
     "quantized": (
-        edit_config(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config: quant_method 'awq' is not",
+        edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config: quant_method 'gptq' is not",
     ),
     "illegal value": (edit_config(hidden_size="wide"), "config.json: "),
     "heads": (edit_config(num_attention_heads=3), "config.json: "),

@@ -56,7 +56,7 @@ class DecodeWorker:
         self.name, self.config, self.node = name, config, node
         self.sink: Sink = Tally() if sink is None else sink
         self.model = model or load_model(
-            engine.model_dir, DECODE_PARTS, device=engine.device, dtype=engine.dtype, text_backend=engine.text_backend
+            engine.model_dir, DECODE_PARTS, engine.device, engine.dtype, engine.text_backend, engine.quantization
         )
         spec = self.model.spec
         self.engine = DecodeEngine(self.model, engine)

@@ -58,7 +58,7 @@ class PrefillWorker:
         self.name, self.config, self.node = name, config, node
         self.sink: Sink = Tally() if sink is None else sink
         self.model = model or load_model(
-            engine.model_dir, PREFILL_PARTS, device=engine.device, dtype=engine.dtype, text_backend=engine.text_backend
+            engine.model_dir, PREFILL_PARTS, engine.device, engine.dtype, engine.text_backend, engine.quantization
         )
         self.engine = PrefillEngine(self.model, engine, wire=config.transport.quantization)
         spec, device = self.model.spec, self.model.device

@@ -1,0 +1,79 @@
+"""Checkpoints that AutoAWQ 0.2.9 itself wrote, against their plain float32 twins in stock transformers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from sparsevila_cluster.models import load_model
+from sparsevila_cluster.models.text_only import load_text
+from tests import tiny
+from tests.models.quantised_files import GOLDEN, plain_twin
+from tests.models.test_text_backends import CausalBatch, a_prompt
+
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no checkpoints in {GOLDEN}")
+IDS = torch.arange(60) * 37 % 250
+
+
+def text_logits(model, positions):
+    with torch.inference_mode():
+        return model.text.logits(model.text.forward(model.text.embed(IDS), positions, CausalBatch()))
+
+
+@pytest.fixture(scope="module")
+def qwen2_logits(tmp_path_factory):
+    from transformers import AutoModelForCausalLM
+
+    twin = plain_twin(GOLDEN / "qwen2_awq", tmp_path_factory.mktemp("qwen2") / "twin")
+    stock = AutoModelForCausalLM.from_pretrained(str(twin), dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        return stock(IDS[None]).logits[0]
+
+
+@pytest.fixture(scope="module")
+def qwen2_5_vl(tmp_path_factory):
+    """The golden checkpoint with a template that has a place for media."""
+    target = shutil.copytree(GOLDEN / "qwen2_5_vl_awq", tmp_path_factory.mktemp("vl") / "awq")
+    path = target / "tokenizer_config.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": tiny.TEMPLATE, "eos_token": "<|im_end|>"}))
+    return target
+
+
+@pytest.fixture(scope="module")
+def stock_vl(qwen2_5_vl, tmp_path_factory):
+    return tiny.hf_model(plain_twin(qwen2_5_vl, tmp_path_factory.mktemp("vl") / "twin"))
+
+
+@pytest.mark.parametrize("backend", ["lean", "hf"])
+def test_qwen2_in_float32_equals_its_twin(qwen2_logits, backend):
+    model = load_text(GOLDEN / "qwen2_awq", device="cpu", dtype="float32", text_backend=backend)
+    torch.testing.assert_close(text_logits(model, torch.arange(60)[None]), qwen2_logits, atol=1e-3, rtol=0)
+    assert qwen2_logits.std() > 0.1
+
+
+@pytest.mark.parametrize("backend", ["lean", "hf"])
+def test_qwen2_in_4_bits_is_near_its_twin(qwen2_logits, backend):
+    """bfloat16 keeps 8 bits of every number on the way: an error of about one part in a hundred."""
+    model = load_text(GOLDEN / "qwen2_awq", device="cpu", text_backend=backend)
+    assert model.spec.dtype == torch.bfloat16
+    got = text_logits(model, torch.arange(60)[None])
+    assert (got - qwen2_logits).norm() < 0.02 * qwen2_logits.norm()
+
+
+@pytest.mark.parametrize("backend", ["lean", "hf"])
+@pytest.mark.parametrize(
+    "quantization,dtype,tolerance", [("auto", "float32", 1e-5), ("auto", "auto", 0.03), ("none", "bfloat16", 0.03)]
+)
+def test_qwen2_5_vl_sees_pictures_as_its_twin(qwen2_5_vl, stock_vl, backend, quantization, dtype, tolerance):
+    """The vision tower stays as it is, although the list in config.json says "visual" and the module is "model.visual"."""
+    model = load_model(qwen2_5_vl, device="cpu", dtype=dtype, text_backend=backend, quantization=quantization)
+    with torch.inference_mode():
+        embeds, positions, stock = a_prompt(model)
+        expected = stock_vl(**stock).logits[0]
+        got = model.text.logits(model.text.forward(embeds, positions, CausalBatch()))
+    assert torch.isfinite(got).all()
+    assert (got - expected).norm() < tolerance * expected.norm()
+    if dtype == "float32":
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
