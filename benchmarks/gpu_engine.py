@@ -5,7 +5,7 @@ Knows: which weights, videos, batches and switches of the engines are measured. 
 
     bfloat16 and AWQ (4 bits, groups of 128)   x   64 and 256 frames of 364 x 364   x   dense and sparse (0.25 / 0.10)
         encode, prune, prefill, question, retrieve;  steps of 1, 4 and 16 conversations
-    bfloat16, 64 frames, dense                 steps with CUDA graphs, without, and with the attention of torch
+    bfloat16, 64 frames, dense                 steps with CUDA graphs, without them, and without kernels
 
 Bounds: operations at the measured rate of bfloat16 products, bytes at the measured rate of reading, whichever takes longer.
 """
@@ -37,10 +37,11 @@ from benchmarks.subject import Stand, endless, time_round
 from sparsevila_cluster.models import Model, load_model
 
 BF16, AWQ = "bf16", "awq"
-SWITCHES: dict[str, dict[str, Any]] = {
-    "graphs": {},
-    "no graphs": {"decode_graphs": "none"},
-    "torch attention": {"decode_graphs": "none", "attention": "torch"},
+# Of the engine's config; of `load_model`.
+SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "graphs": ({}, {}),
+    "no graphs": ({"decode_graphs": "none"}, {}),
+    "no kernels": ({"decode_graphs": "none"}, {"attention": "torch"}),
 }
 
 
@@ -88,12 +89,12 @@ class Run:
     def out_of_time(self) -> bool:
         return time.perf_counter() > self._stop_at_s
 
-    def load(self, name: str, folder: Path) -> Model:
+    def load(self, name: str, folder: Path, **how: Any) -> Model:
         """Random weights, the same numbers in both models; its row says what the model takes."""
         group = self.setting.group_size if name == AWQ else 0
         begun_s = time.perf_counter()
         checkpoint = RandomCheckpoint.make(self.setting.recipe, folder / name, group_size=group)
-        model = load_model(checkpoint, device=self.device, dtype=self.setting.dtype)
+        model = load_model(checkpoint, device=self.device, dtype=self.setting.dtype, **how)
         took_s = round(time.perf_counter() - begun_s, 2)
         row = {"model": name, "frames": 0, "batch": 0, "stage": "weights", "variant": "all"}
         self.ledger.rows.append(row | {"weight_bytes": model.weight_bytes, "took_s": took_s})
@@ -106,12 +107,14 @@ class Run:
         self._contest.measure(name, None, model, [video], self.setting.plan, matrix_width=self._matrix_width(name))
         self.clean()
 
-    def switches(self, name: str, model: Model, frames: int) -> None:
+    def switches(self, name: str, model: Model, frames: int, folder: Path) -> None:
         """Steps of dense conversations, the engine's switches one after the other turned off."""
         plan, batches = self.setting.plan, (self.setting.plan.batches[0], self.setting.plan.batches[-1])
         video = make_media(frames, self.setting.recipe.frame_px)
         rows = model.family.patchify(video).num_tokens + 64
-        for switch, knobs in SWITCHES.items():
+        for switch, (knobs, loading) in SWITCHES.items():
+            if loading:
+                model = self.load(f"{name}, {switch}", folder, **loading)
             with endless(model):
                 stand = Stand(model, "dense", rows, 1 + batches[-1], self._matrix_width(name), **knobs)
                 prefix, _ = stand.prepare(video)
@@ -142,10 +145,11 @@ def figures(ledger: Ledger, plan: Plan) -> dict[str, float]:
             found[f"{name}_prefill_speedup_{frames}f"] = ledger.ratio(name, frames, "prune+prefill", "dense", "sparse")
             found[f"{name}_e2e_speedup_{frames}f"] = ledger.ratio(name, frames, "end to end", "dense", "sparse")
         for batch in plan.batches:
+            for name in (BF16, AWQ):
+                found[f"{name}_decode_speedup_{frames}f_b{batch}"] = ledger.ratio(name, frames, "step", "dense", "sparse", batch)
             steps = {(name, v): ledger.find(name, frames, "step", v, batch) for name in (BF16, AWQ) for v in ("dense", "sparse")}
             for (name, variant), row in steps.items():
-                if row is not None:
-                    found[f"{name}_{variant}_step_ms_{frames}f_b{batch}"] = row["ms"]
+                if row is not None and batch == plan.batches[0]:
                     found[f"{name}_{variant}_step_share_of_bound_{frames}f_b{batch}"] = row.get("share_of_bound")
             for variant in ("dense", "sparse"):
                 plain, quantised = steps[BF16, variant], steps[AWQ, variant]
@@ -191,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for frames in setting.plan.frames:
             for name, model in models.items():
                 parts.append(partial(run.contest, name, model, frames))
-        parts.insert(2, partial(run.switches, BF16, models[BF16], setting.plan.frames[0]))
+        parts.insert(2, partial(run.switches, BF16, models[BF16], setting.plan.frames[0], Path(folder)))
         for number, part in enumerate(parts):
             if run.out_of_time:
                 report.say(f"out of time: {len(parts) - number} of {len(parts)} parts left")

@@ -25,7 +25,7 @@ from benchmarks import device, machine
 from benchmarks.ledger import percent
 from benchmarks.machine import Ceilings
 from benchmarks.ops import attention, matmul, moves
-from benchmarks.ops.case import CPU, GPU, QUICK, Case, Sizes, error_of
+from benchmarks.ops.case import CPU, GPU, QUICK, TOY, Case, Sizes, Subject, error_of
 from benchmarks.report import Report, progress
 from benchmarks.stopwatch import Patience
 
@@ -47,6 +47,7 @@ PLANS = {
     "cuda": Plan(GPU, Patience(least=5, most=30, budget_s=0.3), slow=3),
     "cpu": Plan(CPU, Patience(least=3, most=9, budget_s=1.5)),
     "quick": Plan(QUICK, Patience(least=3, most=5, budget_s=0.5)),
+    "toy": Plan(TOY, Patience(least=2, most=3, budget_s=0.1)),
 }
 
 
@@ -59,37 +60,22 @@ class Measurement:
         self._stand = device.Stand(target, plan.patience)
         self._told: set[str] = set()
 
-    def measure(self, case: Case, ceilings: dict[str, Ceilings]) -> None:
-        """One case; what is left of it when memory does not suffice is told."""
-        try:
-            self._measure(case, ceilings)
-        except torch.cuda.OutOfMemoryError:
-            self._tell(f"{case.op}, {case.shape}: too little memory")
-            torch.cuda.empty_cache()
-
     @torch.inference_mode()
-    def _measure(self, case: Case, ceilings: dict[str, Ceilings]) -> None:
+    def measure(self, case: Case, ceilings: dict[str, Ceilings]) -> None:
+        """One case. A way that cannot run (for want of memory, mostly) is told, and has a row that says why."""
         subject = case.build(self.device, ("auto", "torch") if self.device.type == "cuda" else ("auto",))
-        for name, why in subject.missing.items():
+        for name, why in subject.meet_peers().items():
             if f"{name}: {why}" not in self._told:
                 self._tell(f"{case.op}: no {name}: {why}")
                 self._told.add(f"{name}: {why}")
-        wanted = next((entry.run() for entry in subject.entries if entry.role == "reference"), None)
-        errors, ways, replayed = {}, {}, {}
-        for entry in subject.entries:
-            if entry.judged and entry.role != "reference" and wanted is not None:
-                errors[entry.name] = error_of(entry.run(), wanted)
-            if entry.role == "reference":
-                ways[entry.name], replayed[entry.name] = entry.run, False
-            else:
-                ways[entry.name], replayed[entry.name] = self._stand.prepare(entry.run)
-        del wanted
-        slow = {entry.name: self.plan.slow for entry in subject.entries if entry.role == "reference"}
+        errors, ways, replayed = self._ready(case, subject)
+        entries = [entry for entry in subject.entries if entry.name in ways]
+        slow = {entry.name: self.plan.slow for entry in entries if entry.role == "reference"}
         times = self._stand.in_turns(ways, slow)
         ceiling = ceilings["int8" if case.op == "int8_matmul" else case.dtype]
         bound_ms = subject.work.bound_ms(ceiling)
         memory_ms = 1e3 * subject.work.bytes / ceiling.bytes_per_s
-        for entry in subject.entries:
+        for entry in entries:
             ms = times[entry.name].median_ms
             row: Row = {
                 "op": case.op, "shape": case.shape, "way": entry.name, "role": entry.role, "device": self.device.type,
@@ -101,8 +87,31 @@ class Measurement:
             }  # fmt: skip
             if entry.name in errors:
                 row["error"] = errors[entry.name] if errors[entry.name] == errors[entry.name] else "NaN"
-            self.rows.append(row | {name: value for name, value in case.sizes.items() if name not in row})
-            self._write(self.rows[-1])
+            self._add(row | {name: value for name, value in case.sizes.items() if name not in row})
+
+    def _ready(self, case: Case, subject: Subject) -> tuple[dict[str, float], dict[str, Callable[[], object]], dict[str, bool]]:
+        """By the names of those that run: how far from the reference, what to time, whether a graph replays it."""
+        errors: dict[str, float] = {}
+        ways: dict[str, Callable[[], object]] = {}
+        replayed: dict[str, bool] = {}
+        wanted: Any = None
+        for entry in sorted(subject.entries, key=lambda entry: entry.role != "reference"):
+            try:
+                if entry.role == "reference":
+                    wanted, ways[entry.name], replayed[entry.name] = entry.run(), entry.run, False
+                    continue
+                if entry.judged and wanted is not None:
+                    errors[entry.name] = error_of(entry.run(), wanted)
+                ways[entry.name], replayed[entry.name] = self._stand.prepare(entry.run)
+            except RuntimeError as error:  # torch's own class for whatever a device refuses
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self._tell(f"{case.op}, {case.shape}: {entry.name}: {why}")
+                self._add({"op": case.op, "shape": case.shape, "way": entry.name, "role": entry.role, "failed": why})
+        return errors, ways, replayed
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._write(row)
 
 
 def cases(sizes: Sizes, wanted: Sequence[str] = OPS) -> list[Case]:
@@ -113,7 +122,8 @@ def cases(sizes: Sizes, wanted: Sequence[str] = OPS) -> list[Case]:
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:
     """Of the headline shape of each operation. A peer is the fastest of those that were here."""
-    found = {}
+    found: dict[str, float] = {}
+    rows = [row for row in rows if "ms" in row]
     for op in OPS:
         mine = [row for row in rows if row["op"] == op and row["headline"]]
         ours = next((row for row in mine if row["role"] == "op"), None)
@@ -127,6 +137,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def show(report: Report, rows: Sequence[Row]) -> None:
+    rows = [row for row in rows if "ms" in row]
     ours = {(row["op"], row["shape"]): row["ms"] for row in rows if row["role"] == "op"}
     for op in OPS:
         body = [
@@ -149,6 +160,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds: about a minute on a CPU")
+    parser.add_argument("--toy", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(OPS)} (default: all)")
     parser.add_argument("--threads", type=int, default=machine.physical_cores(), help="of torch (default: physical cores)")
     parser.add_argument("--stop-after", type=float, metavar="S", help="begin no further case after so many seconds")
@@ -162,19 +174,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None, toy: Plan | None = None) -> None:
-    """`toy`: another plan; for tests."""
+def main(argv: Sequence[str] | None = None) -> None:
     started_s = time.perf_counter()
     options = parse(argv)
     torch.set_num_threads(options.threads)
     target = device.choose(options.device)
-    plan = toy or PLANS["quick" if options.quick else target.type]
+    plan = PLANS["toy" if options.toy else "quick" if options.quick else target.type]
     neighbours = machine.Neighbours()
     with progress() as say:
         say("ceilings of this device")
         dtypes = tuple(dict.fromkeys((plan.sizes.dtype, matmul.AWQ_DTYPE, "int8")))
-        size = 0.05 if toy else 1.0
-        found = device.ceilings(target, dtypes, size)
+        found = device.ceilings(target, dtypes, 0.05 if options.toy else 1.0)
         report = Report("kernels", device.card(target, found), quiet=options.json)
         report.show_card()
         measurement = Measurement(target, plan, report.say, _appender(options.rows))

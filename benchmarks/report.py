@@ -32,6 +32,10 @@ class Report:
         if not self.quiet:
             print(text, flush=True)
 
+    def attach(self, text: str) -> None:
+        """Into the file only."""
+        self._text.append(text)
+
     def show_card(self) -> None:
         width = max(map(len, self.machine))
         self.say("\n".join(f"{name:<{width}}  {value}" for name, value in self.machine.items()))

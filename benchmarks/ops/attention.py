@@ -121,7 +121,7 @@ class Step:
         subject = Subject(work, ways("decode_attention", backends, lambda run: partial(run, q, pools, spans)))
         slots = _slots(starts, bodies, sum(bodies), device)
         joined = [torch.cat([a, b]) for a, b in zip(*pools, strict=True)]
-        padded = [t.index_select(0, slots.flatten()).view(batch, -1, *row).transpose(1, 2) for t in joined]
+        keys, values = (t.index_select(0, slots.flatten()).view(batch, -1, *row).transpose(1, 2) for t in joined)
         mask = None
         if min(self.lengths) != max(self.lengths):
             mask = (torch.arange(slots.shape[1], device=device) < torch.tensor(self.lengths, device=device)[:, None])[:, None, None]
@@ -131,8 +131,8 @@ class Step:
             return _sdpa_by_head(q, k, v, mask)
 
         # The KV already copied into one padded piece per batch, which the peers are not charged for; then with that copy.
-        subject.add_peer("SDPA enable_gqa, KV in one piece", lambda: lambda: _sdpa_by_head(q, *padded, mask))
-        subject.add_peer("SDPA groups as rows, KV in one piece", lambda: lambda: _sdpa_by_group(q, *padded, mask))
+        subject.add_peer("SDPA enable_gqa, KV in one piece", lambda: lambda: _sdpa_by_head(q, keys, values, mask))
+        subject.add_peer("SDPA groups as rows, KV in one piece", lambda: lambda: _sdpa_by_group(q, keys, values, mask))
         subject.add_peer("index_select + SDPA", lambda: gathered)
         return subject
 

@@ -36,21 +36,29 @@ class Entry:
 
 @dataclass
 class Subject:
-    """A case with its tensors made. `work` is what no way of computing it can avoid; `missing`: absent peers, and why."""
+    """A case with its tensors made. `work` is what no way of computing it can avoid."""
 
     work: Work
     entries: list[Entry]
-    missing: dict[str, str] = field(default_factory=dict)
+    _peers: list[tuple[str, Role, Callable[[], Callable[[], Any]], bool]] = field(default_factory=list)
 
     def add_peer(self, name: str, make: Callable[[], Callable[[], Any]], judged: bool = True, role: Role = "peer") -> None:
-        """`make` imports and prepares what the peer needs; where it cannot, or does not run, the peer is missing."""
-        try:
-            run = make()
-            run()
-        except Exception as error:  # whatever somebody else's package raises on a machine that it does not know
-            self.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-            return
-        self.entries.append(Entry(name, role, run, judged))
+        """`make` imports and prepares what the peer needs, once `meet_peers` asks for it."""
+        self._peers.append((name, role, make, judged))
+
+    def meet_peers(self) -> dict[str, str]:
+        """Let every peer run once; those that can join `entries`. Returns the others, each with the reason."""
+        missing = {}
+        for name, role, make, judged in self._peers:
+            try:
+                run = make()
+                run()
+            except Exception as error:  # whatever somebody else's package raises on a machine that it does not know
+                missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            else:
+                self.entries.append(Entry(name, role, run, judged))
+        self._peers.clear()
+        return missing
 
 
 Make = Callable[[Callable[..., Any]], Callable[[], Any]]
