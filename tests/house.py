@@ -40,7 +40,7 @@ NEIGHBOURS = {
         "__main__": {"cli"},
     },
 }
-MAY_USE_KERNELS = {"pruning", "retrieval", "awq", "models", "attention"} | {room for room, floor in FLOOR.items() if floor in (2, 3)}
+MAY_USE_KERNELS = {"pruning", "retrieval", "awq", "models", "attention"} | {r for r, floor in FLOOR.items() if floor in (2, 3)}
 # Who may import what from outside.
 DOORS = {
     "ray": {"cluster", "app", "serving"},

@@ -1,17 +1,22 @@
-"""GPU kernels in Triton, each beside a plain PyTorch reference with the same name and arguments.
+"""GPU kernels in Triton, each beside a plain PyTorch path with the same name and arguments, and a reference that judges both.
 
-Knows: tensors. Does not know: sparsevila_cluster, of which it imports nothing. CPU tensors take the best PyTorch path.
+Knows: tensors. Does not know: sparsevila_cluster, of which it imports nothing. CPU tensors take the best PyTorch path, CUDA tensors
+the kernel; `backend` chooses otherwise.
 """
 
 from .awq_format import dequantize_gemm, from_pack_quantized, pack, quantize_rtn, unpack
 from .awq_matmul import awq_matmul
 from .awq_weight import AwqWeight
+from .colreduce import colreduce
+from .decode_attention import decode_attention
 from .int8_matmul import Int8Weight, int8_matmul
 
 __all__ = [
     "AwqWeight",
     "Int8Weight",
     "awq_matmul",
+    "colreduce",
+    "decode_attention",
     "dequantize_gemm",
     "from_pack_quantized",
     "int8_matmul",

@@ -11,7 +11,8 @@ and fp32 -> bf16, which truncates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,9 +44,15 @@ class Variant(NamedTuple):
     options: Mapping[str, int]
 
 
-def jit(function: Any) -> Any:
-    """triton.jit, or the bare function where there is no Triton: nobody launches it there."""
-    return triton.jit(function) if HAS_TRITON else function
+def jit(function: Any = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """triton.jit, or the bare function where there is no Triton: nobody launches it there.
+
+    Arguments in `do_not_specialize`, such as counts that change from call to call, do not make Triton compile once more when they
+    are 1 or a multiple of 16; they stay run-time values.
+    """
+    if function is None:
+        return functools.partial(jit, do_not_specialize=do_not_specialize)
+    return triton.jit(do_not_specialize=list(do_not_specialize))(function) if HAS_TRITON else function
 
 
 def constexpr(value: Any) -> Any:
@@ -82,6 +89,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=True, **settings)
+
+
+def check_heads(q: Tensor, k: Tensor, name: str) -> None:
+    """Raise ValueError unless q [.., Hq, D] and k [.., Hkv, D] fit: one dtype and device, Hkv divides Hq, D lies densely."""
+    if q.dim() != 3 or k.dim() != 3 or q.shape[-1] != k.shape[-1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)}, {name} {tuple(k.shape)}: need [rows, Hq, D] and [keys, Hkv, D], Hkv dividing Hq")
+    if q.dtype != k.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"q {q.dtype}, {name} {k.dtype}: need one dtype, bfloat16, float16 or float32")
+    if q.device != k.device:
+        raise ValueError(f"q on {q.device}, {name} on {k.device}: need one device")
+    if q.stride(-1) != 1 or k.stride(-1) != 1:
+        raise ValueError(f"q strides {q.stride()}, {name} strides {k.stride()}: the head dimension must have stride 1")
 
 
 def cdiv(num: int, size: int) -> int:

@@ -4,3 +4,79 @@ Knows: arithmetic in the dtype that it is asked for (fp64 by default). Does not 
 """
 
 from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def attention_logits(q: Tensor, k: Tensor, scale: float | None, causal: bool) -> Tensor:
+    """scale q k^T of one sequence, q [m, Hq, D] and k [n, Hkv, D] -> [Hq, m, n]; -inf where row i cannot see key j > i + n - m."""
+    num_rows, num_keys = len(q), len(k)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = torch.einsum("mhd,nhd->hmn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        row, key = torch.arange(num_rows, device=q.device)[:, None], torch.arange(num_keys, device=q.device)
+        logits = logits.masked_fill(key > row + num_keys - num_rows, -math.inf)
+    return logits
+
+
+def colreduce(
+    q: Tensor,
+    k: Tensor,
+    *,
+    reduction: str = "sum",
+    heads: str = "each",
+    causal: bool = False,
+    scale: float | None = None,
+    cu_rows: Tensor | None = None,
+    cu_keys: Tensor | None = None,
+    lse: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Column reductions of the softmax weights -> [Hq, N] or [N] of `dtype`, in which everything is computed."""
+    q, k = q.to(dtype), k.to(dtype)
+    row_bounds = [0, len(q)] if cu_rows is None else cu_rows.tolist()
+    key_bounds = [0, len(k)] if cu_keys is None else cu_keys.tolist()
+    out = q.new_zeros(q.shape[1], len(k))
+    for b in range(len(row_bounds) - 1):
+        rows, keys = slice(*row_bounds[b : b + 2]), slice(*key_bounds[b : b + 2])
+        logits = attention_logits(q[rows], k[keys], scale, causal)
+        if 0 in logits.shape:
+            continue
+        if lse is None:
+            weights = torch.softmax(logits, -1).nan_to_num(0.0)  # a row that sees nothing is 0 / 0
+        else:
+            weights = torch.exp(logits - lse[rows].to(dtype).T[:, :, None])
+        reduced = {"sum": weights.sum(1), "mean": weights.mean(1), "max": weights.amax(1)}
+        out[:, keys] = reduced[reduction]
+    return out if heads == "each" else out.mean(0)
+
+
+def decode_attention(
+    q: Tensor,
+    pools: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    spans: Tensor,
+    *,
+    cu_rows: Tensor | None = None,
+    max_rows: int = 1,
+    scale: float | None = None,
+    max_keys: int | None = None,
+    return_lse: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each sequence's last rows over its two spans of keys and values -> [T, Hq, D] (and [T, Hq]) of `dtype`."""
+    bounds = range(len(spans) + 1) if cu_rows is None else cu_rows.tolist()
+    out = q.new_zeros(q.shape, dtype=dtype)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=dtype)
+    for b, both in enumerate(spans.tolist()):
+        k, v = (torch.cat([pools[p][part][start : start + num] for p, start, num in both]).to(dtype) for part in (0, 1))
+        rows = slice(bounds[b], bounds[b + 1])
+        if not len(k) or rows.start == rows.stop:
+            continue
+        logits = attention_logits(q[rows].to(dtype), k, scale, causal=True)
+        v = v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        out[rows] = torch.einsum("hmn,nhd->mhd", torch.softmax(logits, -1), v)
+        lse[rows] = torch.logsumexp(logits, -1).T
+    return (out, lse) if return_lse else out

@@ -1,0 +1,119 @@
+"""decode_attention on PyTorch operators: the CPU's fused kernel per span, and plain products where that does not run.
+
+Knows: attention over parts of the keys, joined by log-sum-exps. Does not know Triton. Reads the spans on the host.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# One part of a sequence's keys that all its rows see, or the rows' own keys: (keys, values, whether the rows see them causally).
+Part = tuple[Tensor, Tensor, bool]
+
+
+def decode_in_torch(
+    q: Tensor,
+    pools: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    spans: Tensor,
+    cu_rows: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `decode_attention.decode_attention`, of which all arguments were checked -> (out, lse or None).
+
+    Raises ValueError if a sequence has more rows than its second span has keys.
+    """
+    bounds = range(len(spans) + 1) if cu_rows is None else cu_rows.tolist()
+    attend = _attend_fused if q.device.type == "cpu" else _attend_plainly
+    outs, lses, places = [], [], []
+    for b, both in enumerate(spans.tolist()):
+        num_rows = bounds[b + 1] - bounds[b]
+        if not num_rows:
+            continue
+        parts = _parts(pools, both, num_rows)
+        if parts is None:
+            raise ValueError(f"sequence {b}: {num_rows} rows are more than the {both[1][2]} keys of its second span")
+        rows = q[bounds[b] : bounds[b + 1]]
+        found = [attend(rows, k, v, scale, causal) for k, v, causal in parts]
+        if len(found) > 2:  # rows with a past in the second span too
+            found = [_join(*found[0], *found[1]), found[2]]
+        outs.append([out for out, _ in found])
+        lses.append([lse for _, lse in found])
+        places.append(b)
+    return _join_all(q, outs, lses, bounds, places, return_lse)
+
+
+def _parts(pools: tuple, both: list[list[int]], num_rows: int) -> list[Part] | None:
+    """The keys of one sequence in pieces that are attended to at once; None if the rows are not all in the second span."""
+    (pool_a, start_a, num_a), (pool_b, start_b, num_b) = both
+    own = num_rows if num_rows > 1 else 0  # one row sees all keys
+    if own > num_b:
+        return None
+    pieces = ((pool_a, start_a, num_a, False), (pool_b, start_b, num_b - own, False), (pool_b, start_b + num_b - own, own, True))
+    return [
+        (pools[pool][0][start : start + num], pools[pool][1][start : start + num], causal)
+        for pool, start, num, causal in pieces
+        if num
+    ]
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """q [m, Hq, D], k and v [n, Hkv, D] -> out [m, Hq, D] and natural lse [m, Hq]; causal needs n == m."""
+    num_rows, num_heads, dim = q.shape
+    num_kv_heads = k.shape[1]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # KV heads as the batch; their queries are heads that share keys of stride 0, or, without a mask, rows of one product.
+    rows = q.view(num_rows, num_kv_heads, -1, dim).permute(1, 2, 0, 3)
+    k, v = (x.transpose(0, 1)[:, None] for x in (k, v))
+    if causal:
+        k, v = (x.expand(-1, rows.shape[1], -1, -1) for x in (k, v))
+        out, lse = flash(rows, k, v, 0.0, True, scale=scale)
+    else:
+        out, lse = flash(rows.reshape(num_kv_heads, 1, -1, dim), k, v, scale=scale)
+    out, lse = out.reshape(num_heads, num_rows, dim), lse.reshape(num_heads, num_rows)
+    return out.transpose(0, 1), lse.transpose(0, 1)
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """The same in fp32 products."""
+    num_rows, num_heads, dim = q.shape
+    num_keys, num_kv_heads, _ = k.shape
+    rows = q.float().view(num_rows, num_kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)
+    logits = torch.bmm(rows, k.float().permute(1, 2, 0)).mul_(scale)
+    if causal:
+        hidden = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device).triu_(1)
+        logits.view(num_kv_heads, -1, num_rows, num_keys).masked_fill_(hidden, -math.inf)
+    lse = torch.logsumexp(logits, -1)
+    out = torch.bmm(logits.sub_(lse.unsqueeze(-1)).exp_(), v.float().transpose(0, 1))
+    return out.view(num_heads, num_rows, dim).transpose(0, 1), lse.view(num_heads, num_rows).transpose(0, 1)
+
+
+def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys -> over both; in fp32, also where the parts are narrower."""
+    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    return torch.lerp(out.float(), other.float(), weight), torch.logaddexp(lse, other_lse)
+
+
+def _join_all(
+    q: Tensor, outs: list[list[Tensor]], lses: list[list[Tensor]], bounds: range | list[int], places: list[int], return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The parts of all sequences -> out [T, Hq, D], lse [T, Hq]. Joined at once where all have two parts: it costs launches, not
+    arithmetic."""
+    if len(places) == len(bounds) - 1 and outs and all(len(parts) == 2 for parts in outs):
+        first, second = (torch.cat([parts[i] for parts in outs]) for i in (0, 1))
+        first_lse, second_lse = (torch.cat([parts[i] for parts in lses]) for i in (0, 1))
+        if return_lse:
+            out, lse = _join(first, first_lse, second, second_lse)
+            return out.to(q.dtype), lse
+        weight = torch.sigmoid(second_lse - first_lse).unsqueeze(-1)
+        return torch.lerp(first.float(), second.float(), weight).to(q.dtype), None
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    for b, parts, logs in zip(places, outs, lses, strict=True):
+        rows = slice(bounds[b], bounds[b + 1])
+        if parts:
+            joined = (parts[0], logs[0]) if len(parts) == 1 else _join(parts[0], logs[0], parts[1], logs[1])
+            out[rows], lse[rows] = joined
+    return out, lse if return_lse else None
