@@ -128,6 +128,11 @@ class EngineConfig(FrozenConfig):
             return Path(__file__).parent / "demo" / "checkpoint"
         return Path(self.model)
 
+    @property
+    def loading(self) -> dict[str, str]:
+        """How the checkpoint is to be loaded: what `load_model` takes besides the directory and the parts."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "text_backend", "quantization", "attention")}
+
 
 _SPARSITY_FIELDS = frozenset(SparsityConfig.model_fields)
 _LIMIT_FIELDS = frozenset(MediaLimits.model_fields) - {"max_frames"}

@@ -38,7 +38,8 @@ from sparsevila_cluster.retrieval import budget_of
 from sparsevila_cluster.running_turn import RunningTurn, Sink
 from sparsevila_cluster.sampling import choose
 from sparsevila_cluster.scheduler import Scheduler
-from sparsevila_cluster.step_batch import Segment, TurnBatch
+from sparsevila_cluster.step_batch import Segment
+from sparsevila_cluster.text_pass import TextPass
 from sparsevila_cluster.turn_answer import TurnAnswer
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class DecodeEngine:
         self.num_steps = 0
         self.brownout = 0.0
         self._short: list[str] = []
+        self._text_pass = TextPass(model, (self.prefixes.arena, self.conversations.arena), config)
 
     # ---- the outside's view ------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,6 @@ class DecodeEngine:
 
     def _forward(self, batch: list[tuple[RunningTurn, int]]) -> Sequence[int | None]:
         """One pass of the text model; the next token of every turn, None where more rows are to come or the token is known."""
-        device = self.model.device
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
@@ -193,19 +194,12 @@ class DecodeEngine:
             segments.append(running.segment(len(ids), num))
             ids += running.input_ids[:num]
             positions += range(running.input_pos, running.input_pos + num)
-        text = self.model.text
-        hidden = text.forward(
-            text.embed(torch.tensor(ids, device=device)),
-            torch.tensor(positions, device=device).expand(text.num_position_rows, -1),
-            TurnBatch(segments, self.conversations.arena),
-        )
         speaking = [i for i, (running, num) in enumerate(batch) if running.speaks(num)]
-        if len(speaking) == len(ids):
-            return choose(text.logits(hidden), [running.sampler for running, _ in batch])
+        last = [segments[i].first + segments[i].num - 1 for i in speaking]
+        logits, likeliest = self._text_pass(ids, positions, segments, last)
         tokens: list[int | None] = [None] * len(batch)
-        if speaking:
-            last = torch.tensor([segments[i].first + segments[i].num - 1 for i in speaking], device=device)
-            chosen = choose(text.logits(hidden[last]), [batch[i][0].sampler for i in speaking])
+        if logits is not None:
+            chosen = choose(logits, [batch[i][0].sampler for i in speaking], likeliest)
             for i, token in zip(speaking, chosen, strict=True):
                 tokens[i] = token
         return tokens

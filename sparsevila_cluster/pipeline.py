@@ -84,9 +84,7 @@ class LocalPipeline:
 
     def __init__(self, config: EngineConfig, model: Model | None = None):
         self.config = config
-        self.model = model or load_model(
-            config.model_dir, ALL_PARTS, config.device, config.dtype, config.text_backend, config.quantization
-        )
+        self.model = model or load_model(config.model_dir, ALL_PARTS, **config.loading)
         self.prefill = PrefillEngine(self.model, config)
         self.decode = DecodeEngine(self.model, config)
         self._decode_thread = EngineThread(self.decode, "decode")

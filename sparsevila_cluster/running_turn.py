@@ -55,7 +55,7 @@ class RunningTurn:
         # What its next rows are. "refresh": one decode row that attends to the whole prefix and chooses anew. "replay": decode
         # rows whose tokens are known, prefilled together; a refresh cuts them, for it chooses what those behind it attend to.
         self.phase: Literal["waiting", "question", "replay", "decode", "refresh"] = "waiting"
-        self.retrieval = TurnRetrieval(turn, prefix, config.sparsity)
+        self.retrieval = TurnRetrieval(turn, prefix, config.sparsity, model.attention)
         self.answer, self.sampler, self.tokens = answer, answer.sampler, answer.tokens
         self.room: Room | None = None
         self.input_ids: list[int] = []
@@ -166,16 +166,16 @@ class RunningTurn:
     def segment(self, first: int, num: int) -> Segment:
         """The first `num` of this turn's next rows, which begin at row `first` of the step."""
         assert self.room is not None
-        body, packed = self._body, self.room.packed
+        body, home = self._body, self.room.packed or self.prefix.extent
         if self.phase in ("question", "refresh"):
-            body, packed = self.retrieval.whole(), None
+            body, home = self.retrieval.whole(), self.prefix.extent
             if self._capture is None:
                 self._capture = self._new_capture()
         return Segment(
             first=first,
             num=num,
             body=body,
-            packed=packed,
+            home=home,
             tail=self._tail,
             tail_start=self.room.tail.start,
             past=self.conversation.written,

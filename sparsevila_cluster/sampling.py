@@ -47,9 +47,9 @@ class Sampler:
         return int(ids[chosen])
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token per row of f32 [n, V]."""
-    tokens = logits.argmax(-1).tolist()
+def choose(logits: Tensor, samplers: Sequence[Sampler], likeliest: Tensor | None = None) -> list[int]:
+    """One token per row of f32 [n, V]; `likeliest` i64 [n] of each row, where it is known already."""
+    tokens = (logits.argmax(-1) if likeliest is None else likeliest).tolist()
     for row, sampler in enumerate(samplers):
         if not sampler.greedy:
             tokens[row] = sampler.draw(logits[row])

@@ -30,6 +30,7 @@ class MediaBatch:
         self._extent = extent
         self._start, self._stop = start, stop
         self._wrote = wrote
+        self._slots: Tensor | None = None
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         for rows, new in zip(self._extent.rows(layer), (k, v), strict=True):
@@ -38,6 +39,19 @@ class MediaBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.write(layer, k, v)
+        return self._attend(layer, q, scale)
+
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        arena, first = self._extent.arena, self._extent.start
+        if self._slots is None:
+            self._slots = torch.arange(first + self._start, first + self._stop, device=arena.k_all.device)
+        return arena.k[layer], arena.v[layer], self._slots
+
+    def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        self._wrote(layer, self._start, self._stop)
+        return self._attend(layer, q, scale)
+
+    def _attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         keys, values = (rows[: self._stop].transpose(0, 1)[None] for rows in self._extent.rows(layer))
         return attend_causal(q, (keys, values), scale)
 
@@ -46,16 +60,16 @@ class MediaBatch:
 class Segment:
     """The rows [first, first + num) of a step that belong to one turn.
 
-    body: per-layer spans of what the rows attend to besides the tail; packed: its extent if it lies in the arena of turns. tail:
-    per-layer spans of the whole extent of the tail, of which the first `past` rows hold KV before this step; tail_start: arena
-    slot of its first row. capture: see `attend_question`; None for decode rows. phase: "decode" for one row, usually over packed
-    KV; whatever else attends row by row, "question" or "refresh", comes after all of those.
+    body: per-layer spans of what the rows attend to besides the tail; home: its extent, in the arena of media prefixes or, packed,
+    in that of turns. tail: per-layer spans of the whole extent of the tail, of which the first `past` rows hold KV before this
+    step; tail_start: arena slot of its first row. capture: see `attend_question`; None for decode rows. phase: "decode" for one
+    row, usually over packed KV; whatever else attends row by row, "question" or "refresh", comes after all of those.
     """
 
     first: int
     num: int
     body: list[Span]
-    packed: Extent | None
+    home: Extent
     tail: list[Span]
     tail_start: int
     past: int
@@ -93,8 +107,14 @@ class TurnBatch:
         self._arena.k[layer].index_copy_(0, self._slots, k)
         self._arena.v[layer].index_copy_(0, self._slots, v)
 
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._arena.k[layer], self._arena.v[layer], self._slots
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.write(layer, k, v)
+        return self.attend_written(layer, q, scale)
+
+    def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
         if not self._questions:
             return self._attend_decode(layer, q, scale)
         out = torch.empty_like(q)
@@ -113,10 +133,9 @@ class TurnBatch:
 
 def _worth_gathering(decode: list[Segment], arena: Arena) -> bool:
     """Whether there are several decode rows, all over packed KV, and little enough of it to copy."""
-    packed = [s.packed for s in decode if s.packed is not None]
-    if len(decode) < 2 or len(packed) < len(decode):
+    if len(decode) < 2 or any(s.home.arena is not arena for s in decode):
         return False
-    longest = max(extent.length + s.past + s.num for extent, s in zip(packed, decode, strict=True))
+    longest = max(s.home.length + s.past + s.num for s in decode)
     return len(decode) * longest * arena.spec.num_kv_heads * arena.spec.head_dim <= GATHER_ELEMENTS
 
 
@@ -126,8 +145,7 @@ class _Gather:
     def __init__(self, segments: list[Segment], arena: Arena):
         self._arena = arena
         self.num = len(segments)
-        packed = [s.packed for s in segments if s.packed is not None]
-        table = [[p.start, p.length, s.tail_start, s.past + s.num] for p, s in zip(packed, segments, strict=True)]
+        table = [[s.home.start, s.home.length, s.tail_start, s.past + s.num] for s in segments]
         body_start, body, tail_start, tail = torch.tensor(table, device=arena.k[0].device)[:, :, None].unbind(1)
         self._length = max(row[1] + row[3] for row in table)
         column = torch.arange(self._length, device=body.device)

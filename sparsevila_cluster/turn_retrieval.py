@@ -9,6 +9,8 @@ or why room comes and goes.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,9 @@ from sparsevila_cluster.sight import Evidence
 class TurnRetrieval:
     """Raises BadRequest if the turn asks for what the configured policy cannot do."""
 
-    def __init__(self, turn: Turn, prefix: MediaPrefix, sparsity: SparsityConfig):
-        self._prefix, self._sparsity = prefix, sparsity
+    def __init__(self, turn: Turn, prefix: MediaPrefix, sparsity: SparsityConfig, attention: Literal["torch", "triton"]):
+        """attention: how rows are copied, too."""
+        self._prefix, self._sparsity, self._attention = prefix, sparsity, attention
         self._wanted = budget_of(turn, sparsity, prefix.kind)
         self._want_evidence = turn.want_evidence
         self._chosen: Tensor | None = None
@@ -70,9 +73,10 @@ class TurnRetrieval:
         if extent is None:
             return self.whole()
         assert self._rows is not None
+        whole = self._prefix.extent
         for layer, index in enumerate(self._rows):
-            for source, target in zip(self._prefix.extent.rows(layer), extent.rows(layer), strict=True):
-                torch.index_select(source, 0, index, out=target)
+            for source_rows, target_rows in zip(whole.rows(layer), extent.rows(layer), strict=True):
+                torch.index_select(source_rows, 0, index, out=target_rows)
         return extent.spans()
 
     # ---- scores ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ FLOORS = {
     2: "wire transport",
     3: "scheduler step_batch running_turn turn_retrieval turn_answer evidence prompt_rows prefill_engine decode_engine detokenize "
     "conversation content_key media_handle engine_thread sharing turn_events pipeline footage page heatmap progress ask_many "
-    "async_qa video_qa quantizing decode_graph",
+    "async_qa video_qa quantizing decode_graph kernel_batch text_pass",
     4: "cluster gateway",
     5: "app serving cli commands demo trip __main__",
 }
@@ -40,7 +40,9 @@ NEIGHBOURS = {
         "__main__": {"cli"},
     },
 }
-MAY_USE_KERNELS = {"pruning", "retrieval", "awq", "models", "attention"} | {r for r, floor in FLOOR.items() if floor in (2, 3)}
+MAY_USE_KERNELS = {"pruning", "retrieval", "awq", "models", "attention"} | {
+    room for room, floor in FLOOR.items() if floor in (2, 3)
+}
 # Who may import what from outside.
 DOORS = {
     "ray": {"cluster", "app", "serving"},

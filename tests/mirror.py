@@ -31,10 +31,10 @@ def listening() -> Iterator[dict[object, list[torch.Tensor]]]:
     heard: dict[object, list[torch.Tensor]] = {}
     plain = decode_engine.choose
 
-    def choose(logits, samplers):
+    def choose(logits, samplers, likeliest=None):
         for sampler, row in zip(samplers, logits, strict=True):
             heard.setdefault(sampler, []).append(row.clone())
-        return plain(logits, samplers)
+        return plain(logits, samplers, likeliest)
 
     decode_engine.choose = choose
     try:

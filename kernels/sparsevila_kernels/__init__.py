@@ -4,6 +4,7 @@ Knows: tensors. Does not know: sparsevila_cluster, of which it imports nothing. 
 the kernel; `backend` chooses otherwise.
 """
 
+from ._launch import HAS_TRITON, INTERPRETED
 from .awq_format import dequantize_gemm, from_pack_quantized, pack, quantize_rtn, unpack
 from .awq_matmul import awq_matmul
 from .awq_weight import AwqWeight
@@ -12,6 +13,8 @@ from .decode_attention import decode_attention
 from .int8_matmul import Int8Weight, int8_matmul
 
 __all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
     "AwqWeight",
     "Int8Weight",
     "awq_matmul",

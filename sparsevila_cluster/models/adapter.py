@@ -165,6 +165,14 @@ class StepBatch(Protocol):
         """k and v [T, Hkv, D] as in `attend`, which is not called for this layer: nobody reads its result."""
         ...
 
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a decoder that writes the rows itself puts them: k and v [slots, Hkv, D] of an arena, slots i64 [T]."""
+        ...
+
+    def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """What `attend` does once the rows are written."""
+        ...
+
 
 class TextBackend(Protocol):
     """A text decoder without KV of its own. `lean` is ours; `hf` runs the checkpoint's transformers modules.
@@ -234,7 +242,7 @@ class ChatFormat(Protocol):
 
 @dataclass
 class Model:
-    """A loaded checkpoint, or the parts of it that a worker needs."""
+    """A loaded checkpoint, or the parts of it that a worker needs. attention: the kernels that its text decoder is to run with."""
 
     family: Family
     text: TextBackend
@@ -247,3 +255,4 @@ class Model:
     processor_hash: str
     max_position: int
     weight_bytes: int
+    attention: Literal["torch", "triton"] = "torch"

@@ -44,7 +44,7 @@ class LeanDecoder:
 
     name = "lean"
 
-    def __init__(self, config: Any, spec: KVSpec, layers: list[_Layer], final_norm: Tensor, rope: Rotary, form: _Plain):
+    def __init__(self, config: Any, spec: KVSpec, layers: list[_Layer], final_norm: Tensor, rope: Rotary, form: Plain):
         self.spec = spec
         self.hidden_size = config.hidden_size
         self.num_heads = config.num_attention_heads
@@ -55,6 +55,7 @@ class LeanDecoder:
         self._final_norm = final_norm
         self._rope = rope
         self._scale = spec.head_dim**-0.5
+        self._eps = form.eps
         self._norm, self._head_norm = form.norm, form.head_norm
 
     @classmethod
@@ -68,13 +69,16 @@ class LeanDecoder:
         if why:
             raise BadCheckpoint(f"text_backend 'lean' cannot run this checkpoint: {why}")
         rope = Rotary.from_module(language_model.rotary_emb)
-        make = _ForSmallCPU if spec.dtype == torch.float32 and rope.device.type == "cpu" else _Plain
-        form = make(config.hidden_size, spec.head_dim, float(config.rms_norm_eps))
+        form = cls._form_for(spec, rope.device)(config.hidden_size, spec.head_dim, float(config.rms_norm_eps))
         layers = []
         for i in range(len(language_model.layers)):
             layers.append(_take_layer(language_model.layers[i], form, spec.dtype))
             language_model.layers[i] = None
         return cls(config, spec, layers, form.norm_weight(language_model.norm.weight.data), rope, form)
+
+    @staticmethod
+    def _form_for(spec: KVSpec, device: torch.device) -> type[Plain]:
+        return _ForSmallCPU if spec.dtype == torch.float32 and device.type == "cpu" else Plain
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [T] -> [T, D]."""
@@ -150,10 +154,11 @@ def unsupported(config: Any) -> str | None:
     return None
 
 
-class _Plain:
+class Plain:
     """Weights and norms as torch has them: right for CUDA, where F.rms_norm is one kernel and GEMMs take any layout."""
 
     def __init__(self, hidden_size: int, head_dim: int, eps: float):
+        self.eps = eps
         self.norm = self._make_norm(hidden_size, eps)
         self.head_norm = self._make_norm(head_dim, eps)
 
@@ -174,7 +179,7 @@ class _Plain:
         return norm
 
 
-class _ForSmallCPU(_Plain):
+class _ForSmallCPU(Plain):
     """float32 on a CPU, where torch decomposes F.rms_norm into six launches (9.5 us at width 128)."""
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -194,7 +199,7 @@ class _ForSmallCPU(_Plain):
         return norm
 
 
-def _take_layer(layer: Any, form: _Plain, dtype: torch.dtype) -> _Layer:
+def _take_layer(layer: Any, form: Plain, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     bias = None if attention.q_proj.bias is None else torch.cat([p.bias.data for p in projections])

@@ -21,6 +21,7 @@ from sparsevila_cluster.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model, Part
 from sparsevila_cluster.models.chat import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint, canonical_json, one_line
+from sparsevila_cluster.models.computing import resolve_attention
 from sparsevila_cluster.models.linear import weight_bytes
 from sparsevila_cluster.models.placement import find_device, find_dtype, runs_as_stored
 from sparsevila_cluster.models.text_backend import build_text, check_backend, check_text, kv_spec
@@ -49,18 +50,21 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     text_backend: str = "auto",
     quantization: str = "auto",
+    attention: str = "auto",
 ) -> Model:
     """Load `parts` of the checkpoint in `directory` (or one that is open already); tensors of other parts are never read.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU, bfloat16 for a
     quantised checkpoint. text_backend: "lean", "hf", or "auto" for lean wherever it knows the text model. quantization: "auto" runs
     quantised weights as they are stored where that is fast (`runs_as_stored`), "none" makes them plain as they are loaded.
+    attention: the kernels of the text decoder (`resolve_attention`).
 
     Raises:
-        BadCheckpoint: the message names the file, tensor or rule. BadConfig: an unknown part, device, dtype, backend or
-            quantization.
+        BadCheckpoint: the message names the file, tensor or rule. BadConfig: an unknown part, device, dtype, backend,
+            quantization or attention, or kernels that cannot run here.
     """
     target = find_device(device)
+    kernels = resolve_attention(attention, target)
     parts = _parts(parts)
     check_backend(text_backend)
     files = directory if isinstance(directory, Checkpoint) else Checkpoint.open(directory)
@@ -82,7 +86,7 @@ def load_model(
     core = skeleton.model if "vision" in parts else None
     family = family_class(config, rules, core, target)  # lets go of weights that it has no use for
     num_bytes = weight_bytes(skeleton)
-    text = build_text(text_config, spec, skeleton, parts, text_backend)
+    text = build_text(text_config, spec, skeleton, parts, text_backend, kernels)
     return Model(
         family=family,
         text=text,
@@ -95,6 +99,7 @@ def load_model(
         processor_hash=_hash(rules.as_dict()),
         max_position=int(text_config.max_position_embeddings),
         weight_bytes=num_bytes,
+        attention=kernels,
     )
 
 

@@ -92,7 +92,7 @@ def find_linears(
     if scheme is None:
         for forms in stored.values():
             source = next(iter(next(iter(forms.values())).values()))
-            raise BadCheckpoint(_at(files, source) + "is quantised, but config.json has no quantization_config")
+            raise BadCheckpoint(_at(files, source) + "belongs to a quantised linear, but config.json has no quantization_config")
         return {}
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     found = {}

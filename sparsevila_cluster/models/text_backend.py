@@ -14,6 +14,7 @@ from sparsevila_cluster.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.kv import KVSpec
 from sparsevila_cluster.models import hf, lean
 from sparsevila_cluster.models.adapter import Part, TextBackend
+from sparsevila_cluster.models.computing import Kernels
 from sparsevila_cluster.models.weights import language_model_of
 
 BACKENDS = ("auto", "lean", "hf")
@@ -49,7 +50,9 @@ def kv_spec(config: Any, dtype: torch.dtype, fingerprint: str) -> KVSpec:
     return KVSpec(config.num_hidden_layers, config.num_key_value_heads, head_dim, dtype, fingerprint)
 
 
-def build_text(config: Any, spec: KVSpec, skeleton: Any, parts: Sequence[Part], text_backend: str) -> TextBackend:
+def build_text(
+    config: Any, spec: KVSpec, skeleton: Any, parts: Sequence[Part], text_backend: str, kernels: Kernels = "torch"
+) -> TextBackend:
     """The backend over a filled transformers model, which it may empty. "auto" is lean wherever it knows the text model.
 
     Raises:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsevila_kernels import HAS_TRITON, colreduce
+
 # transformers makes one call per layer with segment boundaries only for names that contain "flash"; otherwise it loops in Python.
 ATTENTION_NAME = "sparsevila_flash_segments"
 
@@ -134,7 +136,25 @@ def _attend_equal(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) ->
 
 
 def _attend_equal_scored(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention written out, because the weights are wanted: that is cheaper than the fused kernel and a second pass for them."""
+    """q, k, v [S, H, D] in segments of `length` -> attention [S, H, D], and what each row receives, f32 [S]."""
+    # What the flash kernels of a GPU take.
+    fused = q.is_cuda and HAS_TRITON and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    return (_scored_at_once if fused else _scored_by_parts)(q, k, v, length, scale)
+
+
+def _scored_at_once(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The fused kernel, which also tells each row's log-sum-exp, and one pass over rows and keys with it: no weights in memory."""
+    aten = torch.ops.aten
+    flash = aten._scaled_dot_product_flash_attention if q.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(*(t.view(-1, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)), scale=scale)[:2]
+    bounds = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=q.device)
+    lse = lse.transpose(1, 2).flatten(0, 1)
+    received = colreduce(q, k, reduction="sum", heads="mean", scale=scale, cu_rows=bounds, cu_keys=bounds, lse=lse)
+    return out.transpose(1, 2).flatten(0, 1), received
+
+
+def _scored_by_parts(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention written out, because the weights are wanted: on a CPU cheaper than its fused kernel and a second pass for them."""
     num, heads = len(q) // length, q.shape[1]
     queries = q.view(num, length, heads, -1).transpose(1, 2) * scale
     keys = k.view(num, length, heads, -1).permute(0, 2, 3, 1)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from sparsevila_cluster.models import load_model
+from sparsevila_cluster.models import load_model, vision_attention
 from sparsevila_cluster.models.qwen2_5_vl import window_order
 from sparsevila_cluster.models.vision_attention import Segments
 from tests import tiny
@@ -149,3 +149,27 @@ def test_segments_attend_only_to_themselves(lengths):
     torch.testing.assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(received, torch.cat(means), atol=1e-5, rtol=1e-5)
     assert segments.cu_seqlens.diff().tolist() == lengths and segments.max_length == max(lengths)
+
+
+@pytest.mark.parametrize("num, length, heads, dim", [(1, 5, 2, 16), (3, 64, 4, 24), (2, 131, 3, 80)])
+def test_salience_from_log_sum_exps_is_that_of_weights(num, length, heads, dim):
+    """The way of a GPU, with the fused kernel of a CPU."""
+    q, k, v = torch.randn(3, num * length, heads, dim).unbind(0)
+    out, received = vision_attention._scored_by_parts(q, k, v, length, dim**-0.5)
+    at_once, received_at_once = vision_attention._scored_at_once(q, k, v, length, dim**-0.5)
+    torch.testing.assert_close(at_once, out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(received_at_once, received, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(received.view(num, length).mean(1), torch.ones(num))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[256] * 6, [300, 17, 300, 1024]])
+@pytest.mark.parametrize("heads, dim", [(16, 80), (4, 72)])
+def test_salience_on_a_gpu_is_that_of_a_cpu(lengths, heads, dim):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q, k, v = torch.randn(3, sum(lengths), heads, dim).bfloat16().unbind(0)
+    out, received = Segments(lengths, torch.device("cpu")).attend_scored(q.float(), k.float(), v.float(), dim**-0.5)
+    got, got_received = Segments(lengths, torch.device("cuda")).attend_scored(q.cuda(), k.cuda(), v.cuda(), dim**-0.5)
+    torch.testing.assert_close(got.float().cpu(), out, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(got_received.cpu(), received, atol=1e-2, rtol=1e-2)

@@ -55,9 +55,7 @@ class DecodeWorker:
         engine, transport = config.engine, config.transport
         self.name, self.config, self.node = name, config, node
         self.sink: Sink = Tally() if sink is None else sink
-        self.model = model or load_model(
-            engine.model_dir, DECODE_PARTS, engine.device, engine.dtype, engine.text_backend, engine.quantization
-        )
+        self.model = model or load_model(engine.model_dir, DECODE_PARTS, **engine.loading)
         spec = self.model.spec
         self.engine = DecodeEngine(self.model, engine)
         self._desk = Desk(name, self.engine, config.decode.brownout_at)

@@ -57,9 +57,7 @@ class PrefillWorker:
         engine = config.engine
         self.name, self.config, self.node = name, config, node
         self.sink: Sink = Tally() if sink is None else sink
-        self.model = model or load_model(
-            engine.model_dir, PREFILL_PARTS, engine.device, engine.dtype, engine.text_backend, engine.quantization
-        )
+        self.model = model or load_model(engine.model_dir, PREFILL_PARTS, **engine.loading)
         self.engine = PrefillEngine(self.model, engine, wire=config.transport.quantization)
         spec, device = self.model.spec, self.model.device
         self.copies = Copies(spec, config.prefill.copy_bytes)
