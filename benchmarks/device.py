@@ -33,7 +33,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class Stand:
+class Clock:
     """One device, and how times are taken on it."""
 
     def __init__(self, device: torch.device, patience: Patience):
@@ -77,13 +77,12 @@ class Stand:
         stop.synchronize()
         return start.elapsed_time(stop)
 
-    def in_turns(self, works: Mapping[str, Callable[[], object]], least: Mapping[str, int] | None = None) -> dict[str, Times]:
-        """Time each of `works` once per round, all of them prepared. `least`: who is timed in that many rounds only."""
+    def in_turns(self, works: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
+        """Time each of `works` once per round, all of them prepared."""
         times = {name: Times() for name in works}
-        for number in self.patience.rounds():
+        for _ in self.patience.rounds():
             for name, work in works.items():
-                if number < (least or {}).get(name, number + 1):
-                    times[name].add(self.once_ms(work))
+                times[name].add(self.once_ms(work))
         return times
 
 
@@ -91,21 +90,21 @@ def ceilings(device: torch.device, dtypes: tuple[str, ...], size: float = 1.0) -
     """By dtype: the best matrix product of it, and the best rates of reading and copying, which are the same in all. `size` scales
     the work down, for tests."""
     on_gpu = device.type == "cuda"
-    stand = Stand(device, Patience(least=3, most=20 if on_gpu else 5, budget_s=1.0))
+    clock = Clock(device, Patience(least=3, most=20 if on_gpu else 5, budget_s=1.0))
     side = _rounded((8192 if on_gpu else 2048) * size)
     num = _rounded((1 << 30 if on_gpu else 64 << 20) * size)
     source, target = torch.rand(num, device=device), torch.empty(num, device=device)
-    read_gb_s = source.nbytes / _best_ms(stand, source.sum) / 1e6
+    read_gb_s = source.nbytes / _best_ms(clock, source.sum) / 1e6
     if not on_gpu:
         # A row times a matrix reads faster than a sum, and is what decoding one token asks of memory.
         row, matrix = torch.rand(1, 64), source.view(-1, 64).t()
         if num % 4096 == 0:
             row, matrix = torch.rand(1, 4096), source.view(-1, 4096).t()
-        read_gb_s = max(read_gb_s, source.nbytes / _best_ms(stand, lambda: torch.mm(row, matrix)) / 1e6)
-    copy_gb_s = 2 * source.nbytes / _best_ms(stand, lambda: target.copy_(source)) / 1e6
+        read_gb_s = max(read_gb_s, source.nbytes / _best_ms(clock, lambda: torch.mm(row, matrix)) / 1e6)
+    copy_gb_s = 2 * source.nbytes / _best_ms(clock, lambda: target.copy_(source)) / 1e6
     found = {}
     for dtype in dtypes:
-        rate = 2 * side**3 / _best_ms(stand, _product(side, DTYPES[dtype], device)) / 1e6
+        rate = 2 * side**3 / _best_ms(clock, _product(side, DTYPES[dtype], device)) / 1e6
         found[dtype] = Ceilings(round(rate, 1), round(read_gb_s, 1), round(copy_gb_s, 1))
     return found
 
@@ -119,9 +118,9 @@ def _product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[]
     return lambda: torch.mm(a, b)
 
 
-def _best_ms(stand: Stand, work: Callable[[], object]) -> float:
-    prepared, _ = stand.prepare(work)
-    return stand.in_turns({"it": prepared})["it"].best_ms
+def _best_ms(clock: Clock, work: Callable[[], object]) -> float:
+    prepared, _ = clock.prepare(work)
+    return clock.in_turns({"it": prepared})["it"].best_ms
 
 
 def _rounded(number: float) -> int:

@@ -86,15 +86,26 @@ def _answers(model: Model, variant: str, graphs: str) -> list[tuple[int, ...]]:
 class _NoAttention:
     """Every row sees itself alone: nothing but matrices is compared."""
 
+    def __init__(self, num_rows: int, model: Model):
+        shape = (num_rows, model.spec.num_kv_heads, model.spec.head_dim)
+        self._k, self._v = (torch.zeros(shape, dtype=model.spec.dtype, device=model.device) for _ in range(2))
+        self._slots = torch.arange(num_rows, device=model.device)
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         pass
 
+    def target(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._k, self._v, self._slots
+
+    def attend_written(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+        return self.attend(layer, q, self._k, self._v, scale)
+
 
 @torch.inference_mode()
 def _logits(model: Model) -> torch.Tensor:
     hidden = random((5, RECIPE.hidden), torch.float32, model.device).to(model.spec.dtype)
     positions = torch.zeros(3, 5, dtype=torch.int64, device=model.device)
-    return model.text.logits(model.text.forward(hidden, positions, _NoAttention()))
+    return model.text.logits(model.text.forward(hidden, positions, _NoAttention(len(hidden), model)))

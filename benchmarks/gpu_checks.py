@@ -98,7 +98,8 @@ def _repeats(run: Callable[[], object]) -> float:
 def _attention_checks(target: torch.device, dtype: torch.dtype, backend: Backend, limit: float) -> Iterator[Check]:
     """Unequal lengths, several causal rows, log-sum-exps, and arenas of which all else is NaN."""
     lengths = ((0, 1), (3, 0), (67, 5), (331, 19), (17, 400))
-    pools = tuple(tuple(torch.full((1024, 2, 80), float("nan"), dtype=dtype, device=target) for _ in range(2)) for _ in range(2))
+    a, b, c, d = (torch.full((1024, 2, 80), float("nan"), dtype=dtype, device=target) for _ in range(4))
+    pools = ((a, b), (c, d))
     spans = torch.zeros(len(lengths), 2, 3, dtype=torch.int32)
     at = [7, 3]
     for i, pair in enumerate(lengths):
@@ -124,9 +125,9 @@ def _attention_checks(target: torch.device, dtype: torch.dtype, backend: Backend
     yield Check(f"{label}: 3 causal rows each", lambda: compare(how, rows, 0, spans[2:].contiguous()), limit)
 
     def alone() -> float:
-        whole = kernels.decode_attention(q, pools, spans, backend=backend)
+        (whole,) = tensors(kernels.decode_attention(q, pools, spans, backend=backend))
         each = [kernels.decode_attention(q[i : i + 1], pools, spans[i : i + 1], backend=backend) for i in range(len(q))]
-        return float((whole != torch.cat(each)).sum())
+        return float((whole != torch.cat(list(tensors(each)))).sum())
 
     yield Check(f"{label}: a sequence is the same alone", alone)
     x, y = random((23, 14, 80), dtype, target, 1), random((211, 2, 80), dtype, target, 2)

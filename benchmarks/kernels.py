@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from benchmarks import device, machine
 from benchmarks.ledger import percent
 from benchmarks.machine import Ceilings
 from benchmarks.ops import attention, matmul, moves
-from benchmarks.ops.case import CPU, GPU, QUICK, TOY, Case, Sizes, Subject, error_of
+from benchmarks.ops.case import CPU, GPU, QUICK, TOY, Case, Entry, Sizes, Subject, error_of
 from benchmarks.report import Report, progress
-from benchmarks.stopwatch import Patience
+from benchmarks.stopwatch import Patience, Times
 
 OPS = ("colreduce", "decode_attention", "kv_pack", "kv_quantize", "awq_matmul", "int8_matmul", "rms_norm", "rope_write", "silu_mul")
 HEAD = ("shape", "way", "ms", "GB/s", "TFLOP/s", "of ceiling", "bound by", "ours is x faster", "error")
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, and how often: `slow` rounds of a reference, which counts arithmetic rather than time."""
+    """What to measure, and how often: `slow` runs of a reference, of which the first does not count if there are several."""
 
     sizes: Sizes
     patience: Patience
@@ -45,10 +45,21 @@ class Plan:
 
 PLANS = {
     "cuda": Plan(GPU, Patience(least=5, most=30, budget_s=0.3), slow=3),
-    "cpu": Plan(CPU, Patience(least=3, most=9, budget_s=1.5)),
+    "cpu": Plan(CPU, Patience(least=3, most=9, budget_s=1.0)),
     "quick": Plan(QUICK, Patience(least=3, most=5, budget_s=0.5)),
     "toy": Plan(TOY, Patience(least=2, most=3, budget_s=0.1)),
 }
+
+
+@dataclass
+class Ready:
+    """By name, those ways of a case that run: what to time, which of that a CUDA graph replays, how far each is from the reference;
+    and the times of the reference, which is run for its result anyway, and takes long."""
+
+    works: dict[str, Callable[[], object]] = field(default_factory=dict)
+    replayed: set[str] = field(default_factory=set)
+    errors: dict[str, float] = field(default_factory=dict)
+    times: dict[str, Times] = field(default_factory=dict)
 
 
 class Measurement:
@@ -57,7 +68,7 @@ class Measurement:
     def __init__(self, target: torch.device, plan: Plan, tell: Callable[[str], None], write: Callable[[Row], None]):
         self.device, self.plan, self._tell, self._write = target, plan, tell, write
         self.rows: list[Row] = []
-        self._stand = device.Stand(target, plan.patience)
+        self._clock = device.Clock(target, plan.patience)
         self._told: set[str] = set()
 
     @torch.inference_mode()
@@ -68,10 +79,9 @@ class Measurement:
             if f"{name}: {why}" not in self._told:
                 self._tell(f"{case.op}: no {name}: {why}")
                 self._told.add(f"{name}: {why}")
-        errors, ways, replayed = self._ready(case, subject)
-        entries = [entry for entry in subject.entries if entry.name in ways]
-        slow = {entry.name: self.plan.slow for entry in entries if entry.role == "reference"}
-        times = self._stand.in_turns(ways, slow)
+        ready = self._ready(case, subject)
+        times = ready.times | self._clock.in_turns(ready.works)
+        entries = [entry for entry in subject.entries if entry.name in times]
         ceiling = ceilings["int8" if case.op == "int8_matmul" else case.dtype]
         bound_ms = subject.work.bound_ms(ceiling)
         memory_ms = 1e3 * subject.work.bytes / ceiling.bytes_per_s
@@ -80,34 +90,46 @@ class Measurement:
             row: Row = {
                 "op": case.op, "shape": case.shape, "way": entry.name, "role": entry.role, "device": self.device.type,
                 "dtype": case.dtype, "ms": round(ms, 5), "best_ms": round(times[entry.name].best_ms, 5),
-                "spread": round(times[entry.name].spread, 4), "samples": times[entry.name].num, "graph": replayed[entry.name],
-                "gb_s": round(subject.work.bytes / ms / 1e6, 2), "tflop_s": round(subject.work.flop / ms / 1e9, 4),
+                "spread": round(times[entry.name].spread, 4), "samples": times[entry.name].num,
+                "graph": entry.name in ready.replayed, "gb_s": round(subject.work.bytes / ms / 1e6, 2),
+                "tflop_s": round(subject.work.flop / ms / 1e9, 4),
                 "bound_ms": round(bound_ms, 5), "bound_by": "memory" if memory_ms >= bound_ms else "arithmetic",
                 "share_of_ceiling": round(bound_ms / ms, 4), "headline": case.headline,
             }  # fmt: skip
-            if entry.name in errors:
-                row["error"] = errors[entry.name] if errors[entry.name] == errors[entry.name] else "NaN"
+            if (error := ready.errors.get(entry.name)) is not None:
+                row["error"] = error if error == error else "NaN"
             self._add(row | {name: value for name, value in case.sizes.items() if name not in row})
 
-    def _ready(self, case: Case, subject: Subject) -> tuple[dict[str, float], dict[str, Callable[[], object]], dict[str, bool]]:
-        """By the names of those that run: how far from the reference, what to time, whether a graph replays it."""
-        errors: dict[str, float] = {}
-        ways: dict[str, Callable[[], object]] = {}
-        replayed: dict[str, bool] = {}
+    def _ready(self, case: Case, subject: Subject) -> Ready:
+        """Run every way of a case once."""
+        ready = Ready()
         wanted: Any = None
         for entry in sorted(subject.entries, key=lambda entry: entry.role != "reference"):
             try:
                 if entry.role == "reference":
-                    wanted, ways[entry.name], replayed[entry.name] = entry.run(), entry.run, False
+                    wanted = self._run_reference(entry, ready.times)
                     continue
                 if entry.judged and wanted is not None:
-                    errors[entry.name] = error_of(entry.run(), wanted)
-                ways[entry.name], replayed[entry.name] = self._stand.prepare(entry.run)
+                    ready.errors[entry.name] = error_of(entry.run(), wanted)
+                ready.works[entry.name], replayed = self._clock.prepare(entry.run)
+                if replayed:
+                    ready.replayed.add(entry.name)
             except RuntimeError as error:  # torch's own class for whatever a device refuses
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 self._tell(f"{case.op}, {case.shape}: {entry.name}: {why}")
                 self._add({"op": case.op, "shape": case.shape, "way": entry.name, "role": entry.role, "failed": why})
-        return errors, ways, replayed
+        return ready
+
+    def _run_reference(self, entry: Entry, times: dict[str, Times]) -> Any:
+        """Its result; its times, if it comes to an end."""
+        found: list[Any] = []
+        taken = Times()
+        for number in range(self.plan.slow):
+            ms = self._clock.once_ms(lambda: found.append(entry.run()))
+            if number or self.plan.slow == 1:
+                taken.add(ms)
+        times[entry.name] = taken
+        return found[-1]
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)

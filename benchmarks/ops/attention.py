@@ -25,31 +25,32 @@ TAIL = 64
 
 def cases(sizes: Sizes) -> Iterator[Case]:
     """Retrieval with and without the log-sum-exp of each row, salience, then decode steps dense and packed."""
-    middle = sizes.keys[len(sizes.keys) // 2]
+    many = sizes.rows[len(sizes.rows) // 2]
     for keys in sizes.keys:
         for rows in sizes.rows:
             for lse in (False, True):
-                if lse and rows != sizes.rows[-1]:
+                if lse and rows != many:
                     continue
                 shape = f"retrieval, {rows} rows x {keys} keys" + ", lse given" * lse
-                main = (rows, keys, lse) == (sizes.rows[-1], middle, False)
+                main = (rows, keys, lse) == (many, sizes.keys[0], False)
                 told = {"rows": rows, "keys": keys}
                 yield Case("colreduce", shape, sizes.dtype, Retrieval(sizes, rows, keys, lse), main, told)
     shape = f"salience, {sizes.frame_groups} x {sizes.patches} patches"
     told = {"rows": sizes.patches, "keys": sizes.patches, "batch": sizes.frame_groups}
     yield Case("colreduce", shape, sizes.dtype, Salience(sizes), sizes=told)
-    longest = sizes.tokens[min(1, len(sizes.tokens) - 1)]
-    for num_tokens in sizes.tokens:
-        for share in (*KEEPS, KEEPS[-1] * PACK):
-            num_keys = max(1, round(num_tokens * share)) + TAIL
-            for batch in sizes.batches:
-                main = (num_tokens, share, batch) == (longest, 1.0, sizes.batches[min(1, len(sizes.batches) - 1)])
-                told = {"batch": batch, "keys": num_keys, "visual_tokens": num_tokens}
-                shape = f"batch {batch}, {num_keys} keys"
-                yield Case("decode_attention", shape, sizes.dtype, Step(sizes, [num_keys] * batch), main, told)
+    middle = sizes.tokens[min(1, len(sizes.tokens) - 1)]
+    kept = sorted({max(1, round(num * share)) for num in sizes.tokens for share in (*KEEPS, KEEPS[-1] * PACK)})
+    for num in kept:
+        for batch in sizes.batches:
+            if batch > sizes.small_batch and num != middle and not sizes.all_batches:
+                continue
+            main = (num, batch) == (middle, sizes.small_batch)
+            told = {"batch": batch, "keys": num + TAIL}
+            shape = f"batch {batch}, {num + TAIL} keys"
+            yield Case("decode_attention", shape, sizes.dtype, Step(sizes, [num + TAIL] * batch), main, told)
     batch = sizes.batches[-1]
     if batch > 1:
-        lengths = [max(1, longest * (i + 1) // batch) + TAIL for i in range(batch)]
+        lengths = [max(1, middle * (i + 1) // batch) + TAIL for i in range(batch)]
         told = {"batch": batch, "keys": max(lengths)}
         shape = f"batch {batch}, {min(lengths)}-{max(lengths)} keys"
         yield Case("decode_attention", shape, sizes.dtype, Step(sizes, lengths), sizes=told)

@@ -94,7 +94,7 @@ class Case:
 class Sizes:
     """Qwen2.5-VL-7B, and which of its shapes are measured. tokens: visual tokens of 16, 64 and 256 frames of 364 x 364 pixels;
     rows, keys: of a question's retrieval; matmul_rows: rows of a step or a prefill; scores: the most softmax weights that the
-    reference may hold at once; dtype: of attention and small operations."""
+    reference may hold at once; dtype: of attention and small operations; all_matrices, all_batches: else only some."""
 
     num_heads: int = 28
     num_kv_heads: int = 4
@@ -117,6 +117,11 @@ class Sizes:
     scores: int = 1 << 29
     dtype: str = "bfloat16"
     all_matrices: bool = True
+    all_batches: bool = True
+
+    @property
+    def small_batch(self) -> int:
+        return self.batches[min(1, len(self.batches) - 1)]
 
     @property
     def qkv(self) -> int:
@@ -125,7 +130,7 @@ class Sizes:
 
 GPU = Sizes()
 CPU = Sizes(
-    keys=(16384, 65536), frame_groups=4, matmul_rows=(1, 4, 16, 64, 256), scores=1 << 25, dtype="float32",
+    keys=(16384, 65536), frame_groups=4, matmul_rows=(1, 4, 16, 64, 256), scores=1 << 25, dtype="float32", all_batches=False,
 )  # fmt: skip
 QUICK = Sizes(
     tokens=(1352, 5408), batches=(1, 4), rows=(8, 32), keys=(16384,), frame_groups=2, matmul_rows=(1, 16), scores=1 << 24,
