@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from sparsevila_cluster.commands import ask, client, serve, tools
+from sparsevila_cluster.commands import ask, client, quantize, serve, tools
 from sparsevila_cluster.errors import Internal, SparseVilaError, UserError
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    for command in (ask, serve, client, tools):
+    for command in (ask, serve, client, quantize, tools):
         command.add_to(commands)
     return parser
 

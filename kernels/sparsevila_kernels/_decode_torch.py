@@ -26,10 +26,13 @@ def decode_in_torch(
 
     Raises ValueError if a sequence has more rows than its second span has keys.
     """
+    both_of_all = spans.tolist()
+    if cu_rows is None and q.device.type == "cpu" and all(first[2] and second[2] for first, second in both_of_all):
+        return _decode_step(q, pools, both_of_all, scale, return_lse)
     bounds = range(len(spans) + 1) if cu_rows is None else cu_rows.tolist()
     attend = _attend_fused if q.device.type == "cpu" else _attend_plainly
-    outs, lses, places = [], [], []
-    for b, both in enumerate(spans.tolist()):
+    places = []
+    for b, both in enumerate(both_of_all):
         num_rows = bounds[b + 1] - bounds[b]
         if not num_rows:
             continue
@@ -37,13 +40,39 @@ def decode_in_torch(
         if parts is None:
             raise ValueError(f"sequence {b}: {num_rows} rows are more than the {both[1][2]} keys of its second span")
         rows = q[bounds[b] : bounds[b + 1]]
-        found = [attend(rows, k, v, scale, causal) for k, v, causal in parts]
-        if len(found) > 2:  # rows with a past in the second span too
-            found = [_join(*found[0], *found[1]), found[2]]
-        outs.append([out for out, _ in found])
-        lses.append([lse for _, lse in found])
-        places.append(b)
-    return _join_all(q, outs, lses, bounds, places, return_lse)
+        if parts:
+            places.append((b, [attend(rows, k, v, scale, causal) for k, v, causal in parts]))
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    for b, found in places:
+        joined = found[0]
+        for other in found[1:]:
+            joined = _join(*joined, *other)
+        out[bounds[b] : bounds[b + 1]], lse[bounds[b] : bounds[b + 1]] = joined
+    return out, lse if return_lse else None
+
+
+def _decode_step(
+    q: Tensor, pools: tuple, both_of_all: list[list[list[int]]], scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One row of each sequence, none of whose spans is empty: the case of every step, in as few operators as it takes. For the
+    model of the tests they cost more than the arithmetic. The spans are joined for all sequences at once."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows, found = q.view(len(q), 1, pools[0][0].shape[1], -1, q.shape[-1]), []
+    for row, both in zip(rows.unbind(0), both_of_all, strict=True):
+        for pool, start, num in both:
+            k, v = (_head_major(x, start, num) for x in pools[pool])
+            found.append(flash(row, k, v, scale=scale))
+    first, second = (torch.cat([out for out, _ in found[i::2]]).view(q.shape) for i in (0, 1))
+    first_lse, second_lse = (torch.cat([lse for _, lse in found[i::2]]).view(q.shape[:2]) for i in (0, 1))
+    weight = torch.sigmoid(second_lse - first_lse).unsqueeze(-1)
+    out = torch.lerp(first.float(), second.float(), weight).to(q.dtype)
+    return out, torch.logaddexp(first_lse, second_lse) if return_lse else None
+
+
+def _head_major(arena: Tensor, start: int, num: int) -> Tensor:
+    """Slots [start, start + num) of [slots, Hkv, D] as [1, Hkv, num, D], in one operator."""
+    (slot, head, _), (_, num_heads, dim) = arena.stride(), arena.shape
+    return arena.as_strided((1, num_heads, num, dim), (0, head, slot, 1), arena.storage_offset() + start * slot)
 
 
 def _parts(pools: tuple, both: list[list[int]], num_rows: int) -> list[Part] | None:
@@ -95,25 +124,3 @@ def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     """Attention over two disjoint sets of keys -> over both; in fp32, also where the parts are narrower."""
     weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     return torch.lerp(out.float(), other.float(), weight), torch.logaddexp(lse, other_lse)
-
-
-def _join_all(
-    q: Tensor, outs: list[list[Tensor]], lses: list[list[Tensor]], bounds: range | list[int], places: list[int], return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The parts of all sequences -> out [T, Hq, D], lse [T, Hq]. Joined at once where all have two parts: it costs launches, not
-    arithmetic."""
-    if len(places) == len(bounds) - 1 and outs and all(len(parts) == 2 for parts in outs):
-        first, second = (torch.cat([parts[i] for parts in outs]) for i in (0, 1))
-        first_lse, second_lse = (torch.cat([parts[i] for parts in lses]) for i in (0, 1))
-        if return_lse:
-            out, lse = _join(first, first_lse, second, second_lse)
-            return out.to(q.dtype), lse
-        weight = torch.sigmoid(second_lse - first_lse).unsqueeze(-1)
-        return torch.lerp(first.float(), second.float(), weight).to(q.dtype), None
-    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    for b, parts, logs in zip(places, outs, lses, strict=True):
-        rows = slice(bounds[b], bounds[b + 1])
-        if parts:
-            joined = (parts[0], logs[0]) if len(parts) == 1 else _join(parts[0], logs[0], parts[1], logs[1])
-            out[rows], lse[rows] = joined
-    return out, lse if return_lse else None

@@ -27,6 +27,8 @@ except ImportError:  # no wheel for this platform: the torch paths serve everyth
     triton = tl = None
     HAS_TRITON = INTERPRETED = False
 
+# Elements from one row to the next: kernels reckon with 32 bits within a tile of at most 128 rows, with 64 between tiles.
+MAX_STRIDE = 2**23
 Backend = Literal["auto", "torch", "triton"]
 
 
@@ -99,8 +101,10 @@ def check_heads(q: Tensor, k: Tensor, name: str) -> None:
         raise ValueError(f"q {q.dtype}, {name} {k.dtype}: need one dtype, bfloat16, float16 or float32")
     if q.device != k.device:
         raise ValueError(f"q on {q.device}, {name} on {k.device}: need one device")
-    if q.stride(-1) != 1 or k.stride(-1) != 1:
-        raise ValueError(f"q strides {q.stride()}, {name} strides {k.stride()}: the head dimension must have stride 1")
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or max(q.stride(0), k.stride(0)) > MAX_STRIDE:
+        raise ValueError(
+            f"q strides {q.stride()}, {name} strides {k.stride()}: the head dimension must have stride 1, rows at most {MAX_STRIDE}"
+        )
 
 
 def cdiv(num: int, size: int) -> int:

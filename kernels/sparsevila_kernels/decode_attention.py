@@ -36,15 +36,14 @@ def _split_size(num_keys, LEAST: tl.constexpr, MOST: tl.constexpr, STEP: tl.cons
     return tl.maximum(LEAST, tl.cdiv(tl.cdiv(num_keys, MOST), STEP) * STEP)
 
 
-@jit(do_not_specialize=["first", "num_window"])
+@jit(do_not_specialize=["first", "num_window", "num_tiles", "splits"])
 def _attend_split(
-    q, k0, v0, k1, v1, spans, cu_rows, partial, partial_lse, first, num_window, num_tiles, num_heads, q_row, q_head,
+    q, k0, v0, k1, v1, spans, cu_rows, partial, partial_lse, first, num_window, num_tiles, splits, num_heads, q_row, q_head,
     k0_slot, k0_head, v0_slot, v0_head, k1_slot, k1_head, v1_slot, v1_head, scale_log2,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows x heads over one split of the keys -> partial f32 [window, Hq, SPLITS, D], partial_lse [.., SPLITS] base 2.
+    """One tile of rows x heads over one split of the keys -> partial f32 [window, Hq, splits, D], partial_lse [.., splits] base 2.
 
     Rows [first, first + num_window) of all are this launch's.
     """
@@ -113,16 +112,15 @@ def _attend_split(
         peak = new
     seen = total > 0.0
     share = tl.where(seen, total, 1.0)
-    out = (place.to(tl.int64) * num_heads + head) * SPLITS + split
+    out = (place.to(tl.int64) * num_heads + head) * splits + split
     tl.store(partial + out[:, None] * HEAD_DIM + d[None, :], mixed / share[:, None], mask=real[:, None] & inside[None, :])
     tl.store(partial_lse + out, tl.where(seen, peak + tl.log2(share), float("-inf")), mask=real)
 
 
-@jit(do_not_specialize=["first", "num_sequences"])
+@jit(do_not_specialize=["first", "num_sequences", "splits"])
 def _join_splits(
-    partial, partial_lse, spans, cu_rows, out, lse, first, num_sequences, num_heads, out_row, out_head,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, PAD: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr,
+    partial, partial_lse, spans, cu_rows, out, lse, first, num_sequences, splits, num_heads, out_row, out_head,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One row of one head: its splits, weighted by 2^log-sum-exp, -> out [T, Hq, D] and the natural lse [T, Hq]."""
     place, head = tl.program_id(0), tl.program_id(1)
@@ -136,9 +134,9 @@ def _join_splits(
         return
     num_keys = tl.load(spans + sequence * 6 + 2) + tl.load(spans + sequence * 6 + 5)
     num_splits = tl.cdiv(num_keys, _split_size(num_keys, LEAST, MOST, STEP))
-    split, d = tl.arange(0, PADDED), tl.arange(0, WIDTH)
+    split, d = tl.arange(0, MOST), tl.arange(0, WIDTH)
     held = split < num_splits
-    at = (place.to(tl.int64) * num_heads + head) * SPLITS + split
+    at = (place.to(tl.int64) * num_heads + head) * splits + split
     logs = tl.load(partial_lse + at, mask=held, other=float("-inf"))
     top = tl.max(logs, 0)
     weight = tl.exp2(logs - tl.where(top == float("-inf"), 0.0, top))
@@ -200,18 +198,18 @@ def _launch_window(
     partial_lse = partial.new_empty(num_window, num_heads, num_splits)
     tiles = _tiles(q.dtype, head_dim, max_rows * group)
     num_tiles = cdiv(max_rows * group, tiles["BLOCK_ROWS"])
-    shared = {"HEAD_DIM": head_dim, "WIDTH": _width(head_dim), "SPLITS": num_splits, **CUT}
+    shared = {"HEAD_DIM": head_dim, "WIDTH": _width(head_dim), **CUT}
     strides = (stride for x in (k0, v0, k1, v1) for stride in x.stride()[:2])
     launch(
         _attend_split, (num_sequences * num_tiles, k0.shape[1], num_splits),
         q, k0, v0, k1, v1, spans, cu_rows, partial, partial_lse,
-        first, num_window, num_tiles, num_heads, *q.stride()[:2], *strides, scale * LOG2_E,
+        first, num_window, num_tiles, num_splits, num_heads, *q.stride()[:2], *strides, scale * LOG2_E,
         device=q.device, GROUP=group, UPCAST=INTERPRETED, **tiles, **shared,
     )  # fmt: skip
     launch(
         _join_splits, (num_window, num_heads), partial, partial_lse, spans, cu_rows, out, lse,
-        first, num_sequences, num_heads, *out.stride()[:2],
-        device=q.device, PADDED=next_power_of_2(num_splits), PAD=next_power_of_2(num_sequences), num_warps=4, **shared,
+        first, num_sequences, num_splits, num_heads, *out.stride()[:2],
+        device=q.device, PAD=1 if cu_rows is None else next_power_of_2(num_sequences), num_warps=4, **shared,
     )  # fmt: skip
 
 
@@ -233,9 +231,10 @@ def _tiles(dtype: torch.dtype, head_dim: int, num_packed: int) -> dict[str, Any]
 def _check(q: Tensor, pools: Pools, spans: Tensor, cu_rows: Tensor | None, max_rows: int) -> None:
     for p, (k, v) in enumerate(pools):
         check_heads(q, k, f"k of pool {p}")
-        check_heads(q, v, f"v of pool {p}")
         if k.shape != v.shape or k.shape[1:] != pools[0][0].shape[1:]:
             raise ValueError(f"pool {p}: k {tuple(k.shape)}, v {tuple(v.shape)}: need one shape, and one [Hkv, D] in both pools")
+        if v.dtype != k.dtype or v.device != k.device or v.stride(-1) != 1:
+            raise ValueError(f"v of pool {p}: {v.dtype} on {v.device}, strides {v.stride()}: need k's dtype and device, stride 1")
     if spans.dtype != torch.int32 or spans.dim() != 3 or spans.shape[1:] != (2, 3) or not spans.is_contiguous():
         raise ValueError(f"spans {spans.dtype} {tuple(spans.shape)}: must be contiguous int32 [B, 2, 3]")
     if max_rows < 1:
@@ -261,15 +260,16 @@ def _variants() -> list[Variant]:
         options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
         types = {name: f"*{kind}:16" for name in ("q", *arenas)} | {name: "i32:16" for name in strides}
         types |= {"spans": "*i32:16", "partial": "*fp32:16", "partial_lse": "*fp32:16", "scale_log2": "fp32"}
-        types |= {name: "i32" for name in ("first", "num_window", "num_tiles", "num_heads")}
-        shared = {"HEAD_DIM": head_dim, "WIDTH": _width(head_dim), "SPLITS": MAX_SPLITS, **CUT}
+        types |= {name: "i32" for name in ("first", "num_window", "num_tiles", "splits", "num_heads")}
+        shared = {"HEAD_DIM": head_dim, "WIDTH": _width(head_dim), **CUT}
         bounds: dict[str, Any] = {"cu_rows": None} if max_rows == 1 else {}
         types |= {} if max_rows == 1 else {"cu_rows": "*i32:16"}
         variants.append(Variant(_attend_split, types, {**shared, **tiles, **bounds, "GROUP": group, "UPCAST": False}, options))
         joined = {name: "*fp32:16" for name in ("partial", "partial_lse", "lse")} | {"spans": "*i32:16", "out": f"*{kind}:16"}
-        joined |= {name: "i32" for name in ("first", "num_sequences", "num_heads")} | {"out_row": "i32:16", "out_head": "i32:16"}
+        joined |= {name: "i32" for name in ("first", "num_sequences", "splits", "num_heads")}
+        joined |= {name: "i32:16" for name in ("out_row", "out_head")}
         joined |= {} if max_rows == 1 else {"cu_rows": "*i32:16"}
-        constants = {**shared, **bounds, "PADDED": MAX_SPLITS, "PAD": 16}
+        constants = {**shared, **bounds, "PAD": 16}
         variants.append(Variant(_join_splits, joined, constants, {"num_warps": 4}))
     return variants
 

@@ -145,7 +145,7 @@ def _open_shards(directory: Path) -> tuple[dict[str, str], dict[str, Shard]]:
                 f"{str(directory)!r} has no model.safetensors and no model.safetensors.index.json{hint}; "
                 "only safetensors weights are read"
             )
-        shard = _open_shard(directory / "model.safetensors")
+        shard = open_shard(directory / "model.safetensors")
         return dict.fromkeys(shard.shapes, "model.safetensors"), {"model.safetensors": shard}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -156,14 +156,15 @@ def _open_shards(directory: Path) -> tuple[dict[str, str], dict[str, Shard]]:
             raise BadCheckpoint(f"{index.name}: shard {file!r} must be a plain file name in the same directory")
         if not (directory / file).is_file():
             raise BadCheckpoint(f"missing shard {file!r}, which {index.name} names")
-        shards[file] = _open_shard(directory / file)
+        shards[file] = open_shard(directory / file)
     for name, file in weight_map.items():
         if name not in shards[file].shapes:
             raise BadCheckpoint(f"tensor {name!r} is not in {file}, although {index.name} says so")
     return weight_map, shards
 
 
-def _open_shard(path: Path) -> Shard:
+def open_shard(path: Path) -> Shard:
+    """One safetensors file. Raises BadCheckpoint: it is cut off, or no such file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -33,7 +33,7 @@ class HFDecoder:
         self.num_position_rows = 3 if "mrope_section" in (config.rope_parameters or {}) else 1
         self.embed_weight: Tensor | None = None
         self.head_weight: Tensor | None = None
-        self._model = language_model
+        self.modules = language_model
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids i64 [T] -> [T, D]."""
@@ -60,7 +60,7 @@ class HFDecoder:
             assert visual_rows is not None
             mask = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, visual_rows, True)
             extra = {"deepstack_visual_embeds": list(deepstack), "visual_pos_masks": mask[None]}
-        return self._model(
+        return self.modules(
             inputs_embeds=hidden[None],
             position_ids=positions[:, None] if self.num_position_rows == 3 else positions,
             use_cache=False,

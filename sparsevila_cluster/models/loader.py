@@ -63,12 +63,25 @@ def load_model(
         BadCheckpoint: the message names the file, tensor or rule. BadConfig: an unknown part, device, dtype, backend,
             quantization or attention, or kernels that cannot run here.
     """
+    return load_modules(directory, parts, device, dtype, text_backend, quantization, attention)[0]
+
+
+def load_modules(
+    directory: str | Path | Checkpoint,
+    parts: Sequence[Part] = ALL_PARTS,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    text_backend: str = "auto",
+    quantization: str = "auto",
+    attention: str = "auto",
+) -> tuple[Model, Any]:
+    """As `load_model`, and the transformers model that it is made of; the backend "hf" leaves the modules of the text in it."""
     target = find_device(device)
     kernels = resolve_attention(attention, target)
     parts = _parts(parts)
     check_backend(text_backend)
     files = directory if isinstance(directory, Checkpoint) else Checkpoint.open(directory)
-    family_class = _family_class(files)
+    family_class = family_class_of(files)
     scheme = read_scheme(files.config)
     config = read_config(files)
     text_config = config.get_text_config()
@@ -87,7 +100,7 @@ def load_model(
     family = family_class(config, rules, core, target)  # lets go of weights that it has no use for
     num_bytes = weight_bytes(skeleton)
     text = build_text(text_config, spec, skeleton, parts, text_backend, kernels)
-    return Model(
+    model = Model(
         family=family,
         text=text,
         chat=chat,
@@ -101,9 +114,11 @@ def load_model(
         weight_bytes=num_bytes,
         attention=kernels,
     )
+    return model, skeleton
 
 
-def _family_class(files: Checkpoint) -> Any:
+def family_class_of(files: Checkpoint) -> Any:
+    """The class that implements `Family` for a checkpoint. Raises BadCheckpoint: none does."""
     model_type = files.config.get("model_type")
     if model_type in TWINS:
         raise BadCheckpoint(f"config.json: model_type {model_type!r} is not supported: {TWINS[model_type]}")

@@ -1,4 +1,4 @@
-"""Load a language model without vision: the same decoders, weights and quantised forms, for tools and oracles.
+"""Load a language model by itself: the same decoders, weights and quantised forms, for tools and oracles.
 
 Knows: which text models there are. Does not know: media, chat templates, engines; it is no model that can be served.
 """
@@ -19,7 +19,7 @@ from sparsevila_cluster.models.adapter import Part, TextBackend
 from sparsevila_cluster.models.chat import load_tokenizer
 from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.linear import weight_bytes
-from sparsevila_cluster.models.loader import read_config
+from sparsevila_cluster.models.loader import FAMILIES, read_config
 from sparsevila_cluster.models.placement import find_device, find_dtype, runs_as_stored
 from sparsevila_cluster.models.text_backend import build_text, check_backend, check_text, kv_spec
 from sparsevila_cluster.models.weights import fill
@@ -50,37 +50,41 @@ def load_text(
     text_backend: str = "auto",
     quantization: str = "auto",
 ) -> TextModel:
-    """Load a text-only checkpoint. parts: drawn from "embed", "llm" and "head", with "llm"; the other arguments are `load_model`'s.
+    """Load a text-only checkpoint, or only the language model of one with vision. The arguments are `load_model`'s; parts are drawn
+    from "embed", "llm" and "head", with "llm".
 
     Raises:
-        BadCheckpoint: as `load_model`, and for a model_type that is no text model. BadConfig: an argument outside its range.
+        BadCheckpoint: as `load_model`, and for a model_type that is not supported. BadConfig: an argument outside its range.
     """
     target = find_device(device)
     if "llm" not in parts or not set(parts) <= set(TEXT_PARTS):
         raise BadConfig(f"parts must be drawn from {', '.join(TEXT_PARTS)} and hold 'llm', got {list(parts)}")
     check_backend(text_backend)
     files = directory if isinstance(directory, Checkpoint) else Checkpoint.open(directory)
-    if files.config.get("model_type") not in TEXT_MODELS:
+    model_type = files.config.get("model_type")
+    text_only = model_type in TEXT_MODELS
+    if not text_only and model_type not in FAMILIES:
         raise BadCheckpoint(
-            f"config.json: model_type {files.config.get('model_type')!r} is no text model that is supported: "
-            f"{', '.join(sorted(TEXT_MODELS))}"
+            f"config.json: model_type {model_type!r} is no text model that is supported: {', '.join(sorted(TEXT_MODELS))}; "
+            f"nor one with vision: {', '.join(sorted(FAMILIES))}"
         )
     scheme = read_scheme(files.config)
     config = read_config(files)
-    check_text(config)
+    text_config = config.get_text_config()
+    check_text(text_config)
     chosen = find_dtype(dtype, target, config, scheme)
     as_stored = runs_as_stored(quantization, target, chosen)
-    skeleton = fill(files, config, parts, target, chosen, scheme, as_stored, text_only=True)
+    skeleton = fill(files, config, parts, target, chosen, scheme, as_stored, text_only)
     fingerprint = files.fingerprint()
-    spec = kv_spec(config, chosen, fingerprint)
+    spec = kv_spec(text_config, chosen, fingerprint)
     num_bytes = weight_bytes(skeleton)
     return TextModel(
-        text=build_text(config, spec, skeleton, parts, text_backend),
+        text=build_text(text_config, spec, skeleton, parts, text_backend),
         tokenizer=load_tokenizer(files) if (files.directory / "tokenizer.json").is_file() else None,
         spec=spec,
         fingerprint=fingerprint,
         device=target,
         config=config,
-        max_position=int(config.max_position_embeddings),
+        max_position=int(text_config.max_position_embeddings),
         weight_bytes=num_bytes,
     )

@@ -68,6 +68,12 @@ def fill(
     return skeleton
 
 
+def source_names(files: Checkpoint, config: Any, text_only: bool = False) -> dict[str, str]:
+    """Names of the checkpoint's tensors: in memory -> on disk. config: one that no model was built from yet."""
+    skeleton = _skeleton(config, torch.float32, text_only)
+    return names_on_disk(files, skeleton, {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()})
+
+
 def language_model_of(skeleton: Any) -> Any:
     """The text decoder of a model with or without vision."""
     return getattr(skeleton.model, "language_model", skeleton.model)

@@ -167,6 +167,8 @@ def test_memory_stays_bounded_in_torch(monkeypatch):
         ({"k": torch.zeros(9, 2, 16, dtype=BF16)}, "bfloat16"),
         ({"q": torch.zeros(5, 4, 16, dtype=torch.float64), "k": torch.zeros(9, 2, 16, dtype=torch.float64)}, "float64"),
         ({"k": torch.zeros(9, 2, 32)[..., ::2]}, "stride 1"),
+        ({"k": torch.zeros(2, 2, 16).as_strided((1, 2, 16), (2**23 + 16, 16, 1))}, "rows at most 8388608"),
+        ({"scale": -1.0}, "scale -1.0: must be above 0"),
         ({"cu_rows": offsets(5)}, "both or neither"),
         ({"cu_rows": offsets(5), "cu_keys": offsets(4, 5)}, "both must be int32"),
         ({"cu_rows": offsets(5).long(), "cu_keys": offsets(9).long()}, "both must be int32"),

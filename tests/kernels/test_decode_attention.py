@@ -161,6 +161,7 @@ def test_more_rows_than_their_span_is_refused_in_torch():
         ({"q": torch.zeros(2, 4, 16, dtype=F16)}, "one dtype"),
         ({"pools": ((torch.zeros(9, 2, 16),) * 2, (torch.zeros(9, 1, 16),) * 2)}, "pool 1"),
         ({"pools": ((torch.zeros(9, 2, 16), torch.zeros(8, 2, 16)),) * 2}, "pool 0"),
+        ({"pools": ((torch.zeros(9, 2, 16), torch.zeros(9, 2, 16, dtype=F16)),) * 2}, "v of pool 0"),
     ],
 )
 def test_refuses(change, message):

@@ -94,7 +94,7 @@ def test_auto_keeps_four_bits_and_none_does_not(awq):
 @pytest.mark.skipif(not FAST_CPU, reason="only a CPU with AVX-512 runs 4 bits as they are stored")
 def test_modules_of_transformers_are_replaced_where_the_files_are_quantised(awq):
     model = load_model(awq[0], device="cpu", text_backend="hf")
-    found = [name for name, module in model.text._model.named_modules() if isinstance(module, AwqLinear)]
+    found = [name for name, module in model.text.modules.named_modules() if isinstance(module, AwqLinear)]
     assert len(found) == 3 * 7 and all("_proj" in name for name in found)
     assert not any(isinstance(module, AwqLinear) for module in model.family._tower.modules())
 

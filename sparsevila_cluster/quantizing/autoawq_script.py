@@ -1,0 +1,48 @@
+"""What runs inside AutoAWQ's own environment, as a program: reads a request, quantizes, saves.
+
+Knows: AutoAWQ 0.2.9, and what of it breaks without a GPU. Does not know: anything of ours; it must run where nothing of ours is.
+
+    python autoawq_script.py request.json      {"source", "target", "ids", "group_size", "clip", "length"}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+class NoProcessor:
+    """AutoAWQ loads a vision-language model's processor only to save it again; that needs torchvision, and we copy the files."""
+
+    @staticmethod
+    def from_pretrained(*_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+def main(path: str) -> None:
+    with open(path, encoding="utf-8") as file:
+        request = json.load(file)
+    import torch
+    from awq import AutoAWQForCausalLM
+    from awq.models import base
+    from awq.modules.linear import gemm
+
+    base.AutoProcessor = NoProcessor
+    on_gpu = torch.cuda.is_available()
+    # Its Triton kernel asks for the current CUDA device whatever the tensors are on.
+    gemm.TRITON_AVAILABLE = gemm.TRITON_AVAILABLE and on_gpu
+    model = AutoAWQForCausalLM.from_pretrained(request["source"], device_map="auto" if on_gpu else "cpu")
+    model.quantize(
+        None,  # token ids need no tokenizer
+        quant_config={"zero_point": True, "q_group_size": request["group_size"], "w_bit": 4, "version": "GEMM"},
+        calib_data=request["ids"],
+        max_calib_samples=len(request["ids"]),
+        max_calib_seq_len=request["length"],
+        apply_clip=request["clip"],
+    )
+    model.save_quantized(request["target"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
