@@ -105,7 +105,7 @@ def ceilings(device: torch.device, dtypes: tuple[str, ...], size: float = 1.0) -
     found = {}
     for dtype in dtypes:
         rate = 2 * side**3 / _best_ms(clock, _product(side, DTYPES[dtype], device)) / 1e6
-        found[dtype] = Ceilings(round(rate, 1), round(read_gb_s, 1), round(copy_gb_s, 1))
+        found[dtype] = Ceilings(round(rate, 2), round(read_gb_s, 2), round(copy_gb_s, 2))
     return found
 
 
@@ -124,8 +124,8 @@ def _best_ms(clock: Clock, work: Callable[[], object]) -> float:
 
 
 def _rounded(number: float) -> int:
-    """To a multiple of 64, that every matrix unit takes."""
-    return max(64, int(number) // 64 * 64)
+    """To a multiple of 64, that every matrix unit takes, and not so little that a clock cannot see it."""
+    return max(256, int(number) // 64 * 64)
 
 
 def card(device: torch.device, found: Mapping[str, Ceilings]) -> dict[str, Any]:
