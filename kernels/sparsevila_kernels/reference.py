@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from .awq_weight import AwqWeight
+from .int8_matmul import Int8Weight
+
 
 def attention_logits(q: Tensor, k: Tensor, scale: float | None, causal: bool) -> Tensor:
     """scale q k^T of one sequence, q [m, Hq, D] and k [n, Hkv, D] -> [Hq, m, n]; -inf where row i cannot see key j > i + n - m."""
@@ -80,3 +83,23 @@ def decode_attention(
         out[rows] = torch.einsum("hmn,nhd->mhd", torch.softmax(logits, -1), v)
         lse[rows] = torch.logsumexp(logits, -1).T
     return (out, lse) if return_lse else out
+
+
+def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x W with W[k, n] = (code - zero) * scale, rounded to `dtype` and multiplied in it -> [M, N] of `dtype`."""
+    group = torch.arange(weight.num_in, device=x.device) // weight.group_size
+    steps = weight.unpacked().double() - weight.zeros.double()[group]
+    product = x.to(dtype) @ (steps * weight.scales.double()[group]).to(dtype)
+    return product if bias is None else product + bias.to(dtype)
+
+
+def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x / smooth rounded per row to 127 steps each way, an integer product, then the scales -> [M, N] fp64.
+
+    The rounded quotients are those of fp32: of a number halfway between two steps, more digits would choose the other.
+    """
+    wide = x.float() if weight.smooth is None else x.float() / weight.smooth
+    scales = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / scales).nan_to_num(0.0).round().clamp(-127, 127).long()
+    product = (codes @ weight.values.long().t()).double() * scales.double() * weight.scales.double()
+    return product if bias is None else product + bias.double()
