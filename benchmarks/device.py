@@ -54,12 +54,13 @@ class Clock:
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 work()
         except RuntimeError as error:
             log.info("launched, not replayed: %s", str(error).splitlines()[0])
+            torch.cuda.set_stream(stream)  # a capture that breaks off may leave its own behind
             torch.cuda.synchronize()
             return work, False
         graph.replay()

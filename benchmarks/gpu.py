@@ -180,6 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             report.say(f"\n{section.name}: at most {section.end_s:.0f} s")
             arguments = ["--device", target.type, *(["--toy"] if toy else [])]
+            if target.type == "cpu":  # at toy sizes a second thread costs more than it brings
+                environment |= {"OMP_NUM_THREADS": "1"}
+                arguments += ["--threads", "1"] if section.name == "kernels" else []
             more = {"TRITON_INTERPRET": "1"} if section.name == "checks" and target.type != "cuda" else {}
             outcome = run(section, arguments, environment | more, options.out)
             report.rows += [outcome.told, *outcome.rows]

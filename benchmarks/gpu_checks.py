@@ -41,8 +41,9 @@ HEAD = ("check", "state", "value", "limit", "s")
 def sizes_to_check(toy: bool) -> list[Sizes]:
     """Head dims that are no power of two, groups of 1, 4, 7 and 8 query heads, prime lengths, three dtypes."""
     small = replace(TOY, head_dim=64, tokens=(37, 331), batches=(1, 3), rows=(5,), keys=(131,), matmul_rows=(1, 5), scores=1 << 24)
-    if toy:
-        return [replace(small, tokens=(37,), keys=(67,), head_dim=16), replace(small, tokens=(37,), num_heads=7, num_kv_heads=1)]
+    if toy:  # few programs for the interpreter
+        tiny = replace(small, tokens=(37,), batches=(1,), keys=(67,), num_heads=7, num_kv_heads=1, head_dim=16)
+        return [tiny, replace(tiny, keys=(33,), head_dim=24, dtype="bfloat16")]
     wide = replace(
         small, tokens=(337, 4099), batches=(1, 16), rows=(1, 61), keys=(1009, 8191), hidden=1024, intermediate=1408,
         matmul_rows=(1, 3, 16, 17, 64, 257), group_size=128, patches=169, vision_head_dim=80, all_matrices=True,
@@ -66,7 +67,7 @@ def kernel_checks(target: torch.device, toy: bool) -> Iterator[Check]:
                     seen.add(name)
                     yield from unbroken(name, _case_checks(case, name, target, backend))
     for dtype in ("float32",) if toy else tuple(LIMITS):
-        checks = _attention_checks(target, device.DTYPES[dtype], backend, LIMITS[dtype])
+        checks = _attention_checks(target, device.DTYPES[dtype], backend, LIMITS[dtype], 3 if toy else 5)
         yield from unbroken(f"attention, {dtype}", checks)
     yield Check("awq_matmul: a row is the same in a batch of 16", lambda: _rows_alone(target, backend))
 
@@ -95,9 +96,9 @@ def _repeats(run: Callable[[], object]) -> float:
     return float(sum(int((a != b).sum()) for a, b in zip(first, tensors(run()), strict=True)))
 
 
-def _attention_checks(target: torch.device, dtype: torch.dtype, backend: Backend, limit: float) -> Iterator[Check]:
-    """Unequal lengths, several causal rows, log-sum-exps, and arenas of which all else is NaN."""
-    lengths = ((0, 1), (3, 0), (67, 5), (331, 19), (17, 400))
+def _attention_checks(target: torch.device, dtype: torch.dtype, backend: Backend, limit: float, num: int) -> Iterator[Check]:
+    """Unequal lengths of `num` sequences, several causal rows, log-sum-exps, and arenas of which all else is NaN."""
+    lengths = ((0, 1), (3, 0), (67, 5), (331, 19), (17, 400))[:num]
     a, b, c, d = (torch.full((1024, 2, 80), float("nan"), dtype=dtype, device=target) for _ in range(4))
     pools = ((a, b), (c, d))
     spans = torch.zeros(len(lengths), 2, 3, dtype=torch.int32)
@@ -130,7 +131,7 @@ def _attention_checks(target: torch.device, dtype: torch.dtype, backend: Backend
         return float((whole != torch.cat(list(tensors(each)))).sum())
 
     yield Check(f"{label}: a sequence is the same alone", alone)
-    x, y = random((23, 14, 80), dtype, target, 1), random((211, 2, 80), dtype, target, 2)
+    x, y = random((23, 14, 80), dtype, target, 1), random((31 + 60 * (num - 2), 2, 80), dtype, target, 2)
     for reduction in ("sum", "mean", "max"):
         chosen = {"reduction": reduction, "causal": True}
         yield Check(
@@ -146,7 +147,7 @@ def _colreduce_error(q: torch.Tensor, k: torch.Tensor, how: dict[str, Any], back
 
 def _rows_alone(target: torch.device, backend: Backend) -> float:
     words = kernels.quantize_rtn(random((128, 256), torch.float32, target, 1), 64)
-    weight = kernels.AwqWeight.from_gemm(*words)
+    weight = kernels.AwqWeight.from_gemm(*words, layout="planes" if backend == "triton" else "auto")
     x = random((16, 256), torch.bfloat16, target, 2)
     whole = kernels.awq_matmul(x, weight, backend=backend)
     each = [kernels.awq_matmul(x[i : i + 1], weight, backend=backend) for i in range(len(x))]

@@ -84,7 +84,7 @@ class Measurement:
         entries = [entry for entry in subject.entries if entry.name in times]
         ceiling = ceilings["int8" if case.op == "int8_matmul" else case.dtype]
         bound_ms = subject.work.bound_ms(ceiling)
-        memory_ms = 1e3 * subject.work.bytes / ceiling.bytes_per_s
+        in_memory = subject.work.bytes / ceiling.bytes_per_s > subject.work.flop / (ceiling.matmul_gflops * 1e9)
         for entry in entries:
             ms = times[entry.name].median_ms
             row: Row = {
@@ -93,7 +93,7 @@ class Measurement:
                 "spread": round(times[entry.name].spread, 4), "samples": times[entry.name].num,
                 "graph": entry.name in ready.replayed, "gb_s": round(subject.work.bytes / ms / 1e6, 2),
                 "tflop_s": round(subject.work.flop / ms / 1e9, 4),
-                "bound_ms": round(bound_ms, 5), "bound_by": "memory" if memory_ms >= bound_ms else "arithmetic",
+                "bound_ms": round(bound_ms, 5), "bound_by": "memory" if in_memory else "arithmetic",
                 "share_of_ceiling": round(bound_ms / ms, 4), "headline": case.headline,
             }  # fmt: skip
             if (error := ready.errors.get(entry.name)) is not None:

@@ -57,7 +57,8 @@ class Awq:
         words = awq_format.quantize_rtn(dense, group)
         dense = dense.to(dtype)
         x = random((self.rows, self.num_in), dtype, device, 2)
-        weight = kernels.AwqWeight.from_gemm(*words)
+        # Triton reads planes only; where nobody asks for it, the weight lies as the device likes it.
+        weight = kernels.AwqWeight.from_gemm(*words, layout="planes" if "triton" in backends else "auto")
         out_bytes = self.rows * self.num_out * dtype.itemsize
         work = Work(2.0 * self.rows * self.num_in * self.num_out, sum(t.nbytes for t in words) + x.nbytes + out_bytes)
         subject = Subject(work, ways("awq_matmul", backends, lambda run: partial(run, x, weight)))
