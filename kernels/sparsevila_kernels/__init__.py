@@ -11,6 +11,7 @@ from .awq_weight import AwqWeight
 from .colreduce import colreduce
 from .decode_attention import decode_attention
 from .int8_matmul import Int8Weight, int8_matmul
+from .kv_pack import kv_dequantize, kv_pack, kv_quantize
 
 __all__ = [
     "HAS_TRITON",
@@ -23,6 +24,9 @@ __all__ = [
     "dequantize_gemm",
     "from_pack_quantized",
     "int8_matmul",
+    "kv_dequantize",
+    "kv_pack",
+    "kv_quantize",
     "pack",
     "quantize_rtn",
     "unpack",

@@ -77,7 +77,7 @@ def _unpacked_on_gpu(x: Tensor, weight: AwqWeight, bias: Tensor | None) -> Tenso
 
 def _int4_operator(x: Tensor, weight: AwqWeight) -> Tensor:
     codes = weight.codes.view(-1, weight.num_in // 2)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, weight.group_size, weight.operator_steps)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, weight.group_size, weight.operator_steps)
     return y[:, : weight.num_out].contiguous()
 
 

@@ -104,3 +104,30 @@ def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     # Integers below 2^53 are exact in fp64, and every device multiplies it.
     product = (codes @ weight.values.double().t()) * scales.double() * weight.scales.double()
     return product if bias is None else product + bias.double()
+
+
+def kv_pack(src_k: Tensor, src_v: Tensor, dst_k: Tensor, dst_v: Tensor, src_rows: Tensor, dst_rows: Tensor) -> None:
+    """dst[l, dst_rows[l, i]] = src[l, src_rows[l, i]], one row after the other, reading from how things were before."""
+    before_k, before_v = src_k.clone(), src_v.clone()
+    for layer in range(len(src_k)):
+        takes, gives = (rows[layer] if rows.dim() == 2 else rows for rows in (src_rows, dst_rows))
+        for take, give in zip(takes.tolist(), gives.tolist(), strict=True):
+            dst_k[layer, give] = before_k[layer, take]
+            dst_v[layer, give] = before_v[layer, take]
+
+
+def kv_quantize(src_k: Tensor, src_v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Values i8 and scales f32 of rows, [L, 2, n, Hkv, D] and [L, 2, n, Hkv]: the nearest of 127 steps each way."""
+    index = rows.expand(len(src_k), -1)
+    wide = torch.stack([torch.stack([s[i] for s, i in zip(part, index, strict=True)]) for part in (src_k, src_v)], 1).float()
+    scales = wide.abs().amax(-1) / 127
+    steps = wide * torch.where(scales > 0, 1 / scales, 0)[..., None]
+    return steps.round().to(torch.int8), scales
+
+
+def kv_dequantize(values: Tensor, scales: Tensor, dst_k: Tensor, dst_v: Tensor, rows: Tensor) -> None:
+    """dst[l, rows[l, i]] = values * scales, rounded to dst's dtype."""
+    wide = values.float() * scales[..., None]
+    for layer, index in enumerate(rows.expand(len(dst_k), -1)):
+        for part, dst in enumerate((dst_k, dst_v)):
+            dst[layer, index] = wide[layer, part].to(dst.dtype)
