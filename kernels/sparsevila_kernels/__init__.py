@@ -12,6 +12,7 @@ from .colreduce import colreduce
 from .decode_attention import decode_attention
 from .int8_matmul import Int8Weight, int8_matmul
 from .kv_pack import kv_dequantize, kv_pack, kv_quantize
+from .small_ops import rms_norm, rope_write, silu_mul
 
 __all__ = [
     "HAS_TRITON",
@@ -29,5 +30,8 @@ __all__ = [
     "kv_quantize",
     "pack",
     "quantize_rtn",
+    "rms_norm",
+    "rope_write",
+    "silu_mul",
     "unpack",
 ]

@@ -131,3 +131,48 @@ def kv_dequantize(values: Tensor, scales: Tensor, dst_k: Tensor, dst_v: Tensor, 
     for layer, index in enumerate(rows.expand(len(dst_k), -1)):
         for part, dst in enumerate((dst_k, dst_v)):
             dst[layer, index] = wide[layer, part].to(dst.dtype)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, dtype: torch.dtype = torch.float64
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight in `dtype`, of the sum with the residual as x's dtype holds it."""
+    total = x if residual is None else x + residual
+    wide = total.to(dtype)
+    normed = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    return normed if residual is None else (normed, total.to(dtype))
+
+
+def rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    qk_norm: Tensor | None,
+    eps: float,
+    k_arena: Tensor,
+    v_arena: Tensor,
+    slots: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Turns the pairs (d, d + D/2) of each query and key head by their angle; sin carries -1 on the first half. In place."""
+    head_dim, num_kv_heads = k_arena.shape[2], k_arena.shape[1]
+    heads = qkv.unflatten(-1, (-1, head_dim)).to(dtype)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    turned = heads[:, : num_heads + num_kv_heads]
+    if qk_norm is not None:
+        turned = rms_norm(turned, qk_norm, eps, dtype=dtype)
+    half = head_dim // 2
+    a, b = turned[..., :half], turned[..., half:]
+    first, second, angle = cos.to(dtype)[..., :half], cos.to(dtype)[..., half:], sin.to(dtype)
+    turned = torch.cat((a * first + b * angle[..., :half], b * second + a * angle[..., half:]), -1)
+    for row, slot in enumerate(slots.tolist()):
+        k_arena[slot] = turned[row, num_heads:].to(k_arena.dtype)
+        v_arena[slot] = heads[row, num_heads + num_kv_heads :].to(v_arena.dtype)
+    return turned[:, :num_heads]
+
+
+def silu_mul(gate_up: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """gate / (1 + e^-gate) * up in `dtype`."""
+    gate, up = gate_up.to(dtype).chunk(2, -1)
+    return gate / (1 + torch.exp(-gate)) * up
