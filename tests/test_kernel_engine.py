@@ -27,10 +27,11 @@ ASKED = [
 ]
 CASES = {
     "dense": {"retrieve": "retrieve_all"},
-    "sparse, question in parts": {"retrieve_keep": 0.3, "max_step_tokens": 12},
-    "visual, preempted": {"retrieve_keep": 0.3, "normalise": "visual", "max_batch": 1, "slice_steps": 2},
+    "visual, question in parts, preempted": {
+        "retrieve_keep": 0.3, "normalise": "visual", "max_step_tokens": 12, "max_batch": 1, "slice_steps": 2,
+    },
     "mass and refresh": {"retrieve_mass": 0.5, "refresh_every": 2, "retrieve_rows": "question"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
