@@ -1,12 +1,13 @@
 """Attention of a few rows to keys in arenas, on every path, against the definition in fp64."""
 
+import importlib
 import math
 
 import pytest
 import torch
 
 from sparsevila_kernels import decode_attention, reference
-from tests.kernels.judge import NoHostReads, assert_as_exact_as_torch, offsets
+from tests.kernels.judge import NoHostReads, Place, assert_as_exact_as_torch, offsets
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SLOTS = (900, 350)
@@ -121,8 +122,6 @@ def test_arenas_of_layers_and_heads_of_fused_projections(place):
 
 
 def test_rows_beyond_the_workspace_come_in_several_launches(triton_place, monkeypatch):
-    import importlib
-
     module = importlib.import_module("sparsevila_kernels.decode_attention")
     q, pools, spans, how = make([[(0, 0, 30), (1, 0, 9)], [(0, 100, 5), (1, 100, 8)]], (4, 2), 16, F32, (9, 4), triton_place.device)
     whole = decode_attention(q, pools, spans, return_lse=True, backend="triton", **how)
@@ -140,6 +139,16 @@ def test_triton_reads_nothing_on_the_host(triton_place):
         decode_attention(q, pools, spans, return_lse=True, backend="triton", **how)
     with pytest.raises(AssertionError, match="waits"), NoHostReads():
         q[0, 0, 0].item()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
+    """Plain products in fp32, for devices that have neither Triton nor the CPU's fused kernel."""
+    in_torch = importlib.import_module("sparsevila_kernels._decode_torch")
+    monkeypatch.setattr(in_torch, "_attend_fused", in_torch._attend_plainly)
+    monkeypatch.delattr(in_torch, "_decode_step")
+    spans = [[(0, 0, 29), (1, 0, 17)], [(0, 400, 0), (1, 100, 7)], [(1, 200, 70), (0, 500, 6)], [(0, 600, 30), (0, 700, 5)]]
+    check(Place("cpu", "torch"), *make(spans, (8, 2), 64, dtype, rows=(11, 7, 1, 0)))
 
 
 def test_more_rows_than_their_span_is_refused_in_torch():
