@@ -224,8 +224,9 @@ def _tiles(dtype: torch.dtype, head_dim: int, num_packed: int) -> dict[str, Any]
     """Tile sizes and launch options for `num_packed` rows x heads of a KV head."""
     if dtype == torch.float32:  # no tensor cores; larger tiles spill
         return {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "num_warps": 4, "num_stages": 2}
+    many, keys = (64, 64) if head_dim <= 128 else (32, 32)
     few = num_packed <= 16
-    return {"BLOCK_ROWS": 16 if few else 64, "BLOCK_KEYS": 64, "num_warps": 4 if few else 8, "num_stages": 3}
+    return {"BLOCK_ROWS": 16 if few else many, "BLOCK_KEYS": keys, "num_warps": 4 if few else 8, "num_stages": 3}
 
 
 def _check(q: Tensor, pools: Pools, spans: Tensor, cu_rows: Tensor | None, max_rows: int) -> None:

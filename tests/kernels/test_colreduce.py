@@ -55,6 +55,13 @@ def test_reductions_over_rows_and_heads(place, reduction, heads):
     check(place, q, k, reduction=reduction, heads=heads, causal=True)
 
 
+def test_more_keys_than_splits_of_the_least_size(triton_place, monkeypatch):
+    """Splits grow, to a multiple of a block; with 2 splits at most it shows at fewer keys than with 128."""
+    monkeypatch.setattr(importlib.import_module("sparsevila_kernels.colreduce"), "MAX_SPLITS", 2)
+    q, k = make(3, 701, (4, 2), 16, F32, triton_place.device)
+    check(triton_place, q, k, causal=True)
+
+
 def test_each_rows_weights_sum_to_one(place):
     q, k = make(5, 163, (4, 2), 64, BF16, place.device)
     sums = colreduce(q, k, causal=True, backend=place.backend)

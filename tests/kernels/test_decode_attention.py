@@ -42,11 +42,12 @@ def check(place, q, pools, spans, how):
 
 
 LONG = [(0, 5, 601), (1, 3, 40)]
-# Sequences: both spans in one pool, in two, in the order of neither, alone in either; one key.
+# Sequences: spans in one pool, in two, the other way round, empty; a second span of more than a split; one key.
 MIXED = [
     [(0, 0, 257), (1, 0, 1)],
     [(0, 300, 19), (0, 400, 63)],
     [(1, 20, 0), (0, 500, 64)],
+    [(1, 50, 97), (1, 9, 331)],
     [(1, 50, 97), (1, 150, 0)],
     [(1, 1, 0), (1, 2, 1)],
 ]
@@ -60,7 +61,8 @@ def test_one_row_each(place, heads, dim, dtype):
 
 @pytest.mark.parametrize(("heads", "dim", "dtype"), [((7, 1), 64, BF16), ((4, 4), 80, F32), ((8, 2), 128, F16)])
 def test_several_rows_see_up_to_themselves(place, heads, dim, dtype):
-    spans = [[(0, 0, 260), (1, 0, 17)], [(0, 400, 0), (1, 100, 7)], [(1, 200, 70), (0, 500, 6)], [(0, 600, 30), (0, 700, 5)]]
+    split = [(0, 0, 245), (1, 0, 17)]  # the first rows see nothing of the second split
+    spans = [split, [(0, 400, 0), (1, 100, 7)], [(1, 200, 70), (0, 500, 6)], [(0, 600, 30), (0, 700, 5)]]
     check(place, *make(spans, heads, dim, dtype, rows=(11, 4, 1, 0), device=place.device))
 
 
@@ -100,6 +102,14 @@ def test_the_longest_length_may_be_unknown(place):
     q, pools, spans, how = make([[(0, 0, 270), (1, 0, 3)]], (2, 1), 16, F32, device=place.device)
     bounded = decode_attention(q, pools, spans, backend=place.backend, **how)
     assert torch.equal(decode_attention(q, pools, spans, backend=place.backend), bounded)
+
+
+def test_more_keys_than_splits_of_the_least_size(triton_place, monkeypatch):
+    """Splits grow, to a multiple of a block; with 2 splits at most it shows at fewer keys than with 64."""
+    module = importlib.import_module("sparsevila_kernels.decode_attention")
+    monkeypatch.setattr(module, "MAX_SPLITS", 2)
+    monkeypatch.setattr(module, "CUT", {**module.CUT, "MOST": 2})
+    check(triton_place, *make([[(0, 3, 690), (1, 0, 9)], [(0, 0, 300), (1, 100, 1)]], (4, 2), 16, F32, device=triton_place.device))
 
 
 def test_no_key_gives_zero(place):
