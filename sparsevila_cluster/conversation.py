@@ -27,7 +27,8 @@ class Conversation:
 
     length: rows of the tail that belong to finished turns; written: rows that hold KV, those of a turn that is under way
     included; next_pos: position of the next row; pending: the last sampled token, which has no KV yet and is prefilled with the
-    next question; tenant: who alone may go on with it, "" = everybody. A turn changes all but `written` only when it ends well, so
+    next question; tenant: who alone may go on with it, "" = everybody; parked: keys and values [L, written, Hkv, D] of a tail that
+    lies outside the arena. A turn changes all but `written` only when it ends well, so
     that a turn that is aborted or fails leaves the conversation as it was.
     """
 
@@ -40,7 +41,7 @@ class Conversation:
     num_turns: int = 0
     tenant: str = ""
     extent: Extent | None = None
-    parked: list[tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    parked: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
@@ -214,8 +215,8 @@ class ConversationStore:
         extent, rows = conversation.extent, conversation.written
         if extent is None or (conversation.conversation_id in self._rooms and not running):
             return False
-        layers = map(extent.rows, range(self.arena.spec.num_layers))
-        conversation.parked = [(k[:rows].to("cpu", copy=True), v[:rows].to("cpu", copy=True)) for k, v in layers]
+        k, v = (tail[:, :rows].to("cpu", copy=True) for tail in extent.all_rows())
+        conversation.parked = k, v
         conversation.extent = None
         self.arena.free(extent)
         self.num_parked += not running
@@ -223,12 +224,11 @@ class ConversationStore:
 
     def _move(self, conversation: Conversation, extent: Extent) -> None:
         """Copy the tail, from its old extent or from where it is parked, into another extent."""
-        old = conversation.extent
-        for layer in range(self.arena.spec.num_layers):
-            source = old.rows(layer) if old is not None else conversation.parked[layer] if conversation.parked else None
-            if source is not None:
-                for target, rows in zip(extent.rows(layer), source, strict=True):
-                    target[: conversation.written].copy_(rows[: conversation.written])
+        old, num = conversation.extent, conversation.written
+        source = old.all_rows() if old is not None else conversation.parked
+        if source is not None:
+            for target, rows in zip(extent.all_rows(), source, strict=True):
+                target[:, :num].copy_(rows[:, :num])
         if old is not None:
             self.arena.free(old)
         conversation.extent, conversation.parked = extent, None

@@ -91,15 +91,16 @@ class _Bucket:
         self._graph: torch.cuda.CUDAGraph | None = None
         # Rows 0-2: ids, positions, slots. The rest: spans, two i32 in each i64.
         on_gpu = model.device.type == "cuda"
-        host = torch.zeros(3 + SPAN_NUMBERS // 2, size, dtype=torch.int64, pin_memory=on_gpu)
+        # Rows of an even number, so that each begins at a multiple of 16 bytes: Triton compiles kernels anew for others.
+        host = torch.zeros(3 + SPAN_NUMBERS // 2, size + size % 2, dtype=torch.int64, pin_memory=on_gpu)
         self._host = host
         self._device = torch.zeros_like(host, device=model.device)
-        self._numbers, self._spans = host[:3].numpy(), _spans_in(host).numpy()
+        self._numbers, self._spans = host[:3, :size].numpy(), _spans_in(host, size).numpy()
         self._spans[:] = (1, 0, 0), (1, 0, 1)  # legal from the start: a row that sees only itself
-        ids, positions, slots = self._device[:3]
+        ids, positions, slots = self._device[:3, :size]
         self._ids, self._positions = ids, positions.expand(model.text.num_position_rows, -1)
         # Nobody can attend to more keys than there are.
-        self._rows = DecodeRows(arenas, slots, _spans_in(self._device), sum(arena.num_slots for arena in arenas))
+        self._rows = DecodeRows(arenas, slots, _spans_in(self._device, size), sum(arena.num_slots for arena in arenas))
 
     def fill(self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], spans: Sequence[tuple[int, ...]]) -> None:
         """Say what the next step is about. The step before it must be over: its copy reads the same host memory."""
@@ -144,6 +145,6 @@ class _Bucket:
         self.likeliest = self.logits.argmax(-1)
 
 
-def _spans_in(numbers: Tensor) -> Tensor:
-    """The spans i32 [size, 2, 3] that lie in the lower rows of `numbers` i64 [6, size]."""
-    return numbers[3:].view(torch.int32).view(numbers.shape[1], 2, 3)
+def _spans_in(numbers: Tensor, size: int) -> Tensor:
+    """The spans i32 [size, 2, 3] that lie in the lower rows of `numbers` i64 [6, size or more]."""
+    return numbers[3:].view(torch.int32).view(-1, 2, 3)[:size]

@@ -23,6 +23,9 @@ from sparsevila_kernels import colreduce, decode_attention
 Arenas = tuple[Arena, Arena]
 
 
+ALIGNED = 4  # numbers of 32 bits in 16 bytes
+
+
 def spans_of(segment: Segment, arenas: Arenas) -> tuple[int, ...]:
     """(pool, start, length) of what a segment's rows attend to besides the tail, and of the tail up to and with its own rows."""
     home = segment.home
@@ -73,15 +76,11 @@ class KernelBatch:
         bounds = [0]
         for s in others:
             bounds.append(bounds[-1] + s.num)
-        spans = [number for s in segments for number in spans_of(s, arenas)]
-        # One upload: slots as they are; bounds and spans, which kernels want as i32, as its second part.
-        numbers = torch.tensor(slots + bounds + spans).to(arenas[1].k_all.device)
-        self._slots = numbers[: len(slots)]
-        narrow = numbers[len(slots) :].to(torch.int32)
-        self._bounds, self._spans = narrow[: len(bounds)], narrow[len(bounds) :].view(-1, 2, 3)
-        self._max_keys = max((s.home.length + s.past + s.num for s in others), default=0)
-        most = max((s.home.length + s.past + s.num for s in decode), default=0)
-        self._decode = DecodeRows(arenas, self._slots[: len(decode)], self._spans[: len(decode)], most)
+        spans = [[number for s in some for number in spans_of(s, arenas)] for some in (decode, others)]
+        self._slots, self._bounds, *parts = _upload(slots, (bounds, *spans), arenas[1].k_all.device)
+        decode_spans, self._spans = (part.view(-1, 2, 3) for part in parts)
+        self._max_keys, most = (max((s.home.length + s.past + s.num for s in some), default=0) for some in (others, decode))
+        self._decode = DecodeRows(arenas, self._slots[: len(decode)], decode_spans, most)
         self._scored = [_Scored(s, s.first - len(decode)) for s in others if s.capture is not None]
 
     def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +101,7 @@ class KernelBatch:
         if not self._max_rows:
             return self._decode.attend_written(layer, q, scale)
         others, lse = decode_attention(
-            q[num:], _pools(self._arenas, layer), self._spans[num:], cu_rows=self._bounds, max_rows=self._max_rows, scale=scale,
+            q[num:], _pools(self._arenas, layer), self._spans, cu_rows=self._bounds, max_rows=self._max_rows, scale=scale,
             max_keys=self._max_keys, return_lse=True, backend="triton",
         )  # fmt: skip
         for scored in self._scored:
@@ -133,6 +132,14 @@ class _Scored:
         else:
             total = _summed(q[rows], keys, scale, lse[rows]).index_select(0, visual)
         capture.add(layer, total)
+
+
+def _upload(wide: list[int], narrow: Sequence[list[int]], device: torch.device) -> list[Tensor]:
+    """One tensor i64 and several i32, in one copy. Each begins at a multiple of 16 bytes, or Triton compiles kernels anew."""
+    padded = [numbers + [0] * (-len(numbers) % ALIGNED) for numbers in narrow]
+    numbers = torch.tensor(wide + [number for part in padded for number in part]).to(device)
+    parts = numbers[len(wide) :].to(torch.int32).split([len(part) for part in padded])
+    return [numbers[: len(wide)], *(part[: len(given)] for part, given in zip(parts, narrow, strict=True))]
 
 
 def _summed(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:

@@ -59,6 +59,10 @@ class Extent:
         """Keys and values of this extent, two views [length, Hkv, D]."""
         return self.arena.k[layer][self.start : self.stop], self.arena.v[layer][self.start : self.stop]
 
+    def all_rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all layers, two views [L, length, Hkv, D]."""
+        return self.arena.k_all[:, self.start : self.stop], self.arena.v_all[:, self.start : self.stop]
+
     def spans(self) -> list[tuple[Tensor, Tensor]]:
         """Head-major views [1, Hkv, length, D] of keys and values, one pair per layer."""
         return [(k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in map(self.rows, range(self.arena.spec.num_layers))]

@@ -21,6 +21,7 @@ from sparsevila_cluster.kv import Extent, MediaPrefix
 from sparsevila_cluster.request import Turn
 from sparsevila_cluster.retrieval import budget_of
 from sparsevila_cluster.sight import Evidence
+from sparsevila_kernels import kv_pack
 
 
 class TurnRetrieval:
@@ -74,6 +75,12 @@ class TurnRetrieval:
             return self.whole()
         assert self._rows is not None
         whole = self._prefix.extent
+        if self._attention == "triton":
+            source, target = whole.arena, extent.arena
+            slots = torch.arange(extent.start, extent.stop, device=self._rows.device)
+            arenas = (source.k_all, source.v_all, target.k_all, target.v_all)
+            kv_pack(*arenas, self._rows + whole.start, slots, backend="triton")
+            return extent.spans()
         for layer, index in enumerate(self._rows):
             for source_rows, target_rows in zip(whole.rows(layer), extent.rows(layer), strict=True):
                 torch.index_select(source_rows, 0, index, out=target_rows)

@@ -114,9 +114,8 @@ def fill(conversation, value):
 
 
 def content(conversation):
-    layers = range(SPEC.num_layers)
-    rows = conversation.parked or [conversation.extent.rows(layer) for layer in layers]
-    return {float(x) for k, v in rows for x in torch.cat([k[: conversation.length], v[: conversation.length]]).flatten()}
+    rows = conversation.parked or conversation.extent.all_rows()
+    return {float(x) for tensor in rows for x in tensor[:, : conversation.length].flatten()}
 
 
 def enter(store, name):

@@ -249,7 +249,8 @@ class ConversationMachine(RuleBasedStateMachine):
             assert conversation.written == len(values) and conversation.length == self.committed[name]
             assert name not in self.rooms or conversation.extent is self.rooms[name].tail, "a running turn was parked"
             for layer in range(SPEC.num_layers):
-                source = conversation.extent.rows(layer) if conversation.extent else (conversation.parked or [None] * 9)[layer]
+                kept = conversation.extent.all_rows() if conversation.extent else conversation.parked
+                source = None if kept is None else [rows[layer] for rows in kept]
                 for rows in source or ():
                     assert torch.equal(rows[: len(values), 0, 0], want) and torch.equal(rows[: len(values), -1, -1], want)
                 assert source is not None or not values

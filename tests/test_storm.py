@@ -72,8 +72,8 @@ def park_only_what_is_committed(patch):
 
     def park(self, conversation, running=False):
         done = plain(self, conversation, running)
-        for rows in (x for pair in conversation.parked or () for x in pair):
-            rows[conversation.length :] = 0.0
+        for rows in conversation.parked or ():
+            rows[:, conversation.length :] = 0.0
         return done
 
     patch.setattr(ConversationStore, "_park", park)

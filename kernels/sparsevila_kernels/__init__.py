@@ -11,6 +11,8 @@ from .awq_weight import AwqWeight
 from .colreduce import colreduce
 from .decode_attention import decode_attention
 from .int8_matmul import Int8Weight, int8_matmul
+from .kv_pack import kv_dequantize, kv_pack, kv_quantize
+from .small_ops import rms_norm, rope_write, silu_mul
 
 __all__ = [
     "HAS_TRITON",
@@ -23,7 +25,13 @@ __all__ = [
     "dequantize_gemm",
     "from_pack_quantized",
     "int8_matmul",
+    "kv_dequantize",
+    "kv_pack",
+    "kv_quantize",
     "pack",
     "quantize_rtn",
+    "rms_norm",
+    "rope_write",
+    "silu_mul",
     "unpack",
 ]

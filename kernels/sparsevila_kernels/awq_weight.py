@@ -3,9 +3,9 @@
 Knows: AutoAWQ tensors, the two layouts that the codes lie in, and how to get the numbers back. Does not know: how a product is
 computed, or whose weight it is.
 
-    planes   i32 [ceil(K/128) * 16, N]    word 16b + r of a column: nibble i holds k = 128b + 16i + r. A load brings 8 planes of
-                                          16 consecutive k, so a group is some whole planes: its scale is applied to sums, not to
-                                          weights. Neighbouring columns lie side by side.
+    planes   i32 [ceil(K/256) * 32, N]    word 32b + r of a column: nibble i holds k = 256b + 32i + r. One load brings 8 planes of
+                                          32 consecutive k, so that a group is some whole planes and its scale is applied to
+                                          their sum, not to weights. Neighbouring columns lie side by side.
     blocks   u8 [ceil(N/64), K, 32]       what torch's int4 operator for CPUs reads with AVX-512: byte j of a row holds column j
                                           of the block in its low nibble and column j + 32 in its high one
 """
@@ -15,16 +15,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._launch import cdiv
-from .awq_format import TOP_CODE, check_gemm, unpack
+from .awq_format import NIBBLES, TOP_CODE, check_gemm, pack_natural, unpack
 
-PLANES, PLANE_ROWS = 8, 16
+PLANES, PLANE_ROWS = 8, 32
 SPAN = PLANES * PLANE_ROWS  # inputs in the words of one row of planes
 BLOCK = 64  # columns in one block of torch's operator
+Layout = Literal["auto", "planes", "blocks"]
 OPERATOR_GROUPS = (32, 64, 128, 256)  # which torch's operator takes
 
 
@@ -41,8 +43,8 @@ class AwqWeight:
     num_in: int
 
     @classmethod
-    def from_gemm(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> AwqWeight:
-        """From AutoAWQ's tensors (awq_format.py), on their device.
+    def from_gemm(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, layout: Layout = "auto") -> AwqWeight:
+        """From AutoAWQ's tensors (awq_format.py), on their device; "auto" lays them out for it.
 
         Raises:
             ValueError: a dtype or shape that the format does not have, or scales that are not finite.
@@ -50,12 +52,14 @@ class AwqWeight:
         check_gemm(qweight, qzeros, scales)
         if not torch.isfinite(scales).all():
             raise ValueError("scales hold NaN or infinity")
-        return cls.from_codes(unpack(qweight), unpack(qzeros), scales)
+        return cls.from_codes(unpack(qweight), unpack(qzeros), scales, layout)
 
     @classmethod
-    def from_codes(cls, codes: Tensor, zeros: Tensor, scales: Tensor) -> AwqWeight:
+    def from_codes(cls, codes: Tensor, zeros: Tensor, scales: Tensor, layout: Layout = "auto") -> AwqWeight:
         """From codes u8 [K, N], zeros u8 [K/g, N] and scales [K/g, N] that belong together."""
-        lay = _to_blocks if suits_operator(codes.device, len(codes) // len(scales)) else _to_planes
+        if layout == "auto":
+            layout = "blocks" if suits_operator(codes.device, len(codes) // len(scales)) else "planes"
+        lay = _to_blocks if layout == "blocks" else _to_planes
         return cls(lay(codes), zeros.contiguous(), scales.contiguous(), len(codes))
 
     @classmethod
@@ -99,7 +103,7 @@ class AwqWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that the weight holds."""
-        tensors = [self.codes, self.zeros, self.scales, *([self.operator_steps] if self.in_blocks else [])]
+        tensors = (self.codes, self.zeros, self.scales, self.operator_steps if self.in_blocks else self.zero_words)
         return sum(t.nbytes for t in tensors)
 
     def to(self, device: torch.device | str) -> AwqWeight:
@@ -129,6 +133,12 @@ class AwqWeight:
         """W [K, N]: each product rounded once, to `dtype` (float32 holds it exactly for 16-bit scales)."""
         steps = self.unpacked().view(-1, self.group_size, self.num_out).to(torch.int8) - self.zeros.to(torch.int8).unsqueeze(1)
         return (steps * self.scales.float().unsqueeze(1)).view(self.num_in, self.num_out).to(dtype)
+
+    @cached_property
+    def zero_words(self) -> Tensor:
+        """What our kernels read instead of `zeros`, i32 [ceil(K/g/8), N]: nibble i of word w is the zero of group 8w + i."""
+        zeros = torch.nn.functional.pad(self.zeros, (0, 0, 0, -len(self.zeros) % NIBBLES))
+        return pack_natural(zeros.t()).t().contiguous()
 
     @cached_property
     def operator_steps(self) -> Tensor:

@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from .awq_weight import AwqWeight
+from .int8_matmul import Int8Weight
+
 
 def attention_logits(q: Tensor, k: Tensor, scale: float | None, causal: bool) -> Tensor:
     """scale q k^T of one sequence, q [m, Hq, D] and k [n, Hkv, D] -> [Hq, m, n]; -inf where row i cannot see key j > i + n - m."""
@@ -80,3 +83,95 @@ def decode_attention(
         out[rows] = torch.einsum("hmn,nhd->mhd", torch.softmax(logits, -1), v)
         lse[rows] = torch.logsumexp(logits, -1).T
     return (out, lse) if return_lse else out
+
+
+def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x W with W[k, n] = (code - zero) * scale, rounded to `dtype` and multiplied in it -> [M, N] of `dtype`."""
+    group = torch.arange(weight.num_in, device=x.device) // weight.group_size
+    steps = weight.unpacked().double() - weight.zeros.double()[group]
+    product = x.to(dtype) @ (steps * weight.scales.double()[group]).to(dtype)
+    return product if bias is None else product + bias.to(dtype)
+
+
+def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x / smooth rounded per row to 127 steps each way, an integer product, then the scales -> [M, N] fp64.
+
+    The rounded quotients are those of fp32: of a number halfway between two steps, more digits would choose the other.
+    """
+    wide = x.float() if weight.smooth is None else x.float() / weight.smooth
+    scales = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / scales).nan_to_num(0.0).round().clamp(-127, 127).long()
+    product = (codes @ weight.values.long().t()).double() * scales.double() * weight.scales.double()
+    return product if bias is None else product + bias.double()
+
+
+def kv_pack(src_k: Tensor, src_v: Tensor, dst_k: Tensor, dst_v: Tensor, src_rows: Tensor, dst_rows: Tensor) -> None:
+    """dst[l, dst_rows[l, i]] = src[l, src_rows[l, i]], one row after the other, reading from how things were before."""
+    before_k, before_v = src_k.clone(), src_v.clone()
+    for layer in range(len(src_k)):
+        takes, gives = (rows[layer] if rows.dim() == 2 else rows for rows in (src_rows, dst_rows))
+        for take, give in zip(takes.tolist(), gives.tolist(), strict=True):
+            dst_k[layer, give] = before_k[layer, take]
+            dst_v[layer, give] = before_v[layer, take]
+
+
+def kv_quantize(src_k: Tensor, src_v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Values i8 and scales f32 of rows, [L, 2, n, Hkv, D] and [L, 2, n, Hkv]: the nearest of 127 steps each way."""
+    index = rows.expand(len(src_k), -1)
+    wide = torch.stack([torch.stack([s[i] for s, i in zip(part, index, strict=True)]) for part in (src_k, src_v)], 1).float()
+    scales = wide.abs().amax(-1) / 127
+    steps = wide * torch.where(scales > 0, 1 / scales, 0)[..., None]
+    return steps.round().to(torch.int8), scales
+
+
+def kv_dequantize(values: Tensor, scales: Tensor, dst_k: Tensor, dst_v: Tensor, rows: Tensor) -> None:
+    """dst[l, rows[l, i]] = values * scales, rounded to dst's dtype."""
+    wide = values.float() * scales[..., None]
+    for layer, index in enumerate(rows.expand(len(dst_k), -1)):
+        for part, dst in enumerate((dst_k, dst_v)):
+            dst[layer, index] = wide[layer, part].to(dst.dtype)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, dtype: torch.dtype = torch.float64
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight in `dtype`, of the sum with the residual as x's dtype holds it."""
+    total = x if residual is None else x + residual
+    wide = total.to(dtype)
+    normed = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    return normed if residual is None else (normed, total.to(dtype))
+
+
+def rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    qk_norm: Tensor | None,
+    eps: float,
+    k_arena: Tensor,
+    v_arena: Tensor,
+    slots: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Turns the pairs (d, d + D/2) of each query and key head by their angle; sin carries -1 on the first half. In place."""
+    head_dim, num_kv_heads = k_arena.shape[2], k_arena.shape[1]
+    heads = qkv.unflatten(-1, (-1, head_dim)).to(dtype)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    turned = heads[:, : num_heads + num_kv_heads]
+    if qk_norm is not None:
+        turned = rms_norm(turned, qk_norm, eps, dtype=dtype)
+    half = head_dim // 2
+    a, b = turned[..., :half], turned[..., half:]
+    first, second, angle = cos.to(dtype)[..., :half], cos.to(dtype)[..., half:], sin.to(dtype)
+    turned = torch.cat((a * first + b * angle[..., :half], b * second + a * angle[..., half:]), -1)
+    for row, slot in enumerate(slots.tolist()):
+        k_arena[slot] = turned[row, num_heads:].to(k_arena.dtype)
+        v_arena[slot] = heads[row, num_heads + num_kv_heads :].to(v_arena.dtype)
+    return turned[:, :num_heads]
+
+
+def silu_mul(gate_up: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """gate / (1 + e^-gate) * up in `dtype`."""
+    gate, up = gate_up.to(dtype).chunk(2, -1)
+    return gate / (1 + torch.exp(-gate)) * up

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,10 @@ def read_config(files: Checkpoint) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    data = {key: value for key, value in files.config.items() if key != "quantization_config"}
-    if isinstance(data.get("text_config"), dict):
-        data["text_config"] = {key: value for key, value in data["text_config"].items() if key != "quantization_config"}
+    data = deepcopy(files.config)  # transformers writes into what it is given
+    for part in (data, data.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
     try:
         return CONFIG_MAPPING[data["model_type"]].from_dict(data)
     except Exception as error:  # strict config classes raise validation errors of several libraries

@@ -179,7 +179,7 @@ def open_original(directory: str | Path, device: str | torch.device = "auto", wi
 
 
 def open_copy(directory: str | Path, device: str | torch.device = "auto", with_media: bool = True) -> Model | TextModel:
-    """Load what was made of an original, or it itself, in float32, as transformers modules; its text model alone, without `with_media`.
+    """Load an original, or what was made of it, in float32, as transformers modules. Without `with_media`: its text model alone.
 
     Raises:
         BadCheckpoint: as `load_model`.

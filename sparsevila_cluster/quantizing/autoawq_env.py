@@ -142,7 +142,7 @@ def run_process(command: Sequence[str], within_s: float, what: str, report: Repo
     # Our own packages must not be found by another environment's interpreter.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
     said: deque[str] = deque(maxlen=_SHOWN_LINES)
     reader = threading.Thread(target=_follow, args=(process, said, report), daemon=True)

@@ -8,7 +8,9 @@ Knows: AutoAWQ 0.2.9, and what of it breaks without a GPU. Does not know: anythi
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from typing import Any
 
 
@@ -20,7 +22,19 @@ class NoProcessor:
         return None
 
 
+def end_with_parent() -> None:
+    """Whoever started this holds the other end of stdin: when it is gone, however it went, so is this."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock a waiting reader would hold when the interpreter ends
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(path: str) -> None:
+    end_with_parent()
     with open(path, encoding="utf-8") as file:
         request = json.load(file)
     import torch

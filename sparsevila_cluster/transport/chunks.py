@@ -12,12 +12,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 from sparsevila_cluster.kv import Extent
 from sparsevila_cluster.wire import Chunk, Manifest
+from sparsevila_kernels import kv_dequantize, kv_quantize
 
 LANE_WORDS = 64  # words of 64 bits that are added up before a weight tells where they stand
 ODD = 0x9E3779B97F4A7C15 - 2**64  # as a signed number
@@ -65,7 +67,7 @@ class Cargo:
     def _gather(self, chunk: Chunk) -> list[Tensor]:
         parts = self._parts(chunk)
         if self.manifest.quantization == "int8":
-            tensors = [_quantize(parts)]
+            tensors = [self._quantized(chunk)]
         elif self.is_straight(chunk):
             tensors = [_bytes_of(part) for part in parts]
         else:
@@ -82,7 +84,8 @@ class Cargo:
         """Bring what landed in `berths` to the arena, as far as it is not there."""
         parts = self._parts(chunk)
         if self.manifest.quantization == "int8":
-            _dequantize(landed[0].to(parts[0].device), parts)
+            values, scales = self._int8_in(landed[0].to(parts[0].device), chunk)
+            kv_dequantize(values, scales, *self._layers(chunk), self._rows(chunk))
         elif not self.is_straight(chunk):
             split = landed[0].split(landed[0].numel() // len(parts))
             for part, new in zip(parts, split, strict=True):
@@ -94,6 +97,31 @@ class Cargo:
         if self._stream is not None:
             torch.cuda.current_stream(parts[0].device).synchronize()
 
+    def _quantized(self, chunk: Chunk) -> Tensor:
+        """The chunk as f32 scales [layers, 2, n, H] and int8 values [layers, 2, n, H, D], in one buffer on the arena's device."""
+        layers = self._layers(chunk)
+        buffer = torch.empty(self.sizes(chunk)[0], dtype=torch.uint8, device=layers[0].device)
+        kv_quantize(*layers, self._rows(chunk), out=self._int8_in(buffer, chunk))
+        return buffer
+
+    def _int8_in(self, buffer: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Values and scales as views of a buffer."""
+        spec = self.manifest.spec
+        shape = (chunk.num_layers, 2, chunk.num_rows, spec.num_kv_heads)
+        scales_bytes = 4 * prod(shape)
+        scales, values = buffer[:scales_bytes].view(torch.float32), buffer[scales_bytes:].view(torch.int8)
+        return values.view(*shape, spec.head_dim), scales.view(shape)
+
+    def _layers(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Keys and values of the chunk's layers, [layers, slots, H, D]: the whole arena's rows."""
+        arena, layers = self.extent.arena, slice(chunk.first_layer, chunk.stop_layer)
+        return arena.k_all[layers], arena.v_all[layers]
+
+    def _rows(self, chunk: Chunk) -> Tensor:
+        """Slots of the chunk's rows, i64."""
+        start = self.extent.start
+        return torch.arange(start + chunk.start, start + chunk.stop, device=self.extent.arena.k_all.device)
+
     def _parts(self, chunk: Chunk) -> list[Tensor]:
         arena, start = self.extent.arena, self.extent.start
         rows = slice(start + chunk.start, start + chunk.stop)
@@ -103,24 +131,6 @@ class Cargo:
 
 def _bytes_of(part: Tensor) -> Tensor:
     return part.view(-1).view(torch.uint8)
-
-
-def _quantize(parts: Sequence[Tensor]) -> Tensor:
-    """Parts [n, H, D] as f32 scales [p, n, H] and int8 [p, n, H, D], in one buffer. Error of a value: at most scale / 2."""
-    rows = torch.stack(list(parts)).float()
-    scales = rows.abs().amax(-1) / 127
-    inverse = torch.where(scales > 0, 1 / scales, 0)
-    values = (rows * inverse[..., None]).round_().clamp_(-127, 127).to(torch.int8)
-    return torch.cat([scales.view(-1).view(torch.uint8), values.view(-1).view(torch.uint8)])
-
-
-def _dequantize(buffer: Tensor, parts: Sequence[Tensor]) -> None:
-    shape = (len(parts), *parts[0].shape)
-    num = shape[0] * shape[1] * shape[2]
-    scales = buffer[: num * 4].view(torch.float32).view(*shape[:3], 1)
-    values = buffer[num * 4 :].view(torch.int8).view(shape)
-    for part, one, scale in zip(parts, values, scales, strict=True):
-        part.copy_(one.float() * scale)
 
 
 class Checksum:

@@ -98,9 +98,7 @@ def test_a_sequences_bits_do_not_depend_on_its_neighbours(place):
     lengths = (300, 99, 401)
     bounds = {"cu_rows": offsets(4, 4, 4, device=place.device), "cu_keys": offsets(*lengths, device=place.device)}
     together = colreduce(q, k, causal=True, backend=place.backend, **bounds).split(lengths, 1)
-    alone = [
-        colreduce(a, b, causal=True, backend=place.backend) for a, b in zip(q.split(4), k.split(lengths), strict=True)
-    ]
+    alone = [colreduce(a, b, causal=True, backend=place.backend) for a, b in zip(q.split(4), k.split(lengths), strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 

@@ -80,9 +80,7 @@ def test_a_sequences_bits_do_not_depend_on_the_batch(place):
     together = decode_attention(q, pools, bounds, backend=place.backend, return_lse=True, **how)
     for b, both in enumerate(spans):
         own = sum(num for _, _, num in both)
-        alone = decode_attention(
-            q[b : b + 1], pools, bounds[b : b + 1], backend=place.backend, return_lse=True, max_keys=own
-        )
+        alone = decode_attention(q[b : b + 1], pools, bounds[b : b + 1], backend=place.backend, return_lse=True, max_keys=own)
         assert all(torch.equal(x[b], y[0]) for x, y in zip(together, alone, strict=True))
 
 

@@ -70,6 +70,16 @@ def test_rows_that_are_no_block_of_memory():
     torch.testing.assert_close(AwqLinear(packed, None)(x), x @ weight.t(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_columns_of_a_wider_tensor_are_multiplied_too(num_rows):
+    """As attention may return them; bfloat16 takes another way than float32."""
+    packed, weight = drawn(24)
+    matrix = AwqMatrix(packed)
+    x = torch.randn(num_rows, 3 * NUM_IN).bfloat16()[:, NUM_IN : 2 * NUM_IN]
+    expected = x.float() @ weight.t()
+    assert (matrix.mm(x).float() - expected).norm() < 0.01 * expected.norm()
+
+
 def test_weight_bytes_count_every_form_and_shared_tensors_once():
     packed, weight = drawn(24)
     eight = Int8Weight.of(weight)

@@ -1,12 +1,16 @@
 """Quantised checkpoints of every family, way of naming, form and way to run: the same logits as their plain twins."""
 
+import gc
+
 import pytest
 import torch
 
 from sparsevila_cluster.models import DECODE_PARTS, PREFILL_PARTS, load_model
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.linear import AwqLinear, AwqMatrix, DenseMatrix
 from sparsevila_cluster.models.placement import runs_as_stored
 from sparsevila_cluster.models.text_only import load_text
+from sparsevila_kernels import AwqWeight
 from tests import tiny
 from tests.families import FAMILIES
 from tests.models.quantised_files import (
@@ -88,7 +92,8 @@ def test_auto_keeps_four_bits_and_none_does_not(awq):
     num_weights = sum(t.numel() for name, t in weights_of(awq[1]).items() if in_layers(name))
     others = plain.weight_bytes - 2 * num_weights
     assert 0.5 * num_weights < stored.weight_bytes - others < 1.2 * num_weights
-    assert stored.fingerprint == plain.fingerprint and stored.spec == plain.spec, "one model: their KV may meet"
+    assert stored.fingerprint == plain.fingerprint == Checkpoint.open(awq[0]).fingerprint()
+    assert stored.spec == plain.spec, "one model: their KV may meet"
 
 
 @pytest.mark.skipif(not FAST_CPU, reason="only a CPU with AVX-512 runs 4 bits as they are stored")
@@ -174,6 +179,26 @@ def test_one_group_for_all_inputs(tmp_path):
     whole = rewrite(directory, tmp_path / "whole", weights_of(directory), {**config_of(directory), "group_size": -1})
     got, expected = (logits_of(load_model(d, device="cpu", dtype="float32")) for d in (whole, directory))
     assert torch.equal(got, expected)
+
+
+def test_groups_that_no_fast_product_of_a_cpu_takes_become_plain(tmp_path):
+    directory = as_awq(tiny.make_qwen2_5_vl(tmp_path / "fp"), tmp_path / "awq", group=16)
+    model, plain = (load_model(directory, device="cpu", dtype="bfloat16", quantization=form) for form in ("auto", "none"))
+    assert {type(layer.down) for layer in model.text._layers} == {DenseMatrix} and model.weight_bytes == plain.weight_bytes
+    assert torch.equal(logits_of(model), logits_of(plain))
+
+
+@pytest.mark.skipif(not FAST_CPU, reason="only a CPU with AVX-512 runs 4 bits as they are stored")
+def test_weights_are_held_once(awq):
+    """What was read for q, k and v is gone when the fused matrix stands."""
+
+    def held():
+        gc.collect()
+        return sum(type(one) is AwqWeight for one in gc.get_objects())
+
+    before = held()
+    model = load_model(awq[0], device="cpu")
+    assert held() - before == 4 * len(model.text._layers)
 
 
 TEXT = {

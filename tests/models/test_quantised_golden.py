@@ -24,8 +24,9 @@ IDS = torch.arange(60) * 37 % 250
 
 
 def text_logits(model, ids):
+    positions = torch.arange(len(ids), device=ids.device)[None]
     with torch.inference_mode():
-        return model.text.logits(model.text.forward(model.text.embed(ids), torch.arange(len(ids))[None], CausalBatch()))
+        return model.text.logits(model.text.forward(model.text.embed(ids), positions, CausalBatch()))
 
 
 def stock_logits(directory, ids):
@@ -71,6 +72,20 @@ def test_one_layer_means_what_the_original_meant(tmp_path, backend, dtype, toler
     got = text_logits(model, ids)
     assert far(got, expected["original_logits"]) < 0.1
     assert far(got, stock_logits(plain_twin(DATA / "qwen2_one_layer", tmp_path / "twin"), ids)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["lean", "hf"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_one_layer_on_a_gpu(tmp_path, backend, dtype):
+    ids = load_file(DATA / "expected.safetensors")["ids"]
+    model = load_text(DATA / "qwen2_one_layer", device="cuda", dtype=dtype, text_backend=backend)
+    plain = load_text(DATA / "qwen2_one_layer", device="cuda", dtype=dtype, text_backend=backend, quantization="none")
+    assert model.weight_bytes < plain.weight_bytes
+    expected = stock_logits(plain_twin(DATA / "qwen2_one_layer", tmp_path / "twin"), ids)
+    for one in (model, plain):
+        assert far(text_logits(one, ids.cuda()).cpu(), expected) < 0.02
 
 
 @needs_golden

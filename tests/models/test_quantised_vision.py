@@ -34,6 +34,27 @@ def test_every_tower_is_near_its_original(tmp_path, name, smooth):
     assert far(embeds_of(model), expected) < 0.04 + far(embeds_of(plain), expected)
     if FAST_CPU:
         assert model.weight_bytes < plain.weight_bytes
+        assert any(isinstance(module, Int8Linear) for module in every_module(model.family))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_tower_on_a_gpu(tmp_path, name):
+    source = FAMILIES[name].make(tmp_path / "fp")
+    expected = embeds_of(load_model(source, PREFILL_PARTS, device="cpu"))
+    directory = as_w8a8(source, tmp_path / "w8a8")
+    plain, model = (load_model(d, PREFILL_PARTS, device="cuda", dtype="bfloat16", attention="torch") for d in (source, directory))
+    assert any(isinstance(module, Int8Linear) for module in every_module(model.family))
+    assert far(embeds_of(model).cpu(), expected) < 0.04 + far(embeds_of(plain).cpu(), expected)
+
+
+def every_module(family):
+    """Modules of a tower, whatever a family keeps of it."""
+    kept = [value for value in vars(family).values() if isinstance(value, torch.nn.Module)]
+    layers = getattr(getattr(family, "_tower", None), "layers", [])
+    kept += [getattr(layer, "func", layer) for layer in layers]
+    return [module for one in kept for module in one.modules()]
 
 
 @pytest.mark.skipif(not FAST_CPU, reason="only a CPU with AVX-512 runs 8 bits as they are stored")

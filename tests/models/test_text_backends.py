@@ -26,7 +26,7 @@ class CausalBatch:
         self.write(layer, k, v)
         self.calls[-1] = ("attend", layer)
         num, past = len(q), len(self.k[layer]) - len(q)
-        mask = torch.arange(past + num) <= past + torch.arange(num)[:, None]
+        mask = torch.arange(past + num, device=q.device) <= past + torch.arange(num, device=q.device)[:, None]
         q, k, v = (t.transpose(0, 1)[None] for t in (q, self.k[layer], self.v[layer]))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)
