@@ -32,8 +32,6 @@ def make(spans, heads, dim, dtype, rows=None, device="cpu"):
 def check(place, q, pools, spans, how):
     found = decode_attention(q, pools, spans, return_lse=True, backend=place.backend, **how)
     assert found[0].dtype == q.dtype and found[1].dtype == F32
-    again = decode_attention(q, pools, spans, backend=place.backend, **how)
-    assert torch.equal(again, found[0]), "the same call gave other bits"
     exact = reference.decode_attention(q, pools, spans, return_lse=True, **how)
     plain = reference.decode_attention(q, pools, spans, return_lse=True, dtype=q.dtype, **how)
     assert_as_exact_as_torch(found[:1], exact[:1], plain[:1], {"out": RATIOS[q.dtype]["out"]}, dtype=q.dtype)
@@ -51,7 +49,7 @@ MIXED = [
     [(1, 50, 97), (1, 150, 0)],
     [(1, 1, 0), (1, 2, 1)],
 ]
-SHAPES = [((1, 1), 64, F32), ((4, 4), 80, BF16), ((8, 2), 96, F16), ((7, 1), 128, BF16), ((8, 1), 64, F16), ((14, 2), 16, F32)]
+SHAPES = [((1, 1), 64, F32), ((2, 2), 80, BF16), ((4, 1), 96, F16), ((7, 1), 128, BF16), ((8, 1), 64, F16), ((14, 2), 16, F32)]
 
 
 @pytest.mark.parametrize(("heads", "dim", "dtype"), SHAPES)
@@ -59,11 +57,17 @@ def test_one_row_each(place, heads, dim, dtype):
     check(place, *make(MIXED, heads, dim, dtype, device=place.device))
 
 
-@pytest.mark.parametrize(("heads", "dim", "dtype"), [((7, 1), 64, BF16), ((4, 4), 80, F32), ((8, 2), 128, F16)])
+@pytest.mark.parametrize(("heads", "dim", "dtype"), [((7, 1), 64, BF16), ((2, 2), 80, F32), ((8, 1), 128, F16)])
 def test_several_rows_see_up_to_themselves(place, heads, dim, dtype):
     split = [(0, 0, 245), (1, 0, 17)]  # the first rows see nothing of the second split
     spans = [split, [(0, 400, 0), (1, 100, 7)], [(1, 200, 70), (0, 500, 6)], [(0, 600, 30), (0, 700, 5)]]
     check(place, *make(spans, heads, dim, dtype, rows=(11, 4, 1, 0), device=place.device))
+
+
+def test_twice_the_same_bits_with_and_without_the_log_sum_exp(place):
+    q, pools, spans, how = make([LONG, MIXED[1]], (4, 2), 64, BF16, device=place.device)
+    first, _ = decode_attention(q, pools, spans, return_lse=True, backend=place.backend, **how)
+    assert torch.equal(decode_attention(q, pools, spans, backend=place.backend, **how), first)
 
 
 def test_a_late_key_changes_no_earlier_row(place):
@@ -76,7 +80,7 @@ def test_a_late_key_changes_no_earlier_row(place):
 
 def test_a_sequences_bits_do_not_depend_on_the_batch(place):
     spans = [LONG, *MIXED]
-    q, pools, bounds, how = make(spans, (14, 2), 64, BF16, device=place.device)
+    q, pools, bounds, how = make(spans, (7, 1), 64, BF16, device=place.device)
     together = decode_attention(q, pools, bounds, backend=place.backend, return_lse=True, **how)
     for b, both in enumerate(spans):
         own = sum(num for _, _, num in both)
