@@ -10,13 +10,14 @@ from sparsevila_cluster.config import build_config
 from sparsevila_cluster.decode_graph import DecodeSteps, bucket_sizes
 from sparsevila_cluster.kernel_batch import KernelBatch
 from sparsevila_cluster.kv import Arena
-from sparsevila_cluster.models import load_model
+from sparsevila_cluster.models import lean_kernels, load_model
 from sparsevila_cluster.step_batch import Segment
 from sparsevila_cluster.text_pass import TextPass, can_repeat
 from tests.tiny import make_qwen2_5_vl
 
 # (pool of the body, its rows, rows of the tail before this one)
 TURNS = [(0, 40, 3), (1, 9, 0), (1, 1, 17), (0, 40, 1), (1, 12, 6)]
+MOST = 4
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +70,17 @@ def test_buckets_cover_every_batch():
         assert all(b <= 2 * a for a, b in zip(sizes, sizes[1:], strict=False))
 
 
-@pytest.mark.parametrize("num", [1, 2, 3, 5])
+@pytest.mark.parametrize("num", [1, 2, 3])
 def test_it_does_what_a_step_made_anew_does(num, model):
     """To the bit where the bucket is not larger than the step: a product of more rows may be summed in another order."""
     repeated, anew = arenas_of(model.spec), arenas_of(model.spec)
-    steps = DecodeSteps(model, repeated, 5, capture=False)
+    steps = DecodeSteps(model, repeated, MOST, capture=False)
     rows, other_rows = segments_in(repeated, TURNS[:num]), segments_in(anew, TURNS[:num])
-    for _ in range(3):
+    for _ in range(2):
         assert steps.takes(rows[2])
         logits, likeliest = steps.step(*rows)
         want = made_anew(model, anew, *other_rows)
-        atol = 0.0 if num in bucket_sizes(5) else 1e-4
+        atol = 0.0 if num in bucket_sizes(MOST) else 1e-4
         torch.testing.assert_close(logits, want, atol=atol, rtol=0)
         assert likeliest.tolist() == logits.argmax(-1).tolist() == want.argmax(-1).tolist()
         for one, other in zip(kv_of(repeated), kv_of(anew), strict=True):
@@ -136,7 +137,18 @@ class Watching(TorchDispatchMode):
 @pytest.fixture
 def shapes(monkeypatch):
     """Kernels know addresses only: what they give has the shapes of their results, and torch sees nothing of how."""
+
+    def normed(x, weight, eps, residual=None, backend="auto"):
+        return torch.zeros_like(x) if residual is None else (torch.zeros_like(x), torch.zeros_like(x))
+
+    def turned(qkv, cos, sin, qk_norm, eps, k_arena, *args, **kwargs):
+        num_rows, (_, num_kv_heads, head_dim) = len(qkv), k_arena.shape
+        return qkv.new_zeros(num_rows, qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+
     monkeypatch.setattr(kernel_batch, "decode_attention", lambda q, *args, **kwargs: torch.zeros_like(q))
+    monkeypatch.setattr(lean_kernels, "rms_norm", normed)
+    monkeypatch.setattr(lean_kernels, "rope_write", turned)
+    monkeypatch.setattr(lean_kernels, "silu_mul", lambda x, **kwargs: x.new_zeros(len(x), x.shape[1] // 2))
 
 
 def test_every_step_is_the_same_operations(model, shapes):

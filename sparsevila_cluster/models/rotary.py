@@ -43,7 +43,7 @@ class Rotary:
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions i64 [R, T] -> cos, sin [T, 1, head_dim] in `dtype`; angles are computed in float32."""
-        at = positions[0][:, None] if self._rows is None else positions.index_select(0, self._rows).t()
+        at = positions[0][:, None] if self._rows is None else positions.t().index_select(1, self._rows)
         angle = at * self._inv_freq
         cos, sin = angle.cos(), angle.sin() * self._sign
         if self._scaling != 1.0:

@@ -15,6 +15,7 @@ from sparsevila_cluster.kv import KVSpec
 from sparsevila_cluster.models import hf, lean
 from sparsevila_cluster.models.adapter import Part, TextBackend
 from sparsevila_cluster.models.computing import Kernels
+from sparsevila_cluster.models.lean_kernels import KernelDecoder
 from sparsevila_cluster.models.weights import language_model_of
 
 BACKENDS = ("auto", "lean", "hf")
@@ -64,7 +65,8 @@ def build_text(
         text_backend = "hf" if lean.unsupported(config) else "lean"
     text: lean.LeanDecoder | hf.HFDecoder
     if text_backend == "lean":
-        text = lean.LeanDecoder.from_modules(config, spec, language_model)
+        decoder = KernelDecoder if kernels == "triton" else lean.LeanDecoder
+        text = decoder.from_modules(config, spec, language_model)
     else:
         text = hf.HFDecoder(config, spec, language_model)
     text.embed_weight = embed.weight if "embed" in parts else None
