@@ -28,7 +28,7 @@ class Work:
 
 @dataclass(frozen=True)
 class TextShape:
-    """Sizes of a text decoder; `width` is bytes per number."""
+    """Sizes of a text decoder; `width` is bytes per number, `matrix_width` per weight of the layers' matrices; 0: the same."""
 
     num_layers: int
     hidden: int
@@ -38,14 +38,15 @@ class TextShape:
     intermediate: int
     vocab: int
     width: int = 4
+    matrix_width: float = 0.0
 
     @classmethod
-    def of(cls, config: Any, width: int = 4) -> TextShape:
+    def of(cls, config: Any, width: int = 4, matrix_width: float = 0.0) -> TextShape:
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.num_key_value_heads, head_dim,
-            text.intermediate_size, text.vocab_size, width,
+            text.intermediate_size, text.vocab_size, width, matrix_width,
         )  # fmt: skip
 
     @property
@@ -67,6 +68,10 @@ class TextShape:
         """Keys and values of one token in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.width
 
+    def _weight_bytes(self, in_layers: float, outside: float = 0.0) -> float:
+        """Of so many weights in the layers' matrices, and so many in the head."""
+        return in_layers * (self.matrix_width or self.width) + outside * self.width
+
     def _attention_flop(self, pairs: float, num_layers: int) -> float:
         """`pairs`: how many (row, key) pairs meet."""
         return 4.0 * self.num_heads * self.head_dim * pairs * num_layers
@@ -76,20 +81,20 @@ class TextShape:
         whole = self.num_layers - 1
         weights = whole * self.layer_weights + self.kv_weights
         flop = 2.0 * num_tokens * weights + self._attention_flop(num_tokens * (num_tokens + 1) / 2, whole)
-        return Work(flop, weights * self.width + num_tokens * self.kv_row_bytes)
+        return Work(flop, self._weight_bytes(weights) + num_tokens * self.kv_row_bytes)
 
     def question(self, num_rows: int, num_past: int) -> Work:
         """Rows of one question over `num_past` keys, and the logits of the last."""
         weights, head = self.num_layers * self.layer_weights, self.vocab * self.hidden
         pairs = num_rows * num_past + num_rows * (num_rows + 1) / 2
         flop = 2.0 * num_rows * weights + 2.0 * head + self._attention_flop(pairs, self.num_layers)
-        return Work(flop, (weights + head) * self.width + (num_past + num_rows) * self.kv_row_bytes)
+        return Work(flop, self._weight_bytes(weights, head) + (num_past + num_rows) * self.kv_row_bytes)
 
     def step(self, batch: int, num_keys: int) -> Work:
         """One token for each of `batch` turns, each over `num_keys` keys of its own."""
-        weights = self.num_layers * self.layer_weights + self.vocab * self.hidden
-        flop = 2.0 * batch * weights + self._attention_flop(batch * num_keys, self.num_layers)
-        return Work(flop, weights * self.width + batch * num_keys * self.kv_row_bytes)
+        weights, head = self.num_layers * self.layer_weights, self.vocab * self.hidden
+        flop = 2.0 * batch * (weights + head) + self._attention_flop(batch * num_keys, self.num_layers)
+        return Work(flop, self._weight_bytes(weights, head) + batch * num_keys * self.kv_row_bytes)
 
 
 def encode_work(config: Any, grid: tuple[int, int, int], width: int = 4) -> Work:
@@ -111,6 +116,11 @@ def encode_work(config: Any, grid: tuple[int, int, int], width: int = 4) -> Work
     weights = patch_weights + v.depth * layer_weights + merger_weights
     moved = weights * width + num_patches * patch_weights // v.hidden_size * (1 + width) + num_tokens * v.out_hidden_size * width
     return Work(flop + 4.0 * v.hidden_size * pairs, moved)
+
+
+def four_bit_width(group_size: int) -> float:
+    """Bytes of a weight in AutoAWQ's 4 bits, with its share of a group's zero (4 bits) and scale (16)."""
+    return 0.5 + 2.5 / group_size
 
 
 def _cuts(length: int, side: int) -> list[int]:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks import machine
 from benchmarks.bounds import encode_work
 from benchmarks.hf_peer import Peer
 from benchmarks.ledger import Ledger
 from benchmarks.stopwatch import Patience, Times, in_turns
-from benchmarks.subject import QUESTION, VARIANTS, Life, Stand, endless, time_round
+from benchmarks.subject import QUESTION, VARIANTS, Life, Stand, endless, settle, time_round
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import Model
 from sparsevila_cluster.models.qwen_vl import GridInputs
@@ -46,10 +48,20 @@ class Contest:
     def __init__(self, ledger: Ledger, tell: Callable[[str], None], say: Callable[[str], None]):
         self.ledger, self.tell, self.say = ledger, tell, say
 
-    def measure(self, name: str, directory: Path, model: Model, media: Sequence[Media], plan: Plan, hf_batches: tuple[int, ...]):
-        """Everything about one model. `hf_batches`: batch sizes in which `generate` is asked for steps."""
+    def measure(
+        self,
+        name: str,
+        directory: Path | None,
+        model: Model,
+        media: Sequence[Media],
+        plan: Plan,
+        hf_batches: tuple[int, ...] = (),
+        matrix_width: float = 0.0,
+    ) -> None:
+        """Everything about one model. directory: of its checkpoint, for `generate`; None leaves that out. `hf_batches`: batch sizes
+        in which `generate` is asked for steps. matrix_width: see `Stand`."""
         self.say(f"{name}: loading")
-        peer = Peer(directory, model)
+        peer = None if directory is None else Peer(directory, model)
         with endless(model):
             for video in media:
                 frames = len(video.frames)
@@ -58,7 +70,7 @@ class Contest:
                 with_peer = peer if frames <= plan.hf_frames else None
                 room = self._room(model, video, plan)
                 num = 1 + max(room, default=0)
-                stands = {variant: Stand(model, variant, rows, num) for variant, rows in self._rows(model, video)}
+                stands = {variant: Stand(model, variant, rows, num, matrix_width) for variant, rows in self._rows(model, video)}
                 lives = self._lives(name, stands, video, plan, with_peer)
                 for batch in room:
                     self._steps(name, stands, lives, video, batch, plan, with_peer if batch in hf_batches else None)
@@ -74,7 +86,9 @@ class Contest:
     def _room(self, model: Model, video: Media, plan: Plan) -> tuple[int, ...]:
         """The batch sizes whose prefixes fit into half of the free memory."""
         one = sum(rows for _, rows in self._rows(model, video)) * model.spec.bytes_per_token
-        fits = tuple(batch for batch in plan.batches if (1 + batch) * one < machine.free_bytes() / 2)
+        free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else machine.free_bytes()
+        # As much again for turns as for prefixes, and some to spare.
+        fits = tuple(batch for batch in plan.batches if (1 + batch) * one < free / 2.5)
         if fits != plan.batches:
             self.tell(f"{len(video.frames)} frames: too little memory for all batches; measured: {fits}")
         return fits
@@ -85,10 +99,15 @@ class Contest:
         self.say(f"{name}, {frames} frames: encode")
         inputs = family.patchify(video)
         assert isinstance(inputs, GridInputs), "the mid-size and the demo model are of the Qwen-VL kind"
+
+        def encode(capture: bool) -> None:
+            family.encode([inputs], capture=capture)
+            settle(model.device)
+
         works = {
             "patchify": lambda: family.patchify(video),
-            "plain": lambda: family.encode([inputs], capture=False),
-            "with salience": lambda: family.encode([inputs], capture=True),
+            "plain": lambda: encode(False),
+            "with salience": lambda: encode(True),
         }
         times = in_turns(works, plan.encodes)
         work = encode_work(model.config, inputs.grid, model.spec.dtype.itemsize)
@@ -146,7 +165,8 @@ class Contest:
 
     def _memory(self, name: str, frames: int, stands: dict[str, Stand], lives: dict[str, Life]) -> None:
         for variant, life in lives.items():
-            row_bytes = stands[variant].model.spec.bytes_per_token
+            row_bytes, device = stands[variant].model.spec.bytes_per_token, stands[variant].model.device
+            on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
             self.ledger.rows.append(
                 {
                     "model": name,
@@ -159,6 +179,7 @@ class Contest:
                     "prefix_bytes": life.prefix.kv_bytes,
                     "attended_bytes": (life.prefix.length - life.prefix.num_kept + life.usage.visual_tokens_retrieved) * row_bytes,
                     "peak_rss_bytes": machine.peak_rss_bytes(),
+                    **on_device,
                 }
             )
 

@@ -6,6 +6,7 @@ Knows: which models are measured, on which videos, and which figures come of it.
     demo model, one of its own videos                   steps: batches of 1, 4 and 8 conversations, each on a prefix of its own
     mid-size, 512 frames from a file                    memory: the most that a process of its own held (`benchmarks.longvideo`)
     two films of ten minutes (`benchmarks.seeking`)     64 frames of each, by decoding every frame and by seeking
+    random text model of 0.9 B (`benchmarks.w4`)        steps on bfloat16 weights and on the same in 4 bits, where there is AVX-512
 
 Variants take turns within a round; a time is the median over rounds, a figure the ratio of two medians. `hf` is given the pixels
 that our preprocessing makes, and its end to end includes that. `dense` is this package with everything kept, so that dense/sparse
@@ -24,10 +25,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import longvideo, machine, seeking
+from benchmarks import longvideo, machine, seeking, w4
 from benchmarks.bounds import TextShape
 from benchmarks.contest import Contest, Plan
-from benchmarks.ledger import HEAD, Ledger, percent
+from benchmarks.ledger import Ledger, show
 from benchmarks.midsize import Recipe, default_cache, make_checkpoint, make_media
 from benchmarks.report import Report, progress
 from benchmarks.stopwatch import Patience
@@ -38,6 +39,7 @@ from sparsevila_cluster.models import load_model
 from sparsevila_cluster.request import MediaSource
 
 MID, DEMO = "mid-size", "demo"
+W4_TOY_GROUP = 32
 
 
 QUICK = Plan(
@@ -71,23 +73,9 @@ def figures(ledger: Ledger, demo_frames: int | None, by: str = "ms") -> dict[str
         "salience_share_of_encode": salience["salience_share"] if salience else None,
         "turn2_ttft_share_of_cold": ratio(MID, 64, "first token, turn 2", "sparse", "sparse", under_stage="first token, cold"),
         **seeking.figures(ledger, by),
+        **w4.figure(ledger, by),
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def show(report: Report, ledger: Ledger, name: str) -> None:
-    report.show_table(f"{name}: times (medians; bounds in ms, and their share of the time)", HEAD, ledger.table(name))
-    mine = [row for row in ledger.rows if row["model"] == name]
-    encodes = [row for row in mine if row["stage"] in ("encode", "patchify")]
-    shares = ("share_of_bound", "salience_share")
-    body = [[r["frames"], r["stage"], r["variant"], r["ms"], *(percent(r.get(share)) for share in shares)] for r in encodes]
-    if body:
-        report.show_table(f"{name}: encode", ("frames", "stage", "variant", "ms", "bound of it", "salience of it"), body)
-    memory = [row for row in mine if row["stage"] == "memory"]
-    names = ("frames", "variant", "visual_tokens", "kept", "retrieved")
-    body = [[*(r[n] for n in names), r["prefix_bytes"] / 1e6, r["attended_bytes"] / 1e6, r["peak_rss_bytes"] / 1e9] for r in memory]
-    head = ("frames", "variant", "visual tokens", "kept", "retrieved", "prefix MB", "attended MB", "peak RSS GB so far")
-    report.show_table(f"{name}: memory", head, body)
 
 
 def demo_media() -> Media:
@@ -147,6 +135,10 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
         else:
             report.say(f"{DEMO}: no checkpoint at {directory}")
         seeking.measure(ledger, options.cache, seeking.TOY if toy else seeking.FILMS, plan.lives, say)
+        if w4.usable():
+            w4.measure(ledger, say, *((recipe, W4_TOY_GROUP, 1) if toy else ()))
+        else:
+            report.say(f"{w4.NAME}: no AVX-512 here, so that no int4 matmul is fast; not measured")
         say("ceilings of this machine, again")
         ceilings |= machine.measure_ceilings()
     report.machine |= asdict(ceilings)
@@ -155,6 +147,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
     for name in (MID, DEMO) if demo_frames else (MID,):
         show(report, ledger, name)
     seeking.show(report, ledger)
+    w4.show(report, ledger)
     if long_rows:
         report.show_table(longvideo.TITLE, longvideo.HEAD, longvideo.table(long_rows))
     report.rows = ledger.rows + long_rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -47,8 +48,10 @@ def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfi
     """The far process: obeys (what, argument) until None."""
     torch.set_num_threads(1)
     dock = Dock("far", Berth(spec, num_slots), spec, config)
-    groups: list[Any] = []
-    door = Door(HOST, "raw", WAIT_S, lambda hello, store: groups.append(build_group(store, 0, HOST, WAIT_S)))
+    # The near side may have its end of the group, and ask, before the door's thread has handed ours over.
+    made: SimpleQueue[Any] = SimpleQueue()
+    door = Door(HOST, "raw", WAIT_S, lambda hello, store: made.put(build_group(store, 0, HOST, WAIT_S)))
+    group: Any = None
     target = torch.zeros(num_slots * spec.bytes_per_token, dtype=torch.uint8)
     pipe.send((dock.address, door.port))
     while (order := pipe.recv()) is not None:
@@ -57,10 +60,11 @@ def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfi
             dock.expect(given, "k", WAIT_S)
             pipe.send(True)
         elif what == "receive":
-            work = groups[0].recv([target[:given]], 1, 1)
+            group = made.get(timeout=WAIT_S) if group is None else group
+            work = group.recv([target[:given]], 1, 1)
             pipe.send(True)
             work.wait()
-            groups[0].send([target[:1]], 1, 2).wait()
+            group.send([target[:1]], 1, 2).wait()
     dock.close()
     door.close()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.bounds import Work
 from benchmarks.machine import Ceilings
+from benchmarks.report import Report
 from benchmarks.stopwatch import Times
 
 Row = dict[str, Any]
@@ -104,3 +105,19 @@ def percent(share: float | None) -> str | None:
 
 def columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:
     return [[row.get(name) for name in names] for row in rows]
+
+
+def show(report: Report, ledger: Ledger, name: str) -> None:
+    """Times, encodes and memory of one model as tables."""
+    report.show_table(f"{name}: times (medians; bounds in ms, and their share of the time)", HEAD, ledger.table(name))
+    mine = [row for row in ledger.rows if row["model"] == name]
+    encodes = [row for row in mine if row["stage"] in ("encode", "patchify")]
+    shares = ("share_of_bound", "salience_share")
+    body = [[r["frames"], r["stage"], r["variant"], r["ms"], *(percent(r.get(share)) for share in shares)] for r in encodes]
+    if body:
+        report.show_table(f"{name}: encode", ("frames", "stage", "variant", "ms", "bound of it", "salience of it"), body)
+    memory = [row for row in mine if row["stage"] == "memory"]
+    names = ("frames", "variant", "visual_tokens", "kept", "retrieved")
+    body = [[*(r[n] for n in names), r["prefix_bytes"] / 1e6, r["attended_bytes"] / 1e6, r["peak_rss_bytes"] / 1e9] for r in memory]
+    head = ("frames", "variant", "visual tokens", "kept", "retrieved", "prefix MB", "attended MB", "peak RSS GB so far")
+    report.show_table(f"{name}: memory", head, body)

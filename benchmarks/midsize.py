@@ -14,13 +14,14 @@ import string
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sparsevila_cluster.demo.blueprint import CHAT_TEMPLATE, IMAGE_MEAN, IMAGE_STD, SPECIAL_TOKENS, SPLIT
 from sparsevila_cluster.media import Media
 
-LAYOUT = 1  # change it whenever other files would be written for the same recipe
+LAYOUT = 2  # change it whenever other files would be written for the same recipe
 FPS = 2.0
 
 
@@ -86,19 +87,8 @@ def make_media(num_frames: int, frame_px: int, seed: int = 0) -> Media:
     return Media(frames, np.arange(num_frames) / FPS, "video", name, num_frames / FPS)
 
 
-def _write(directory: Path, recipe: Recipe) -> None:
-    import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    state = torch.random.get_rng_state()
-    torch.manual_seed(recipe.seed)
-    try:
-        model = Qwen2_5_VLForConditionalGeneration(_config(recipe)).float()
-    finally:
-        torch.random.set_rng_state(state)
-    model.generation_config.eos_token_id = SPECIAL_TOKENS.index("<|im_end|>")
-    model.generation_config.pad_token_id = SPECIAL_TOKENS.index("<|endoftext|>")
-    model.save_pretrained(directory)
+def write_layout(directory: Path, recipe: Recipe) -> None:
+    """Everything of a checkpoint but its config and its weights."""
     _tokenizer(recipe.vocab).save_pretrained(directory)
     common = {
         "patch_size": recipe.patch_px,
@@ -114,9 +104,26 @@ def _write(directory: Path, recipe: Recipe) -> None:
         "video_processor": {**common, "video_processor_type": "Qwen2VLVideoProcessor"},
     }
     (directory / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    ends = {name: SPECIAL_TOKENS.index(token) for name, token in (("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))}
+    (directory / "generation_config.json").write_text(json.dumps({f"{name}_token_id": i for name, i in ends.items()}))
 
 
-def _config(recipe: Recipe):
+def _write(directory: Path, recipe: Recipe) -> None:
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    state = torch.random.get_rng_state()
+    torch.manual_seed(recipe.seed)
+    try:
+        model = Qwen2_5_VLForConditionalGeneration(config_of(recipe)).float()
+    finally:
+        torch.random.set_rng_state(state)
+    model.save_pretrained(directory)
+    write_layout(directory, recipe)
+
+
+def config_of(recipe: Recipe) -> Any:
+    """The transformers config of a recipe."""
     from transformers import Qwen2_5_VLConfig
 
     token = SPECIAL_TOKENS.index

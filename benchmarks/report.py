@@ -32,6 +32,10 @@ class Report:
         if not self.quiet:
             print(text, flush=True)
 
+    def attach(self, text: str) -> None:
+        """Into the file only."""
+        self._text.append(text)
+
     def show_card(self) -> None:
         width = max(map(len, self.machine))
         self.say("\n".join(f"{name:<{width}}  {value}" for name, value in self.machine.items()))
@@ -94,17 +98,22 @@ def as_markdown(parts: Sequence[str]) -> str:
 
 def slug(machine: Mapping[str, Any]) -> str:
     """The hardware as part of a file name."""
-    name = re.sub(r"[^a-z0-9]+", "-", str(machine["cpu"]).lower()).strip("-")
-    return f"{name}-{machine['threads']}-threads"
+    name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu") or machine["cpu"]).lower()).strip("-")
+    return name if "gpu" in machine else f"{name}-{machine['threads']}-threads"
 
 
 @contextmanager
 def progress(enabled: bool = True) -> Iterator[Any]:
-    """A spinner on stderr whose text the body sets with `say(text)`. Silent where stderr is no terminal."""
-    from rich.console import Console
-
+    """A spinner on stderr whose text the body sets with `say(text)`. Silent where stderr is no terminal, or rich is not there."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        enabled = False
+    if not enabled:
+        yield lambda text: None
+        return
     console = Console(stderr=True)
-    if not (enabled and console.is_terminal):
+    if not console.is_terminal:
         yield lambda text: None
         return
     with console.status("starting") as status:

@@ -5,7 +5,8 @@ figures, transformers.
 
 Answers have a fixed number of tokens: `endless` hides the end-of-turn token from the engine. Batches hold conversations on
 different media prefixes, each in memory of its own, so that a step reads as many KV bytes as it would for different videos; the
-prefixes are copies of one, because what they say does not change the time.
+prefixes are copies of one, because what they say does not change the time. On a GPU every stage of a prefix waits for what it
+started, so that its time is its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from benchmarks.bounds import TextShape, Work
 from benchmarks.stopwatch import Times, once_ms
 from sparsevila_cluster.config import build_config
@@ -24,7 +27,7 @@ from sparsevila_cluster.kv import MediaPrefix
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import Model
 from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation
-from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, SamplingParams, Turn, TurnEvent, Usage
+from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, SamplingParams, Timeline, Turn, TurnEvent, Usage
 
 QUESTION = "What happens in this clip, and when?"
 NEXT_QUESTION = "And what comes after that?"
@@ -48,6 +51,24 @@ def endless(model: Model) -> Iterator[None]:
         model.chat.eos_ids = ends
 
 
+def settle(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Settled(Timeline):
+    """A timeline whose moments are those of the device."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+
+    def mark(self, name: str, at_s: float | None = None) -> None:
+        settle(self._device)
+        super().mark(name, at_s)
+
+
 @dataclass(frozen=True)
 class Life:
     """One media and two turns on it: milliseconds by stage, the answer's tokens, and what was kept."""
@@ -59,11 +80,18 @@ class Life:
 
 
 class Stand:
-    """A prefill engine and a decode engine of one variant, with room for `num_prefixes` of `prefix_rows` rows."""
+    """A prefill engine and a decode engine of one variant, with room for `num_prefixes` of `prefix_rows` rows.
 
-    def __init__(self, model: Model, variant: str, prefix_rows: int, num_prefixes: int = 1):
+    matrix_width: bytes per weight of the text layers' matrices, 0 for those of the model's dtype; `knobs` are further fields of the
+    engines' config.
+    """
+
+    def __init__(
+        self, model: Model, variant: str, prefix_rows: int, num_prefixes: int = 1, matrix_width: float = 0.0, **knobs: Any
+    ):
         row_bytes = model.spec.bytes_per_token
         self.model, self.variant = model, variant
+        self.shape = TextShape.of(model.config, model.spec.dtype.itemsize, matrix_width)
         self.config = build_config(
             **VARIANTS[variant],
             # As transformers places text after a video, so that its tokens can be compared with ours.
@@ -72,6 +100,7 @@ class Stand:
             turn_bytes=(num_prefixes * (prefix_rows + _SPARE_ROWS)) * row_bytes,
             turn_timeout_s=_LONG_S,
             prepare_timeout_s=_LONG_S,
+            **knobs,
         )
         self.prefill = PrefillEngine(model, self.config)
         self.decode = DecodeEngine(model, self.config)
@@ -80,7 +109,7 @@ class Stand:
 
     def prepare(self, media: Media) -> tuple[MediaPrefix, dict[str, float]]:
         """A published media prefix, and the milliseconds of its stages."""
-        preparation = Preparation(PrepareRequest((MediaSource(b""),)))
+        preparation = Preparation(PrepareRequest((MediaSource(b""),)), timeline=_Settled(self.model.device))
         prefix = self.prefill.prefill(preparation, [media], next(self._names), self.decode.prefixes.reserve)
         return self.decode.prefixes.publish(prefix), preparation.stage_ms()
 
@@ -154,10 +183,9 @@ class Stand:
 
     def work(self, life: Life) -> dict[str, Work]:
         """Per stage of the text decoder, for the prefix and question of `life`."""
-        shape = TextShape.of(self.model.config, self.model.spec.dtype.itemsize)
         length = life.prefix.length
         rows = life.usage.prompt_tokens - length
-        work = {"prefill": shape.prefill(length), "question": shape.question(rows, length)}
+        work = {"prefill": self.shape.prefill(length), "question": self.shape.question(rows, length)}
         work["prune+prefill"] = work["prefill"]
         return work
 
@@ -166,7 +194,7 @@ class Stand:
         prefix, usage = life.prefix, life.usage
         packed = prefix.length - prefix.num_kept + usage.visual_tokens_retrieved
         tail = usage.prompt_tokens - prefix.length + num_tokens // 2
-        return TextShape.of(self.model.config, self.model.spec.dtype.itemsize).step(batch, packed + tail)
+        return self.shape.step(batch, packed + tail)
 
 
 def time_round(stands: dict[str, Stand], times: dict[str, Times], block: int) -> None:

@@ -67,11 +67,11 @@ class DecodeSteps:
     def _capture(self, device: torch.device) -> bool:
         """The largest first, whose memory the others share: no two of them ever run at once. False if it cannot be done here."""
         began_s = time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.device(device):
+                pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # memory is shared on one stream only
                 for bucket in reversed(self._buckets):
-                    bucket.capture(pool)
+                    bucket.capture(pool, stream)
         except RuntimeError as error:
             for bucket in self._buckets:
                 bucket.release()
@@ -118,9 +118,8 @@ class _Bucket:
         else:
             self._compute()
 
-    def capture(self, pool: Any) -> None:
+    def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
         """pool: memory that graphs share. Must be called while no turn runs: it writes to slot 0 of the arena of turns."""
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode():
             with torch.cuda.stream(stream):

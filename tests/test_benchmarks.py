@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import accuracy, contest, engine, exam, hf_peer, machine, midsize, report, stopwatch
+from benchmarks import contest, engine, hf_peer, machine, midsize, report, stopwatch, w4
 from benchmarks.bounds import TextShape, Work, encode_work
 from benchmarks.ledger import Ledger
 from benchmarks.subject import Stand, endless, time_round
@@ -34,9 +34,7 @@ ENGINE_FIGURES = set(
     "demo_decode_vs_hf_b1 demo_decode_vs_hf_b8 mid_decode_vs_hf_b1 salience_share_of_encode turn2_ttft_share_of_cold "
     "seek_speedup seek_speedup_long_gop".split()
 )
-ACCURACY_FIGURES = set(
-    "questions dense sparse random dense_multiword sparse_multiword sparse_turn1 sparse_turn4plus twin_dense twin_sparse".split()
-)
+W4_FIGURES = {"w4_decode_speedup_b1"} if w4.usable() else set()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def test_checkpoint_is_made_once_and_named_by_its_recipe(cache, toy):
 
 
 def test_default_recipe_has_the_promised_size():
-    assert 100e6 < TextShape.of(midsize._config(midsize.Recipe())).num_parameters < 200e6
+    assert 100e6 < TextShape.of(midsize.config_of(midsize.Recipe())).num_parameters < 200e6
 
 
 def test_tokenizer_round_trip(model):
@@ -255,7 +253,9 @@ def test_engine_measures_both_models(cache, toy, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     document = last_line(shown)
     assert ENGINE_FIGURES - set(document["figures"]) == {"prefill_speedup_256f", "decode_speedup_b4"}
-    assert set(document["figures"]) <= ENGINE_FIGURES
+    assert W4_FIGURES <= set(document["figures"]) <= ENGINE_FIGURES | W4_FIGURES
+    weights = {row["variant"]: row["weight_bytes"] for row in document["rows"] if row["stage"] == "weights"}
+    assert not W4_FIGURES or 0 < weights["w4"] < weights["bfloat16"]
     equal = [row["equal_tokens"] for row in document["rows"] if "equal_tokens" in row]
     assert equal and set(equal) == {4}, "dense tokens are not generate's"
     memory = {row["variant"]: row for row in document["rows"] if row["stage"] == "memory" and row["frames"] == 64}
@@ -271,60 +271,4 @@ def test_engine_without_a_demo_model(cache, tmp_path, capsys, monkeypatch):
     plan = contest.Plan(batches=(1,), num_tokens=2, lives=once, encodes=once, rounds=1, block=1, long_frames=0)
     engine.main(["--cache", str(cache), "--model", str(tmp_path / "none"), "--frames", "4", "--json"], (TOY, plan))
     shown = capsys.readouterr().out
-    assert shown.count("\n") == 1 and set(last_line(shown)["figures"]) == {"seek_speedup", "seek_speedup_long_gop"}
-
-
-# ---- accuracy ------------------------------------------------------------------------------------------------------------------
-
-
-def test_kinds_of_several_words_are_the_trainers():
-    from sparsevila_cluster.demo.evaluate import SEVERAL_WORDS
-
-    assert exam.SEVERAL_WORDS == SEVERAL_WORDS
-
-
-def test_scores():
-    score = exam.Score(95, 100)
-    low, high = score.interval
-    assert score.percent == 95.0 and (round(low, 1), round(high, 1)) == (88.8, 97.8)
-    assert exam.Score(0, 0).interval == (0.0, 100.0) and exam.Score(4, 4).interval[1] == pytest.approx(100)
-
-
-def mark(turn, kind, right, paper=0):
-    return exam.Mark(paper, turn, kind, right, "", "")
-
-
-def test_marks_are_sorted_into_kinds_and_turns():
-    marks = [mark(0, "color", True), mark(2, "where", False), mark(3, "describe", True), mark(7, "describe", False)]
-    assert exam.Score.of(exam.several_words(marks)) == exam.Score(1, 3)
-    assert exam.by_kind(marks)["describe"] == exam.Score(1, 2)
-    assert list(exam.by_turn(marks).values()) == [exam.Score(1, 1), exam.Score(0, 1), exam.Score(1, 2)]
-    worse = [mark(0, "color", False), mark(2, "where", True), *marks[2:]]
-    assert exam.changed(marks, worse) == (1, 1) and exam.changed(marks, marks) == (0, 0)
-
-
-def test_papers_are_held_out_and_repeatable(tmp_path):
-    from sparsevila_cluster.demo.train import FINAL_SEED, MONITOR_SEED
-
-    assert exam.FIRST_SEED > FINAL_SEED > MONITOR_SEED
-    (a,), (b,) = exam.write_papers(tmp_path, 1), exam.write_papers(tmp_path, 1)
-    assert a == b and len(a.questions) == exam.NUM_TURNS and a.path.stat().st_size > 1000
-    longest = max(len(q.answer.split()) for q in a.questions)
-    assert longest < exam.MAX_TOKENS
-
-
-def test_accuracy_of_a_model_that_knows_nothing(tmp_path, capsys, monkeypatch):
-    from sparsevila_cluster.demo.blueprint import build_model, build_tokenizer, save_checkpoint
-
-    tokenizer = build_tokenizer(num_scenes=50)
-    directory = save_checkpoint(build_model(tokenizer), tokenizer, tmp_path / "checkpoint")
-    (tmp_path / "checkpoint_dense_only").symlink_to(directory, target_is_directory=True)
-    monkeypatch.setattr(exam, "MAX_TOKENS", 2)
-    accuracy.main(["--videos", "2", "--model", str(directory), "--threads", "1"])
-    document = last_line(capsys.readouterr().out)
-    assert set(document["figures"]) == ACCURACY_FIGURES and document["figures"]["questions"] == 16
-    rows = {row["setting"]: row for row in document["rows"]}
-    assert all(row["percent"] < 50 for row in rows.values())
-    assert rows["keep 1"]["retrieve_keep"] == 1.0 and rows["sparse"]["prune_keep"] == 0.25
-    # with nothing but the names changed, the twin gives the same answers
-    assert rows["twin sparse"]["by_kind"] == rows["sparse"]["by_kind"]
+    assert shown.count("\n") == 1 and set(last_line(shown)["figures"]) == {"seek_speedup", "seek_speedup_long_gop"} | W4_FIGURES

@@ -3,16 +3,19 @@
 The interpreter is slow: few layers, short answers, everything in one batch where it can be.
 """
 
+import asyncio
+import inspect
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from sparsevila_cluster.config import build_config
+from sparsevila_cluster.config import EngineConfig, build_config
 from sparsevila_cluster.decode_graph import DecodeSteps
 from sparsevila_cluster.errors import BadConfig
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.computing import resolve_attention
+from sparsevila_cluster.pipeline import LocalPipeline
 from sparsevila_cluster.request import SamplingParams, Turn
 from tests.mirror import listening
 from tests.oracle import Bench, random_media
@@ -57,6 +60,7 @@ class Told:
     retrieved: dict[str, int] = field(default_factory=dict)
     num_preempted: int = 0
     num_repeated: int = 0
+    captured: bool = False
 
 
 def play(model, asked=ASKED, repeats=False, **fields):
@@ -68,7 +72,7 @@ def play(model, asked=ASKED, repeats=False, **fields):
     told, events, samplers, decode = Told(), {}, {}, b.decode
     if repeats:
         decode._text_pass.steps = DecodeSteps(model, (decode.prefixes.arena, decode.conversations.arena), 4, capture=False)
-        told.num_repeated, plain = 0, decode._text_pass.steps.step
+        plain = decode._text_pass.steps.step
 
         def step(*args):
             told.num_repeated += 1
@@ -98,16 +102,17 @@ def play(model, asked=ASKED, repeats=False, **fields):
         if state.extent is not None:
             told.tails[name] = [rows[: state.length].clone() for i in range(model.spec.num_layers) for rows in state.extent.rows(i)]
     told.num_preempted = decode.scheduler.num_preempted
+    told.captured = decode._text_pass.steps is not None and decode._text_pass.steps.captured
     return told
 
 
-def assert_same(one, other):
+def assert_same(one, other, atol=ATOL):
     assert one.tokens == other.tokens and one.retrieved == other.retrieved
     for name, logits in one.logits.items():
-        torch.testing.assert_close(torch.stack(logits), torch.stack(other.logits[name]), atol=ATOL, rtol=0)
+        torch.testing.assert_close(torch.stack(other.logits[name]).cpu(), torch.stack(logits), atol=atol, rtol=0)
     for name in one.tails.keys() & other.tails.keys():
         for rows, others in zip(one.tails[name], other.tails[name], strict=True):
-            torch.testing.assert_close(rows, others, atol=ATOL, rtol=0)
+            torch.testing.assert_close(others.cpu(), rows, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,11 +132,36 @@ def test_a_repeated_step_says_what_torch_says(models):
     assert got.num_repeated > 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode_graphs", ["auto", "none"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_says_what_a_cpu_says(case, decode_graphs, directory, models):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = load_model(directory, device="cuda", dtype="float32")
+    model.chat.eos_ids = frozenset()
+    assert model.attention == "triton"
+    want, got = play(models["torch"], **CASES[case]), play(model, decode_graphs=decode_graphs, **CASES[case])
+    assert_same(want, got, atol=1e-3)
+    assert got.captured == (decode_graphs == "auto")
+
+
 def test_kernels_under_the_modules_of_transformers(directory, models):
     model = load_model(directory, device="cpu", text_backend="hf", attention="triton")
     model.chat.eos_ids = frozenset()
     fields = {"retrieve_keep": 0.3, "asked": ASKED[:1]}
     assert_same(play(models["torch"], **fields), play(model, **fields))
+
+
+def test_the_configuration_says_all_that_loading_needs(directory):
+    takes = set(inspect.signature(load_model).parameters) - {"directory", "parts"}
+    assert set(EngineConfig().loading) == takes
+    config = build_config(model=str(directory), device="cpu", attention="triton", prefix_bytes=10**6, turn_bytes=10**6)
+    pipeline = LocalPipeline(config)
+    try:
+        assert pipeline.model.attention == "triton" and pipeline.decode._text_pass.steps is None
+    finally:
+        asyncio.run(pipeline.close())
 
 
 def test_what_computes_is_resolved_once(monkeypatch, directory):

@@ -74,7 +74,8 @@ def _group_of(span, plane, group_size, num_groups, GROUP_PLANES: tl.constexpr):
 
 @jit(do_not_specialize=["num_rows"])
 def _awq_matmul(
-    x, words, zero_words, scales, bias, out, num_rows, num_in, num_out, num_groups, group_size, spans_each, x_row, out_split,
+    x, words, zero_words, scales, bias, out, num_rows, num_in, num_out, num_groups, group_size, spans_each,
+    x_row, bias_row, out_split,
     GROUP_PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of x [M, K] W over one split of K -> out [split, M, N]."""
@@ -109,22 +110,24 @@ def _awq_matmul(
                 total += part * scale[None, :]
         word_at += 32 * num_out.to(tl.int64)
         x_at += 256
+    real = real_row[:, None] & real_column[None, :]
     if bias is not None:
-        total += tl.load(bias + column, mask=real_column, other=0.0).to(tl.float32)[None, :]
+        bias_at = row.to(tl.int64)[:, None] * bias_row + column[None, :]
+        total += tl.load(bias + bias_at, mask=real, other=0.0).to(tl.float32)
     at = tl.program_id(2).to(tl.int64) * out_split + row.to(tl.int64)[:, None] * num_out + column[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=real_row[:, None] & real_column[None, :])
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=real)
 
 
 @jit(do_not_specialize=["num_rows"])
-def _add_splits(partial, bias, out, num_rows, num_out, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """partial f32 [splits, M, N], added from the first to the last, plus bias [N] -> out [M, N]."""
+def _add_splits(partial, bias, out, num_rows, num_out, bias_row, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """partial f32 [splits, M, N], added from the first to the last, plus bias -> out [M, N]."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < num_out
     total = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):  # unrolled: all loads are under way at once
         total += tl.load(partial + (split * num_rows + row) * num_out + column, mask=real, other=0.0)
     if bias is not None:
-        total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+        total += tl.load(bias + row * bias_row + column, mask=real, other=0.0).to(tl.float32)
     tl.store(out + row * num_out + column, total.to(out.dtype.element_ty), mask=real)
 
 
@@ -176,12 +179,14 @@ def num_splits(num_tiles: int, num_in: int) -> int:
 
 
 def matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None) -> Tensor:
-    """The fused product; x [M, K] in bfloat16 or float16, groups that `group_planes` knows."""
+    """The fused product; x [M, K] in bfloat16 or float16, groups that `group_planes` knows; bias [N] or [M, N]."""
     x = x if x.stride(1) == 1 else x.contiguous()
     num_rows, num_out, planes = x.shape[0], weight.num_out, group_planes(weight)
     tile = block_rows(num_rows, planes)
     tiles = cdiv(num_rows, tile), cdiv(num_out, BLOCK_COLUMNS)
     splits = num_splits(tiles[0] * tiles[1], weight.num_in)
+    bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
+    bias_row = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
     out = x.new_empty(num_rows, num_out)
     sums = out if splits == 1 else x.new_empty((splits, num_rows, num_out), dtype=torch.float32)
     launch(
@@ -189,14 +194,14 @@ def matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None) -> Tensor:
         (*tiles, splits),
         x, weight.codes, weight.zero_words, weight.scales, bias if splits == 1 else None, sums,
         num_rows, weight.num_in, num_out, len(weight.scales), weight.group_size,
-        cdiv(cdiv(weight.num_in, SPAN), splits), x.stride(0), num_rows * num_out,
+        cdiv(cdiv(weight.num_in, SPAN), splits), x.stride(0), bias_row, num_rows * num_out,
         GROUP_PLANES=planes, BLOCK_ROWS=tile, BLOCK_COLUMNS=BLOCK_COLUMNS,
         EVEN=weight.num_in % SPAN == 0, UPCAST=INTERPRETED, num_warps=NUM_WARPS, num_stages=num_stages(tile), device=x.device,
     )  # fmt: skip
     if splits > 1:
         grid = (num_rows, cdiv(num_out, SUM_COLUMNS))
         settings = {"SPLITS": splits, "BLOCK": SUM_COLUMNS, "num_warps": NUM_WARPS}
-        launch(_add_splits, grid, sums, bias, out, num_rows, num_out, device=x.device, **settings)
+        launch(_add_splits, grid, sums, bias, out, num_rows, num_out, bias_row, device=x.device, **settings)
     return out
 
 
@@ -215,7 +220,7 @@ def dequantize(weight: AwqWeight, dtype: torch.dtype, first: int, stop: int) -> 
 
 
 def _variant(dtype: str, group: int, rows: int, out: str, bias: bool, even: bool) -> Variant:
-    ints = {name: "i32:16" for name in ("num_in", "num_out", "x_row", "out_split")}
+    ints = {name: "i32:16" for name in ("num_in", "num_out", "x_row", "bias_row", "out_split")}
     ints |= {name: "i32" for name in ("num_rows", "num_groups", "group_size", "spans_each")}
     pointers = {"x": dtype, "words": "i32", "zero_words": "i32", "scales": "fp16", "out": out} | ({"bias": dtype} if bias else {})
     constexprs: dict[str, Any] = {"GROUP_PLANES": group, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": BLOCK_COLUMNS, "EVEN": even}
@@ -225,13 +230,15 @@ def _variant(dtype: str, group: int, rows: int, out: str, bias: bool, even: bool
 
 
 VARIANTS = [
-    *(_variant("bf16", planes, FEW_ROWS, "fp32", bias=False, even=even) for planes in (1, 2, 4, 8) for even in (True, False)),
-    *(_variant("bf16", planes, 2 * FEW_ROWS, "bf16", bias=True, even=False) for planes in (2, 4, 8)),
-    _variant("fp16", 4, FEW_ROWS, "fp16", bias=True, even=True),
-    _variant("fp16", 2, 2 * FEW_ROWS, "fp32", bias=False, even=False),
+    _variant("bf16", 4, FEW_ROWS, "fp32", bias=False, even=True),
+    _variant("bf16", 1, FEW_ROWS, "fp32", bias=False, even=False),
+    _variant("fp16", 8, FEW_ROWS, "fp16", bias=True, even=False),
+    _variant("bf16", 4, 2 * FEW_ROWS, "bf16", bias=True, even=True),
+    _variant("bf16", 2, 2 * FEW_ROWS, "fp32", bias=False, even=False),
     Variant(
         _add_splits,
-        {"partial": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16", "num_rows": "i32", "num_out": "i32:16"},
+        {"partial": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16", "num_rows": "i32", "num_out": "i32:16"}
+        | {"bias_row": "i32:16"},
         {"SPLITS": MAX_SPLITS, "BLOCK": SUM_COLUMNS},
         {"num_warps": NUM_WARPS},
     ),

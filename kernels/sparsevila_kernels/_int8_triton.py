@@ -34,7 +34,7 @@ def _quantize_rows(x, smooth, values, scales, num_in, x_row, values_row, BLOCK: 
     tl.store(scales + row, scale)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def _int8_matmul(
     a, b, a_scales, b_scales, bias, out, num_rows, num_out, num_in,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_IN: tl.constexpr, GROUP: tl.constexpr,

@@ -23,26 +23,37 @@ from .awq_weight import BLOCK, AwqWeight
 # instructions per weight and tile of 32 rows, 45 us for 128 rows at 60 % of the issue rate.
 FUSED_ROWS = 128
 SCRATCH_BYTES = 64 << 20  # of an unpacked piece on a GPU
+# Rows up to which torch's int4 operator serves on a CPU. Its time grows with each row, and unpacking costs the same for all.
+# Milliseconds on one thread of a Zen 4 (AVX-512 BF16, shared), the least of 100 rounds in turn, weights not in the L3:
+#     K x N          rows    1     8     16    32    48    64    96
+#     1024 x 2816    int4    0.29  0.58  1.1   2.1   3.2   4.3   6.7
+#                    unpack  3.0   2.8   3.0   3.6   4.2   4.5   5.6
+#                    bf16    0.65  0.81  1.0   1.4   1.8   2.2   3.1
+#     3584 x 3584    int4    0.73  2.4   4.8   9.6   15    27    28
+#                    unpack  16    15    16    18    19    25    23
+#                    bf16    2.5   2.8   3.7   5.5   10    9.1   13
+# A weight of its own in bfloat16 would be faster from 16 rows on, for four times the memory.
 OPERATOR_ROWS = 64
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 2 << 20  # of an unpacked piece on a CPU; 1 to 4 MiB took the same time
 
 
 def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
-    """x [M, K] times the dequantised weight, plus bias [N] -> [M, N] in x's dtype (bfloat16, float16, float32).
+    """x [M, K] times the dequantised weight, plus bias [N] or [M, N] -> [M, N] in x's dtype (bfloat16, float16, float32).
 
     Sums are in fp32. On CUDA, up to 16 rows the bits of a row do not depend on the other rows. float32 rows are multiplied with
     the exact dequantised weight.
 
     Raises:
-        ValueError: x is not [M, K] in such a dtype on the weight's device, bias is not [N] in x's dtype, or backend is "triton"
-            and the kernels cannot read the weight (blocks, or groups other than 32, 64, 128, whole 256s and all of K).
+        ValueError: x is not [M, K] in such a dtype on the weight's device, bias is not of such a shape in x's dtype, or backend is
+            "triton" and the kernels cannot read the weight (blocks, or groups other than 32, 64, 128, whole 256s and all of K).
     """
     if x.dim() != 2 or x.shape[1] != weight.num_in or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not bfloat16, float16 or float32 [M, {weight.num_in}]")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}")
-    if bias is not None and (bias.shape != (weight.num_out,) or bias.dtype != x.dtype):
-        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, not {x.dtype} [{weight.num_out}]")
+    shapes = ((weight.num_out,), (x.shape[0], weight.num_out))
+    if bias is not None and (bias.shape not in shapes or bias.dtype != x.dtype):
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, not {x.dtype} {shapes[0]} or {shapes[1]}")
     in_triton = choose(backend, x) == "triton"
     if in_triton and (weight.in_blocks or not _awq_triton.group_planes(weight)):
         if backend == "triton":
@@ -57,7 +68,7 @@ def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, back
     if x.dtype == torch.bfloat16 and weight.in_blocks:
         y = _int4_operator(x, weight) if x.shape[0] <= OPERATOR_ROWS else _unpacked_blocks(x, weight)
     else:
-        y = torch.mm(x, weight.dequantize(x.dtype))
+        y = _unpacked(x, weight)
     return y if bias is None else y.add_(bias)
 
 
@@ -71,7 +82,15 @@ def _unpacked_on_gpu(x: Tensor, weight: AwqWeight, bias: Tensor | None) -> Tenso
         if bias is None:
             torch.mm(x, piece, out=y[:, first:stop])
         else:
-            torch.addmm(bias[first:stop], x, piece, out=y[:, first:stop])
+            torch.addmm(bias[..., first:stop], x, piece, out=y[:, first:stop])
+    return y
+
+
+def _unpacked(x: Tensor, weight: AwqWeight) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.num_out)
+    piece_bytes = PIECE_BYTES if x.is_cpu else SCRATCH_BYTES
+    for columns, piece in weight.dequantized(x.dtype, max(1, piece_bytes // (4 * weight.num_in * BLOCK)) * BLOCK):
+        torch.mm(x, piece, out=y[:, columns])
     return y
 
 

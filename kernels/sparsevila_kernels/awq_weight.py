@@ -12,7 +12,7 @@ computed, or whose weight it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -25,6 +25,7 @@ from .awq_format import NIBBLES, TOP_CODE, check_gemm, pack_natural, unpack
 
 PLANES, PLANE_ROWS = 8, 32
 SPAN = PLANES * PLANE_ROWS  # inputs in the words of one row of planes
+PIECE_ELEMENTS = 1 << 19  # that `dequantize` works on at a time: 2 MiB in float32
 BLOCK = 64  # columns in one block of torch's operator
 Layout = Literal["auto", "planes", "blocks"]
 OPERATOR_GROUPS = (32, 64, 128, 256)  # which torch's operator takes
@@ -116,23 +117,32 @@ class AwqWeight:
             return AwqWeight(self.codes.to(device), zeros, scales, self.num_in)
         return AwqWeight.from_codes(self.unpacked().to(device), zeros, scales)
 
-    def unpacked(self) -> Tensor:
-        """The codes alone, u8 [K, N]."""
+    def unpacked(self, first: int = 0, stop: int | None = None) -> Tensor:
+        """The codes alone, u8 [K, N], or of columns [first, stop)."""
+        stop = self.num_out if stop is None else stop
         if self.in_blocks:
-            lanes = torch.cat((self.codes & TOP_CODE, self.codes >> 4), -1)
-            return lanes.transpose(0, 1).reshape(self.num_in, -1)[:, : self.num_out]
-        lanes = torch.empty(
-            (len(self.codes) // PLANE_ROWS, PLANES, PLANE_ROWS, self.num_out), dtype=torch.uint8, device=self.device
-        )
-        words = self.codes.view(-1, PLANE_ROWS, self.num_out)
-        for plane in range(PLANES):
-            lanes[:, plane] = (words >> (4 * plane)) & TOP_CODE
-        return lanes.view(-1, self.num_out)[: self.num_in]
+            block = first // BLOCK
+            held = self.codes[block : cdiv(stop, BLOCK)]
+            lanes = torch.cat((held & TOP_CODE, held >> 4), -1).transpose(0, 1).reshape(self.num_in, -1)
+            return lanes[:, first - block * BLOCK : stop - block * BLOCK]
+        words = self.codes[:, first:stop].reshape(-1, 1, PLANE_ROWS, stop - first)
+        planes = torch.arange(0, 4 * PLANES, 4, dtype=torch.int32, device=self.device)[:, None, None]
+        return ((words >> planes) & TOP_CODE).to(torch.uint8).view(-1, stop - first)[: self.num_in]
+
+    def dequantized(self, dtype: torch.dtype, num_columns: int) -> Iterator[tuple[slice, Tensor]]:
+        """W by pieces of columns, (their slice, [K, n]): each product rounded once, to `dtype`."""
+        for first in range(0, self.num_out, num_columns):
+            columns = slice(first, min(self.num_out, first + num_columns))
+            steps = self.unpacked(columns.start, columns.stop).float().view(len(self.scales), self.group_size, -1)
+            product = steps.sub_(self.zeros[:, None, columns]).mul_(self.scales[:, None, columns].float())
+            yield columns, product.view(self.num_in, -1).to(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [K, N]: each product rounded once, to `dtype` (float32 holds it exactly for 16-bit scales)."""
-        steps = self.unpacked().view(-1, self.group_size, self.num_out).to(torch.int8) - self.zeros.to(torch.int8).unsqueeze(1)
-        return (steps * self.scales.float().unsqueeze(1)).view(self.num_in, self.num_out).to(dtype)
+        out = torch.empty((self.num_in, self.num_out), dtype=dtype, device=self.device)
+        for columns, piece in self.dequantized(dtype, max(1, PIECE_ELEMENTS // (BLOCK * self.num_in)) * BLOCK):
+            out[:, columns] = piece
+        return out
 
     @cached_property
     def zero_words(self) -> Tensor:

@@ -49,9 +49,7 @@ def kv_pack(
         theirs = f"{tuple(dst_rows.shape)} on {dst_k.device}"
         raise ValueError(f"src_rows are {tuple(src_rows.shape)} on {src_k.device}, dst_rows {theirs}: must be the same")
     if choose(backend, src_k) == "torch":
-        for layer in range(len(src_k)):
-            for source, target in ((src_k, dst_k), (src_v, dst_v)):
-                _copy_rows(source[layer], target[layer], src_rows[layer], dst_rows[layer])
+        _copy_in_torch((src_k, dst_k), (src_v, dst_v), src_rows, dst_rows)
     elif overlapping:
         shape = (len(src_k), src_rows.shape[1], *src_k.shape[2:])
         held_k, held_v = torch.empty(shape, dtype=src_k.dtype, device=src_k.device), src_v.new_empty(shape)
@@ -114,21 +112,31 @@ def kv_dequantize(values: Tensor, scales: Tensor, dst_k: Tensor, dst_v: Tensor, 
             target[layer].index_copy_(0, rows[layer], wide.to(target.dtype))
 
 
-def _copy_rows(source: Tensor, target: Tensor, rows: Tensor, places: Tensor) -> None:
-    """One layer of keys or values. On a CPU, places in a row are written directly: half the copies of index_copy_."""
-    if not rows.is_cpu or not len(rows):
-        target.index_copy_(0, places, source.index_select(0, rows))
-        return
-    first, last = int(places[0]), int(places[-1])
-    if last - first != len(places) - 1 or not torch.equal(places, torch.arange(first, last + 1)):
-        target.index_copy_(0, places, source.index_select(0, rows))
-        return
-    low, high = (int(end) for end in rows.aminmax())
-    block, region = target[first : last + 1], source[low : high + 1]
-    if block.is_contiguous() and not _overlap(block, region):
-        torch.index_select(region, 0, rows - low, out=block)
-    else:
-        block.copy_(source.index_select(0, rows))
+def _copy_in_torch(keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], rows: Tensor, places: Tensor) -> None:
+    """On a CPU, places that lie in a row are written directly: half the copies of index_copy_."""
+    run = _run_of(places) if rows.is_cpu and rows.numel() else None
+    if run is not None:
+        low, high = (int(end) for end in rows.aminmax())
+        # Layers of one arena lie alike, and the first speaks for all.
+        layers = slice(0, 1 if keys[0].stride(0) == keys[1].stride(0) else None)
+        overlap = any(_overlap(target[layers, run], source[layers, low : high + 1]) for source, target in (keys, values))
+        if not overlap and keys[1][0, run].is_contiguous():
+            for layer, index in enumerate(rows - low):
+                for source, target in (keys, values):
+                    torch.index_select(source[layer, low : high + 1], 0, index, out=target[layer, run])
+            return
+    for layer, (index, place) in enumerate(zip(rows, places, strict=True)):
+        for source, target in (keys, values):
+            target[layer].index_copy_(0, place, source[layer].index_select(0, index))
+
+
+def _run_of(places: Tensor) -> slice | None:
+    """The slots of places [L, n] if they are the same consecutive ones in every layer."""
+    first, last = int(places[0, 0]), int(places[0, -1])
+    some = places[:1] if places.stride(0) == 0 else places
+    if last - first != places.shape[1] - 1 or not bool((some == torch.arange(first, last + 1)).all()):
+        return None
+    return slice(first, last + 1)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

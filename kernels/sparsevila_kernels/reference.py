@@ -100,8 +100,9 @@ def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     """
     wide = x.float() if weight.smooth is None else x.float() / weight.smooth
     scales = wide.abs().amax(-1, keepdim=True) / 127
-    codes = (wide / scales).nan_to_num(0.0).round().clamp(-127, 127).long()
-    product = (codes @ weight.values.long().t()).double() * scales.double() * weight.scales.double()
+    codes = (wide / scales).nan_to_num(0.0).round().clamp(-127, 127).double()
+    # Integers below 2^53 are exact in fp64, and every device multiplies it.
+    product = (codes @ weight.values.double().t()) * scales.double() * weight.scales.double()
     return product if bias is None else product + bias.double()
 
 

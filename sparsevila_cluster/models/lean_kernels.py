@@ -5,6 +5,9 @@ batch says that its rows go.
 
     launches of a layer:  add + norm | qkv | rope, head norms, KV rows | attention | out | add + norm | gate, up | silu * up | down
                           '--- of the layer before, or none in the first
+
+With two for the attention, ten launches, however many turns a decode step has. In plain torch as a GPU runs it, counted by what it
+dispatches, they are 24 for one turn over packed KV and 94 for eight that are not gathered.
 """
 
 from __future__ import annotations

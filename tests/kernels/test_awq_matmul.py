@@ -61,6 +61,15 @@ def test_scales_of_any_float(place, scales, num_rows):
     check(place, torch.randn(num_rows, 256, device=place.device).bfloat16(), make(place, 256, 72, 64, scales))
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, 50, 150])
+@pytest.mark.parametrize("num_in", [256, 1280])
+def test_onto_a_residual(place, num_rows, num_in):
+    weight, wide = make(place, num_in, 72, 128), torch.randn(num_rows, 80, device=place.device).bfloat16()
+    before = wide.clone()
+    check(place, torch.randn(num_rows, num_in, device=place.device).bfloat16(), weight, wide[:, 8:])
+    assert torch.equal(wide, before)
+
+
 def test_groups_that_no_kernel_reads(place):
     weight = make(place, 144, 24, 48)
     x = torch.randn(3, 144, device=place.device).bfloat16()

@@ -7,7 +7,9 @@ from sparsevila_cluster.kv import KVSpec
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.lean import LeanDecoder
 from sparsevila_cluster.models.lean_kernels import KernelDecoder
+from tests.models.quantised_files import as_awq
 from tests.models.test_text_backends import OTHERS, TEXT, CausalBatch, a_prompt
+from tests.tiny import make_qwen2_5_vl
 
 ROWS = 20
 
@@ -93,6 +95,20 @@ def test_positions_of_three_rows(hub):
         got = fused.text.logits(fused.text.forward(embeds, positions, ArenaBatch(fused.spec, len(embeds))))
     assert positions[0].ne(positions[1]).any()
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_quantised_matrices_between_kernels(tmp_path):
+    """In bfloat16, in which a CPU with AVX-512 multiplies 4-bit weights as they are stored: as near to float32 as plain torch."""
+    directory = as_awq(make_qwen2_5_vl(tmp_path / "fp", layers=2), tmp_path / "awq", modules_to_not_convert=["visual"])
+    ids, logits = torch.arange(ROWS) * 11 % 200, []
+    for dtype, name in (("float32", "torch"), ("auto", "torch"), ("auto", "triton")):
+        text = load_model(directory, device="cpu", dtype=dtype, attention=name).text
+        batch = ArenaBatch(text.spec, ROWS)
+        with torch.inference_mode():
+            logits.append(text.logits(text.forward(text.embed(ids), ids.expand(3, -1), batch)))
+    assert text.spec.dtype == torch.bfloat16
+    plain, fused = (float((got - logits[0]).norm() / logits[0].norm()) for got in logits[1:])
+    assert 0 < fused < 2 * plain < 0.2, (fused, plain)
 
 
 @pytest.mark.gpu
