@@ -175,8 +175,8 @@ def decode_attention(
     _check(q, pools, spans, cu_rows, max_rows)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose(backend, q) == "torch":
-        out, lse = decode_in_torch(q, pools, spans, cu_rows, scale, return_lse)
-        return (out, lse) if return_lse else out
+        attended, norms = decode_in_torch(q, pools, spans, cu_rows, scale, return_lse)
+        return attended if norms is None else (attended, norms)
     num_rows, num_heads, head_dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(num_rows, num_heads, dtype=torch.float32) if return_lse else None
@@ -184,7 +184,7 @@ def decode_attention(
     window = max(1, MAX_WORKSPACE_BYTES // (num_heads * num_splits * (head_dim + 1) * 4))
     for first in range(0, num_rows, window):
         _launch_window(q, pools, spans, cu_rows, max_rows, scale, out, lse, first, min(window, num_rows - first), num_splits)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def _launch_window(
