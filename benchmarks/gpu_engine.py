@@ -193,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = {name: run.load(name, Path(folder)) for name in (BF16, AWQ)}
         parts: list[Callable[[], None]] = []
         for frames in setting.plan.frames:
-            for name, model in models.items():
-                parts.append(partial(run.contest, name, model, frames))
-        parts.insert(2, partial(run.switches, BF16, models[BF16], setting.plan.frames[0], Path(folder)))
+            parts += [partial(run.contest, name, model, frames) for name, model in models.items()]
+        parts.append(partial(run.switches, BF16, models[BF16], setting.plan.frames[0], Path(folder)))
         for number, part in enumerate(parts):
             if run.out_of_time:
                 report.say(f"out of time: {len(parts) - number} of {len(parts)} parts left")

@@ -73,7 +73,7 @@ class Retrieval:
         subject = Subject(work, ways("colreduce", backends, lambda run: partial(run, q, k, **given), small))
         if small:
             subject.add_peer("softmax written out", lambda: lambda: _written_out(q[None], k[None])[0])
-        subject.add_peer("flash-colreduce", lambda: _flash_colreduce(q[None], k[None]), judged=False)
+        subject.add_peer("flash-colreduce", lambda: _flash_colreduce(q[None], k[None]))
         return subject
 
 
@@ -160,7 +160,7 @@ def _flash_colreduce(q: Tensor, k: Tensor) -> Any:
     except ImportError:
         from flash_colsum import flash_colsum as run  # type: ignore[import-not-found]
     groups = q.shape[2] // k.shape[2]
-    return lambda: run(q.transpose(1, 2).contiguous(), k.repeat_interleave(groups, 2).transpose(1, 2).contiguous())
+    return lambda: run(q.transpose(1, 2), k.repeat_interleave(groups, 2).transpose(1, 2)).squeeze(0)
 
 
 def _slots(starts: list[int], bodies: list[int], num_bodies: int, device: torch.device) -> Tensor:

@@ -143,7 +143,7 @@ def _norm_variant(dtype: str, heads: int, size: int, residual: bool) -> Variant:
         "weight_head": "i32:16"
     }
     width = next_power_of_2(size)
-    constexprs = {"HEADS": heads, "SIZE": size, "BLOCK_ROWS": max(1, ROWS_TILE // width), "WIDTH": width}
+    constexprs: dict[str, int | None] = {"HEADS": heads, "SIZE": size, "BLOCK_ROWS": max(1, ROWS_TILE // width), "WIDTH": width}
     constexprs |= {} if residual else {"residual": None, "total": None}
     return Variant(_rms_norm, signature, constexprs, {"num_warps": _warps(width)})
 
@@ -152,7 +152,7 @@ def _rope_variant(dtype: str, heads: int, kv_heads: int, head_dim: int, normed: 
     names = ("qkv", "cos", "sin", "q_out", "k_arena", "v_arena", *(("qk_norm",) if normed else ()))
     signature = {name: f"*{dtype}:16" for name in names} | {"slots": "*i64:16", "eps": "fp32"}
     signature |= {name: "i32:16" for name in ("qkv_row", "cos_row", "arena_slot", "arena_head")}
-    constexprs = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK_HEADS": HEADS_TILE}
+    constexprs: dict[str, int | None] = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "BLOCK_HEADS": HEADS_TILE}
     constexprs |= {"WIDTH": next_power_of_2(head_dim)} | ({} if normed else {"qk_norm": None})
     return Variant(_rope_write, signature, constexprs, {"num_warps": 4})
 

@@ -9,6 +9,7 @@ The kernels compute in fp32 and round once. The torch paths round where the oper
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def rms_norm(
         raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, not {x.dtype} {tuple(x.shape)}")
     if choose(backend, x) == "triton":
         normed, total = _small_triton.rms_norm(x, weight, eps, residual)
-        return normed if residual is None else (normed, total)
+        return normed if total is None else (normed, total)
     total = x if residual is None else x + residual
     size = x.shape[-1]
     if x.is_cpu and x.dtype == torch.float32:
@@ -85,7 +86,7 @@ def rope_write(
         return _small_triton.rope_write(qkv, cos, sin, qk_norm, eps, k_arena, v_arena, slots)
     qk, v = qkv.view(num_rows, num_heads + 2 * num_kv_heads, head_dim).split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
     if qk_norm is not None:
-        qk = rms_norm(qk, qk_norm, eps, backend="torch")
+        qk = cast(Tensor, rms_norm(qk, qk_norm, eps, backend="torch"))
     qk = torch.addcmul(qk * cos, qk.roll(head_dim // 2, -1), sin)
     q, k = qk.split_with_sizes((num_heads, num_kv_heads), 1)
     k_arena.index_copy_(0, slots, k.to(k_arena.dtype))

@@ -50,6 +50,7 @@ def add_to(commands: Any) -> None:
     how.add_argument(
         "--keep", action="append", default=[], metavar="NAME", help="leave linears whose name ends so; may be repeated"
     )
+    how.add_argument("--search-rows", type=int, default=2048, metavar="N", help="tokens to measure errors on (%(default)s)")
     how.add_argument("--no-clip", action="store_true", help="leave out the search for clipping")
     how.add_argument(
         "--alpha", type=float, default=0.5, help="8 bits: how much of an outlier goes to the weights, 0 to 1 (%(default)s)"
@@ -111,8 +112,9 @@ def _quantize(args: argparse.Namespace) -> int:
         materials = _materials(args, vocabulary, reading, held_out=False)
         if args.engine == "own":
             settings = job.Settings(
-                args.group_size, args.vision, not args.no_clip, alpha=args.alpha, keep=tuple(args.keep), reading=reading
-            )
+                args.group_size, args.vision, not args.no_clip, search_rows=args.search_rows, alpha=args.alpha,
+                keep=tuple(args.keep), reading=reading,
+            )  # fmt: skip
             outcome = job.quantize_checkpoint(
                 source, target, materials, settings, device=args.device, restart=args.restart, report=progress.stage
             )
@@ -174,8 +176,8 @@ def _show(original: str, found: list[Distance]) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name in ("examples", "text_tokens", "max_frames"):
-        if getattr(args, name) < 1:
+    for name in ("examples", "text_tokens", "max_frames", "search_rows"):
+        if getattr(args, name, 1) < 1:
             raise BadRequest(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.seed < 0:
         raise BadRequest(f"--seed must be at least 0, got {args.seed}")

@@ -16,7 +16,7 @@ from sparsevila_cluster.quantizing.calibration import Reading
 from sparsevila_cluster.quantizing.materials import Material
 
 NUM_TURNS = 6
-NUM_IDS = 256  # random tokens in a row
+NUM_IDS, NUM_IDS_BESIDE_MEDIA = 256, 64  # random tokens in a row; few where there is something better
 # The seeds that the demo model's own measurements do not use.
 FIRST_SEED = 400_000
 
@@ -25,14 +25,14 @@ def make_examples(
     vocabulary: Vocabulary, reading: Reading, num: int, *, media: bool = True, seed: int = 0, held_out: bool = False
 ) -> list[Material]:
     """Without `media`, and for a language model, `num` times random tokens; else `num` videos and pictures in turn, as the model
-    takes them, and a quarter as many random tokens. Held-out ones share nothing with the others of any seed."""
+    takes them, and an eighth as many (and shorter) random tokens. Held-out ones share nothing with the others of any seed."""
     stream = HELD_OUT_STREAM if held_out else TRAINING_STREAM
     rng = np.random.default_rng((stream, seed, 7))
     plain = np.array(vocabulary.plain_ids())
     kinds = vocabulary.kinds if media else ()
-    num_texts = -(-num // 4) if kinds else num
+    num_texts, num_ids = (-(-num // 8), NUM_IDS_BESIDE_MEDIA) if kinds else (num, NUM_IDS)
     found = [
-        Material(f"random tokens {i}", ids=tuple(int(one) for one in rng.choice(plain, min(NUM_IDS, reading.text_tokens))))
+        Material(f"random tokens {i}", ids=tuple(int(one) for one in rng.choice(plain, min(num_ids, reading.text_tokens))))
         for i in range(num_texts)
     ]
     for i in range(num if kinds else 0):

@@ -38,7 +38,7 @@ class Settings:
     vision: Literal["w8a8", "none"] = "none"
     clip: bool = True
     num_steps: int = 20
-    search_rows: int = 8192
+    search_rows: int = 2048
     alpha: float = 0.5
     keep: tuple[str, ...] = ()
     reading: Reading = field(default_factory=Reading)

@@ -43,7 +43,7 @@ class TextSettings:
     group_size: int
     num_steps: int = 20
     clip: bool = True
-    search_rows: int = 8192
+    search_rows: int = 2048
     keep: tuple[str, ...] = ()
 
     def keeps(self, name: str) -> bool:

@@ -92,6 +92,7 @@ def compile_variant(module: str, index: int, arch: int, save: Path | None = None
         (save / f"{name}.sass").write_text(run_on(cubin, "nvdisasm", "-c"))
     return {
         "name": name,
+        "types": dict(variant.signature),
         "constexprs": {key: str(value) for key, value in variant.constexprs.items()},
         "arch": arch,
         "registers": usage["REG"],

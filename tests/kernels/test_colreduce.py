@@ -1,5 +1,6 @@
 """Column reductions of softmax weights, on every path, against the definition in fp64."""
 
+import importlib
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def check(place, q, k, ratio=1.0, **how):
 SHAPES = [
     (1, 1, (1, 1), 64, F32, False),
     (1, 577, (8, 2), 64, BF16, True),
-    (7, 263, (7, 1), 128, BF16, True),
+    (7, 257, (7, 1), 128, BF16, True),  # only the last row sees the second split
     (13, 131, (8, 1), 80, F16, True),
     (31, 17, (4, 1), 96, F32, True),
     (67, 61, (2, 2), 80, BF16, False),
@@ -52,6 +53,13 @@ def test_sums_of_each_head(place, num_rows, num_keys, heads, dim, dtype, causal)
 def test_reductions_over_rows_and_heads(place, reduction, heads):
     q, k = make(11 * place.scale, 71 * place.scale, (14, 2), 64, F32, place.device)
     check(place, q, k, reduction=reduction, heads=heads, causal=True)
+
+
+def test_more_keys_than_splits_of_the_least_size(triton_place, monkeypatch):
+    """Splits grow, to a multiple of a block; with 2 splits at most it shows at fewer keys than with 128."""
+    monkeypatch.setattr(importlib.import_module("sparsevila_kernels.colreduce"), "MAX_SPLITS", 2)
+    q, k = make(3, 701, (4, 2), 16, F32, triton_place.device)
+    check(triton_place, q, k, causal=True)
 
 
 def test_each_rows_weights_sum_to_one(place):
@@ -135,8 +143,6 @@ def test_reads_keys_where_they_lie(place):
 
 def test_memory_stays_bounded_in_torch(monkeypatch):
     """Rows, heads and keys are taken some at a time; the result is the same."""
-    import importlib
-
     in_torch = importlib.import_module("sparsevila_kernels._colreduce_torch")
     q, k = make(23, 120, (8, 4), 64, F32)
     how = {"causal": True, "reduction": "max"}

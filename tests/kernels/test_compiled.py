@@ -1,5 +1,6 @@
 """Every kernel compiles for A100 and H100/H200 without a GPU, keeps its values in registers and fits into shared memory."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from tests.house import ROOT
 from tests.kernels import compiled
 
 
+@functools.cache
 def compile_in_its_own_process(module):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
@@ -30,3 +32,14 @@ def test_compiles_without_spilling(module):
     for row in figures:
         assert row["stack_bytes"] == row["local_bytes"] == 0, f"spills: {row}"
         assert row["shared_bytes"] <= compiled.MAX_SHARED_BYTES[row["arch"]], row
+
+
+@pytest.mark.parametrize("module", ["colreduce", "decode_attention"])
+def test_attention_uses_tensor_cores_and_reads_16_bytes_at_a_time(module):
+    """An address that is chosen per key costs both the wide loads and, by spilling, much more; it has happened."""
+    tiles = [row for row in compile_in_its_own_process(module) if "BLOCK_KEYS" in row["constexprs"]]
+    narrow = [row for row in tiles if row["types"]["q"] in ("*bf16:16", "*fp16:16")]
+    assert len(tiles) > len(narrow) >= 6
+    for row in narrow:
+        assert row["wgmma"] + row["mma"] >= 10 and row["wide_loads"] >= 20, row
+    assert any(row["wgmma"] for row in narrow if row["arch"] == 90), "Hopper's own instructions serve large tiles"
