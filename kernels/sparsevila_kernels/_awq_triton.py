@@ -38,7 +38,6 @@ PLANES_OF_GROUP = {num * PLANE_ROWS: num for num in (1, 2, 4)}
 SCALES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 # 0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16: a code in the lowest bits of either adds itself.
-_MAGIC = {torch.bfloat16: 0x4300, torch.float16: 0x6400}
 
 
 def _unpack_two(plane: int, magic: int) -> str:
