@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import longvideo, machine, seeking, w4
+from benchmarks import device, longvideo, machine, seeking, w4
 from benchmarks.bounds import TextShape
 from benchmarks.contest import Contest, Plan
 from benchmarks.ledger import Ledger, show
@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
         seeking.measure(ledger, options.cache, seeking.TOY if toy else seeking.FILMS, plan.lives, say)
         if w4.usable():
             w4.measure(ledger, say, *((recipe, W4_TOY_GROUP, 1) if toy else ()))
+            say("ceilings of this machine in bfloat16")
+            in_bfloat16 = device.ceilings(torch.device("cpu"), ("bfloat16",), 0.05 if toy else 1.0)["bfloat16"]
         else:
             report.say(f"{w4.NAME}: no AVX-512 here, so that no int4 matmul is fast; not measured")
         say("ceilings of this machine, again")
@@ -144,6 +146,9 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
     report.machine |= asdict(ceilings)
     report.machine["cores_busy_with_others"] = neighbours.cores()
     ledger.settle(ceilings)
+    if w4.usable():
+        report.machine["matmul_gflops_bfloat16"] = in_bfloat16.matmul_gflops
+        ledger.settle(in_bfloat16 | replace(ceilings, matmul_gflops=0.0), w4.NAME)
     for name in (MID, DEMO) if demo_frames else (MID,):
         show(report, ledger, name)
     seeking.show(report, ledger)

@@ -50,10 +50,10 @@ class Ledger:
             row |= {"flop": work.flop, "bytes": work.bytes}
         self.rows.append(row | more)
 
-    def settle(self, ceilings: Ceilings) -> None:
-        """Put bounds beside the times, and the share bound / ms."""
+    def settle(self, ceilings: Ceilings, model: str | None = None) -> None:
+        """Put bounds beside the times (of one model, or of all), and the share bound / ms."""
         for row in self.rows:
-            if "flop" in row:
+            if "flop" in row and model in (None, row["model"]):
                 bound_ms = Work(row["flop"], row["bytes"]).bound_ms(ceilings)
                 row |= {"bound_ms": round(bound_ms, 4), "share_of_bound": round(bound_ms / row["ms"], 4)}
 

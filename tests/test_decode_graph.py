@@ -1,11 +1,13 @@
 """The repeatable decode step: what a step made anew does, to the bit, from static tensors, and nothing of it is read meanwhile."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsevila_cluster import kernel_batch
+from sparsevila_cluster import decode_graph, kernel_batch
 from sparsevila_cluster.config import build_config
 from sparsevila_cluster.decode_graph import DecodeSteps, bucket_sizes
 from sparsevila_cluster.kernel_batch import KernelBatch
@@ -181,6 +183,27 @@ def test_the_host_reads_nothing(model, shapes):
         assert logits.shape == (3, model.text.head_weight.shape[0]) and likeliest.shape == (3,)
         with pytest.raises(DataDependentOutputException):
             likeliest[0].item()  # the trap bites
+
+
+def test_where_a_capture_fails_steps_go_on_without(model, monkeypatch, caplog):
+    tried = []
+
+    def capture(bucket, pool, stream):
+        tried.append(bucket.size)
+        bucket._graph = "a graph that nobody may replay"
+        if bucket.size == 2:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(decode_graph._Bucket, "capture", capture)
+    arenas = arenas_of(model.spec)
+    steps = DecodeSteps(model, arenas, MOST, capture=True)
+    assert tried == [4, 2], "the largest first"
+    assert not steps.captured and "out of memory" in caplog.text
+    logits, _ = steps.step(*segments_in(arenas, TURNS[:1]))
+    assert logits.isfinite().all()
 
 
 def test_when_steps_are_repeated(model, directory):

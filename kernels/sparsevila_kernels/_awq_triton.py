@@ -11,9 +11,10 @@ second kernel adds in order, without atomics. Up to FEW_ROWS rows the tile, and 
 whatever their number: a row's bits do not depend on who else is in the batch.
 
 Looked at in SASS for sm_90: words go to shared memory by cp.async in pieces of 16 bytes, from there straight into the registers
-that mma.sync reads, and only there become 16-bit numbers: two per (shift, lop3, packed subtract). That is 2.6 instructions per
-weight in all; with shared memory between unpacking and mma, or with one conversion per weight, it would bound the kernel below
-the bandwidth of an H200. For the same reason zeros come as words: a load of bytes makes Triton choose another register layout.
+that mma.sync reads, and only there become 16-bit numbers: two per (shift, lop3, packed subtract). Scale and zero share a word, so
+that they come by cp.async as well; a plain load in the loop would be waited for. That is 2.7 instructions per weight in all
+(groups of 128, 16 rows). An H200 reads 9.6 weights in a picosecond and issues instructions for 30 lanes: were weights converted
+one by one, or did they pass through shared memory after that, instructions and not the memory would bound the kernel.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ MIN_SPANS = 2  # steps of a split, so that loads run ahead of products
 MAX_SPLITS = 16
 PLANES_OF_GROUP = {num * PLANE_ROWS: num for num in (1, 2, 4)}
 
+SCALES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
 # 0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16: a code in the lowest bits of either adds itself.
-_MAGIC = {torch.bfloat16: 0x4300, torch.float16: 0x6400}
 
 
 def _unpack_two(plane: int, magic: int) -> str:
@@ -63,6 +65,22 @@ def _steps_of(words, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.
 
 
 @jit
+def _scale_of(step, SCALE: tl.constexpr):
+    """fp32 scale out of the words that AwqWeight.step_words describes."""
+    if SCALE == "bf16":
+        return (step.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif SCALE == "fp16":
+        return (step & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return (step & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@jit
+def _zero_of(step, SCALE: tl.constexpr):
+    return (step >> (32 if SCALE == "fp32" else 16)).to(tl.int32)
+
+
+@jit
 def _group_of(span, plane, group_size, num_groups, GROUP_PLANES: tl.constexpr):
     """The group in which a plane lies; the last one for planes past the end of K, whose inputs are 0."""
     if GROUP_PLANES == 8:  # groups of whole spans, or one for all of K
@@ -74,9 +92,10 @@ def _group_of(span, plane, group_size, num_groups, GROUP_PLANES: tl.constexpr):
 
 @jit(do_not_specialize=["num_rows"])
 def _awq_matmul(
-    x, words, zero_words, scales, bias, out, num_rows, num_in, num_out, num_groups, group_size, spans_each,
+    x, words, step_words, bias, out, num_rows, num_in, num_out, num_groups, group_size, spans_each,
     x_row, bias_row, out_split,
-    GROUP_PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    SCALE: tl.constexpr, GROUP_PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of x [M, K] W over one split of K -> out [split, M, N]."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -90,16 +109,17 @@ def _awq_matmul(
     for span in range(first, tl.minimum(tl.cdiv(num_in, 256), first + spans_each)):
         held = tl.load(word_at, mask=real_column[None, :], other=0)
         for plane in tl.static_range(8):
-            if EVEN:
-                some = tl.load(x_at + plane * 32, mask=real_row[:, None], other=0.0)
-            else:
+            if TAIL == "any":
                 inside = (span * 256 + plane * 32 + k) < num_in
                 some = tl.load(x_at + plane * 32, mask=real_row[:, None] & inside[None, :], other=0.0)
+            else:
+                # K ends with a plane: past it there are no rows, which costs fewer registers than columns that are masked.
+                last = num_rows if TAIL == "none" else tl.where(span * 256 + plane * 32 < num_in, num_rows, 0)
+                some = tl.load(x_at + plane * 32, mask=(row < last)[:, None], other=0.0)
             if plane % GROUP_PLANES == 0:
                 group = _group_of(span, plane, group_size, num_groups, GROUP_PLANES)
-                at = (group // 8).to(tl.int64) * num_out + column
-                zero = (tl.load(zero_words + at, mask=real_column, other=0) >> (group % 8 * 4)) & 15
-                scale = tl.load(scales + group.to(tl.int64) * num_out + column, mask=real_column, other=0.0).to(tl.float32)
+                step = tl.load(step_words + group.to(tl.int64) * num_out + column, mask=real_column, other=0)
+                zero, scale = _zero_of(step, SCALE), _scale_of(step, SCALE)
                 part = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             steps = _steps_of(held, zero, plane, x.dtype.element_ty, UPCAST)
             if UPCAST:
@@ -108,6 +128,8 @@ def _awq_matmul(
                 part = tl.dot(some, steps, part)
             if plane % GROUP_PLANES == GROUP_PLANES - 1:
                 total += part * scale[None, :]
+            if GROUP_PLANES == 1 and plane == 3:
+                tl.debug_barrier()  # keeps ptxas from loading the words of all eight groups at once, and spilling
         word_at += 32 * num_out.to(tl.int64)
         x_at += 256
     real = real_row[:, None] & real_column[None, :]
@@ -133,8 +155,8 @@ def _add_splits(partial, bias, out, num_rows, num_out, bias_row, SPLITS: tl.cons
 
 @jit(do_not_specialize=["first_tile"])
 def _dequantize(
-    words, zero_words, scales, out, num_in, num_out, num_groups, group_size, first_tile, num_columns,
-    GROUP_PLANES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    words, step_words, out, num_in, num_out, num_groups, group_size, first_tile, num_columns,
+    SCALE: tl.constexpr, GROUP_PLANES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """256 k of some columns of the weight, each product rounded once -> out [K, num_columns]."""
     inner = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -145,9 +167,8 @@ def _dequantize(
     for plane in tl.static_range(8):
         if plane % GROUP_PLANES == 0:
             group = _group_of(span, plane, group_size, num_groups, GROUP_PLANES)
-            at = (group // 8).to(tl.int64) * num_out + column
-            zero = (tl.load(zero_words + at, mask=real, other=0) >> (group % 8 * 4)) & 15
-            scale = tl.load(scales + group.to(tl.int64) * num_out + column, mask=real, other=0.0).to(tl.float32)
+            step = tl.load(step_words + group.to(tl.int64) * num_out + column, mask=real, other=0)
+            zero, scale = _zero_of(step, SCALE), _scale_of(step, SCALE)
         value = (((held >> (4 * plane)) & 15) - zero[None, :]).to(tl.float32) * scale[None, :]
         row = span * 256 + plane * 32 + k
         at = row.to(tl.int64)[:, None] * num_columns + inner[None, :]
@@ -166,9 +187,14 @@ def block_rows(num_rows: int, planes: int) -> int:
     return FEW_ROWS if num_rows <= FEW_ROWS or planes == 1 else 2 * FEW_ROWS
 
 
-def num_stages(tile: int) -> int:
-    """How far loads run ahead: registers leave room for one more program where the tile is small."""
-    return 3 if tile == FEW_ROWS else 2
+def num_stages(tile: int, planes: int) -> int:
+    """How far loads run ahead, as far as registers go."""
+    return 3 if tile == FEW_ROWS and planes > 1 else 2
+
+
+def tail_of(num_in: int) -> str:
+    """What lies behind K in its last span: nothing, whole planes, or a part of one."""
+    return "none" if num_in % SPAN == 0 else "planes" if num_in % PLANE_ROWS == 0 else "any"
 
 
 def num_splits(num_tiles: int, num_in: int) -> int:
@@ -192,11 +218,11 @@ def matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None) -> Tensor:
     launch(
         _awq_matmul,
         (*tiles, splits),
-        x, weight.codes, weight.zero_words, weight.scales, bias if splits == 1 else None, sums,
+        x, weight.codes, weight.step_words, bias if splits == 1 else None, sums,
         num_rows, weight.num_in, num_out, len(weight.scales), weight.group_size,
         cdiv(cdiv(weight.num_in, SPAN), splits), x.stride(0), bias_row, num_rows * num_out,
-        GROUP_PLANES=planes, BLOCK_ROWS=tile, BLOCK_COLUMNS=BLOCK_COLUMNS,
-        EVEN=weight.num_in % SPAN == 0, UPCAST=INTERPRETED, num_warps=NUM_WARPS, num_stages=num_stages(tile), device=x.device,
+        SCALE=SCALES[weight.scales.dtype], GROUP_PLANES=planes, BLOCK_ROWS=tile, BLOCK_COLUMNS=BLOCK_COLUMNS,
+        TAIL=tail_of(weight.num_in), UPCAST=INTERPRETED, num_warps=NUM_WARPS, num_stages=num_stages(tile, planes), device=x.device,
     )  # fmt: skip
     if splits > 1:
         grid = (num_rows, cdiv(num_out, SUM_COLUMNS))
@@ -212,29 +238,30 @@ def dequantize(weight: AwqWeight, dtype: torch.dtype, first: int, stop: int) -> 
     launch(
         _dequantize,
         (cdiv(stop - first, BLOCK_COLUMNS), cdiv(weight.num_in, SPAN)),
-        weight.codes, weight.zero_words, weight.scales, out, weight.num_in, weight.num_out, len(weight.scales),
+        weight.codes, weight.step_words, out, weight.num_in, weight.num_out, len(weight.scales),
         weight.group_size, first // BLOCK_COLUMNS, stop - first,
-        GROUP_PLANES=group_planes(weight), BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=NUM_WARPS, device=weight.device,
+        SCALE=SCALES[weight.scales.dtype], GROUP_PLANES=group_planes(weight), BLOCK_COLUMNS=BLOCK_COLUMNS,
+        num_warps=NUM_WARPS, device=weight.device,
     )  # fmt: skip
     return out
 
 
-def _variant(dtype: str, group: int, rows: int, out: str, bias: bool, even: bool) -> Variant:
+def _variant(dtype: str, group: int, rows: int, out: str, bias: bool, tail: str) -> Variant:
     ints = {name: "i32:16" for name in ("num_in", "num_out", "x_row", "bias_row", "out_split")}
     ints |= {name: "i32" for name in ("num_rows", "num_groups", "group_size", "spans_each")}
-    pointers = {"x": dtype, "words": "i32", "zero_words": "i32", "scales": "fp16", "out": out} | ({"bias": dtype} if bias else {})
-    constexprs: dict[str, Any] = {"GROUP_PLANES": group, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": BLOCK_COLUMNS, "EVEN": even}
-    constexprs |= {"UPCAST": False} | ({} if bias else {"bias": None})
-    options = {"num_warps": NUM_WARPS, "num_stages": num_stages(rows)}
+    pointers = {"x": dtype, "words": "i32", "step_words": "i32", "out": out} | ({"bias": dtype} if bias else {})
+    constexprs: dict[str, Any] = {"GROUP_PLANES": group, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": BLOCK_COLUMNS, "TAIL": tail}
+    constexprs |= {"UPCAST": False, "SCALE": "fp16"} | ({} if bias else {"bias": None})
+    options = {"num_warps": NUM_WARPS, "num_stages": num_stages(rows, group)}
     return Variant(_awq_matmul, ints | {name: f"*{kind}:16" for name, kind in pointers.items()}, constexprs, options)
 
 
 VARIANTS = [
-    _variant("bf16", 4, FEW_ROWS, "fp32", bias=False, even=True),
-    _variant("bf16", 1, FEW_ROWS, "fp32", bias=False, even=False),
-    _variant("fp16", 8, FEW_ROWS, "fp16", bias=True, even=False),
-    _variant("bf16", 4, 2 * FEW_ROWS, "bf16", bias=True, even=True),
-    _variant("bf16", 2, 2 * FEW_ROWS, "fp32", bias=False, even=False),
+    _variant("bf16", 4, FEW_ROWS, "fp32", bias=False, tail="none"),
+    _variant("bf16", 1, FEW_ROWS, "fp32", bias=False, tail="planes"),
+    _variant("fp16", 8, FEW_ROWS, "fp16", bias=True, tail="any"),
+    _variant("bf16", 4, 2 * FEW_ROWS, "bf16", bias=True, tail="none"),
+    _variant("bf16", 2, 2 * FEW_ROWS, "fp32", bias=False, tail="planes"),
     Variant(
         _add_splits,
         {"partial": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16", "num_rows": "i32", "num_out": "i32:16"}
@@ -244,9 +271,9 @@ VARIANTS = [
     ),
     Variant(
         _dequantize,
-        {"words": "*i32:16", "zero_words": "*i32:16", "scales": "*fp16:16", "out": "*bf16:16", "num_in": "i32:16"}
+        {"words": "*i32:16", "step_words": "*i32:16", "out": "*bf16:16", "num_in": "i32:16"}
         | {"num_out": "i32:16", "num_groups": "i32", "group_size": "i32", "first_tile": "i32", "num_columns": "i32:16"},
-        {"GROUP_PLANES": 4, "BLOCK_COLUMNS": BLOCK_COLUMNS},
+        {"SCALE": "bf16", "GROUP_PLANES": 4, "BLOCK_COLUMNS": BLOCK_COLUMNS},
         {"num_warps": NUM_WARPS},
     ),
 ]

@@ -19,8 +19,8 @@ from ._launch import Backend, choose
 from .awq_weight import BLOCK, AwqWeight
 
 # Rows up to which the fused GPU kernel serves. Not measured on a GPU. By reckoning for an H200 and 68 M weights: unpacking
-# writes and reads 2 bytes a weight beside the 0.5 read, 64 us, and the product of 128 rows takes 22; the fused kernel issues 2.9
-# instructions per weight and tile of 32 rows, 45 us for 128 rows at 60 % of the issue rate.
+# writes and reads 2 bytes a weight beside the 0.5 read, 64 us, and the product of 128 rows takes 22; the fused kernel issues 3.1
+# instructions per weight and tile of 32 rows, 48 us for 128 rows at 60 % of the issue rate.
 FUSED_ROWS = 128
 SCRATCH_BYTES = 64 << 20  # of an unpacked piece on a GPU
 # Rows up to which torch's int4 operator serves on a CPU. Its time grows with each row, and unpacking costs the same for all.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._launch import cdiv
-from .awq_format import NIBBLES, TOP_CODE, check_gemm, pack_natural, unpack
+from .awq_format import TOP_CODE, check_gemm, unpack
 
 PLANES, PLANE_ROWS = 8, 32
 SPAN = PLANES * PLANE_ROWS  # inputs in the words of one row of planes
@@ -104,7 +104,7 @@ class AwqWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that the weight holds."""
-        tensors = (self.codes, self.zeros, self.scales, self.operator_steps if self.in_blocks else self.zero_words)
+        tensors = (self.codes, self.zeros, self.scales, self.operator_steps if self.in_blocks else self.step_words)
         return sum(t.nbytes for t in tensors)
 
     def to(self, device: torch.device | str) -> AwqWeight:
@@ -145,10 +145,14 @@ class AwqWeight:
         return out
 
     @cached_property
-    def zero_words(self) -> Tensor:
-        """What our kernels read instead of `zeros`, i32 [ceil(K/g/8), N]: nibble i of word w is the zero of group 8w + i."""
-        zeros = torch.nn.functional.pad(self.zeros, (0, 0, 0, -len(self.zeros) % NIBBLES))
-        return pack_natural(zeros.t()).t().contiguous()
+    def step_words(self) -> Tensor:
+        """What our kernels read instead of zeros and scales, one word for both [K/g, N]: the scale's bits below, the zero above.
+
+        i32 = zero << 16 | 16 bits; i64 = zero << 32 | 32 bits for scales in float32.
+        """
+        wide, bits = (torch.int64, 32) if self.scales.dtype == torch.float32 else (torch.int32, 16)
+        scales = self.scales.contiguous().view(torch.int32 if bits == 32 else torch.int16).to(wide)
+        return (self.zeros.to(wide) << bits) | (scales & ((1 << bits) - 1))
 
     @cached_property
     def operator_steps(self) -> Tensor:

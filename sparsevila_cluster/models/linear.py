@@ -64,9 +64,7 @@ class AwqMatrix:
         return awq_matmul(x, self._weight)
 
     def addmm(self, base: Tensor, x: Tensor) -> Tensor:
-        if base.dim() == 1:
-            return awq_matmul(x, self._weight, base)
-        return awq_matmul(x, self._weight).add_(base)
+        return awq_matmul(x, self._weight, base)
 
     def tail_mm(self, x: Tensor, first: int) -> Tensor:
         """All columns are computed: one layer of a prefill needs this, and a second copy of its weights would cost more."""

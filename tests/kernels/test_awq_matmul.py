@@ -47,8 +47,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("num_in, num_out, group", SHAPES)
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("num_rows", [1, 13, 67])
+@pytest.mark.parametrize("num_rows, dtype", [(1, BF16), (13, F16), (13, F32), (67, BF16)])
 def test_product(place, num_in, num_out, group, dtype, num_rows):
     weight = make(place, num_in, num_out * place.scale, group)
     x = torch.randn(num_rows, num_in).to(place.device, dtype)
@@ -104,6 +103,43 @@ def test_a_row_does_not_see_the_batch(triton_place, dtype, num_in, group):
     assert torch.equal(awq_matmul(x, weight, backend="triton"), together)
     for rows in (slice(0, 1), slice(7, 8), slice(3, 16), slice(5, 10)):
         assert torch.equal(awq_matmul(x[rows], weight, backend="triton"), together[rows])
+
+
+def run_ptx(text, first, second):
+    """prmt, shr and lop3 of 32 bits as PTX defines them; $1 and $2 in, $0 out."""
+    registers = {"$1": first, "$2": second}
+    for line in text.strip("{} ").split(";"):
+        name, *operands = line.replace(",", " ").split() or [""]
+        given = [registers[o] if o in registers else int(o, 0) for o in operands[1:] if not name.startswith(".")]
+        if name == "prmt.b32":
+            pool = given[0].to_bytes(4, "little") + given[1].to_bytes(4, "little")
+            value = int.from_bytes(bytes(pool[given[2] >> 4 * i & 7] for i in range(4)), "little")
+        elif name == "shr.u32":
+            value = given[0] >> given[1]
+        elif name == "lop3.b32":
+            a, b, c, table = given
+            bits = [(a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1 for i in range(32)]
+            value = sum((table >> bit & 1) << i for i, bit in enumerate(bits))
+        else:
+            assert name in ("", ".reg"), f"{name}: not known here"
+            continue
+        registers[operands[0]] = value
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("dtype, magic, base", [(BF16, 0x4300, 128), (F16, 0x6400, 1024)])
+def test_the_assembler_unpacks(dtype, magic, base):
+    """The interpreter cannot run it: two words in, one plane of both out, as numbers base + code, from which zeros go exactly."""
+    words = torch.randint(0, 2**32, (20, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    for plane in range(awq_weight.PLANES):
+        text = _awq_triton._unpack_two(plane, magic << 16 | magic)
+        for pair in words:
+            packed = torch.tensor([run_ptx(text, *pair)]).to(torch.int32).view(dtype)
+            codes = torch.tensor([word >> 4 * plane & 15 for word in pair])
+            for zero in range(16):
+                raised = torch.tensor([zero | magic], dtype=torch.int16).view(dtype)
+                assert torch.equal((packed - raised).long(), codes - zero), (plane, zero)
+            assert torch.equal(packed.long(), codes + base)
 
 
 @pytest.mark.parametrize("num_tiles", [1, 5, 28, 132, 300])
