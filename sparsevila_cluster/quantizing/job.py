@@ -80,7 +80,7 @@ def quantize_checkpoint(
     """Write `source`, quantized, to the new directory `target`. Interrupted, the same call goes on where it was.
 
     Raises:
-        BadCheckpoint: the source cannot be quantized. BadRequest: the destination exists, materials or settings do not fit. 
+        BadCheckpoint: the source cannot be quantized. BadRequest: the destination exists, materials or settings do not fit.
         BadMedia, TooLarge: materials, or no room on the disk.
     """
     start_s = time.monotonic()
