@@ -45,7 +45,10 @@ def add_to(commands: Any) -> None:
     )
     how.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale (the largest of 128, 64, 32 that fits)")
     how.add_argument(
-        "--vision", choices=("w8a8", "none"), default="none", help="the vision tower in 8 bits, or as it is (%(default)s)"
+        "--vision",
+        choices=("w8a8", "none"),
+        default="none",
+        help="the vision tower in 8 bits, a form of ours, or as it is (%(default)s)",
     )
     how.add_argument(
         "--keep", action="append", default=[], metavar="NAME", help="leave linears whose name ends so; may be repeated"
@@ -99,7 +102,9 @@ def _quantize(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.target)
     _check_numbers(args)
     if target.exists():
-        raise BadRequest(f"{str(target)!r} exists; quantize writes a new directory")
+        from sparsevila_cluster.quantizing.scratch import check_target
+
+        check_target(target)
     if args.engine == "autoawq" and (args.vision != "none" or args.keep):
         raise BadRequest("--vision and --keep are for --engine own")
     with ProgressLine() as progress:

@@ -65,7 +65,9 @@ def make_samples(
             try:
                 samples += studio.dialogue(material) if material.media else studio.text(token_ids(vocabulary, material))
             except UserError as error:
-                raise error if str(error).startswith(material.name) else type(error)(f"{material.name}: {error}") from error
+                if str(error).startswith(material.name):
+                    raise
+                raise type(error)(f"{material.name}: {error}") from error
     report("calibration", len(materials), len(materials))
     return samples
 

@@ -24,6 +24,8 @@ from sparsevila_cluster.errors import BadCheckpoint, BadRequest, TooLarge
 from sparsevila_cluster.models.checkpoint import Shard, open_shard, read_json
 from sparsevila_cluster.quantizing.shards import entry_of, write_file, write_whole
 
+_DONE = "done"
+
 
 @dataclass(frozen=True)
 class Scratch:
@@ -54,6 +56,7 @@ class Scratch:
     def publish(self, target: Path) -> None:
         """Make `whole` the destination, in one step, and remove everything else."""
         _sync(self.whole)
+        (self.directory / _DONE).touch()
         os.rename(self.whole, target)
         _sync(target.parent)
         shutil.rmtree(self.directory)
@@ -62,6 +65,9 @@ class Scratch:
 def check_target(target: Path) -> None:
     """Raises BadRequest: something is at the destination, or it has no place to be."""
     if target.exists() or target.is_symlink():
+        left = _beside(target)
+        if (left / _DONE).is_file() and not (left / "whole").exists():  # killed between the rename and the removal
+            shutil.rmtree(left)
         raise BadRequest(f"{str(target)!r} exists; quantize writes a new directory")
     if not target.absolute().parent.is_dir():
         raise BadRequest(f"{str(target.absolute().parent)!r} is not a directory, so {target.name!r} cannot be made in it")
@@ -75,9 +81,8 @@ def open_scratch(target: Path, record: Mapping[str, Any], restart: bool) -> Iter
     Raises:
         BadRequest: it holds work of another record, or another process works in it. The message names what differs.
     """
-    target = target.absolute()
-    directory = target.parent / f".{target.name}.quantizing"
-    with full_disk_is_told(target.parent):
+    directory = _beside(target)
+    with full_disk_is_told(directory.parent):
         directory.mkdir(exist_ok=True)
         lock = (directory / "lock").open("w")
     with lock:
@@ -114,6 +119,10 @@ def full_disk_is_told(directory: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TooLarge(f"no room is left on the disk of {str(directory)!r}; with more room the same call goes on") from error
         raise BadRequest(f"cannot write in {str(directory)!r}: {error.strerror or error}") from error
+
+
+def _beside(target: Path) -> Path:
+    return target.absolute().parent / f".{target.name}.quantizing"
 
 
 def _compare(directory: Path, found: dict[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -76,6 +76,26 @@ def test_a_mistake_is_one_line_and_leaves_nothing(run, tmp_path, words, told):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("broken.mp4", b"This is no video. " * 100, "broken.mp4: "),
+        ("texts.jsonl", b'{"text": "x"}\n{"text": 1}', "texts.jsonl, line 2: "),
+        ("far.jsonl", b'{"ids": [1, 99999]}', "far.jsonl, line 1: the model has no token 99999"),
+        ("text.txt", b"\xff", "text.txt: not UTF-8"),
+        (".hidden", b"", "holds no media"),
+    ],
+)
+def test_a_broken_calibration_is_named(run, tmp_path, name, content, told):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(content)
+    code, out, err = run("quantize", "vl", "new", "--calibration", "folder")
+    assert code == 2 and out == "" and err.count("\n") == 1 and told in err
+    assert not (tmp_path / "new").exists()
+    code, _, err = run("compare", "vl", "vl", "--inputs", "folder")
+    assert code == 2 and told in err
+
+
 def test_what_is_quantized_already_is_refused(run):
     assert run("quantize", "text", "small", "--synthetic", *SMALL)[0] == 0
     code, _, err = run("quantize", "small", "smaller", "--synthetic", *SMALL)

@@ -40,7 +40,15 @@ for at, target in moments:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # record, vision, three layers, three shards, index, config.json, the directory itself
-MOMENTS = {"first layer": 3, "between layers": 4, "first shard": 6, "last shard": 8, "config.json": 10, "before the rename": 11}
+MOMENTS = {
+    "first layer": 3,
+    "between layers": 4,
+    "first shard": 6,
+    "last shard": 8,
+    "config.json": 10,
+    "before the rename": 11,
+    "after the rename": 12,
+}
 
 
 def quantize(source, target, **fields):
@@ -86,6 +94,11 @@ def killed(source, tmp_path_factory):
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_after_a_kill_the_same_call_goes_on(killed, source, whole, moment):
     folder = killed[moment]
+    if moment == "after the rename":  # only the cleaning up is left to do
+        with pytest.raises(BadRequest, match="exists"):
+            quantize(source, folder / "target")
+        assert contents(folder / "target") == whole and [path.name for path in folder.iterdir()] == ["target"]
+        return
     assert not (folder / "target").exists()
     with pytest.raises(Exception, match="not a directory"):
         load_model(folder / "target")
