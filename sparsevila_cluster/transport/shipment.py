@@ -40,7 +40,8 @@ class Shipment:
         self._announced = [0] * manifest.spec.num_layers  # rows of each layer that `wrote` told of
         self._rows = [0] * manifest.spec.num_layers  # those of them that the device has come to
         self._events: deque[tuple[int, int, Any]] = deque()
-        self._on_device = prefix.extent.arena.k[0].is_cuda
+        home = prefix.extent.arena.k[0].device
+        self._device = home if home.type == "cuda" else None
         self.wake = wake
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -60,9 +61,9 @@ class Shipment:
         if start > self._announced[layer]:
             return  # a hole: `finish` will say so
         self._announced[layer] = max(self._announced[layer], stop)
-        if self._on_device:
+        if self._device is not None:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))  # not that of the thread's current device, which may be another
             self._events.append((layer, stop, event))
         else:
             self._rows[layer] = max(self._rows[layer], stop)

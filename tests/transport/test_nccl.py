@@ -2,14 +2,17 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import LaneLost
-from sparsevila_cluster.transport import nccl
+from sparsevila_cluster.transport import DockAddress, Shipment, Ticket, nccl
 from sparsevila_cluster.transport.gloo import build_group
 from sparsevila_cluster.transport.rendezvous import Line
+from sparsevila_cluster.wire import Manifest
 from tests.transport.harbour import BOUNDS, KINDS, Harbour, make_prefix, rows_equal, until
 
 HOST = "127.0.0.1"
@@ -137,3 +140,22 @@ def test_between_two_gpus():
     finally:
         shipper.close()
         dock.close()
+
+
+def test_rows_are_final_when_the_stream_that_writes_them_has_come_to_them(monkeypatch):
+    """That of the arena's device, whichever device the thread that tells of them is at."""
+    device = torch.device("cuda", 1)
+    prefix = make_prefix(length=8)
+    manifest = Manifest.of(prefix, "t", (0, 8), TransportConfig())
+    prefix.extent.arena.k[0] = SimpleNamespace(device=device)
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where=None: ("stream of", where))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append, query=lambda: bool(recorded[3:])))
+    ticket = Ticket("t", DockAddress("d", "nccl", "", 0, ""), 9.0)
+    shipment = Shipment(prefix, manifest, ticket, lambda: None)
+    shipment.wrote(0, 0, 8)
+    assert recorded == [("stream of", device)]
+    assert not any(map(shipment.is_final, manifest.chunks)), "the device has not come to it"
+    for layer in (0, 1, 2):
+        shipment.wrote(layer, 0, 8)
+    assert all(map(shipment.is_final, manifest.chunks))
