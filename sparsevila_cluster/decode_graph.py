@@ -70,8 +70,12 @@ class DecodeSteps:
         try:
             with torch.cuda.device(device):
                 pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # memory is shared on one stream only
-                for bucket in reversed(self._buckets):
-                    bucket.capture(pool, stream)
+                before = torch.cuda.current_stream()
+                try:
+                    for bucket in reversed(self._buckets):
+                        bucket.capture(pool, stream)
+                finally:
+                    torch.cuda.set_stream(before)  # a capture that breaks off leaves its own behind
         except RuntimeError as error:
             for bucket in self._buckets:
                 bucket.release()

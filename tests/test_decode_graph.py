@@ -186,22 +186,26 @@ def test_the_host_reads_nothing(model, shapes):
 
 
 def test_where_a_capture_fails_steps_go_on_without(model, monkeypatch, caplog):
-    tried = []
+    tried, current = [], ["the caller's"]
 
     def capture(bucket, pool, stream):
         tried.append(bucket.size)
         bucket._graph = "a graph that nobody may replay"
         if bucket.size == 2:
+            current[0] = stream  # as torch.cuda.graph leaves it when ending the capture raises
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     monkeypatch.setattr(decode_graph._Bucket, "capture", capture)
     arenas = arenas_of(model.spec)
     steps = DecodeSteps(model, arenas, MOST, capture=True)
     assert tried == [4, 2], "the largest first"
     assert not steps.captured and "out of memory" in caplog.text
+    assert current == ["the caller's"]
     logits, _ = steps.step(*segments_in(arenas, TURNS[:1]))
     assert logits.isfinite().all()
 
