@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from math import prod
 
@@ -55,13 +56,17 @@ class Cargo:
             return [rows * 4 + rows * spec.head_dim]
         return [kv_bytes // num_parts] * num_parts if self.is_straight(chunk) else [kv_bytes]
 
+    def aside(self) -> AbstractContextManager[object]:
+        """Within it a GPU works for this transfer beside the kernels that prefill. What is not enqueued in it waits for them: NCCL
+        sends only after all that the current stream holds."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def gather(self, chunk: Chunk) -> list[Tensor]:
         """The chunk's bytes, uint8, on the link's device; the arena's own memory where that is possible."""
-        if self._stream is None:
-            return self._gather(chunk)
-        with torch.cuda.stream(self._stream):
+        with self.aside():
             tensors = self._gather(chunk)
-            self._stream.synchronize()
+            if self._stream is not None:
+                self._stream.synchronize()
         return tensors
 
     def _gather(self, chunk: Chunk) -> list[Tensor]:
@@ -168,4 +173,7 @@ def checksum(tensors: Sequence[Tensor]) -> int:
 
 @lru_cache(maxsize=64)
 def _weights(num: int, device: torch.device) -> Tensor:
-    return torch.arange(1, num + 1, device=device) * ODD | 1
+    weights = torch.arange(1, num + 1, device=device) * ODD | 1
+    if weights.is_cuda:  # who asks next may be at another stream
+        torch.cuda.current_stream(device).synchronize()
+    return weights

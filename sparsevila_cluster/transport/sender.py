@@ -214,9 +214,10 @@ class Route:
         assert sizes == attempt.cargo.sizes(chunk), (sizes, chunk)
         transfer = attempt.shipment.transfer_id
         lane.channel.say("chunk", transfer=transfer, index=index)
-        attempt.under_way.append((lane.link.ship(parts), parts))
-        if attempt.manifest.checksum:  # reckoned while the chunk is on its way
-            lane.channel.say("sum", transfer=transfer, index=index, checksum=attempt.sum_of(chunk, parts))
+        with attempt.cargo.aside():
+            attempt.under_way.append((lane.link.ship(parts), parts))
+            if attempt.manifest.checksum:  # reckoned while the chunk is on its way
+                lane.channel.say("sum", transfer=transfer, index=index, checksum=attempt.sum_of(chunk, parts))
         attempt.sent += 1
         attempt.num_bytes += sum(sizes)
         self._told.sent(sum(sizes), self.kind)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from sparsevila_cluster.cluster_config import TransportConfig
 from sparsevila_cluster.errors import LaneLost
 from sparsevila_cluster.transport import DockAddress, Shipment, Ticket, nccl
+from sparsevila_cluster.transport.chunks import Cargo
 from sparsevila_cluster.transport.gloo import build_group
 from sparsevila_cluster.transport.rendezvous import Line
 from sparsevila_cluster.wire import Manifest
@@ -85,6 +87,31 @@ def test_the_same_lane_over_another_group(groups):
     finally:
         harbour.close()
     assert len(groups) == 2 and all(group.aborted for group in groups)
+
+
+def test_bulk_leaves_beside_what_a_gpu_still_has_to_do(groups, monkeypatch):
+    """NCCL sends after all that the stream holds at which it was told to: not that of the prefill."""
+    within, sent = threading.local(), []
+
+    @contextmanager
+    def aside(cargo):
+        within.now = True
+        yield
+        within.now = False
+
+    def ship(link, parts):
+        sent.append(getattr(within, "now", False))
+        return post(link, parts)
+
+    post = nccl.NcclLink.ship
+    monkeypatch.setattr(Cargo, "aside", aside)
+    monkeypatch.setattr(nccl.NcclLink, "ship", ship)
+    harbour = Harbour("nccl", chunk_bytes=65536)
+    try:
+        harbour.send(make_prefix(), BOUNDS)
+    finally:
+        harbour.close()
+    assert len(sent) > 3 and all(sent)
 
 
 def test_bulk_that_never_comes_ends_the_link_at_its_deadline(groups):
