@@ -29,6 +29,7 @@ MIN_SPLIT, MAX_SPLITS, SPLIT_STEP = 256, 64, 64
 # The partial results of one launch; more rows than fit are taken in several launches.
 MAX_WORKSPACE_BYTES = 256 * 1024 * 1024
 LOG2_E = 1.4426950408889634
+LEAST_PAD = 16  # bounds that a program of the second kernel reads at once: one kernel for all small numbers of sequences
 
 
 @jit
@@ -209,7 +210,7 @@ def _launch_window(
     launch(
         _join_splits, (num_window, num_heads), partial, partial_lse, spans, cu_rows, out, lse,
         first, num_sequences, num_splits, num_heads, *out.stride()[:2],
-        device=q.device, PAD=1 if cu_rows is None else next_power_of_2(num_sequences), num_warps=4, **shared,
+        device=q.device, PAD=1 if cu_rows is None else max(LEAST_PAD, next_power_of_2(num_sequences)), num_warps=4, **shared,
     )  # fmt: skip
 
 
