@@ -137,9 +137,14 @@ def _attend_equal(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) ->
 
 def _attend_equal_scored(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> tuple[Tensor, Tensor]:
     """q, k, v [S, H, D] in segments of `length` -> attention [S, H, D], and what each row receives, f32 [S]."""
-    # What the flash kernels of a GPU take.
-    fused = q.is_cuda and HAS_TRITON and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    fused = q.is_cuda and HAS_TRITON and _flash_takes(q)
     return (_scored_at_once if fused else _scored_by_parts)(q, k, v, length, scale)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    """What the flash kernels of a GPU need: Ampere or later, 16 bits, heads of a multiple of 8."""
+    suits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    return suits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _scored_at_once(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> tuple[Tensor, Tensor]:

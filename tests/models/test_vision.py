@@ -173,3 +173,19 @@ def test_salience_on_a_gpu_is_that_of_a_cpu(lengths, heads, dim):
     got, got_received = Segments(lengths, torch.device("cuda")).attend_scored(q.cuda(), k.cuda(), v.cuda(), dim**-0.5)
     torch.testing.assert_close(got.float().cpu(), out, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(got_received.cpu(), received, atol=1e-2, rtol=1e-2)
+
+
+def test_what_flash_kernels_take(monkeypatch):
+    """Turing has none, whatever the shape."""
+    for capability, some in (((9, 0), True), ((8, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        for dtype, dim, taken in (
+            (torch.bfloat16, 80, True),
+            (torch.float16, 72, True),
+            (torch.float16, 256, True),
+            (torch.float16, 264, False),
+            (torch.bfloat16, 36, False),
+            (torch.float32, 64, False),
+        ):
+            q = torch.empty(3, 2, dim, dtype=dtype)
+            assert vision_attention._flash_takes(q) is (some and taken)
