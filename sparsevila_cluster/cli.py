@@ -53,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> int:
     """One line for an error, and its exit code."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:  # an error that was raised again may be among its own causes
         if isinstance(cause, KeyboardInterrupt):  # a library that was interrupted while it was imported wraps it
             return _fail(INTERRUPTED, "interrupted")
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, UserError):
         return _fail(USAGE, f"error: {error}")

@@ -319,3 +319,15 @@ def test_progress_shows_on_a_terminal_and_leaves(run, monkeypatch):
     assert code == 0 and json.loads(out)
     shown = screen.getvalue()
     assert "load model" in shown and "prefill" in shown and shown.rstrip().endswith("\x1b[2K")  # the line is wiped
+
+
+def test_an_error_among_its_own_causes_is_told_and_over(run, monkeypatch):
+    first, second = QueueFull("all seats are taken"), RuntimeError("closing")
+    first.__context__, second.__context__ = second, first
+
+    def fail(*_args, **_kwargs):
+        raise first
+
+    monkeypatch.setattr(tools, "_config_check", fail)
+    code, _, err = run("config", "check", "good.yaml")
+    assert code == 1 and err.splitlines()[-1] == "error: all seats are taken"
