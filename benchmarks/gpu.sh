@@ -8,8 +8,15 @@
 #   --wheels DIR   wheels of what the machine lacks; they are unpacked for this run alone
 #   --toy          tiny sizes, to see that it runs; what a machine without a GPU does in any case
 #
-# PYTHON names the interpreter (default: python3). The last line on stdout is one JSON document.
+# PYTHON names the interpreter (default: this checkout's .venv, where there is one, else python3). The last line on stdout is one JSON
+# document.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+own=.venv/bin/python
+python=${PYTHON:-$([ -x "$own" ] && echo "$own" || echo python3)}
+if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+	echo "benchmarks/gpu.sh: $python has no torch; PYTHON=... names another interpreter, \`make setup\` makes .venv" >&2
+	exit 2
+fi
+exec "$python" -m benchmarks.gpu "$@"

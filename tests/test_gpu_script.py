@@ -92,6 +92,16 @@ def test_making_checks_may_fail():
     assert [row["state"] for row in rows] == ["passed", "failed"] and "too small" in rows[1]["why"]
 
 
+def test_an_interpreter_without_torch_is_named(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    bare.chmod(0o755)
+    script = str(house.ROOT / "benchmarks" / "gpu.sh")
+    done = subprocess.run([script, "--toy"], env=os.environ | {"PYTHON": str(bare)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"benchmarks/gpu.sh: {bare} has no torch")
+
+
 @pytest.mark.slow
 def test_it_runs_from_end_to_end_without_a_gpu(tmp_path):
     """Everything at once, as one types it: right kernels under the interpreter, every operation, the engine."""
