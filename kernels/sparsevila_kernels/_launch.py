@@ -12,18 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+# Where torch knows no GPU, Triton has nothing to run on and takes 70 MB of each process. A TRITON_INTERPRET in the environment, be it
+# 0 or 1, says that it is wanted all the same.
+WANTED = bool(torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ)
 try:
+    if not WANTED:
+        raise ImportError("nothing that Triton could run on")
     import triton
     import triton.language as tl
 
     HAS_TRITON, INTERPRETED = True, bool(triton.knobs.runtime.interpret)
-except ImportError:  # no wheel for this platform: the torch paths serve everything
+except ImportError:  # also where there is no wheel for the platform: the torch paths serve everything
     triton = tl = None
     HAS_TRITON = INTERPRETED = False
 
@@ -71,13 +77,13 @@ def choose(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:
         raise ValueError(f"backend {backend!r}: legal are 'auto', 'torch' and 'triton'")
     if backend == "auto":
         return "triton" if HAS_TRITON and tensor.is_cuda else "torch"
-    if backend == "triton" and not HAS_TRITON:
-        raise ValueError("backend 'triton': triton cannot be imported here; legal are 'auto' and 'torch'")
     if backend == "triton" and not (tensor.is_cuda or INTERPRETED):
         raise ValueError(
-            f"backend 'triton': the tensor is on {tensor.device}; legal are CUDA tensors, or any with TRITON_INTERPRET=1 "
-            "in the environment before the import"
+            f"backend 'triton': the tensor is on {tensor.device}; legal are CUDA tensors, or, where Triton is installed, any with "
+            "TRITON_INTERPRET=1 in the environment before the import"
         )
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton': triton cannot be imported here; legal are 'auto' and 'torch'")
     return backend
 
 

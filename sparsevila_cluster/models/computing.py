@@ -27,11 +27,11 @@ def resolve_attention(wanted: str, device: torch.device) -> Kernels:
         return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
     if wanted == "torch":
         return "torch"
-    if not HAS_TRITON:
-        raise BadConfig("attention 'triton' needs Triton, which is not installed; torch works everywhere")
     if device.type != "cuda" and not INTERPRETED:
         raise BadConfig(
             f"attention 'triton' on device {device} works only under Triton's interpreter (TRITON_INTERPRET=1 before the start); "
             f"legal here: auto, torch"
         )
+    if not HAS_TRITON:
+        raise BadConfig("attention 'triton' needs Triton, which is not installed; torch works everywhere")
     return "triton"

@@ -155,11 +155,16 @@ def test_a_decode_worker_killed_in_mid_answer_costs_no_token_and_no_prefill(chec
         for i in range(3):
             answer, name = await ask(router, key, i, name, kill if i == number else None)
             same(answer, wanted[i])
-        assert cluster.num_prefills == 1 and cluster.sink.counts["turns_recovered_total",] == 1
+        recovered.append(cluster.sink.counts["turns_recovered_total",])
         replayed = sum(worker.sink.counts["conversations_replayed_total",] for worker in cluster.decodes)
-        assert replayed == (number > 0) and Token.parse(name).moves == 1
+        assert cluster.num_prefills == 1 and recovered[-1] <= 1
+        if recovered[-1]:
+            assert replayed == (number > 0) and Token.parse(name).moves == 1
 
-    run(scenario, checkpoint, endless)
+    recovered = []
+    while not any(recovered):  # on a busy machine the rest of an answer may have left before the kill
+        assert len(recovered) < 5, "no kill met a running answer"
+        run(scenario, checkpoint, endless)
 
 
 def test_sampling_without_a_seed_goes_on_with_the_same_draws(checkpoint, endless, clips, local):

@@ -3,7 +3,7 @@
     python -m tests.kernels.compiled [MODULE ...] [--arch 80] [--save FOLDER]
 
 prints one JSON line per variant and architecture: registers, stack, local and shared memory as cuobjdump reads them from the
-cubin, and what stands in PTX. TRITON_INTERPRET must not be set: an interpreted kernel cannot be compiled, so tests start this
+cubin, and what stands in PTX. TRITON_INTERPRET must not be 1: an interpreted kernel cannot be compiled, so tests start this
 file as a process of its own. --save writes PTX and SASS, to be read.
 """
 
