@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Where torch knows no GPU, Triton has nothing to run on and takes 70 MB of each process. A TRITON_INTERPRET in the environment, be it
-# 0 or 1, says that it is wanted all the same.
+# Where torch knows no GPU, Triton has nothing to run on and takes 70 MB of each process. A TRITON_INTERPRET in the environment,
+# be it 0 or 1, says that it is wanted all the same.
 WANTED = bool(torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ)
 try:
     if not WANTED:
