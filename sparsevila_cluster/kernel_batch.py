@@ -8,6 +8,7 @@ Knows: how a step's rows become slots and spans on the device. Does not know: mo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -34,15 +35,11 @@ def spans_of(segment: Segment, arenas: Arenas) -> tuple[int, ...]:
     return pool, home.start, home.length, 1, segment.tail_start, segment.past + segment.num
 
 
-class DecodeRows:
-    """One new row for each of several turns. Everything it knows of a step lies in tensors, so that a CUDA graph may hold it.
+class _NewRows(ABC):
+    """Rows whose KV goes to `slots` i64 [T] of the arena of turns."""
 
-    slots i64 [B]: where the rows' KV goes in the arena of turns; spans i32 [B, 2, 3]: what each row attends to, itself at the end.
-    max_keys: no row attends to more, where that is known; it saves empty work and changes no result.
-    """
-
-    def __init__(self, arenas: Arenas, slots: Tensor, spans: Tensor, max_keys: int | None = None):
-        self._arenas, self._slots, self._spans, self._max_keys = arenas, slots, spans, max_keys
+    def __init__(self, arenas: Arenas, slots: Tensor):
+        self._arenas, self._slots = arenas, slots
 
     def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         turns = self._arenas[1]
@@ -57,16 +54,31 @@ class DecodeRows:
         self.write(layer, k, v)
         return self.attend_written(layer, q, scale)
 
+    @abstractmethod
+    def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """As `attend`, of rows whose keys and values are where they belong."""
+
+
+class DecodeRows(_NewRows):
+    """One new row for each of several turns. Everything it knows of a step lies in tensors, so that a CUDA graph may hold it.
+
+    slots i64 [B]: where the rows' KV goes in the arena of turns; spans i32 [B, 2, 3]: what each row attends to, itself at the end.
+    max_keys: no row attends to more, where that is known; it saves empty work and changes no result.
+    """
+
+    def __init__(self, arenas: Arenas, slots: Tensor, spans: Tensor, max_keys: int | None = None):
+        super().__init__(arenas, slots)
+        self._spans, self._max_keys = spans, max_keys
+
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
         pools = _pools(self._arenas, layer)
         return cast(Tensor, decode_attention(q, pools, self._spans, scale=scale, max_keys=self._max_keys, backend="triton"))
 
 
-class KernelBatch:
+class KernelBatch(_NewRows):
     """One step over many turns: one launch for all decode rows, one for all others, and one per turn whose scores are wanted."""
 
     def __init__(self, segments: Sequence[Segment], arenas: Arenas):
-        self._arenas = arenas
         decode = [s for s in segments if s.phase == "decode"]
         assert decode == segments[: len(decode)], "decode rows come first"
         others = segments[len(decode) :]
@@ -77,24 +89,12 @@ class KernelBatch:
         for s in others:
             bounds.append(bounds[-1] + s.num)
         spans = [[number for s in some for number in spans_of(s, arenas)] for some in (decode, others)]
-        self._slots, self._bounds, *parts = _upload(slots, (bounds, *spans), arenas[1].k_all.device)
+        places, self._bounds, *parts = _upload(slots, (bounds, *spans), arenas[1].k_all.device)
+        super().__init__(arenas, places)
         decode_spans, self._spans = (part.view(-1, 2, 3) for part in parts)
         self._max_keys, most = (max((s.home.length + s.past + s.num for s in some), default=0) for some in (others, decode))
         self._decode = DecodeRows(arenas, self._slots[: len(decode)], decode_spans, most)
         self._scored = [_Scored(s, s.first - len(decode)) for s in others if s.capture is not None]
-
-    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        turns = self._arenas[1]
-        return turns.k[layer], turns.v[layer], self._slots
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        keys, values, slots = self.target(layer)
-        keys.index_copy_(0, slots, k)
-        values.index_copy_(0, slots, v)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        self.write(layer, k, v)
-        return self.attend_written(layer, q, scale)
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
         num = self._num_decode
