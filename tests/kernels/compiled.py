@@ -3,8 +3,8 @@
     python -m tests.kernels.compiled [MODULE ...] [--arch 80] [--save FOLDER]
 
 prints one JSON line per variant and architecture: registers, stack, local and shared memory as cuobjdump reads them from the
-cubin, and what stands in PTX. TRITON_INTERPRET must not be 1: an interpreted kernel cannot be compiled, so tests start this
-file as a process of its own. --save writes PTX and SASS, to be read.
+cubin, and what stands in PTX. An interpreted kernel cannot be compiled, so tests start this file as a process of its own. --save
+writes PTX and SASS, to be read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, action="append")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are imported, below: to be compiled, though there may be no GPU
     if args.save is not None:
         args.save.mkdir(parents=True, exist_ok=True)
     for module in args.modules or modules_with_variants():

@@ -16,8 +16,7 @@ from tests.kernels import compiled
 
 @functools.cache
 def compile_in_its_own_process(module):
-    env = os.environ | {"TRITON_INTERPRET": "0"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "tests.kernels.compiled", module]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
