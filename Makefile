@@ -44,7 +44,7 @@ fuzz: setup
 	$(PY) -m tests.media.fuzz --mutants $(or $(MUTANTS),2000) --seed $(or $(SEED),0)
 
 storm: setup
-	@$(PY) -m tests.storm --operations $(or $(OPERATIONS),10000) --seed $(or $(SEED),0)
+	@$(PY) -m tests.engine.storm --operations $(or $(OPERATIONS),10000) --seed $(or $(SEED),0)
 
 chaos: setup
 	@$(PY) -m tests.chaos.storm --operations $(or $(OPERATIONS),3000) --seed $(or $(SEED),0)

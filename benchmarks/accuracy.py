@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
-from benchmarks.exam import Mark, Paper, Score, by_kind, by_turn, changed, several_words, sit, write_papers
-from benchmarks.report import Report, progress
-from sparsevila_cluster.config import EngineConfig
+from benchmarks.lib import machine
+from benchmarks.lib.accuracy_exam import Mark, Paper, Score, by_kind, by_turn, changed, several_words, sit, write_papers
+from benchmarks.lib.report import Report, progress
+from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.demo.world import KINDS
 from sparsevila_cluster.models import Model, load_model
 

@@ -6,7 +6,7 @@ Knows: which models are measured, on which videos, and which figures come of it.
     demo model, one of its own videos                   steps: batches of 1, 4 and 8 conversations, each on a prefix of its own
     mid-size, 512 frames from a file                    memory: the most that a process of its own held (`benchmarks.longvideo`)
     two films of ten minutes (`benchmarks.seeking`)     64 frames of each, by decoding every frame and by seeking
-    random text model of 0.9 B (`benchmarks.w4`)        steps on bfloat16 weights and on the same in 4 bits, where there is AVX-512
+    random text model of 0.9 B (`benchmarks.lib.w4_decode`)        steps on bfloat16 weights and on the same in 4 bits, where there is AVX-512
 
 Variants take turns within a round; a time is the median over rounds, a figure the ratio of two medians. `hf` is given the pixels
 that our preprocessing makes, and its end to end includes that. `dense` is this package with everything kept, so that dense/sparse
@@ -25,18 +25,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import device, longvideo, machine, seeking, w4
-from benchmarks.bounds import TextShape
-from benchmarks.contest import Contest, Plan
-from benchmarks.ledger import Ledger, show
-from benchmarks.midsize import Recipe, default_cache, make_checkpoint, make_media
-from benchmarks.report import Report, progress
-from benchmarks.stopwatch import Patience
-from sparsevila_cluster.config import EngineConfig, MediaLimits
+from benchmarks import longvideo, seeking
+from benchmarks.lib import device_clock, machine, w4_decode
+from benchmarks.lib.engine_contest import Contest, Plan
+from benchmarks.lib.flop_counts import TextShape
+from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint, make_media
+from benchmarks.lib.report import Report, progress
+from benchmarks.lib.stopwatch import Patience
+from benchmarks.lib.timing_table import Ledger, show
+from sparsevila_cluster.core.config import EngineConfig, MediaLimits
+from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.demo.world import make_video, write_mp4
 from sparsevila_cluster.media import Media, open_media
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.request import MediaSource
 
 MID, DEMO = "mid-size", "demo"
 W4_TOY_GROUP = 32
@@ -73,7 +74,7 @@ def figures(ledger: Ledger, demo_frames: int | None, by: str = "ms") -> dict[str
         "salience_share_of_encode": salience["salience_share"] if salience else None,
         "turn2_ttft_share_of_cold": ratio(MID, 64, "first token, turn 2", "sparse", "sparse", under_stage="first token, cold"),
         **seeking.figures(ledger, by),
-        **w4.figure(ledger, by),
+        **w4_decode.figure(ledger, by),
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -135,24 +136,24 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
         else:
             report.say(f"{DEMO}: no checkpoint at {directory}")
         seeking.measure(ledger, options.cache, seeking.TOY if toy else seeking.FILMS, plan.lives, say)
-        if w4.usable():
-            w4.measure(ledger, say, *((recipe, W4_TOY_GROUP, 1) if toy else ()))
+        if w4_decode.usable():
+            w4_decode.measure(ledger, say, *((recipe, W4_TOY_GROUP, 1) if toy else ()))
             say("ceilings of this machine in bfloat16")
-            in_bfloat16 = device.ceilings(torch.device("cpu"), ("bfloat16",), 0.05 if toy else 1.0)["bfloat16"]
+            in_bfloat16 = device_clock.ceilings(torch.device("cpu"), ("bfloat16",), 0.05 if toy else 1.0)["bfloat16"]
         else:
-            report.say(f"{w4.NAME}: no AVX-512 here, so that no int4 matmul is fast; not measured")
+            report.say(f"{w4_decode.NAME}: no AVX-512 here, so that no int4 matmul is fast; not measured")
         say("ceilings of this machine, again")
         ceilings |= machine.measure_ceilings()
     report.machine |= asdict(ceilings)
     report.machine["cores_busy_with_others"] = neighbours.cores()
     ledger.settle(ceilings)
-    if w4.usable():
+    if w4_decode.usable():
         report.machine["matmul_gflops_bfloat16"] = in_bfloat16.matmul_gflops
-        ledger.settle(in_bfloat16 | replace(ceilings, matmul_gflops=0.0), w4.NAME)
+        ledger.settle(in_bfloat16 | replace(ceilings, matmul_gflops=0.0), w4_decode.NAME)
     for name in (MID, DEMO) if demo_frames else (MID,):
         show(report, ledger, name)
     seeking.show(report, ledger)
-    w4.show(report, ledger)
+    w4_decode.show(report, ledger)
     if long_rows:
         report.show_table(longvideo.TITLE, longvideo.HEAD, longvideo.table(long_rows))
     report.rows = ledger.rows + long_rows

@@ -19,4 +19,4 @@ if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
 	echo "benchmarks/gpu.sh: $python has no torch; PYTHON=... names another interpreter, \`make setup\` makes .venv" >&2
 	exit 2
 fi
-exec "$python" -m benchmarks.gpu "$@"
+exec "$python" -m benchmarks.lib.gpu_sections "$@"

@@ -1,4 +1,4 @@
-"""How fast the kernels are: against references, against what others offer, against the device. `python -m benchmarks.kernels`.
+"""How fast the kernels are: against references, against what others offer, against the device_clock. `python -m benchmarks.kernels`.
 
 Knows: which cases are measured in which order, for how long, and which figures come of it. Does not know: any operation (`ops`).
 
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import device, machine
-from benchmarks.ledger import percent
-from benchmarks.machine import Ceilings
-from benchmarks.ops import attention, matmul, moves
-from benchmarks.ops.case import CPU, GPU, QUICK, TOY, Case, Entry, Sizes, Subject, error_of
-from benchmarks.report import Report, progress
-from benchmarks.stopwatch import Patience, Times
+from benchmarks.lib import device_clock, machine
+from benchmarks.lib.machine import Ceilings
+from benchmarks.lib.ops import attention_ops, matmul_ops, memory_ops
+from benchmarks.lib.ops.op_case import CPU, GPU, QUICK, TOY, Case, Entry, Sizes, Subject, error_of
+from benchmarks.lib.report import Report, progress
+from benchmarks.lib.stopwatch import Patience, Times
+from benchmarks.lib.timing_table import percent
 
 OPS = ("colreduce", "decode_attention", "kv_pack", "kv_quantize", "awq_matmul", "int8_matmul", "rms_norm", "rope_write", "silu_mul")
 HEAD = ("shape", "way", "ms", "GB/s", "TFLOP/s", "of ceiling", "bound by", "ours is x faster", "error")
@@ -68,7 +68,7 @@ class Measurement:
     def __init__(self, target: torch.device, plan: Plan, tell: Callable[[str], None], write: Callable[[Row], None]):
         self.device, self.plan, self._tell, self._write = target, plan, tell, write
         self.rows: list[Row] = []
-        self._clock = device.Clock(target, plan.patience)
+        self._clock = device_clock.Clock(target, plan.patience)
         self._told: set[str] = set()
 
     @torch.inference_mode()
@@ -138,7 +138,7 @@ class Measurement:
 
 def cases(sizes: Sizes, wanted: Sequence[str] = OPS) -> list[Case]:
     """The headline of each operation first: whoever stops early has the figures."""
-    found = [case for module in (attention, matmul, moves) for case in module.cases(sizes) if case.op in wanted]
+    found = [case for module in (attention_ops, matmul_ops, memory_ops) for case in module.cases(sizes) if case.op in wanted]
     return sorted(found, key=lambda case: not case.headline)
 
 
@@ -200,14 +200,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     started_s = time.perf_counter()
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    target = device.choose(options.device)
+    target = device_clock.choose(options.device)
     plan = PLANS["toy" if options.toy else "quick" if options.quick else target.type]
     neighbours = machine.Neighbours()
     with progress() as say:
         say("ceilings of this device")
-        dtypes = tuple(dict.fromkeys((plan.sizes.dtype, matmul.AWQ_DTYPE, "int8")))
-        found = device.ceilings(target, dtypes, 0.05 if options.toy else 1.0)
-        report = Report("kernels", device.card(target, found), quiet=options.json)
+        dtypes = tuple(dict.fromkeys((plan.sizes.dtype, matmul_ops.AWQ_DTYPE, "int8")))
+        found = device_clock.ceilings(target, dtypes, 0.05 if options.toy else 1.0)
+        report = Report("kernels", device_clock.card(target, found), quiet=options.json)
         report.show_card()
         measurement = Measurement(target, plan, report.say, _appender(options.rows))
         todo = cases(plan.sizes, options.ops)

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.midsize import FPS, Recipe, default_cache, make_checkpoint
-from benchmarks.report import Report, progress
+from benchmarks.lib import machine
+from benchmarks.lib.midsize_checkpoint import FPS, Recipe, default_cache, make_checkpoint
+from benchmarks.lib.report import Report, progress
 
 FRAMES = 512
 WHOLE = 10**9  # a chunk that takes any prefix in one pass
@@ -163,8 +163,8 @@ class StagePeaks:
 
 def prepare(case: Case, directory: Path, video: Path) -> dict[str, Any]:
     """The row of one case, measured in this process."""
-    from benchmarks.subject import VARIANTS
-    from sparsevila_cluster.video_qa import VideoQA
+    from benchmarks.lib.engine_subject import VARIANTS
+    from sparsevila_cluster.api.video_qa import VideoQA
 
     peaks = StagePeaks()
     fields: dict[str, Any] = {} if case.chunk is None else {"prefill_chunk": case.chunk}

@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
 from benchmarks.accuracy import DENSE, SPARSE, as_data
-from benchmarks.exam import Score, changed, sit, write_papers
-from benchmarks.report import Report, progress
-from sparsevila_cluster.config import EngineConfig
-from sparsevila_cluster.demo.examples import make_examples
+from benchmarks.lib import machine
+from benchmarks.lib.accuracy_exam import Score, changed, sit, write_papers
+from benchmarks.lib.report import Report, progress
+from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.demo.calibration_examples import make_examples
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.originals import read_vocabulary
-from sparsevila_cluster.quantizing.autoawq_env import READY, default_env, run_autoawq
-from sparsevila_cluster.quantizing.calibration import Reading
-from sparsevila_cluster.quantizing.compare import compare
-from sparsevila_cluster.quantizing.job import Settings, quantize_checkpoint
-from sparsevila_cluster.quantizing.materials import Material
+from sparsevila_cluster.models.loading.originals import read_vocabulary
+from sparsevila_cluster.quantization.autoawq_env import READY, default_env, run_autoawq
+from sparsevila_cluster.quantization.calibration import Reading
+from sparsevila_cluster.quantization.compare import compare
+from sparsevila_cluster.quantization.job import Settings, quantize_checkpoint
+from sparsevila_cluster.quantization.materials import Material
 
 VIDEOS = 64
 MOST_LOST_POINTS = 1.5

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine
-from benchmarks.ledger import Ledger
-from benchmarks.midsize import default_cache
-from benchmarks.report import Report, progress
-from benchmarks.stopwatch import Patience, in_turns
-from sparsevila_cluster.config import MediaLimits
+from benchmarks.lib import machine
+from benchmarks.lib.midsize_checkpoint import default_cache
+from benchmarks.lib.report import Report, progress
+from benchmarks.lib.stopwatch import Patience, in_turns
+from benchmarks.lib.timing_table import Ledger
+from sparsevila_cluster.core.config import MediaLimits
 from sparsevila_cluster.media.frames import Decoded, on_heap
-from sparsevila_cluster.media.source import Deadline
+from sparsevila_cluster.media.media_source import DecodeDeadline
 from sparsevila_cluster.media.video import decode_video
 
 LAYOUT = 1  # change it whenever another film would be made of the same fields
@@ -126,7 +126,7 @@ def sample(path: Path, seek: bool) -> Decoded:
     """64 frames of the film, in this process, so that only the way of sampling differs."""
     limits = MediaLimits()
     with path.open("rb") as file:
-        deadline = Deadline(path.name, 3600.0)
+        deadline = DecodeDeadline(path.name, 3600.0)
         return decode_video(
             file, path.name, fps=240.0, max_frames=NUM_FRAMES, limits=limits, deadline=deadline, allocate=on_heap, seek=seek
         )

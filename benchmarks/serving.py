@@ -1,7 +1,7 @@
 """How well the cluster serves, over gRPC, on this machine: `sparsevila serve` under load. `python -m benchmarks.serving`.
 
 Knows: which loads there are, in which order, and which figures come of them. Does not know: how a client listens (load.py), what a
-good turn is (goodput.py), how the engine is measured beside the cluster (overhead.py).
+good turn is (goodput.py), how the engine is measured beside the cluster (cluster_overhead.py).
 
     overhead   the same turns through the cluster, from the engine in this process, and as messages of plain grpc.aio, in turns
     closed     1, 2, 4 and 8 clients at a time       each holds conversations of three turns, about videos that are there
@@ -27,15 +27,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, overhead, processes
-from benchmarks.goodput import KINDS, Slo, rounded
-from benchmarks.levels import Level, Loads, Outcome, make_films
-from benchmarks.load import DENSE, SPARSE
-from benchmarks.midsize import Recipe, default_cache, make_checkpoint
-from benchmarks.report import Report, progress
-from benchmarks.stopwatch import Patience
-from sparsevila_cluster.cluster_config import ClusterConfig, build_cluster_config
-from sparsevila_cluster.demo.served import serving
+from benchmarks.lib import cluster_overhead, cpu_time, machine
+from benchmarks.lib.goodput import KINDS, Slo, rounded
+from benchmarks.lib.load_clients import DENSE, SPARSE
+from benchmarks.lib.load_levels import Level, Loads, Outcome, make_films
+from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint
+from benchmarks.lib.report import Report, progress
+from benchmarks.lib.stopwatch import Patience
+from sparsevila_cluster.core.cluster_config import ClusterConfig, build_cluster_config
+from sparsevila_cluster.demo.served_cluster import serving
 
 Row = dict[str, Any]
 # Goodput hangs on how strict the SLO is: it is told for these, too.
@@ -59,7 +59,7 @@ class Plan:
         Level(8, 1, share=0.5),
         Level(8, 1, share=0.9),
     )
-    pace: overhead.Pace = overhead.Pace()
+    pace: cluster_overhead.Pace = cluster_overhead.Pace()
     slo_scale: float = 3.0
     limit_s: float = 900.0
     decodes: int = 2
@@ -69,7 +69,7 @@ QUICK = Plan(
     frames=16,
     num_tokens=12,
     levels=(Level(4, 2, clients=1), Level(6, 1, clients=4), Level(5, 1, share=0.7)),
-    pace=overhead.Pace(
+    pace=cluster_overhead.Pace(
         num_tokens=12,
         alone=Patience(least=2, most=5, budget_s=12.0),
         crowded=Patience(least=1, most=2, budget_s=8.0),
@@ -79,12 +79,12 @@ QUICK = Plan(
 
 async def measure(
     target: str, config: ClusterConfig, films: Sequence[Path], plan: Plan, say: Callable[[str], None]
-) -> tuple[overhead.Overhead, list[Outcome]]:
+) -> tuple[cluster_overhead.Overhead, list[Outcome]]:
     known, new = films[: plan.num_known], films[plan.num_known :]
     loads = Loads(target, known, new, plan.num_turns, plan.num_tokens, plan.limit_s)
     say("prepare the known videos")
     await loads.prepare()
-    cost = await overhead.measure(target, config, known, plan.pace, say)
+    cost = await cluster_overhead.measure(target, config, known, plan.pace, say)
     for level in plan.levels:
         await loads.lay(level, say)
     return cost, loads.outcomes
@@ -146,7 +146,7 @@ def figures(outcomes: Sequence[Outcome], scale: float) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def show(report: Report, cost: overhead.Overhead, rows: Sequence[Row], goodputs: Sequence[Row], slo: Slo) -> None:
+def show(report: Report, cost: cluster_overhead.Overhead, rows: Sequence[Row], goodputs: Sequence[Row], slo: Slo) -> None:
     def table(title: str, of: Sequence[Row], columns: dict[str, str]) -> None:
         report.show_table(title, list(columns.values()), [[row[name] for name in columns] for row in of])
 
@@ -213,9 +213,9 @@ def _main(options: argparse.Namespace, recipe: Recipe, plan: Plan) -> None:
         )
         with serving(config, lambda stage, done, total: say(stage)) as target:
             ready_s = time.perf_counter() - start_s
-            neighbours, ours_s, began_s = machine.Neighbours(), processes.cluster_cpu_s(), time.perf_counter()
+            neighbours, ours_s, began_s = machine.Neighbours(), cpu_time.cluster_cpu_s(), time.perf_counter()
             cost, outcomes = asyncio.run(measure(target, config, films, plan, say))
-            ours = (processes.cluster_cpu_s() - ours_s) / (time.perf_counter() - began_s)
+            ours = (cpu_time.cluster_cpu_s() - ours_s) / (time.perf_counter() - began_s)
             busy = neighbours.cores()  # the cluster's are not of this process either
             say("end the cluster")
     if busy is not None:

@@ -21,18 +21,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
-from benchmarks.far import Berth, Near, make_prefix
-from benchmarks.midsize import Recipe, default_cache, make_checkpoint, make_media
-from benchmarks.report import Report, progress
-from benchmarks.stopwatch import Patience, Times, once_ms
-from sparsevila_cluster.cluster_config import TransportConfig
-from sparsevila_cluster.config import build_config
-from sparsevila_cluster.kv import Arena, KVSpec, MediaPrefix
+from benchmarks.lib import machine
+from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint, make_media
+from benchmarks.lib.report import Report, progress
+from benchmarks.lib.stopwatch import Patience, Times, once_ms
+from benchmarks.lib.transfer_peer import Berth, Near, make_prefix
+from sparsevila_cluster.core.cluster_config import TransportConfig
+from sparsevila_cluster.core.config import build_config
+from sparsevila_cluster.core.requests import MediaSource, PrepareRequest
+from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
+from sparsevila_cluster.kvcache.arena import Arena, KVSpec
+from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation
-from sparsevila_cluster.request import MediaSource, PrepareRequest
-from sparsevila_cluster.transport import Dock, Shipper, Ticket
+from sparsevila_cluster.transport import KVReceiver, KVSender, TransferTicket
 
 MIB = 2**20
 SIZES_MIB = (1, 4, 16, 64, 256, 1024)
@@ -87,7 +88,7 @@ def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
     prefix = make_prefix(SPEC, mib * MIB)
     config = TransportConfig(kind="inproc")
     berth = Berth(SPEC, prefix.length)
-    dock, shipper = Dock("far", berth, SPEC, config), Shipper("near", SPEC, config)
+    dock, shipper = KVReceiver("far", berth, SPEC, config), KVSender("near", SPEC, config)
     number = 0
 
     def bare() -> None:
@@ -98,7 +99,7 @@ def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
         nonlocal number
         number += 1
         dock.expect(str(number), "k", 60.0)
-        shipment = shipper.begin(prefix, (0, prefix.length), Ticket(str(number), dock.address, 60.0))
+        shipment = shipper.begin(prefix, (0, prefix.length), TransferTicket(str(number), dock.address, 60.0))
         shipment.wrote_all()
         shipment.finish(60.0)
 
@@ -112,7 +113,7 @@ def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
 class Watched:
     """What a prefill worker does while its engine prefills: begin the shipment, pass on which rows are final."""
 
-    def __init__(self, near: Near, ticket: Ticket):
+    def __init__(self, near: Near, ticket: TransferTicket):
         self._near, self._ticket = near, ticket
         self.shipment: Any = None
 
@@ -227,7 +228,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Patience] | None 
         say("inproc")
         report.rows.append(inproc_row(min(64, max(sizes)), patience))
         if not options.no_ray:
-            from benchmarks.ray_store import objectstore_rows
+            from benchmarks.lib.ray_store_peer import objectstore_rows
 
             report.rows += objectstore_rows(SPEC, [mib for mib in sizes if mib <= 256], patience, say, contest)
         if not options.no_prefill:

@@ -6,25 +6,25 @@ Knows: the names that users import. Does not know how they are made; importing t
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.ask_many import Ask, Asked
-    from sparsevila_cluster.async_qa import AsyncChat, AsyncVideoQA
-    from sparsevila_cluster.config import EngineConfig
-    from sparsevila_cluster.request import Answer, MediaHandle, SamplingParams
-    from sparsevila_cluster.sight import Evidence
-    from sparsevila_cluster.video_qa import Chat, VideoQA
+    from sparsevila_cluster.api.ask_many import Ask, Asked
+    from sparsevila_cluster.api.async_video_qa import AsyncChat, AsyncVideoQA
+    from sparsevila_cluster.api.video_qa import Chat, VideoQA
+    from sparsevila_cluster.core.config import EngineConfig
+    from sparsevila_cluster.core.evidence import Evidence
+    from sparsevila_cluster.core.requests import Answer, MediaHandle, SamplingParams
 
 _HOME = {
-    "Answer": "request",
-    "Ask": "ask_many",
-    "Asked": "ask_many",
-    "AsyncChat": "async_qa",
-    "AsyncVideoQA": "async_qa",
-    "Chat": "video_qa",
-    "EngineConfig": "config",
-    "Evidence": "sight",
-    "MediaHandle": "request",
-    "SamplingParams": "request",
-    "VideoQA": "video_qa",
+    "Answer": "core.requests",
+    "Ask": "api.ask_many",
+    "Asked": "api.ask_many",
+    "AsyncChat": "api.async_video_qa",
+    "AsyncVideoQA": "api.async_video_qa",
+    "Chat": "api.video_qa",
+    "EngineConfig": "core.config",
+    "Evidence": "core.evidence",
+    "MediaHandle": "core.requests",
+    "SamplingParams": "core.requests",
+    "VideoQA": "api.video_qa",
 }
 __all__ = [
     "Answer",

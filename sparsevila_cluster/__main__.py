@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsevila_cluster.cli import main
+from sparsevila_cluster.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

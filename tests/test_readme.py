@@ -10,10 +10,10 @@ from functools import cache
 import pytest
 import yaml
 
-from tests import house
+from tests import structure
 from tests.client.conftest import in_thread
 
-ROOT, OURS = house.ROOT, house.OURS
+ROOT, OURS = structure.ROOT, structure.OURS
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 SHELL = [
@@ -25,7 +25,7 @@ SHELL = [
 ]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 TREE = next(text for _, text in BLOCKS if text.startswith(f"{OURS}/"))
-BESIDE = -2  # rooms of `house.SIDE`
+BESIDE = -2  # rooms of `structure.SIDE`
 CHECKPOINT = ROOT / OURS / "demo" / "checkpoint"
 
 
@@ -57,7 +57,7 @@ def read_tree(tree: str) -> tuple[dict[str, int], set[str]]:
 
 
 def rooms_that_exist() -> set[str]:
-    files = [path.removeprefix(f"{OURS}/") for path in house.our_files() if path.startswith(f"{OURS}/")]
+    files = [path.removeprefix(f"{OURS}/") for path in structure.our_files() if path.startswith(f"{OURS}/")]
     return {path.split("/")[0] + "/" * ("/" in path) for path in files} - {"__init__.py"}
 
 
@@ -79,9 +79,9 @@ def test_tree_is_the_tree():
     rooms, others = read_tree(TREE)
     assert rooms_that_exist() <= set(rooms)
     assert {room for room in rooms if room.endswith("/")} <= rooms_that_exist()
-    assert {room: house.FLOOR.get(room.removesuffix(".py").rstrip("/"), BESIDE) for room in rooms} == rooms
+    assert {room: structure.FLOOR.get(room.removesuffix(".py").rstrip("/"), BESIDE) for room in rooms} == rooms
     assert all((ROOT / path).is_dir() for path in others)
-    holding_code = {path.split("/")[0] + "/" for path in house.our_files()}
+    holding_code = {path.split("/")[0] + "/" for path in structure.our_files()}
     assert holding_code <= others | {f"{OURS}/"}
 
 
@@ -132,7 +132,7 @@ def test_an_unknown_command_is_noticed():
 
 
 def test_configuration_is_legal():
-    from sparsevila_cluster.config import SparsityConfig, build_config
+    from sparsevila_cluster.core.config import SparsityConfig, build_config
 
     shown = [yaml.safe_load(text) for language, text in BLOCKS if language == "yaml"]
     assert shown
@@ -145,14 +145,14 @@ def test_configuration_is_legal():
 @asynccontextmanager
 async def local_door():
     """The target of a door over the bundled model."""
-    from sparsevila_cluster.cluster_config import DoorConfig
-    from sparsevila_cluster.config import EngineConfig
-    from sparsevila_cluster.gateway import Door
-    from sparsevila_cluster.pipeline import LocalPipeline
+    from sparsevila_cluster.core.cluster_config import DoorConfig
+    from sparsevila_cluster.core.config import EngineConfig
+    from sparsevila_cluster.engine.local_pipeline import LocalPipeline
+    from sparsevila_cluster.gateway import GrpcServer
 
     config = EngineConfig()
     pipeline = LocalPipeline(config)
-    door = Door(pipeline, DoorConfig(port=0), config)
+    door = GrpcServer(pipeline, DoorConfig(port=0), config)
     try:
         await door.start()
         yield f"localhost:{door.port}"

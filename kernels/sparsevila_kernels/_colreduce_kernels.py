@@ -204,5 +204,3 @@ def columns(
         if REDUCTION == "mean":
             reduced = reduced / tl.maximum(m, 1)
         tl.store(out + head * num_keys + first_key + key, reduced, mask=key < n)
-
-

@@ -14,16 +14,16 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any, Unpack
 
-from sparsevila_cluster.calls import AskOptions, PrepareOptions, Source, to_request, to_turn
-from sparsevila_cluster.client.answering import Asking
+from sparsevila_cluster.client.call_errors import RetryPolicy
 from sparsevila_cluster.client.connection import Connection, Tls, tls_of
-from sparsevila_cluster.client.failures import Attempts
-from sparsevila_cluster.client.messages import prepare_message, to_handle
-from sparsevila_cluster.client.sending import Given, Parcel, Progress, Upload, held_of, upload
-from sparsevila_cluster.errors import DataLoss, NotFound, SparseVilaError, Unavailable
-from sparsevila_cluster.patience import wait_within
+from sparsevila_cluster.client.media_upload import Given, MediaPayload, Progress, Upload, held_of, upload
+from sparsevila_cluster.client.proto_messages import prepare_message, to_handle
+from sparsevila_cluster.client.turn_stream import TurnStream
+from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request, to_turn
+from sparsevila_cluster.core.deadline import wait_within
+from sparsevila_cluster.core.errors import DataLoss, NotFound, SparseVilaError, Unavailable
+from sparsevila_cluster.core.requests import Answer, MediaHandle, PrepareRequest, Turn, TurnEvent, check_deadline
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from sparsevila_cluster.request import Answer, MediaHandle, PrepareRequest, Turn, TurnEvent, check_deadline
 
 # Deadlines of calls that name none, when the client names none for all of them.
 PREPARE_S, TURN_S, CALL_S = 600.0, 300.0, 20.0
@@ -91,7 +91,7 @@ class AsyncClient:
         Raises:
             BadMedia, BadRequest, TooLarge, QueueFull. NotFound: an upload that expired, and cannot be sent again.
         """
-        parcel = Parcel(self._connection, source, progress)
+        parcel = MediaPayload(self._connection, source, progress)
         # Only the options are checked here; the server decides about the media.
         request = to_request([f"media {i}" for i in range(len(parcel))], options)
         attempts = self._attempts("preparing media", request.deadline_s)
@@ -166,11 +166,13 @@ class AsyncClient:
         check_deadline(timeout_s)
         return await self._connection.call(method, message, self.call_limit_s(timeout_s), what)
 
-    def _attempts(self, what: str, timeout_s: float | None) -> Attempts:
+    def _attempts(self, what: str, timeout_s: float | None) -> RetryPolicy:
         check_deadline(timeout_s)
-        return Attempts(self.prepare_limit_s(timeout_s), f"{self.target}: {what}")
+        return RetryPolicy(self.prepare_limit_s(timeout_s), f"{self.target}: {what}")
 
-    async def _statuses(self, request: PrepareRequest, parcel: Parcel, attempts: Attempts) -> AsyncGenerator[pb.MediaStatus, None]:
+    async def _statuses(
+        self, request: PrepareRequest, parcel: MediaPayload, attempts: RetryPolicy
+    ) -> AsyncGenerator[pb.MediaStatus, None]:
         """Statuses until READY. A preparation is named by its content, so it may be asked for as often as needed."""
         num_resends = 0
         while True:
@@ -254,7 +256,7 @@ class AsyncChat:
             if not self.conversation_id:  # questions that come before the first one was accepted belong to the same conversation
                 await wait_within(self._first.acquire(), limit_s, "the first question of the conversation")
                 first.callback(self._first.release)
-            asking = Asking(self._client._connection, replace(turn, conversation_id=self.conversation_id), limit_s)
+            asking = TurnStream(self._client._connection, replace(turn, conversation_id=self.conversation_id), limit_s)
             try:
                 async with aclosing(asking.events()) as events:
                     async for event in events:

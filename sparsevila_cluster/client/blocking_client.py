@@ -9,13 +9,13 @@ from collections.abc import Coroutine, Iterator, Sequence
 from os import PathLike
 from typing import Any, TypeVar, Unpack
 
-from sparsevila_cluster.blocking import LoopThread
-from sparsevila_cluster.calls import AskOptions, PrepareOptions, Source
 from sparsevila_cluster.client.async_client import AsyncChat, AsyncClient
 from sparsevila_cluster.client.connection import Tls
-from sparsevila_cluster.client.sending import Given, Progress, Upload
-from sparsevila_cluster.patience import GRACE_S
-from sparsevila_cluster.request import Answer, MediaHandle
+from sparsevila_cluster.client.media_upload import Given, Progress, Upload
+from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source
+from sparsevila_cluster.core.deadline import GRACE_S
+from sparsevila_cluster.core.event_loop_thread import EventLoopThread
+from sparsevila_cluster.core.requests import Answer, MediaHandle
 
 R = TypeVar("R")
 
@@ -34,7 +34,7 @@ class Client:
     def __init__(self, client: AsyncClient):
         self.target = client.target
         self._async = client
-        self._thread = LoopThread("Client")
+        self._thread = EventLoopThread("Client")
 
     @classmethod
     def connect(

@@ -18,9 +18,9 @@ from typing import Any
 
 import grpc.aio
 
-from sparsevila_cluster.client.failures import MADE_UP_STATUS, Attempts, closed_error, is_cancelled, to_error
-from sparsevila_cluster.errors import BadRequest, SparseVilaError, Unavailable
-from sparsevila_cluster.patience import GRACE_S, wait_within
+from sparsevila_cluster.client.call_errors import MADE_UP_STATUS, RetryPolicy, closed_error, is_cancelled, to_error
+from sparsevila_cluster.core.deadline import GRACE_S, wait_within
+from sparsevila_cluster.core.errors import BadRequest, SparseVilaError, Unavailable
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 
 log = logging.getLogger(__name__)
@@ -103,14 +103,14 @@ class Connection:
 
     async def call(self, method: str, message: Any, within_s: float, what: str) -> Any:
         """The reply to one message, asked for again while the server is away or full: for calls that may be made twice."""
-        attempts = Attempts(within_s, f"{self.target}: {what}")
+        attempts = RetryPolicy(within_s, f"{self.target}: {what}")
         while True:
             try:
                 return await self.call_once(method, message, attempts.left_s(), what)
             except SparseVilaError as error:
                 await self.again(attempts, error)
 
-    async def again(self, attempts: Attempts, error: SparseVilaError) -> None:
+    async def again(self, attempts: RetryPolicy, error: SparseVilaError) -> None:
         """Wait until a call that failed may be made again, or raise its error."""
         if self.closed:
             raise error
@@ -122,9 +122,7 @@ class Connection:
         with self._translated(what):
             return await getattr(self._stub, method)(message, timeout=within_s, metadata=self._metadata)
 
-    async def send(
-        self, method: str, messages: AsyncGenerator[Any, None], within_s: float, what: str
-    ) -> AsyncGenerator[Any, None]:
+    async def send(self, method: str, messages: AsyncGenerator[Any, None], within_s: float, what: str) -> AsyncGenerator[Any, None]:
         """Send a stream of messages; yields each one when it is on its way, and the reply last."""
         self.open()
         call = getattr(self._stub, method)(timeout=within_s, metadata=self._metadata)

@@ -12,9 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparsevila_cluster.cluster.recent import Recent
-from sparsevila_cluster.cluster.reports import Finding, Journal, Snapshot, Whereabouts, WorkerReport, names
-from sparsevila_cluster.request import MediaHandle, TurnRecord
+from sparsevila_cluster.cluster.messages import (
+    ClusterSnapshot,
+    ConversationJournal,
+    MediaLocation,
+    PrefixLocation,
+    WorkerReport,
+    names,
+)
+from sparsevila_cluster.core.lru_dict import LRUDict
+from sparsevila_cluster.core.requests import MediaHandle, TurnRecord
 
 # Reports that a worker may miss before it counts as gone, and periods after which every worker has reported to a new directory.
 MISSED_REPORTS = 5
@@ -27,6 +34,7 @@ MAX_CLAIMS = 4_096
 MAX_TURNS = 1_024
 # Workers for which it is kept what they are to close.
 MAX_LEFT = 1_024
+
 
 @dataclass
 class _Known:
@@ -54,10 +62,10 @@ class Directory:
         self._clock = clock
         self._started_s = clock()
         self._workers: dict[str, _Known] = {}
-        self._digests: Recent[str] = Recent(MAX_DIGESTS)
-        self._claims: Recent[tuple[str, float]] = Recent(MAX_CLAIMS)
-        self._journals: Recent[Journal] = Recent(max_conversations)
-        self._left: Recent[Recent[None]] = Recent(MAX_LEFT)
+        self._digests: LRUDict[str] = LRUDict(MAX_DIGESTS)
+        self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
+        self._journals: LRUDict[ConversationJournal] = LRUDict(max_conversations)
+        self._left: LRUDict[LRUDict[None]] = LRUDict(MAX_LEFT)
 
     # ---- workers -----------------------------------------------------------------------------------------------------------
 
@@ -83,10 +91,10 @@ class Directory:
         """A worker that is gone; should it report again, it is asked for everything. False if it was not known."""
         return self._workers.pop(worker, None) is not None
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> ClusterSnapshot:
         """Every worker that reports."""
         self._drop_silent()
-        return Snapshot(tuple(known.report for known in self._workers.values()), len(self._journals), self.is_settled())
+        return ClusterSnapshot(tuple(known.report for known in self._workers.values()), len(self._journals), self.is_settled())
 
     def is_settled(self) -> bool:
         """Whether every worker has had time to report since this directory started."""
@@ -101,14 +109,14 @@ class Directory:
 
     # ---- media -------------------------------------------------------------------------------------------------------------
 
-    def find(self, digest: str | None, key: str | None) -> Finding:
+    def find(self, digest: str | None, key: str | None) -> PrefixLocation:
         """Where a media is, by its content key or by the digest of a request that asked for it before."""
         self._drop_silent()
         if key is None and digest is not None:
             key = self._digests.use(digest)
         if key is None:
-            return Finding(settled=self.is_settled())
-        return Finding(key, self.media(key), self.holders(key), self.copies(key), self.is_settled())
+            return PrefixLocation(settled=self.is_settled())
+        return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), self.is_settled())
 
     def holders(self, key: str) -> tuple[WorkerReport, ...]:
         """Decode workers where the prefix is resident."""
@@ -122,13 +130,15 @@ class Directory:
         """The handle of a prefix that is held somewhere."""
         return next((handle for known in self._workers.values() if (handle := known.handle(key)) is not None), None)
 
-    def census(self) -> tuple[Whereabouts, ...]:
+    def census(self) -> tuple[MediaLocation, ...]:
         """Every media and where it is."""
         self._drop_silent()
         keys = sorted(set().union(*(known.keys() for known in self._workers.values())))
         found = ((key, self.media(key)) for key in keys)
         return tuple(
-            Whereabouts(handle, _names(self.holders(key)), _names(self.copies(key))) for key, handle in found if handle is not None
+            MediaLocation(handle, _names(self.holders(key)), _names(self.copies(key)))
+            for key, handle in found
+            if handle is not None
         )
 
     def note_digest(self, digest: str, key: str) -> None:
@@ -178,7 +188,7 @@ class Directory:
     def open_conversation(self, conversation_id: str, media_id: str, tenant: str = "") -> None:
         """A conversation begins; known ones stay as they are."""
         if self._journals.use(conversation_id) is None:
-            self._journals.put(conversation_id, Journal(conversation_id, media_id, tenant=tenant))
+            self._journals.put(conversation_id, ConversationJournal(conversation_id, media_id, tenant=tenant))
 
     def record(self, conversation_id: str, media_id: str, number: int, record: TurnRecord) -> bool:
         """Turn `number` (0 = the first) of a conversation is over. Another one that was known in its place is replaced, with all
@@ -186,7 +196,7 @@ class Directory:
 
         False, and nothing is kept, when turns before it are not known here, or it is beyond MAX_TURNS.
         """
-        known = self._journals.use(conversation_id) or Journal(conversation_id, media_id, tenant=record.turn.tenant)
+        known = self._journals.use(conversation_id) or ConversationJournal(conversation_id, media_id, tenant=record.turn.tenant)
         if not 0 <= number <= min(len(known.records), MAX_TURNS - 1):
             return False
         there = known.records[number] if number < len(known.records) else None
@@ -196,7 +206,7 @@ class Directory:
         self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record), num_heard=number + 1))
         return True
 
-    def history(self, conversation_id: str) -> Journal | None:
+    def history(self, conversation_id: str) -> ConversationJournal | None:
         """The finished turns of a conversation, None if it is unknown."""
         return self._journals.use(conversation_id)
 
@@ -206,13 +216,13 @@ class Directory:
 
     def leave(self, conversation_id: str, worker: str, successor: str = "") -> None:
         """A conversation is at `successor` now ("": closed) and not at `worker`, which could not be told."""
-        left = self._left.use(worker) or Recent(self._journals.most)
+        left = self._left.use(worker) or LRUDict(self._journals.most)
         left.put(conversation_id, None)
         self._left.put(worker, left)
         if successor in self._left:
             self._left[successor].pop(conversation_id, None)
 
-    def _restore(self, journal: Journal) -> None:
+    def _restore(self, journal: ConversationJournal) -> None:
         """From a worker's memory; what is longer has seen more, but takes no turn away whose end was heard."""
         known, records = self._journals.get(journal.conversation_id), journal.records[:MAX_TURNS]
         # A turn is asked by somebody who heard the one before it.

@@ -19,10 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from sparsevila_cluster.client import AsyncClient
-from sparsevila_cluster.cluster_config import ClusterConfig, build_cluster_config
-from sparsevila_cluster.demo.accident import MAX_TOKENS, Accident, have_accident, num_prefills, show_accident
-from sparsevila_cluster.demo.served import serving
-from sparsevila_cluster.demo.tour import (
+from sparsevila_cluster.core.cluster_config import ClusterConfig, build_cluster_config
+from sparsevila_cluster.core.errors import BadRequest, Internal
+from sparsevila_cluster.core.requests import MediaHandle
+from sparsevila_cluster.core.summary import PREPARE_STAGES, make_trip, megabytes, trip_card
+from sparsevila_cluster.demo.local_tour import (
     FILE_WIDTH,
     NOTE,
     PASS_SHARE,
@@ -35,9 +36,8 @@ from sparsevila_cluster.demo.tour import (
     pick_questions,
     plain,
 )
-from sparsevila_cluster.errors import BadRequest, Internal
-from sparsevila_cluster.request import MediaHandle
-from sparsevila_cluster.trip import PREPARE_STAGES, make_trip, megabytes, trip_card
+from sparsevila_cluster.demo.served_cluster import serving
+from sparsevila_cluster.demo.worker_kill import MAX_TOKENS, KillResult, have_accident, num_prefills, show_accident
 
 NUM_CLIENTS = 4
 
@@ -90,7 +90,7 @@ class Tour:
     medias: list[MediaHandle]
     visitors: list[Visitor]
     prefills: tuple[int, int]
-    accident: Accident
+    accident: KillResult
 
     @property
     def turns(self) -> list[Marked]:
@@ -166,9 +166,7 @@ def _show_visitors(console: Console, visitors: Sequence[Visitor], prefills: tupl
     console.print()
 
 
-def _finish(
-    console: Console, tour: Tour, films: Sequence[Film], config: ClusterConfig, ready_s: float, as_json: bool
-) -> int:
+def _finish(console: Console, tour: Tour, films: Sequence[Film], config: ClusterConfig, ready_s: float, as_json: bool) -> int:
     last = tour.visitors[0]
     trip = make_trip(tour.medias[0], [turn.answer for turn in last.turns])
     console.print(trip_card(trip, last.turns[-1].answer.text), markup=False, soft_wrap=True)
@@ -194,7 +192,9 @@ def _document(
         "ready_s": round(ready_s, 3),
         "clients": len(tour.visitors),
         "prefixes_made": {
-            "before_turns": tour.prefills[0], "after_turns": tour.prefills[1], "after_kill": tour.accident.prefills[1],
+            "before_turns": tour.prefills[0],
+            "after_turns": tour.prefills[1],
+            "after_kill": tour.accident.prefills[1],
         },  # fmt: skip
         "kill": {
             "answers_cut": len(cut),

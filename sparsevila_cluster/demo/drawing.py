@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.demo.world import Scene
+    from sparsevila_cluster.demo.world import WorldScene
 
 FPS = 4
 FRAME_PX = 128
@@ -130,9 +130,7 @@ def glyph_mask(shape: str, size_px: int, turn_deg: int) -> np.ndarray:
     """float32 [size, size, 1] in 0..1, drawn six times larger and averaged for smooth edges."""
     pen = _Pen(size_px * 6)
     OUTLINES[shape](pen)
-    small = pen.image.rotate(turn_deg, resample=Image.Resampling.BICUBIC).resize(
-        (size_px, size_px), Image.Resampling.BOX
-    )
+    small = pen.image.rotate(turn_deg, resample=Image.Resampling.BICUBIC).resize((size_px, size_px), Image.Resampling.BOX)
     return np.asarray(small, np.float32)[..., None] / 255
 
 
@@ -188,16 +186,13 @@ def _place_glyphs(step: tuple, rng: np.random.Generator, owner: np.ndarray) -> l
         turn = GLYPH_TURNS_DEG[rng.integers(len(GLYPH_TURNS_DEG))]
         slack = (CELL_PX - size) / 2
         # one pixel of margin lets later frames shake by one pixel within the picture
-        y, x = (
-            int(np.clip(cell * CELL_PX + slack + rng.choice((-0.5, 0.5)), 1, FRAME_PX - size - 1))
-            for cell in (row, col)
-        )
+        y, x = (int(np.clip(cell * CELL_PX + slack + rng.choice((-0.5, 0.5)), 1, FRAME_PX - size - 1)) for cell in (row, col))
         rgb = np.array(RGB[glyph.color], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
         sprites.append(_Sprite(glyph_mask(glyph.shape, size, turn), rgb, y, x))
     return sprites
 
 
-def render_labelled(scene: Scene, rng: np.random.Generator, *, held_out: bool = False) -> Rendered:
+def render_labelled(scene: WorldScene, rng: np.random.Generator, *, held_out: bool = False) -> Rendered:
     """Frames, and for the trainer which glyph owns which cell."""
     num_steps = len(scene.steps)
     numbers = HELD_OUT_TEXTURES if held_out else TRAINING_TEXTURES
@@ -230,7 +225,7 @@ def render_labelled(scene: Scene, rng: np.random.Generator, *, held_out: bool = 
     return Rendered(frames, owner)
 
 
-def render(scene: Scene, rng: np.random.Generator, *, held_out: bool = False) -> np.ndarray:
+def render(scene: WorldScene, rng: np.random.Generator, *, held_out: bool = False) -> np.ndarray:
     """uint8 [num_steps * FPS, 128, 128, 3]."""
     return render_labelled(scene, rng, held_out=held_out).frames
 

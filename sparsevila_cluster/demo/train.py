@@ -21,22 +21,22 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from sparsevila_cluster.demo.bank import StepBank
-from sparsevila_cluster.demo.blueprint import build_model, build_tokenizer, num_parameters, save_checkpoint
+from sparsevila_cluster.demo.checkpoint_builder import build_model, build_tokenizer, num_parameters, save_checkpoint
 from sparsevila_cluster.demo.curriculum import DENSE_TAIL, SHARED, SPARSE_TAIL
-from sparsevila_cluster.demo.dialogue import Packer
-from sparsevila_cluster.demo.evaluate import VIEWS, Examiner
-from sparsevila_cluster.demo.feed import make_held_out_video, video_feed
-from sparsevila_cluster.demo.journal import Journal
-from sparsevila_cluster.demo.learner import Clock, Learner, Options
-from sparsevila_cluster.demo.vision import VisionRunner, VisionStage
+from sparsevila_cluster.demo.dialogue_batches import Packer
+from sparsevila_cluster.demo.step_bank import StepBank
+from sparsevila_cluster.demo.text_trainer import Clock, Options, TextTrainer
+from sparsevila_cluster.demo.training_log import TrainingLog
+from sparsevila_cluster.demo.training_monitor import VIEWS, Examiner
+from sparsevila_cluster.demo.video_feed import make_held_out_video, video_feed
+from sparsevila_cluster.demo.vision_trainer import VisionRunner, VisionStage
 from sparsevila_cluster.demo.world import NUM_STEPS
 
 VISION_BATCH, VISION_STEPS = 12, 4
 MONITOR_SEED, FINAL_SEED = 0, 100_000  # first video of the held-out set for monitoring, and of the one for the end
 
 
-def train_vision(options: Options, journal: Journal, clock: Clock, model: Qwen2_5_VLForConditionalGeneration) -> None:
+def train_vision(options: Options, journal: TrainingLog, clock: Clock, model: Qwen2_5_VLForConditionalGeneration) -> None:
     journal.stage("vision")
     stage = VisionStage(model.model.visual)
     held_out = [make_held_out_video(MONITOR_SEED + number) for number in range(max(1, options.monitor_videos // 2))]
@@ -58,7 +58,7 @@ def train_vision(options: Options, journal: Journal, clock: Clock, model: Qwen2_
 
 
 def see_videos(
-    options: Options, journal: Journal, model: Qwen2_5_VLForConditionalGeneration
+    options: Options, journal: TrainingLog, model: Qwen2_5_VLForConditionalGeneration
 ) -> tuple[StepBank, Callable[[int, int], StepBank]]:
     """The bank of training steps, and a function that makes banks of held-out videos."""
     journal.stage("bank of seen steps")
@@ -79,7 +79,7 @@ def train(options: Options) -> dict[str, dict[str, float]]:
     clock, out = Clock(options), options.out
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).to(options.device)
-    with Journal(out / "training_log.jsonl") as journal:
+    with TrainingLog(out / "training_log.jsonl") as journal:
         journal.write(event="model", parameters=num_parameters(model), minutes=options.minutes, seed=options.seed)
         resumed = None
         if options.resume_stage is None:
@@ -90,7 +90,7 @@ def train(options: Options) -> dict[str, dict[str, float]]:
         bank, held_out = see_videos(options, journal, model)
         packer = Packer(tokenizer)
         monitor = Examiner(held_out(MONITOR_SEED, options.monitor_videos), packer)
-        learner = Learner(options, journal, clock, model, packer, bank, monitor)
+        learner = TextTrainer(options, journal, clock, model, packer, bank, monitor)
         start_s, end_s = clock.now_s(), options.minutes * 60
         if resumed is None:
             for stage in SHARED:

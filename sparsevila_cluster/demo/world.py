@@ -25,7 +25,7 @@ __all__ = [
     "SHAPES",
     "Glyph",
     "Question",
-    "Scene",
+    "WorldScene",
     "make_questions",
     "make_scene",
     "make_video",
@@ -52,7 +52,7 @@ class Glyph:
 
 
 @dataclass(frozen=True)
-class Scene:
+class WorldScene:
     steps: tuple[tuple[Glyph, ...], ...]
 
     @property
@@ -65,7 +65,7 @@ class Question:
     kind: str
     text: str
     answer: str
-    step: int  # index into Scene.steps; people say step + 1
+    step: int  # index into WorldScene.steps; people say step + 1
     targets: tuple[Glyph, ...]  # the glyphs that one must have seen to answer; empty for "nothing" and "0"
 
 
@@ -84,16 +84,16 @@ def draw_step(rng: np.random.Generator, taken: set[tuple[str, str]]) -> tuple[Gl
     return tuple(glyphs)
 
 
-def make_scene(rng: np.random.Generator, num_steps: int = NUM_STEPS) -> Scene:
+def make_scene(rng: np.random.Generator, num_steps: int = NUM_STEPS) -> WorldScene:
     """A random scene with at least one glyph."""
     while True:
         taken: set[tuple[str, str]] = set()
-        scene = Scene(tuple(draw_step(rng, taken) for _ in range(num_steps)))
+        scene = WorldScene(tuple(draw_step(rng, taken) for _ in range(num_steps)))
         if any(scene.steps):
             return scene
 
 
-def make_video(seed: int, *, held_out: bool = True, num_steps: int = NUM_STEPS) -> tuple[Scene, np.ndarray]:
+def make_video(seed: int, *, held_out: bool = True, num_steps: int = NUM_STEPS) -> tuple[WorldScene, np.ndarray]:
     """Scene and frames of one seed. Held-out videos share neither random numbers nor backgrounds with training."""
     rng = np.random.default_rng((HELD_OUT_STREAM if held_out else TRAINING_STREAM, seed))
     scene = make_scene(rng, num_steps)
@@ -168,7 +168,7 @@ KINDS = tuple(MAKERS)
 
 
 def make_questions(
-    scene: Scene,
+    scene: WorldScene,
     rng: np.random.Generator,
     num: int,
     kinds: Sequence[str] | None = None,

@@ -1,5 +1,5 @@
 """Doors: how clients of one protocol reach a `Pipeline`."""
 
-from sparsevila_cluster.gateway.door import Door
+from sparsevila_cluster.gateway.grpc.grpc_server import GrpcServer
 
-__all__ = ["Door"]
+__all__ = ["GrpcServer"]

@@ -24,9 +24,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsevila_cluster.cluster_config import DoorConfig
-from sparsevila_cluster.errors import BadConfig, Internal, NotFound, QueueFull, TooLarge, Unavailable
-from sparsevila_cluster.metrics import Sink
+from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.errors import BadConfig, Internal, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.core.metrics import MetricsSink
 
 KINDS = ("auto", "video", "image")
 # How long a count of what other routers keep in a shared folder is good for, in seconds.
@@ -49,7 +49,7 @@ class Upload:
 class Spool:
     """Threads may share it. What it has written is deleted when it is closed; a folder of its own, too."""
 
-    def __init__(self, config: DoorConfig, max_bytes: int, sink: Sink):
+    def __init__(self, config: DoorConfig, max_bytes: int, sink: MetricsSink):
         """max_bytes: of one file. Raises BadConfig: the configured folder cannot be used."""
         self._quota_bytes, self._ttl_s, self._max_bytes, self._sink = config.spool_bytes, config.upload_ttl_s, max_bytes, sink
         self._shared = config.spool_dir is not None
@@ -77,7 +77,7 @@ class Spool:
         with self._lock:
             return sum(self._sizes.values())
 
-    def begin(self, owner: str) -> Part:
+    def begin(self, owner: str) -> SpoolPart:
         """A new file for this owner. Raises Unavailable: closed. Internal: the disk."""
         with self._lock:
             if self._closed:
@@ -85,7 +85,7 @@ class Spool:
             path = self._home(owner) / f"{uuid.uuid4().hex}.part"
             try:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                part = Part(self, path)
+                part = SpoolPart(self, path)
             except OSError as error:
                 raise Internal(f"cannot keep the file: {error.strerror or error}") from error
             self._sizes[path] = 0
@@ -210,7 +210,7 @@ class Spool:
         self._sink.set("spool_bytes", sum(self._sizes.values()))
 
 
-class Part:
+class SpoolPart:
     """A file that still arrives. Its methods may be called from any thread, one at a time or not."""
 
     def __init__(self, spool: Spool, path: Path):

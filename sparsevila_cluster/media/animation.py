@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import ImageOps
 
-from sparsevila_cluster.errors import BadMedia, TooLarge
+from sparsevila_cluster.core.errors import BadMedia, TooLarge
+from sparsevila_cluster.media.file_kinds import webp_frames
+from sparsevila_cluster.media.frame_selection import pick, sample_times
 from sparsevila_cluster.media.frames import Allocate, Decoded, Frames, check_frames_bytes
 from sparsevila_cluster.media.image import open_picture, to_rgb
-from sparsevila_cluster.media.kinds import webp_frames
-from sparsevila_cluster.media.selection import pick, sample_times
-from sparsevila_cluster.media.source import Deadline
+from sparsevila_cluster.media.media_source import DecodeDeadline
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.core.config import MediaLimits
 
 # Browsers show a frame that says it lasts no longer than this for a tenth of a second.
 SHORTEST_MS, DEFAULT_MS = 10, 100
 
 
 def decode_animation(
-    file: BinaryIO, name: str, *, fps: float, max_frames: int, limits: MediaLimits, deadline: Deadline, allocate: Allocate
+    file: BinaryIO, name: str, *, fps: float, max_frames: int, limits: MediaLimits, deadline: DecodeDeadline, allocate: Allocate
 ) -> Decoded:
     """As `decode_video`, for an animated WebP. Every frame up to the last wanted one is decoded: each is drawn over the one before.
 

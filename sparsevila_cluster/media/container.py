@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import av
 
-from sparsevila_cluster.errors import BadMedia, DeadlineExceeded, SparseVilaError
+from sparsevila_cluster.core.errors import BadMedia, DeadlineExceeded, SparseVilaError
 from sparsevila_cluster.media.frames import check_pixels, out_of_memory
-from sparsevila_cluster.media.source import Deadline
+from sparsevila_cluster.media.media_source import DecodeDeadline
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.core.config import MediaLimits
 
 # Containers that hold their own bytes. Playlists and lists of files (HLS, DASH, concat, SDP) would make FFmpeg open
 # whatever path or address a stranger wrote into them, so they are not on the list, and no protocol is allowed either.
@@ -36,7 +36,7 @@ FRAME_THREADS = frozenset({"h264"})
 
 @contextmanager
 def open_video(
-    file: BinaryIO, name: str, limits: MediaLimits, deadline: Deadline
+    file: BinaryIO, name: str, limits: MediaLimits, deadline: DecodeDeadline
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its first video stream, closed at the end of the block. PyAV logs nothing unless told to.
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, BinaryIO
 
 from sparsevila_cluster.media.animation import decode_animation
+from sparsevila_cluster.media.file_kinds import Kind, picture_format
 from sparsevila_cluster.media.frames import Allocate, Decoded, on_heap
 from sparsevila_cluster.media.image import decode_image
-from sparsevila_cluster.media.kinds import Kind, picture_format
-from sparsevila_cluster.media.source import Deadline
+from sparsevila_cluster.media.media_source import DecodeDeadline
 from sparsevila_cluster.media.video import decode_video
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.core.config import MediaLimits
 
 
 def decode(
-    file: BinaryIO, name: str, kind: Kind, *, fps: float, max_frames: int, limits: MediaLimits, deadline: Deadline,
+    file: BinaryIO, name: str, kind: Kind, *, fps: float, max_frames: int, limits: MediaLimits, deadline: DecodeDeadline,
     allocate: Allocate = on_heap,
 ) -> Decoded:  # fmt: skip
     """At most `max_frames` frames. A decoder that crashes takes this process with it, one that hangs does not return.

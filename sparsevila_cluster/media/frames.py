@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sparsevila_cluster.errors import TooLarge
+from sparsevila_cluster.core.errors import TooLarge
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.core.config import MediaLimits
 
 # All kept frames live in memory at once: 512 frames of 1920 x 1080 are 3 GiB.
 MAX_FRAMES_BYTES = 8 << 30

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, WebPImagePlugin
 
-from sparsevila_cluster.errors import BadMedia, SparseVilaError, TooLarge
+from sparsevila_cluster.core.errors import BadMedia, SparseVilaError, TooLarge
 from sparsevila_cluster.media.frames import Allocate, Decoded, check_pixels, out_of_memory
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.core.config import MediaLimits
 
 # Importing the plugin makes WebP known; Pillow would import all its plugins to find it.
 FORMATS = ("PNG", "JPEG", WebPImagePlugin.WebPImageFile.format, "GIF")

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.media.guard import DecodeGuard
-from sparsevila_cluster.media.source import Blob, Deadline, hash_blob, open_source
+from sparsevila_cluster.core.errors import BadRequest
+from sparsevila_cluster.media.media_source import Blob, DecodeDeadline, hash_blob, open_source
+from sparsevila_cluster.media.sandbox import DecoderSandbox
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
-    from sparsevila_cluster.request import MediaSource
+    from sparsevila_cluster.core.config import MediaLimits
+    from sparsevila_cluster.core.requests import MediaSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Media:
 
 
 def open_media(
-    source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits, guard: DecodeGuard | None = None
+    source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits, guard: DecoderSandbox | None = None
 ) -> Media:
     """Decode at most `max_frames` frames of a source, `fps` per second of video, in a process of `guard`.
 
@@ -57,14 +57,14 @@ def open_media(
     cap = _check_sampling(fps, max_frames, limits)
     with open_source(source, limits) as blob:
         if guard is None:
-            with DecodeGuard() as guard:
+            with DecoderSandbox() as guard:
                 return _load(blob, fps, cap, limits, guard)
         return _load(blob, fps, cap, limits, guard)
 
 
-def _load(blob: Blob, fps: float, max_frames: int, limits: MediaLimits, guard: DecodeGuard) -> Media:
+def _load(blob: Blob, fps: float, max_frames: int, limits: MediaLimits, guard: DecoderSandbox) -> Media:
     guard.warm()  # a process that is not there yet starts while the bytes are hashed
-    deadline = Deadline(blob.name, limits.decode_timeout_s)
+    deadline = DecodeDeadline(blob.name, limits.decode_timeout_s)
     media_hash = hash_blob(blob, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
     done = guard.decode(blob, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
     blob.check_unchanged()
@@ -81,7 +81,7 @@ def identify(source: MediaSource, *, fps: float, max_frames: int, limits: MediaL
     """
     cap = _check_sampling(fps, max_frames, limits)
     with open_source(source, limits) as blob:
-        deadline = Deadline(blob.name, limits.decode_timeout_s)
+        deadline = DecodeDeadline(blob.name, limits.decode_timeout_s)
         return hash_blob(blob, fps=fps, max_frames=cap, limits=limits, deadline=deadline), blob.kind
 
 

@@ -22,14 +22,14 @@ import av
 import numpy as np
 
 from sparsevila_cluster.media.container import is_end
+from sparsevila_cluster.media.frame_buffer import FrameBuffer
+from sparsevila_cluster.media.frame_selection import pick
 from sparsevila_cluster.media.frames import check_pixels
-from sparsevila_cluster.media.selection import pick
-from sparsevila_cluster.media.shelf import Shelf
-from sparsevila_cluster.media.source import Deadline
+from sparsevila_cluster.media.media_source import DecodeDeadline
 from sparsevila_cluster.media.survey import BROKEN, ENTRY, HIDDEN, PacketIndex, Survey
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.core.config import MediaLimits
 
 # By which timestamp a container finds its way. Others (raw streams, AVI, program streams) have no index worth the name.
 SEEK_BY = {"mov,mp4,m4a,3gp,3g2,mj2": "pts", "matroska,webm": "pts", "flv": "pts", "mpegts": "dts"}
@@ -77,7 +77,7 @@ def plan_runs(survey: Survey, codec: str, format_name: str, times_s: np.ndarray)
 
 def take_around(
     container: av.container.InputContainer, stream: av.VideoStream, survey: Survey,
-    runs: list[Run], shelf: Shelf, limits: MediaLimits, deadline: Deadline,
+    runs: list[Run], shelf: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
 ) -> bool:  # fmt: skip
     """Put the wanted frames of all runs on the shelf. False: something is not as surveyed, or damaged; the shelf is worthless.
 
@@ -107,7 +107,7 @@ def take_around(
 
 def _taken(
     run: Run, container: av.container.InputContainer, stream: av.VideoStream, survey: Survey, index: PacketIndex,
-    shelf: Shelf, limits: MediaLimits, deadline: Deadline,
+    shelf: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
 ) -> Iterator[bool]:  # fmt: skip
     """True for each wanted frame that is on the shelf; a False ends it."""
     pts = index.pts
@@ -138,7 +138,7 @@ def _taken(
 
 
 def _packets(
-    entry: int, container: av.container.InputContainer, stream: av.VideoStream, index: PacketIndex, deadline: Deadline
+    entry: int, container: av.container.InputContainer, stream: av.VideoStream, index: PacketIndex, deadline: DecodeDeadline
 ) -> Iterator[tuple[int | None, av.Packet]]:
     """Packets from row `entry` on with their rows, the last one to flush the decoder; row None: not the one surveyed."""
     row, num_read = entry, 0

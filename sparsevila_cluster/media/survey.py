@@ -12,10 +12,10 @@ from fractions import Fraction
 
 import av
 
-from sparsevila_cluster.errors import BadMedia
+from sparsevila_cluster.core.errors import BadMedia
 from sparsevila_cluster.media.container import MAX_LOST_SHARE, check_lost, is_end
 from sparsevila_cluster.media.keyframe import starts_anew
-from sparsevila_cluster.media.source import Deadline
+from sparsevila_cluster.media.media_source import DecodeDeadline
 
 HIDDEN, ENTRY, BROKEN = 1, 2, 4
 
@@ -45,8 +45,10 @@ class PacketIndex:
 
     def holds(self, row: int, packet: av.Packet) -> bool:
         """Whether `packet` is the one that stood in this row when the file was surveyed."""
-        return row < len(self.pts) and (self.pts[row], self.size[row]) == (packet.pts, packet.size) and (
-            self.pos[row] == (-1 if packet.pos is None else packet.pos)
+        return (
+            row < len(self.pts)
+            and (self.pts[row], self.size[row]) == (packet.pts, packet.size)
+            and (self.pos[row] == (-1 if packet.pos is None else packet.pos))
         )
 
     def __len__(self) -> int:
@@ -72,7 +74,7 @@ class Survey:
         return max(0.0, float(pts * self.tick_s - self.origin_s))
 
 
-def survey_packets(container: av.container.InputContainer, stream: av.VideoStream, name: str, deadline: Deadline) -> Survey:
+def survey_packets(container: av.container.InputContainer, stream: av.VideoStream, name: str, deadline: DecodeDeadline) -> Survey:
     """One pass over all packets.
 
     Raises:

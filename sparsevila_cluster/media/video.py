@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import av
 
-from sparsevila_cluster.errors import TooLarge
+from sparsevila_cluster.core.errors import TooLarge
 from sparsevila_cluster.media.container import check_lost, is_end, open_video
+from sparsevila_cluster.media.frame_buffer import FrameBuffer
+from sparsevila_cluster.media.frame_selection import choose, sample_times
 from sparsevila_cluster.media.frames import Allocate, Decoded, check_pixels
+from sparsevila_cluster.media.media_source import DecodeDeadline
 from sparsevila_cluster.media.seeking import plan_runs, take_around
-from sparsevila_cluster.media.selection import choose, sample_times
-from sparsevila_cluster.media.shelf import Shelf
-from sparsevila_cluster.media.source import Deadline
 from sparsevila_cluster.media.survey import Survey, survey_packets
 
 if TYPE_CHECKING:
-    from sparsevila_cluster.config import MediaLimits
+    from sparsevila_cluster.core.config import MediaLimits
 
 # Field-coded video has two packets per frame; with fewer frames than that, a decoder dropped some without saying so.
 MIN_FRAMES_PER_PACKET = 0.49
 
 
 def decode_video(
-    file: BinaryIO, name: str, *, fps: float, max_frames: int, limits: MediaLimits, deadline: Deadline, allocate: Allocate,
+    file: BinaryIO, name: str, *, fps: float, max_frames: int, limits: MediaLimits, deadline: DecodeDeadline, allocate: Allocate,
     seek: bool = True,
 ) -> Decoded:  # fmt: skip
     """The frames that show at the sample times, without repetition. `seek` False: always by the full decode.
@@ -47,7 +47,7 @@ def decode_video(
     if survey.duration_s > limits.max_duration_s:
         raise TooLarge(f"{name}: {survey.duration_s:.6g} s are longer than max_duration_s = {limits.max_duration_s:g}")
     times_s = sample_times(survey.duration_s, fps, max_frames)
-    shelf = Shelf(len(times_s), aspect, name, limits, allocate)
+    shelf = FrameBuffer(len(times_s), aspect, name, limits, allocate)
     if seek and (runs := plan_runs(survey, codec, format_name, times_s)):
         # A fresh container each time: raw streams cannot seek back, and parsers keep state.
         with open_video(file, name, limits, deadline) as (container, stream):
@@ -64,7 +64,7 @@ def decode_video(
 
 def _whole_frames(
     container: av.container.InputContainer, stream: av.VideoStream, survey: Survey,
-    name: str, limits: MediaLimits, deadline: Deadline,
+    name: str, limits: MediaLimits, deadline: DecodeDeadline,
 ) -> Iterator[av.VideoFrame]:  # fmt: skip
     """Frames that decoded without damage, in order; at the end, refuses a file that lost more than its share.
 

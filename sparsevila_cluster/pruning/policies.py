@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.request import kept_count
+from sparsevila_cluster.core.requests import kept_count
 
 Scope = Literal["global", "per_group"]
 

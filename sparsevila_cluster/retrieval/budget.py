@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sparsevila_cluster.config import SparsityConfig
-from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.request import Turn
+from sparsevila_cluster.core.config import SparsityConfig
+from sparsevila_cluster.core.errors import BadRequest
+from sparsevila_cluster.core.requests import Turn
 from sparsevila_cluster.retrieval.policies import RetrievalPolicy, build_retrieval
 
 DEFAULT_RETRIEVE_KEEP = {"video": 0.10, "image": 0.25}

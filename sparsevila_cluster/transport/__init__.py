@@ -1,9 +1,19 @@
 """KV between workers: a dock receives, a shipper sends, over links of several kinds."""
 
-from sparsevila_cluster.docks import DockAddress, Ticket
-from sparsevila_cluster.transport.dock import Dock
-from sparsevila_cluster.transport.link import Courier, Landing, TransferReport, TransferState
-from sparsevila_cluster.transport.shipment import Shipment
-from sparsevila_cluster.transport.shipper import Shipper
+from sparsevila_cluster.core.addresses import ReceiverAddress, TransferTicket
+from sparsevila_cluster.transport.kv_receiver import KVReceiver
+from sparsevila_cluster.transport.kv_sender import KVSender
+from sparsevila_cluster.transport.link import ObjectStore, PrefixSink, TransferReport, TransferState
+from sparsevila_cluster.transport.outgoing_transfer import OutgoingTransfer
 
-__all__ = ["Courier", "Dock", "DockAddress", "Landing", "Shipment", "Shipper", "Ticket", "TransferReport", "TransferState"]
+__all__ = [
+    "ObjectStore",
+    "KVReceiver",
+    "ReceiverAddress",
+    "PrefixSink",
+    "OutgoingTransfer",
+    "KVSender",
+    "TransferTicket",
+    "TransferReport",
+    "TransferState",
+]

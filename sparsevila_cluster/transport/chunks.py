@@ -18,8 +18,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.kv import Extent
-from sparsevila_cluster.wire import Chunk, Manifest
+from sparsevila_cluster.kvcache.arena import Extent
+from sparsevila_cluster.transport.manifest import Chunk, Manifest
 from sparsevila_kernels import kv_dequantize, kv_quantize
 
 LANE_WORDS = 64  # words of 64 bits that are added up before a weight tells where they stand
@@ -27,7 +27,7 @@ ODD = 0x9E3779B97F4A7C15 - 2**64  # as a signed number
 MASK = 2**64 - 1
 
 
-class Cargo:
+class ChunkBuffers:
     """One side of one transfer: the rows of its extent as tensors for a link.
 
     Both sides compute every size from the manifest, so that no buffer is ever smaller than what comes into it.

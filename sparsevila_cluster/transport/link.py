@@ -3,7 +3,7 @@
 Knows: the contracts between a lane, the link below it and the workers above it. Does not know: how any link works.
 
     prefill worker                                                     decode worker
-    Shipper -> Route (owner thread) -> Channel -> Link ~~~~~ Link -> Channel -> ReceiveLane (reader, lander) -> Dock -> Landing
+    Shipper -> Route (owner thread) -> Channel -> Link ~~~~~ Link -> Channel -> ReceiveLane (reader, lander) -> Dock -> PrefixSink
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.docks import DockAddress
-from sparsevila_cluster.kv import Extent
-from sparsevila_cluster.wire import Manifest
+from sparsevila_cluster.core.addresses import ReceiverAddress
+from sparsevila_cluster.kvcache.arena import Extent
+from sparsevila_cluster.transport.manifest import Manifest
 
 
 class Handle(Protocol):
@@ -116,7 +116,7 @@ class TransferReport:
         return asdict(self)
 
 
-class Landing(Protocol):
+class PrefixSink(Protocol):
     """The worker behind a dock. Called from the dock's threads, one call at a time per lane; must return within its deadline."""
 
     def allocate(self, manifest: Manifest, deadline_s: float) -> Extent:
@@ -129,7 +129,7 @@ class Landing(Protocol):
         """Take back an extent that will not be published and that nothing writes to any more."""
 
 
-class Courier(Protocol):
+class ObjectStore(Protocol):
     """An object store and a way to call a dock, handed in by whoever has one. Used by the `objectstore` kind.
 
     Raises LaneLost (or WorkerLost, Unavailable) when the other side is gone.
@@ -141,5 +141,7 @@ class Courier(Protocol):
     def get(self, token: Any, within_s: float) -> Any:
         """The array, readable."""
 
-    def exchange(self, dock: DockAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float) -> list[tuple[str, Any]]:
+    def exchange(
+        self, dock: ReceiverAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float
+    ) -> list[tuple[str, Any]]:
         """Call `Dock.exchange(lane_id, messages, wait_s)` of that dock and return its reply."""

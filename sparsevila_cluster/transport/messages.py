@@ -12,7 +12,7 @@ from typing import Any
 
 import msgpack
 
-from sparsevila_cluster.errors import LaneLost
+from sparsevila_cluster.core.errors import LaneLost
 from sparsevila_cluster.transport.link import Link
 
 # Name -> what it says.

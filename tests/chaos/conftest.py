@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 
-from tests.chaos.clients import film_of
-from tests.chaos.processes import Zygote
-from tests.chaos.town import Town, config_of
-from tests.chaos.traps import LATER
-from tests.cluster.bench import write_clip
-from tests.tiny import make_qwen2_5_vl
+from tests.chaos.checked_clients import film_of
+from tests.chaos.kill_points import LATER
+from tests.chaos.process_cluster import Town, config_of
+from tests.chaos.worker_processes import Zygote
+from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
+from tests.cluster.worker_fixtures import write_clip
 
 TOLD: list[tuple[str, str]] = []
 

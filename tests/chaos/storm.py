@@ -18,9 +18,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsevila_cluster.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
-from tests.chaos.clients import QUESTIONS, Client, Film, film_of
-from tests.chaos.town import Town
+from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
+from tests.chaos.checked_clients import QUESTIONS, Client, Film, film_of
+from tests.chaos.process_cluster import Town
 
 NUM_CLIENTS = 3
 DEADLINE_S = 20.0
@@ -193,10 +193,10 @@ class Storm:
 
 
 async def run(num_operations: int, seed: int, report: Callable[[], None]) -> Counter[str]:
-    from tests.chaos.processes import Zygote
-    from tests.chaos.town import config_of
-    from tests.cluster.bench import write_clip
-    from tests.tiny import make_qwen2_5_vl
+    from tests.chaos.process_cluster import config_of
+    from tests.chaos.worker_processes import Zygote
+    from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
+    from tests.cluster.worker_fixtures import write_clip
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from sparsevila_cluster.errors import Unavailable
-from tests.chaos.clients import typed
-from tests.chaos.stage import scene
+from sparsevila_cluster.core.errors import Unavailable
+from tests.chaos.checked_clients import typed
+from tests.chaos.kill_case import scene
 
 SIGNALS = [signal.SIGKILL, signal.SIGSTOP]
 # What it may take to say that nobody is left: one call that is not answered, one silence, and the wait for a replacement.

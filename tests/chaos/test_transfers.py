@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.chaos.stage import scene
-from tests.chaos.traps import DECODE_TRANSFER, PREFILL_TRANSFER
+from tests.chaos.kill_case import scene
+from tests.chaos.kill_points import DECODE_TRANSFER, PREFILL_TRANSFER
 
 SIGNALS = [signal.SIGKILL, signal.SIGSTOP]
 PLACES = [("prefill", place) for place in PREFILL_TRANSFER] + [("decode", place) for place in DECODE_TRANSFER]

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.chaos.stage import scene
-from tests.chaos.traps import DECODE_TURN
+from tests.chaos.kill_case import scene
+from tests.chaos.kill_points import DECODE_TURN
 
 SIGNALS = [signal.SIGKILL, signal.SIGSTOP]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.client.scripted import Scripted, serving
+from tests.client.scripted_server import Scripted, serving
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,17 +5,12 @@ import time
 
 import pytest
 
-from sparsevila_cluster import errors
-from sparsevila_cluster.client.messages import to_event
-from sparsevila_cluster.errors import (
-    BadRequest,
-    DeadlineExceeded,
-    NotFound,
-    Unavailable,
-)
+from sparsevila_cluster.client.proto_messages import to_event
+from sparsevila_cluster.core import errors
+from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, NotFound, Unavailable
+from sparsevila_cluster.core.requests import Answer
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from sparsevila_cluster.request import Answer
-from tests.client.scripted import MEDIA_ID, TEXT, TOKENS, Scripted, connect, serving, wired
+from tests.client.scripted_server import MEDIA_ID, TEXT, TOKENS, Scripted, connect, serving, wired
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
 

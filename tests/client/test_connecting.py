@@ -8,10 +8,10 @@ import threading
 import grpc
 import pytest
 
-from sparsevila_cluster import errors
-from sparsevila_cluster.client import AsyncClient, Client, Tls, failures
-from sparsevila_cluster.client.failures import to_error
-from sparsevila_cluster.errors import (
+from sparsevila_cluster.client import AsyncClient, Client, Tls, call_errors
+from sparsevila_cluster.client.call_errors import to_error
+from sparsevila_cluster.core import errors
+from sparsevila_cluster.core.errors import (
     BadRequest,
     Incompatible,
     NotFound,
@@ -21,14 +21,14 @@ from sparsevila_cluster.errors import (
     Unauthenticated,
     Unavailable,
 )
-from tests.client.scripted import MEDIA_ID, TEXT, Scripted, connect, serving
-from tests.house import ROOT
+from tests.client.scripted_server import MEDIA_ID, TEXT, Scripted, connect, serving
+from tests.structure import ROOT
 
 
 @pytest.mark.parametrize(
     ("code", "details", "kind"),
     [
-        *((name, "why", kind) for name, kind in failures.OF_CODE.items()),
+        *((name, "why", kind) for name, kind in call_errors.OF_CODE.items()),
         ("RESOURCE_EXHAUSTED", "Received message larger than max (9 vs. 8)", TooLarge),
         ("RESOURCE_EXHAUSTED", "Concurrent RPC limit exceeded!", QueueFull),
         ("CANCELLED", "", Unavailable),
@@ -48,8 +48,8 @@ def all_errors(root=SparseVilaError):
 
 
 async def test_the_servers_failure_arrives_as_what_it_was(monkeypatch):
-    monkeypatch.setattr(failures, "RETRY_FOR_S", 0)
-    monkeypatch.setattr(failures, "MAX_REFUSALS", 0)
+    monkeypatch.setattr(call_errors, "RETRY_FOR_S", 0)
+    monkeypatch.setattr(call_errors, "MAX_REFUSALS", 0)
     servicer = Scripted()
     async with serving(servicer) as (_, port), connect(port) as client:
         for kind in all_errors():
@@ -117,7 +117,7 @@ def pems(tmp_path_factory):
 
 
 async def test_tls_and_a_certificate_of_the_client(pems, monkeypatch):
-    monkeypatch.setattr(failures, "RETRY_FOR_S", 0)
+    monkeypatch.setattr(call_errors, "RETRY_FOR_S", 0)
     cert, key = pems
     pair = (key.read_bytes(), cert.read_bytes())
     one_way = grpc.ssl_server_credentials([pair])

@@ -7,9 +7,9 @@ from contextlib import aclosing
 import grpc
 import pytest
 
-from sparsevila_cluster.client import failures
-from sparsevila_cluster.client.answering import Asking
-from sparsevila_cluster.errors import (
+from sparsevila_cluster.client import call_errors
+from sparsevila_cluster.client.turn_stream import TurnStream
+from sparsevila_cluster.core.errors import (
     BadRequest,
     Cancelled,
     DataLoss,
@@ -19,9 +19,9 @@ from sparsevila_cluster.errors import (
     Unavailable,
     WorkerLost,
 )
+from sparsevila_cluster.core.requests import FinishReason
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from sparsevila_cluster.request import FinishReason
-from tests.client.scripted import MEDIA_ID, TEXT, TOKENS, Scripted, connect, refuse, serving, wired
+from tests.client.scripted_server import MEDIA_ID, TEXT, TOKENS, Scripted, connect, refuse, serving, wired
 
 
 def fails(code, details):
@@ -101,7 +101,7 @@ async def test_events_arrive_once_and_in_order():
     servicer.script["Ask"] = [cut_after(1, HOWS["unavailable"]), cut_after(0, HOWS["cancelled"]), cut_after(8, HOWS["unavailable"])]
     async with serving(servicer) as (_, port), connect(port) as client:
         chat = client.conversation(MEDIA_ID)
-        asking = Asking(client._connection, chat._turn("What?", {}), 20)
+        asking = TurnStream(client._connection, chat._turn("What?", {}), 20)
         events = [event async for event in asking.events()]
     assert asking.num_streams == 4
     kinds = [event.kind for event in events]
@@ -176,7 +176,7 @@ async def test_a_full_queue_is_asked_again_when_it_says_so():
 
 
 async def test_a_queue_that_stays_full_is_told(monkeypatch):
-    monkeypatch.setattr(failures, "MAX_REFUSALS", 2)
+    monkeypatch.setattr(call_errors, "MAX_REFUSALS", 2)
     servicer = Scripted()
     servicer.script["Ask"] = [QueueFull("8 turns wait", retry_after_s=0.01)] * 9
     async with serving(servicer) as (_, port):
@@ -204,7 +204,7 @@ async def test_what_another_attempt_would_not_mend_is_told_at_once(error, accept
 
 
 async def test_a_server_that_is_not_there_is_told_in_time(monkeypatch, unused_port):
-    monkeypatch.setattr(failures, "RETRY_FOR_S", 0.5)
+    monkeypatch.setattr(call_errors, "RETRY_FOR_S", 0.5)
     started_s = time.monotonic()
     with pytest.raises(Unavailable, match=f"127.0.0.1:{unused_port}"):
         await ask_through(None, unused_port)
@@ -212,7 +212,7 @@ async def test_a_server_that_is_not_there_is_told_in_time(monkeypatch, unused_po
 
 
 async def test_a_stream_that_always_breaks_ends(monkeypatch):
-    monkeypatch.setattr(failures, "RETRY_FOR_S", 0.5)
+    monkeypatch.setattr(call_errors, "RETRY_FOR_S", 0.5)
     servicer = Scripted()
     servicer.script["Ask"] = [cut_after(0, HOWS["unavailable"])] * 1000
     async with serving(servicer) as (_, port):

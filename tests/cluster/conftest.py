@@ -3,8 +3,8 @@
 import pytest
 
 from sparsevila_cluster.models import load_model
-from tests.cluster import bench
-from tests.tiny import make_qwen2_5_vl
+from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
+from tests.cluster import worker_fixtures
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
-    return [bench.write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
+    return [worker_fixtures.write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
 
 
 @pytest.fixture(scope="session")

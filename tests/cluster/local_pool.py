@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from contextlib import asynccontextmanager
 
-from sparsevila_cluster.errors import DeadlineExceeded, Internal, SparseVilaError, WorkerLost
+from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, SparseVilaError, WorkerLost
 
 
 class LocalPool:

@@ -7,9 +7,9 @@ import time
 
 from ray import serve
 
-from sparsevila_cluster.cluster.on_ray.clerk import Clerk
 from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
-from sparsevila_cluster.errors import NotFound, QueueFull
+from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.core.errors import NotFound, QueueFull
 
 
 class Clumsy:
@@ -65,7 +65,7 @@ class Clumsy:
         return "not in the table"
 
 
-class ClumsyReplica(Clerk):
+class ClumsyReplica(RpcServer):
     def __init__(self):
         stay_on_loopback()
         name = serve.get_replica_context().replica_id.unique_id

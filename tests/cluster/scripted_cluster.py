@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager
 
 from sparsevila_cluster.cluster.directory import SETTLE_REPORTS, Directory
 from sparsevila_cluster.cluster.routing.router import ClusterPipeline
-from sparsevila_cluster.cluster_config import build_cluster_config
-from sparsevila_cluster.metrics import Tally
-from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, SamplingParams, Turn
+from sparsevila_cluster.core.cluster_config import build_cluster_config
+from sparsevila_cluster.core.metrics import Tally
+from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, SamplingParams, Turn
 from tests.cluster.local_pool import LocalPool
-from tests.cluster.scripted import ScriptedDecode, ScriptedPrefill
+from tests.cluster.scripted_workers import ScriptedDecode, ScriptedPrefill
 
 QUESTIONS = ("what is it?", "and then?", "is that all?")
 NUM = 5

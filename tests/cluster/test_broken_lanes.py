@@ -5,10 +5,10 @@ import uuid
 
 import pytest
 
-from sparsevila_cluster.errors import LaneLost, NotFound, QueueFull, SparseVilaError
-from sparsevila_cluster.transport import Ticket
-from tests.cluster import bench
-from tests.cluster.bench import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
+from sparsevila_cluster.core.errors import LaneLost, NotFound, QueueFull, SparseVilaError
+from sparsevila_cluster.transport import TransferTicket
+from tests.cluster import worker_fixtures
+from tests.cluster.worker_fixtures import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
 
 
 def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypatch):
@@ -16,8 +16,8 @@ def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypa
     gate = Gate(monkeypatch)
 
     async def main():
-        config = bench.config_of(checkpoint, "gloo", transport={"dial_timeout_s": 0.5, "op_timeout_s": 2.0})
-        async with bench.workers(config, decode=2) as ([prefill], [gone, other]):
+        config = worker_fixtures.config_of(checkpoint, "gloo", transport={"dial_timeout_s": 0.5, "op_timeout_s": 2.0})
+        async with worker_fixtures.workers(config, decode=2) as ([prefill], [gone, other]):
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(gone, key)))
             await gate.wait()
@@ -33,7 +33,7 @@ def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypa
             assert await answer(other, turn_of(key))
             assert prefill.sink.counts[("prefills_total",)] == 1
             with pytest.raises(LaneLost, match="decode-0"):
-                await prefill.ship(key, Ticket("t", gone.dock.address, 5.0))
+                await prefill.ship(key, TransferTicket("t", gone.dock.address, 5.0))
 
     asyncio.run(main())
 
@@ -42,7 +42,7 @@ def test_a_lane_that_breaks_is_built_anew(checkpoint, clips, monkeypatch):
     gate = Gate(monkeypatch, start=32)
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, "gloo")) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, "gloo")) as ([prefill], [decode]):
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
             await gate.wait()
@@ -52,8 +52,8 @@ def test_a_lane_that_breaks_is_built_anew(checkpoint, clips, monkeypatch):
             gate.opened.set()
             _, report, _ = await making
             assert report["attempts"] == 2 and prefill.num_prefills == 1
-            rows = bench.rows_of(decode.engine.prefixes.get(key))
-            assert all(a.equal(b) for a, b in zip(rows, bench.rows_of(prefill.copies.all()[0]), strict=True))
+            rows = worker_fixtures.rows_of(decode.engine.prefixes.get(key))
+            assert all(a.equal(b) for a, b in zip(rows, worker_fixtures.rows_of(prefill.copies.all()[0]), strict=True))
             assert decode.engine.prefixes.arena.used_bytes == prefill.copies.used_bytes
 
     asyncio.run(main())
@@ -63,7 +63,7 @@ def test_a_transfer_that_is_given_up_over_there_leaves_the_copy(checkpoint, clip
     gate = Gate(monkeypatch)
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             key = await prefill.key_of(request_of(clips[0]))
             ticket = await ticket_for(decode, key)
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, ticket))
@@ -84,10 +84,10 @@ def test_a_transfer_that_is_given_up_over_there_leaves_the_copy(checkpoint, clip
 
 def test_what_the_other_end_refuses_is_told_and_the_copy_stays(checkpoint, clips):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             size = (await landed(prefill, decode, request_of(clips[1])))[0].kv_bytes
-        config = bench.config_of(checkpoint, engine={"prefix_bytes": int(size * 1.5)})
-        async with bench.workers(config) as ([prefill], [decode]):
+        config = worker_fixtures.config_of(checkpoint, engine={"prefix_bytes": int(size * 1.5)})
+        async with worker_fixtures.workers(config) as ([prefill], [decode]):
             first, _ = await landed(prefill, decode, request_of(clips[1]))
             await decode._desk.hold(first.media_id)
             key = await prefill.key_of(request_of(clips[0]))
@@ -97,7 +97,7 @@ def test_what_the_other_end_refuses_is_told_and_the_copy_stays(checkpoint, clips
             # The lease of a ticket is over before anything comes; nobody expects another one.
             late = await ticket_for(decode, key, lease_s=0.1)
             await until(lambda: decode.dock.state(late.transfer_id).terminal)
-            for ticket in (late, Ticket(uuid.uuid4().hex, decode.dock.address, 5.0)):
+            for ticket in (late, TransferTicket(uuid.uuid4().hex, decode.dock.address, 5.0)):
                 with pytest.raises(NotFound):
                     await prefill.ship(key, ticket)
             with pytest.raises(NotFound, match="no copy"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.workers.standing import pressure
-from sparsevila_cluster.errors import (
+from sparsevila_cluster.cluster.workers.engine_stats import pressure
+from sparsevila_cluster.core.errors import (
     BadRequest,
     Cancelled,
     DeadlineExceeded,
@@ -23,13 +23,13 @@ from sparsevila_cluster.errors import (
     TooLarge,
     Unavailable,
 )
-from tests.cluster import bench
-from tests.cluster.bench import answer, events_of, landed, request_of, turn_of, until
+from tests.cluster import worker_fixtures
+from tests.cluster.worker_fixtures import answer, events_of, landed, request_of, turn_of, until
 
 
 def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, clips, endless):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
             stream = decode.ask(turn_of(handle.media_id, max_tokens=60))
             first = await anext(stream)
@@ -48,7 +48,7 @@ def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, 
 
 def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endless):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
             before = decode.engine.conversations.arena.used_bytes
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
@@ -79,7 +79,7 @@ def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endles
 
 def test_a_refused_turn_does_not_end_another_one_of_its_name(checkpoint, clips, endless):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
             turn = turn_of(handle.media_id, max_tokens=100)
             first = asyncio.ensure_future(answer(decode, turn))
@@ -95,11 +95,11 @@ def test_a_refused_turn_does_not_end_another_one_of_its_name(checkpoint, clips, 
 
 def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, clips, endless):
     async def main():
-        probe = bench.config_of(checkpoint)
-        async with bench.workers(probe, model=endless) as ([prefill], [decode]):
+        probe = worker_fixtures.config_of(checkpoint)
+        async with worker_fixtures.workers(probe, model=endless) as ([prefill], [decode]):
             size = (await landed(prefill, decode, request_of(clips[0])))[0].kv_bytes
-        config = bench.config_of(checkpoint, engine={"prefix_bytes": int(size * 1.5)})
-        async with bench.workers(config, model=endless) as ([prefill], [decode]):
+        config = worker_fixtures.config_of(checkpoint, engine={"prefix_bytes": int(size * 1.5)})
+        async with worker_fixtures.workers(config, model=endless) as ([prefill], [decode]):
             with pytest.raises(TooLarge, match="prefix_bytes"):
                 await decode.reserve("t", "k", 2 * size, 5.0)
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
@@ -122,7 +122,7 @@ def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, cli
 
 def test_reports_tell_residents_when_they_change_and_everything_when_asked(checkpoint, clips):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             assert decode.report(False).residents == () and decode.report(False).residents is None
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
             report = decode.report(False)
@@ -160,8 +160,8 @@ def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clips, endless):
     assert pressure(10, 10, 1.0) == 0.0
 
     async def main():
-        config = bench.config_of(checkpoint, engine={"max_batch": 1, "max_waiting": 4}, decode={"brownout_at": 0.25})
-        async with bench.workers(config, model=endless) as ([prefill], [decode]):
+        config = worker_fixtures.config_of(checkpoint, engine={"max_batch": 1, "max_waiting": 4}, decode={"brownout_at": 0.25})
+        async with worker_fixtures.workers(config, model=endless) as ([prefill], [decode]):
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
             turns = [turn_of(handle.media_id, conversation=str(i), max_tokens=40) for i in range(4)]
             asking = [asyncio.ensure_future(events_of(decode.ask(turn))) for turn in turns]
@@ -181,7 +181,7 @@ def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clips, endless):
 
 def test_warming_leaves_nothing(checkpoint):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             await prefill.warm([decode.dock.address])
             await decode.warm()
             assert decode.dock.info()["lanes"] and prefill.num_prefills == 0 and prefill.copies.used_bytes == 0
@@ -193,8 +193,8 @@ def test_warming_leaves_nothing(checkpoint):
 
 def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
     async def main():
-        config = bench.config_of(checkpoint, engine={"turn_timeout_s": 0.2})
-        async with bench.workers(config) as (_, [decode]):
+        config = worker_fixtures.config_of(checkpoint, engine={"turn_timeout_s": 0.2})
+        async with worker_fixtures.workers(config) as (_, [decode]):
             await decode.check()
             go_on = threading.Event()
             stuck = decode._desk.post(lambda engine: go_on.wait(10))
@@ -218,7 +218,7 @@ def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
 
 def test_closing_does_not_wait_for_an_engine_that_is_stuck(checkpoint):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, engine={"close_timeout_s": 0.2})) as (_, [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, engine={"close_timeout_s": 0.2})) as (_, [decode]):
             go_on = threading.Event()
             decode._desk.post(lambda engine: go_on.wait(20))
             began_s = time.monotonic()
@@ -232,7 +232,7 @@ def test_closing_does_not_wait_for_an_engine_that_is_stuck(checkpoint):
 
 def test_closing_ends_turns_and_frees_everything(checkpoint, clips, endless):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
             await answer(decode, turn_of(handle.media_id, conversation="idle"))
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
@@ -251,7 +251,7 @@ def test_closing_ends_turns_and_frees_everything(checkpoint, clips, endless):
 
 def test_an_engine_error_ends_one_batch_and_not_the_worker(checkpoint, clips, endless, monkeypatch):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
             handle, _ = await landed(prefill, decode, request_of(clips[0]))
             wanted = await answer(decode, turn_of(handle.media_id, conversation="a"))
             with monkeypatch.context() as broken:

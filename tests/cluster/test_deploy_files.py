@@ -8,11 +8,11 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from sparsevila_cluster.app import build
-from sparsevila_cluster.cluster_config import ClusterConfig, cluster_config_of, load_cluster_config
-from sparsevila_cluster.commands import serve as command
-from sparsevila_cluster.errors import BadConfig
-from tests.house import ROOT
+from sparsevila_cluster.cli import serve_command as command
+from sparsevila_cluster.core.cluster_config import ClusterConfig, cluster_config_of, load_cluster_config
+from sparsevila_cluster.core.errors import BadConfig
+from sparsevila_cluster.serve.application import build
+from tests.structure import ROOT
 
 SERVE_FILE, CLUSTER_FILE = ROOT / "deploy" / "serve.yaml", ROOT / "deploy" / "cluster.yaml"
 DEPLOYMENTS = {"Registry", "Prefill", "Decode", "Router"}
@@ -46,7 +46,7 @@ def test_serve_takes_its_file():
     schema = ServeDeploySchema.model_validate(given)
     assert not list(unknown_keys(given, schema.model_dump()))
     (application,) = schema.applications
-    assert application.import_path == "sparsevila_cluster.app:build"
+    assert application.import_path == "sparsevila_cluster.serve.application:build"
     assert application.name == cluster_config_of(application.args).name
     assert {*deployments_of(build(application.args))} == DEPLOYMENTS
 
@@ -82,7 +82,7 @@ def test_the_application_is_what_the_configuration_asks_for():
     for one in found.values():
         config = one._deployment_config
         assert config.health_check_period_s == 3 and config.graceful_shutdown_timeout_s == 7
-        assert config.request_router_config.request_router_class == "sparsevila_cluster.cluster.on_ray.pinning:PinRouter"
+        assert config.request_router_config.request_router_class == "sparsevila_cluster.cluster.on_ray.replica_pinning:PinRouter"
         assert "GRPC_MAX_MESSAGE_LENGTH" in str(one.ray_actor_options["runtime_env"])
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from sparsevila_cluster.cluster.directory import MAX_TURNS, MISSED_REPORTS, NOTE_REPORTS, SETTLE_REPORTS, Directory
-from sparsevila_cluster.cluster.reports import Journal, Load, WorkerReport
-from sparsevila_cluster.request import MediaHandle, Turn, TurnRecord
+from sparsevila_cluster.cluster.messages import ConversationJournal, Load, WorkerReport
+from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnRecord
 
 
 class Clock:
@@ -125,7 +125,7 @@ def test_one_owner_at_a_time_may_make_a_prefix(directory, clock):
 def test_turns_are_kept_in_order_and_one_made_again_replaces_what_followed(directory):
     assert directory.history("c") is None
     directory.open_conversation("c", "m", "tenant")
-    assert directory.history("c") == Journal("c", "m", (), "tenant")
+    assert directory.history("c") == ConversationJournal("c", "m", (), "tenant")
     assert directory.record("c", "m", 0, said(0, 1)) and directory.record("c", "m", 1, said(1, 2))
     assert not directory.record("c", "m", 3, said(3, 4)), "a turn is missing before it"
     assert directory.record("c", "m", 0, said(0, 1)) and len(directory.history("c").records) == 2, "told late, and again"
@@ -137,23 +137,26 @@ def test_turns_are_kept_in_order_and_one_made_again_replaces_what_followed(direc
 
 
 def test_a_lost_directory_is_filled_by_reports_and_the_longer_memory_wins(directory):
-    whole = Journal("c", "m", (said(0, 1), said(1, 2)))
+    whole = ConversationJournal("c", "m", (said(0, 1), said(1, 2)))
     directory.report(report("d0", keys=["m"], records=(whole,)))
-    directory.report(report("d1", keys=["m"], records=(Journal("c", "m", (said(0, 1),)),)))
+    directory.report(report("d1", keys=["m"], records=(ConversationJournal("c", "m", (said(0, 1),)),)))
     assert directory.history("c") == replace(whole, num_heard=1), "nobody can tell whether its last turn was heard"
 
 
 def test_what_a_router_heard_is_not_replaced_by_what_a_worker_did_for_nobody(directory):
     directory.record("c", "m", 0, said(0, 1))
-    unheard, other = Journal("c", "m", (said(0, 1), said(1, 2))), Journal("c", "m", (said(0, 9), said(1, 2)))
+    unheard, other = (
+        ConversationJournal("c", "m", (said(0, 1), said(1, 2))),
+        ConversationJournal("c", "m", (said(0, 9), said(1, 2))),
+    )
     directory.report(report("d0", keys=["m"], records=(other,)))
-    assert directory.history("c") == Journal("c", "m", (said(0, 1),), num_heard=1)
+    assert directory.history("c") == ConversationJournal("c", "m", (said(0, 1),), num_heard=1)
     directory.report(report("d0", keys=["m"], records=(unheard,)))
     assert directory.history("c") == replace(unheard, num_heard=1)
     directory.record("c", "m", 1, said(1, 2))
     assert directory.history("c") == replace(unheard, num_heard=2)
     directory.record("c", "m", 0, said(0, 3))
-    assert directory.history("c") == Journal("c", "m", (said(0, 3),), num_heard=1)
+    assert directory.history("c") == ConversationJournal("c", "m", (said(0, 3),), num_heard=1)
 
 
 def test_it_says_whether_everybody_had_time_to_report(directory, clock):
@@ -172,7 +175,9 @@ def test_conversations_are_bounded_and_the_least_recently_used_goes_first(direct
 
 
 def test_a_conversation_is_kept_up_to_a_bound(directory):
-    directory.report(report("d0", keys=[], records=(Journal("c", "m", tuple(said(i, i) for i in range(MAX_TURNS + 5))),)))
+    directory.report(
+        report("d0", keys=[], records=(ConversationJournal("c", "m", tuple(said(i, i) for i in range(MAX_TURNS + 5))),))
+    )
     assert len(directory.history("c").records) == MAX_TURNS and not directory.record("c", "m", MAX_TURNS, said(0, 1))
 
 
@@ -183,7 +188,7 @@ def test_a_worker_that_comes_back_is_told_which_conversations_it_has_no_more(dir
     directory.leave("b", "d1", "d0")
     directory.leave("b", "d0", "d1")
     directory.leave("b", "d1", "d0")  # it is back where it was
-    stale = tuple(Journal(name, "m", (said(0, 1),)) for name in ("c", "closed", "kept"))
+    stale = tuple(ConversationJournal(name, "m", (said(0, 1),)) for name in ("c", "closed", "kept"))
     assert directory.report(report("d0", records=stale))["close"] == ("c", "closed")
     assert directory.report(report("d0"))["close"] == ()
     assert directory.report(report("d1"))["close"] == ("b",)

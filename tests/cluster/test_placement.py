@@ -2,12 +2,12 @@
 
 import random
 
-from sparsevila_cluster.cluster.reports import Load, WorkerReport
+from sparsevila_cluster.cluster.messages import Load, WorkerReport
 from sparsevila_cluster.cluster.routing.placement import (
     FIRST_COOLING_S,
     LONGEST_COOLING_S,
-    Breaker,
-    Scene,
+    CircuitBreaker,
+    PlacementContext,
     choose_decode,
     choose_holder,
     choose_prefill,
@@ -26,53 +26,55 @@ def prefill(worker, **load):
 
 def test_the_least_busy_prefill_worker_makes_it_counting_what_was_sent_since_its_report():
     workers = [prefill("a", num_running=1), prefill("b", num_waiting=2), prefill("c")]
-    assert choose_prefill(workers, Scene()) == "c"
-    assert choose_prefill(workers, Scene(under_way={"c": 2})) == "a"
-    assert choose_prefill(workers, Scene(tried={"a", "b", "c"})) is None and choose_prefill([], Scene()) is None
+    assert choose_prefill(workers, PlacementContext()) == "c"
+    assert choose_prefill(workers, PlacementContext(under_way={"c": 2})) == "a"
+    assert (
+        choose_prefill(workers, PlacementContext(tried={"a", "b", "c"})) is None and choose_prefill([], PlacementContext()) is None
+    )
 
 
 def test_a_prefix_goes_where_it_fits_then_where_least_runs_then_where_most_is_free():
     workers = [decode("full", used=950), decode("busy", num_running=3), decode("calm", used=500)]
-    assert choose_decode(workers, 100, Scene()) == "calm"
-    assert choose_decode(workers, 600, Scene()) == "busy", "evicting is worse than waiting"
-    assert choose_decode([decode("full", used=950), decode("fuller", used=960)], 100, Scene()) == "full"
-    assert choose_decode(workers, None, Scene()) == "calm"
-    assert choose_decode(workers, 1001, Scene()) is None, "no budget could ever hold it"
+    assert choose_decode(workers, 100, PlacementContext()) == "calm"
+    assert choose_decode(workers, 600, PlacementContext()) == "busy", "evicting is worse than waiting"
+    assert choose_decode([decode("full", used=950), decode("fuller", used=960)], 100, PlacementContext()) == "full"
+    assert choose_decode(workers, None, PlacementContext()) == "calm"
+    assert choose_decode(workers, 1001, PlacementContext()) is None, "no budget could ever hold it"
 
 
 def test_a_holder_is_chosen_by_load_then_by_room_for_text():
     holders = [decode("a", turn_bytes=90, turn_budget_bytes=100), decode("b", turn_bytes=10, turn_budget_bytes=100)]
-    assert choose_holder(holders, Scene()) == "b"
-    assert choose_holder(holders, Scene(under_way={"b": 1})) == "a"
+    assert choose_holder(holders, PlacementContext()) == "b"
+    assert choose_holder(holders, PlacementContext(under_way={"b": 1})) == "a"
 
 
 def test_who_cools_is_asked_only_when_nobody_else_is_left():
     workers = [decode("a"), decode("b", num_running=9)]
-    assert choose_decode(workers, None, Scene(cooling={"a"})) == "b"
-    assert choose_decode(workers, None, Scene(cooling={"a"}, tried={"b"})) == "a"
-    assert choose_decode(workers, None, Scene(cooling={"a", "b"})) == "a"
+    assert choose_decode(workers, None, PlacementContext(cooling={"a"})) == "b"
+    assert choose_decode(workers, None, PlacementContext(cooling={"a"}, tried={"b"})) == "a"
+    assert choose_decode(workers, None, PlacementContext(cooling={"a", "b"})) == "a"
 
 
 def test_a_copy_is_sent_by_a_prefill_worker_rather_than_by_one_that_decodes():
     copies, holders = [prefill("p0", num_running=4), prefill("p1")], [decode("d0")]
-    assert choose_source(copies, holders, Scene()).worker == "p1"
-    assert choose_source(copies, holders, Scene(tried={"p0", "p1"})).worker == "d0"
-    assert choose_source([], holders, Scene(), target="d0") is None, "nobody sends to itself"
+    assert choose_source(copies, holders, PlacementContext()).worker == "p1"
+    assert choose_source(copies, holders, PlacementContext(tried={"p0", "p1"})).worker == "d0"
+    assert choose_source([], holders, PlacementContext(), target="d0") is None, "nobody sends to itself"
 
 
 def test_a_hot_prefix_earns_another_worker_only_where_it_evicts_nothing():
     workers = [decode("holder"), decode("full", used=950), decode("free", num_running=2)]
 
     def choose(running, after=8, num_bytes=100, scene=None):
-        return choose_replica(workers, {"holder"}, num_bytes, running, after, scene or Scene())
+        return choose_replica(workers, {"holder"}, num_bytes, running, after, scene or PlacementContext())
 
     assert choose(8) == "free" and choose(7) is None and choose(100, after=0) is None
     assert choose(8, num_bytes=40) == "full"
-    assert choose(8, num_bytes=2000) is None and choose(8, scene=Scene(cooling={"free"})) is None
+    assert choose(8, num_bytes=2000) is None and choose(8, scene=PlacementContext(cooling={"free"})) is None
 
 
 def test_cooling_doubles_with_each_failure_up_to_a_bound_and_ends_with_a_success():
-    breaker, now_s, lengths = Breaker(), 0.0, []
+    breaker, now_s, lengths = CircuitBreaker(), 0.0, []
     for _ in range(9):
         breaker.failed("w", now_s)
         breaker.failed("w", now_s)  # the same event, seen by another turn
@@ -91,7 +93,7 @@ def test_cooling_doubles_with_each_failure_up_to_a_bound_and_ends_with_a_success
 
 
 def test_the_breaker_forgets_workers_that_are_gone():
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for i in range(100):
         breaker.failed(f"w{i}", 0.0)
     breaker.forget({"w1"}, 1.0)
@@ -106,7 +108,7 @@ def test_whatever_is_reported_the_choice_was_allowed():
             for i in range(rng.randrange(6))
         ]
         names = [one.worker for one in workers]
-        scene = Scene(
+        scene = PlacementContext(
             {name: rng.randrange(3) for name in names},
             {name for name in names if rng.random() < 0.3},
             {name for name in names if rng.random() < 0.3},

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from sparsevila_cluster.cluster.workers.copies import Copies
-from sparsevila_cluster.errors import (
+from sparsevila_cluster.cluster.workers.host_copies import HostCopies
+from sparsevila_cluster.core.errors import (
     BadMedia,
     BadRequest,
     Cancelled,
@@ -17,9 +17,9 @@ from sparsevila_cluster.errors import (
     TooLarge,
     Unavailable,
 )
-from sparsevila_cluster.transport import Ticket
-from tests.cluster import bench
-from tests.cluster.bench import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
+from sparsevila_cluster.transport import TransferTicket
+from tests.cluster import worker_fixtures
+from tests.cluster.worker_fixtures import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
 
 KINDS = ("inproc", "gloo")
 
@@ -33,7 +33,10 @@ def test_keys_tell_media_tenants_and_the_wire_apart(checkpoint, clips):
     async def main():
         keys = set()
         for transport in ({}, {"quantization": "int8"}):
-            async with bench.workers(bench.config_of(checkpoint, transport=transport), decode=0) as ([prefill], _):
+            async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, transport=transport), decode=0) as (
+                [prefill],
+                _,
+            ):
                 keys |= {await prefill.key_of(request_of(clip, tenant=tenant)) for clip in clips for tenant in ("", "a", "b")}
                 with pytest.raises(BadMedia):
                     await prefill.key_of(request_of("missing.mp4"))
@@ -49,7 +52,7 @@ def test_chunks_leave_while_later_ones_are_computed(checkpoint, clips, monkeypat
     gate = Gate(monkeypatch, start=48)
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, kind)) as ([prefill], [decode]):
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
             await gate.wait()
@@ -76,7 +79,7 @@ def test_chunks_leave_while_later_ones_are_computed(checkpoint, clips, monkeypat
 @pytest.mark.parametrize("stage", ["decode", "encode", "prune", "prefill"])
 def test_leaving_ends_the_prefill_at_its_next_report(checkpoint, clips, stage):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             key = await prefill.key_of(request_of(clips[0]))
             ticket = await ticket_for(decode, key)
             stream = prefill.make(request_of(clips[0]), key, ticket)
@@ -100,7 +103,7 @@ def test_leaving_in_mid_prefill_frees_both_sides(checkpoint, clips, monkeypatch,
     gate = Gate(monkeypatch)
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, kind)) as ([prefill], [decode]):
             key = await prefill.key_of(request_of(clips[0]))
             ticket = await ticket_for(decode, key)
             asking = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, ticket))
@@ -124,7 +127,7 @@ def test_media_that_cannot_be_used_and_copies_that_do_not_fit(checkpoint, clips,
     text.write_text("this is no video")
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             ticket = await ticket_for(decode, "k")
             for request, error in (
                 (request_of(text), BadMedia),
@@ -136,11 +139,17 @@ def test_media_that_cannot_be_used_and_copies_that_do_not_fit(checkpoint, clips,
             await settled(prefill)
             nothing_is_left(prefill, decode)
             size = (await landed(prefill, decode, request_of(clips[0])))[0].kv_bytes
-        async with bench.workers(bench.config_of(checkpoint, prefill={"copy_bytes": size // 2})) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, prefill={"copy_bytes": size // 2})) as (
+            [prefill],
+            [decode],
+        ):
             with pytest.raises(TooLarge, match="a prefill worker keeps"):
                 await landed(prefill, decode, request_of(clips[0]))
             nothing_is_left(prefill, decode)
-        async with bench.workers(bench.config_of(checkpoint, prefill={"copy_bytes": int(size * 1.5)})) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, prefill={"copy_bytes": int(size * 1.5)})) as (
+            [prefill],
+            [decode],
+        ):
             one, _ = await landed(prefill, decode, request_of(clips[0]))
             assert prefill.copies.hold(one.media_id) and not await prefill.drop(one.media_id)
             with pytest.raises(QueueFull, match="being made or sent"):
@@ -159,12 +168,12 @@ def test_media_that_cannot_be_used_and_copies_that_do_not_fit(checkpoint, clips,
 
 def test_rows_computed_elsewhere_are_copied_to_the_host_as_they_become_final(checkpoint, clips):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
-            prefill.staging = Copies(prefill.model.spec, 2**20)
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
+            prefill.staging = HostCopies(prefill.model.spec, 2**20)
             handle, _ = await landed(prefill, one, request_of(clips[0]))
             assert prefill.staging.used_bytes == 0 and prefill.copies.used_bytes == handle.kv_bytes
             await prefill.ship(handle.media_id, await ticket_for(two, handle.media_id))
-            rows = [bench.rows_of(decode.engine.prefixes.get(handle.media_id)) for decode in (one, two)]
+            rows = [worker_fixtures.rows_of(decode.engine.prefixes.get(handle.media_id)) for decode in (one, two)]
             assert all(a.equal(b) for a, b in zip(*rows, strict=True))
             with pytest.raises(BadMedia):
                 await made(prefill, request_of("missing.mp4"), "k", await ticket_for(one, "k"))
@@ -177,8 +186,8 @@ def test_a_prefill_that_says_nothing_fails_the_check_and_keys_do_not_wait_for_it
     gate = Gate(monkeypatch)
 
     async def main():
-        config = bench.config_of(checkpoint, engine={"prepare_timeout_s": 5.0, "max_waiting": 1})
-        async with bench.workers(config) as ([prefill], [decode]):
+        config = worker_fixtures.config_of(checkpoint, engine={"prepare_timeout_s": 5.0, "max_waiting": 1})
+        async with worker_fixtures.workers(config) as ([prefill], [decode]):
             await prefill.check()
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
@@ -206,7 +215,7 @@ def test_closing_in_mid_prefill_frees_everything(checkpoint, clips, monkeypatch)
     gate = Gate(monkeypatch)
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
             waiting = asyncio.ensure_future(landed(prefill, decode, request_of(clips[1])))
@@ -221,7 +230,7 @@ def test_closing_in_mid_prefill_frees_everything(checkpoint, clips, monkeypatch)
             await settled(decode)
             nothing_is_left(prefill, decode)
             prefill.copies.check_integrity()
-            ticket = Ticket("t", decode.dock.address, 1.0)
+            ticket = TransferTicket("t", decode.dock.address, 1.0)
             for call in (prefill.check(), prefill.key_of(request_of(clips[0])), prefill.ship(key, ticket)):
                 with pytest.raises(Unavailable):
                     await call

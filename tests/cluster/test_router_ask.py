@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from sparsevila_cluster.cluster.routing.conversations import Token
-from sparsevila_cluster.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound, QueueFull
-from tests.cluster.scripted import conversation
+from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
+from sparsevila_cluster.core.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound, QueueFull
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, listen, run_prepared, turn, video
+from tests.cluster.scripted_workers import conversation
 
 
 def test_turns_go_straight_to_the_worker_of_the_conversation():
@@ -21,8 +21,10 @@ def test_turns_go_straight_to_the_worker_of_the_conversation():
             asked = [method for _, method in cluster.registry.calls[registry:]]
             assert asked == (["find", "open_conversation", "record"] if i == 0 else ["record"])
             assert len(cluster.prefill.calls) == prefill
-            assert Token.parse(name) == Token(Token.parse(name).base, home(cluster, key), 0, i + 1)
-        records = cluster.directory.history(Token.parse(name).base).records
+            assert ConversationToken.parse(name) == ConversationToken(
+                ConversationToken.parse(name).base, home(cluster, key), 0, i + 1
+            )
+        records = cluster.directory.history(ConversationToken.parse(name).base).records
         assert [(r.turn.question, r.token_ids) for r in records] == list(zip(QUESTIONS, wanted, strict=True))
         assert all((r.turn.replay, r.turn.after, r.turn.deadline_s) == (None, None, None) for r in records)
 
@@ -34,7 +36,7 @@ def test_a_turn_is_written_down_before_its_client_hears_the_end():
         name = ""
         async for event in router.ask(turn(key, "what is it?")):
             name = event.conversation_id or name
-            journal = cluster.directory.history(Token.parse(name).base)
+            journal = cluster.directory.history(ConversationToken.parse(name).base)
             assert event.kind == "accepted" or len(journal.records) == (event.kind == "done")
 
     run_prepared(scenario)
@@ -51,7 +53,7 @@ def test_conversations_of_many_clients_spread_over_the_holders_and_do_not_mix():
             for number, question in enumerate(QUESTIONS):
                 answer, name = await ask(router, key, f"{i}: {question}", name)
                 assert answer.token_ids == wanted[number]
-            return Token.parse(name).worker
+            return ConversationToken.parse(name).worker
 
         homes = await asyncio.gather(*(client(i) for i in range(12)))
         assert sorted(map(homes.count, ("d0", "d1"))) == [6, 6]
@@ -86,7 +88,9 @@ def test_another_router_goes_on_with_a_conversation_whatever_stands_behind_its_n
     async def scenario(cluster, router, key):
         wanted, name = conversation(key, QUESTIONS, NUM), ""
         for i, question in enumerate(QUESTIONS):
-            answer, name = await ask(cluster.router(f"r{i}"), key, question, Token.parse(name).base + hint if name else "")
+            answer, name = await ask(
+                cluster.router(f"r{i}"), key, question, ConversationToken.parse(name).base + hint if name else ""
+            )
             assert answer.token_ids == wanted[i]
         assert cluster.num_encoded == 1
 
@@ -190,7 +194,7 @@ def test_a_new_conversation_goes_to_another_holder_when_one_is_full():
         cluster.report()
         cluster.decode.workers["d0"].lever.errors["ask"] = [QueueFull("full")]
         _, name = await ask(router, key, "what is it?")
-        assert Token.parse(name).worker == "d1"
+        assert ConversationToken.parse(name).worker == "d1"
 
     run_prepared(scenario)
 
@@ -270,7 +274,10 @@ def test_closing_a_conversation_frees_it_everywhere():
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
         assert await cluster.router("other").close_conversation(name)
-        assert not any(worker.chats for worker in cluster.decodes) and cluster.directory.history(Token.parse(name).base) is None
+        assert (
+            not any(worker.chats for worker in cluster.decodes)
+            and cluster.directory.history(ConversationToken.parse(name).base) is None
+        )
         with pytest.raises(NotFound):
             await ask(cluster.router("third"), key, QUESTIONS[1], name)
         assert await router.close_conversation(name) is False

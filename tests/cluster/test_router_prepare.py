@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sparsevila_cluster.errors import (
+from sparsevila_cluster.core.errors import (
     BadMedia,
     DataLoss,
     DeadlineExceeded,

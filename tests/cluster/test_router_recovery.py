@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from sparsevila_cluster.cluster.directory import SETTLE_REPORTS
-from sparsevila_cluster.cluster.routing.conversations import Token
-from sparsevila_cluster.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, Unavailable
-from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, TurnRecord
-from tests.cluster.scripted import conversation, said
+from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
+from sparsevila_cluster.core.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, Unavailable
+from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, TurnRecord
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, Cluster, ask, cluster_of, home, listen, run_prepared, turn, video
+from tests.cluster.scripted_workers import conversation, said
 
 POINTS = ["ask", *(f"token {i}" for i in range(NUM)), "done"]
 
@@ -48,8 +48,8 @@ def test_a_stream_goes_on_where_it_stood_when_its_worker_is_lost(point, how):
         events = await task
         checked(events, key, 1)
         assert cluster.num_encoded == 1 and cluster.count("turns_recovered_total") == 1
-        moved = Token.parse(events[-1].conversation_id)
-        assert moved.worker != worker.name and moved.moves == 1 and moved.base == Token.parse(name).base
+        moved = ConversationToken.parse(events[-1].conversation_id)
+        assert moved.worker != worker.name and moved.moves == 1 and moved.base == ConversationToken.parse(name).base
         if how == "stop":
             cluster.decode.go_on(worker.name)
             worker.lever.free(point)
@@ -89,7 +89,7 @@ def test_workers_may_be_lost_one_after_the_other():
                 worker.lever.free(f"token {i}")
         events = await task
         checked(events, key)
-        assert Token.parse(events[-1].conversation_id).moves == 3 and cluster.num_encoded == 1
+        assert ConversationToken.parse(events[-1].conversation_id).moves == 3 and cluster.num_encoded == 1
         assert cluster.count("turns_recovered_total") == 1
 
     run_prepared(scenario, num_decode=4)
@@ -156,7 +156,7 @@ def test_an_evicted_conversation_is_made_again_where_it_was():
         worker.chats.clear()
         answer, moved = await ask(router, key, QUESTIONS[1], name)
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1]
-        assert Token.parse(moved).moves == 0 and worker.num_replayed == 1
+        assert ConversationToken.parse(moved).moves == 0 and worker.num_replayed == 1
         assert cluster.prefill.num("ship") == 0 and not cluster.count("turns_recovered_total")
 
     run_prepared(scenario)
@@ -220,16 +220,16 @@ def test_media_whose_source_has_changed_or_gone_can_not_be_made_again(change, er
             assert cluster.num_encoded == 1
 
     async def with_real_keys():
-        from sparsevila_cluster.cluster.routing.preparing import digest_of
-        from tests.cluster import scripted
+        from sparsevila_cluster.cluster.routing.media_preparer import digest_of
+        from tests.cluster import scripted_workers
 
         config = Cluster().config.engine
-        original = scripted.ScriptedPrefill.key_of
-        scripted.ScriptedPrefill.key_of = lambda self, request: asyncio.to_thread(digest_of, request, config)
+        original = scripted_workers.ScriptedPrefill.key_of
+        scripted_workers.ScriptedPrefill.key_of = lambda self, request: asyncio.to_thread(digest_of, request, config)
         try:
             await main()
         finally:
-            scripted.ScriptedPrefill.key_of = original
+            scripted_workers.ScriptedPrefill.key_of = original
 
     asyncio.run(asyncio.wait_for(with_real_keys(), 10))
 
@@ -237,7 +237,7 @@ def test_media_whose_source_has_changed_or_gone_can_not_be_made_again(change, er
 def test_a_conversation_whose_text_is_lost_too_is_not_found():
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
-        cluster.directory.forget_conversation(Token.parse(name).base)
+        cluster.directory.forget_conversation(ConversationToken.parse(name).base)
         cluster.kill(home(cluster, key))
         with pytest.raises(NotFound, match="text of conversation"):
             await ask(router, key, QUESTIONS[1], name)
@@ -250,7 +250,7 @@ def test_a_conversation_whose_text_is_lost_too_is_not_found():
 
 def finish_unheard(worker, key, name, question="never heard?"):
     """A worker brings a turn to its end whose client has left."""
-    base = Token.parse(name).base
+    base = ConversationToken.parse(name).base
     chat = worker.chats[base]
     asked = replace(turn(key, question), conversation_id=base)
     worker.chats[base] = [*chat, TurnRecord(asked, said(key, chat, question, 0.0, NUM))]
@@ -275,7 +275,10 @@ def test_a_turn_that_ended_when_its_client_had_left_is_no_part_of_the_conversati
         router = router if routers == 1 else cluster.router("other")
         for number in (1, 2):
             answer, name = await ask(router, key, QUESTIONS[number], name)
-            assert answer.token_ids == conversation(key, QUESTIONS, NUM)[number] and Token.parse(name).num_turns == number + 1
+            assert (
+                answer.token_ids == conversation(key, QUESTIONS, NUM)[number]
+                and ConversationToken.parse(name).num_turns == number + 1
+            )
 
     run_prepared(scenario)
 
@@ -300,10 +303,10 @@ def test_a_turn_that_nobody_heard_does_not_stand_in_for_one_that_was():
         first = cluster.decode.workers[home(cluster, key)]
         cluster.decode.stop(first.name)
         answer, name = await ask(router, key, QUESTIONS[1], name)
-        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1] and Token.parse(name).worker != first.name
+        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1] and ConversationToken.parse(name).worker != first.name
         cluster.decode.go_on(first.name)
         finish_unheard(first, key, name)
-        cluster.kill(Token.parse(name).worker)
+        cluster.kill(ConversationToken.parse(name).worker)
         lose_registry(cluster)
         with pytest.raises(NotFound, match="text of conversation"):
             await ask(router, key, QUESTIONS[2], name)

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from sparsevila_cluster.cluster.routing.conversations import Token
-from sparsevila_cluster.errors import NotFound, Unavailable, WorkerLost
-from tests.cluster.scripted import conversation
+from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
+from sparsevila_cluster.core.errors import NotFound, Unavailable, WorkerLost
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, SETTLE_REPORTS, ask, holders, home, run, run_prepared, video
+from tests.cluster.scripted_workers import conversation
 
 
 def test_a_registry_that_is_away_is_said_in_time_and_filled_by_reports_when_it_is_back():
@@ -55,7 +55,7 @@ def test_warm_turns_go_on_without_the_registry_which_hears_of_them_later():
         cluster.start_registry()
         assert (await ask(router, key, QUESTIONS[2], name))[0].token_ids == wanted[2]
         cluster.report()
-        assert [record.token_ids for record in cluster.directory.history(Token.parse(name).base).records] == wanted
+        assert [record.token_ids for record in cluster.directory.history(ConversationToken.parse(name).base).records] == wanted
 
     run_prepared(scenario)
 
@@ -70,13 +70,13 @@ def test_turns_are_recorded_late_rather_than_never():
 
         cluster.registry.before = fail
         _, name = await ask(router, key, QUESTIONS[1], name)
-        assert len(cluster.directory.history(Token.parse(name).base).records) == 1
+        assert len(cluster.directory.history(ConversationToken.parse(name).base).records) == 1
         tried = cluster.registry.num("record")
         _, name = await ask(router, key, QUESTIONS[2], name)
         assert cluster.registry.num("record") <= tried + 1, "every turn waits for a registry that is known to be away"
         cluster.registry.before = None
         await cluster.settled()
-        records = cluster.directory.history(Token.parse(name).base).records
+        records = cluster.directory.history(ConversationToken.parse(name).base).records
         assert [record.token_ids for record in records] == conversation(key, QUESTIONS, NUM)
 
     run_prepared(scenario)
@@ -173,7 +173,7 @@ def test_no_router_falls_behind_what_a_client_has_heard_while_the_record_is_late
         cluster.registry.before = fail
         _, name = await ask(router, key, QUESTIONS[1], name)
         if lost:
-            cluster.kill(Token.parse(name).worker)
+            cluster.kill(ConversationToken.parse(name).worker)
         task = asyncio.create_task(ask(cluster.router("other"), key, QUESTIONS[2], name))
         await asyncio.sleep(0.2)
         assert task.done() != lost, "what was heard is missing in the registry, and must be waited for"

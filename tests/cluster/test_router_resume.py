@@ -1,13 +1,12 @@
 """Clients that lost a stream take up the turn: whether it still runs, is over, or its worker is gone."""
 
-
 import pytest
 
-from sparsevila_cluster.cluster.routing.conversations import Token
-from sparsevila_cluster.errors import Cancelled
-from sparsevila_cluster.request import Answer, Replay
-from tests.cluster.scripted import conversation
+from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
+from sparsevila_cluster.core.errors import Cancelled
+from sparsevila_cluster.core.requests import Answer, Replay
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, listen, run_prepared, turn
+from tests.cluster.scripted_workers import conversation
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -41,7 +40,7 @@ def test_a_client_takes_up_a_turn_whose_stream_it_lost(heard, number, elsewhere)
                 pass
         answer, _ = await ask(taker, key, "last?", events[-1].conversation_id)
         assert answer.token_ids == conversation(key, [*QUESTIONS[: number + 1], "last?"], NUM)[number + 1]
-        assert len(cluster.directory.history(Token.parse(name).base).records) == number + 2
+        assert len(cluster.directory.history(ConversationToken.parse(name).base).records) == number + 2
 
     run_prepared(scenario)
 
@@ -60,7 +59,7 @@ def test_a_client_takes_up_a_turn_that_was_finished_meanwhile(heard, elsewhere, 
         taker = cluster.router("other") if elsewhere else router
         events = await listen(taker, again)
         assert tokens + tuple(t for e in events for t in e.token_ids) == conversation(key, QUESTIONS, NUM)[1]
-        records = cluster.directory.history(Token.parse(name).base).records
+        records = cluster.directory.history(ConversationToken.parse(name).base).records
         assert [r.token_ids for r in records] == conversation(key, QUESTIONS, NUM)[:2], "the turn counts twice"
         answer, _ = await ask(taker, key, QUESTIONS[2], events[-1].conversation_id)
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[2] and cluster.num_encoded == 1

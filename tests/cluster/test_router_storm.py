@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from sparsevila_cluster.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
-from tests.cluster.scripted import Lever, conversation
+from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
 from tests.cluster.scripted_cluster import NUM, ask, cluster_of, video
+from tests.cluster.scripted_workers import Lever, conversation
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.routing.conversations import Token
+from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
 from sparsevila_cluster.cluster.routing.router import ClusterPipeline
-from sparsevila_cluster.errors import BadMedia, DeadlineExceeded
-from sparsevila_cluster.metrics import Tally
-from sparsevila_cluster.pipeline import LocalPipeline
-from sparsevila_cluster.request import Answer, MediaSource, PrepareRequest, Replay
-from tests.cluster import bench
-from tests.cluster.bench import QUESTIONS, request_of, turn_of
+from sparsevila_cluster.core.errors import BadMedia, DeadlineExceeded
+from sparsevila_cluster.core.metrics import Tally
+from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, Replay
+from sparsevila_cluster.engine.local_pipeline import LocalPipeline
+from tests.cluster import worker_fixtures
 from tests.cluster.local_pool import LocalPool
+from tests.cluster.worker_fixtures import QUESTIONS, request_of, turn_of
 
 NUM = 8
 
@@ -58,8 +58,8 @@ class Whole:
 
 @asynccontextmanager
 async def whole(checkpoint, endless, prefill=1, decode=2, **fields):
-    config = bench.config_of(checkpoint, "gloo", report_s=0.2, **fields)
-    async with bench.workers(config, prefill, decode, model=endless) as (prefills, decodes):
+    config = worker_fixtures.config_of(checkpoint, "gloo", report_s=0.2, **fields)
+    async with worker_fixtures.workers(config, prefill, decode, model=endless) as (prefills, decodes):
         cluster = Whole(config, prefills, decodes)
         reporting = asyncio.create_task(cluster.report())
         await asyncio.sleep(0.01)
@@ -84,7 +84,7 @@ def local(checkpoint, endless, clips):
     """Of each clip: (media id, the answers that one process gives to three questions in a row)."""
 
     async def main():
-        pipeline = LocalPipeline(bench.config_of(checkpoint).engine, endless)
+        pipeline = LocalPipeline(worker_fixtures.config_of(checkpoint).engine, endless)
         told = []
         for clip in clips:
             key = (await pipeline.prepare(request_of(clip))).media_id
@@ -131,7 +131,7 @@ def test_many_clients_hear_what_a_local_pipeline_says(checkpoint, endless, clips
             for number in range(3):
                 answer, name = await ask(routers[(i + number) % 2], key, number, name)
                 same(answer, wanted[number])
-            return Token.parse(name).worker
+            return ConversationToken.parse(name).worker
 
         homes = await asyncio.gather(*(client(i) for i in range(6)))
         assert set(homes) == {"decode-0", "decode-1"} and cluster.num_prefills == 2
@@ -159,7 +159,7 @@ def test_a_decode_worker_killed_in_mid_answer_costs_no_token_and_no_prefill(chec
         replayed = sum(worker.sink.counts["conversations_replayed_total",] for worker in cluster.decodes)
         assert cluster.num_prefills == 1 and recovered[-1] <= 1
         if recovered[-1]:
-            assert replayed == (number > 0) and Token.parse(name).moves == 1
+            assert replayed == (number > 0) and ConversationToken.parse(name).moves == 1
 
     recovered = []
     while not any(recovered):  # on a busy machine the rest of an answer may have left before the kill
@@ -220,16 +220,16 @@ def test_a_client_that_left_is_answered_as_if_its_turn_had_never_been(checkpoint
         router, (key, wanted) = cluster.router(), local[0]
         await router.prepare(request_of(clips[0]))
         _, name = await ask(router, key, 0)
-        token = Token.parse(name)
+        token = ConversationToken.parse(name)
         (worker,) = [worker for worker in cluster.decodes if worker.name == token.worker]
         for number in (1, 2):
             left = turn_of(key, "never heard?", token.base, 40, after=number)
-            running = asyncio.create_task(bench.answer(worker, left))
-            await bench.until(lambda left=left: left.turn_id in worker.engine.turns)
+            running = asyncio.create_task(worker_fixtures.answer(worker, left))
+            await worker_fixtures.until(lambda left=left: left.turn_id in worker.engine.turns)
             answer, name = await ask(router, key, number, name)
             same(answer, wanted[number])
             await running
-        assert worker.sink.counts["conversations_replayed_total",] == 2 and Token.parse(name).num_turns == 3
+        assert worker.sink.counts["conversations_replayed_total",] == 2 and ConversationToken.parse(name).num_turns == 3
 
     run(scenario, checkpoint, endless)
 
@@ -254,7 +254,7 @@ def test_the_registry_may_come_back_empty(checkpoint, endless, clips, local):
 def test_whoever_gives_up_leaves_no_byte_behind(checkpoint, endless, clips, local, monkeypatch):
     async def scenario(cluster):
         router = cluster.router()
-        gate = bench.Gate(monkeypatch)
+        gate = worker_fixtures.Gate(monkeypatch)
         task = asyncio.create_task(router.prepare(request_of(clips[0])))
         await gate.wait()
         task.cancel()
@@ -266,7 +266,7 @@ def test_whoever_gives_up_leaves_no_byte_behind(checkpoint, endless, clips, loca
         with pytest.raises(BadMedia):
             await router.prepare(PrepareRequest((MediaSource(b"\x00\x00\x00\x18ftypmp42 no video"),)))
         for worker in cluster.prefills:
-            await bench.settled(worker)
+            await worker_fixtures.settled(worker)
         assert all(worker.engine.prefixes.arena.used_bytes == 0 for worker in cluster.decodes)
         assert (await router.prepare(request_of(clips[0]))).media_id == local[0][0]
         assert await router.delete_media(local[0][0])

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from sparsevila_cluster.cluster.routing.conversations import Token
-from sparsevila_cluster.errors import BadRequest, Unavailable, WorkerLost
-from sparsevila_cluster.request import SamplingParams
-from tests.cluster.scripted import conversation
+from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
+from sparsevila_cluster.core.errors import BadRequest, Unavailable, WorkerLost
+from sparsevila_cluster.core.requests import SamplingParams
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, run_prepared, video
+from tests.cluster.scripted_workers import conversation
 
 
 def test_a_hot_prefix_is_sent_to_another_worker_in_the_background():
@@ -21,7 +21,7 @@ def test_a_hot_prefix_is_sent_to_another_worker_in_the_background():
             await asyncio.sleep(0.01)
         assert all(key in worker.residents for worker in cluster.decodes) and cluster.num_encoded == 1
         _, name = await ask(router, key, "somewhere else?")
-        assert Token.parse(name).worker != first.name
+        assert ConversationToken.parse(name).worker != first.name
         first.lever.free("token 2")
         await asyncio.gather(*running)
 
@@ -88,7 +88,7 @@ def test_pressure_reaches_every_decode_worker_and_is_part_of_the_record():
         assert [worker.brownout for worker in cluster.decodes] == [0.5, 0.5]
         answer, name = await ask(router, key, QUESTIONS[0])
         assert answer.token_ids == conversation(key, QUESTIONS, NUM, 0.5)[0]
-        assert cluster.directory.history(Token.parse(name).base).records[0].brownout == 0.5
+        assert cluster.directory.history(ConversationToken.parse(name).base).records[0].brownout == 0.5
         with pytest.raises(BadRequest, match="brownout"):
             await router.set_brownout(2.0)
 

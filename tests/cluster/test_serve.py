@@ -13,14 +13,14 @@ import grpc
 import numpy as np
 import pytest
 
+from sparsevila_cluster.api.video_qa import VideoQA
 from sparsevila_cluster.client import Client
-from sparsevila_cluster.config import EngineConfig
+from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
-from sparsevila_cluster.video_qa import VideoQA
-from tests.cluster.served import Served
-from tests.house import ROOT
+from tests.cluster.serve_process import Served
+from tests.structure import ROOT
 
 pytestmark = pytest.mark.slow
 NUM_TURNS = 3

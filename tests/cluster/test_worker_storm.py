@@ -6,11 +6,11 @@ import uuid
 
 import pytest
 
-from sparsevila_cluster.errors import SparseVilaError
+from sparsevila_cluster.core.errors import SparseVilaError
+from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.pipeline import LocalPipeline
-from tests.cluster import bench
-from tests.cluster.bench import QUESTIONS, answer, events_of, made, request_of, settled, ticket_for, tokens_of, turn_of
+from tests.cluster import worker_fixtures
+from tests.cluster.worker_fixtures import QUESTIONS, answer, events_of, made, request_of, settled, ticket_for, tokens_of, turn_of
 
 NUM_CALLERS, NUM_CALLS = 5, 14
 
@@ -20,7 +20,7 @@ def wanted(checkpoint, clips):
     """(request, question) -> tokens, and the bytes of the largest prefix, as one process with both engines has them."""
 
     async def main():
-        pipeline, answers, most = LocalPipeline(bench.config_of(checkpoint).engine, load_model(checkpoint)), {}, 0
+        pipeline, answers, most = LocalPipeline(worker_fixtures.config_of(checkpoint).engine, load_model(checkpoint)), {}, 0
         for clip in clips:
             for frames in (4, 8):
                 request = request_of(clip, max_frames=frames)
@@ -74,8 +74,8 @@ def test_a_storm_leaves_right_answers_and_no_byte(checkpoint, wanted, kind):
                 failed.append(error)
 
     async def main():
-        config = bench.config_of(checkpoint, kind, engine={"prefix_bytes": 3 * most}, prefill={"copy_bytes": 3 * most})
-        async with bench.workers(config, decode=2) as ([prefill], decodes):
+        config = worker_fixtures.config_of(checkpoint, kind, engine={"prefix_bytes": 3 * most}, prefill={"copy_bytes": 3 * most})
+        async with worker_fixtures.workers(config, decode=2) as ([prefill], decodes):
             await asyncio.gather(*(caller(prefill, decodes) for _ in range(NUM_CALLERS)))
             assert len(asked) > 10 and failed
             await settled(prefill)
@@ -89,7 +89,7 @@ def test_a_storm_leaves_right_answers_and_no_byte(checkpoint, wanted, kind):
             assert prefill.copies.used_bytes == 0
             # And all of them are well: the next caller is served.
             request, question = next(iter(answers))
-            handle, _ = await bench.landed(prefill, decodes[0], request)
+            handle, _ = await worker_fixtures.landed(prefill, decodes[0], request)
             events, _ = await events_of(decodes[0].ask(turn_of(handle.media_id, question)))
             assert tokens_of(events) == answers[request, question]
 

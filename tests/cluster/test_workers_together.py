@@ -5,19 +5,19 @@ import asyncio
 import pytest
 import torch
 
+from sparsevila_cluster.core.requests import Answer
+from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import DECODE_PARTS, PREFILL_PARTS
-from sparsevila_cluster.pipeline import LocalPipeline
-from sparsevila_cluster.request import Answer
-from tests.cluster import bench
-from tests.cluster.bench import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
-from tests.families import FAMILIES
+from tests.checkpoints.families import FAMILIES
+from tests.cluster import worker_fixtures
+from tests.cluster.worker_fixtures import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
 
 KINDS = ("inproc", "gloo", "objectstore")
 
 
 def given_for(kind):
-    return {"courier": bench.Store()} if kind == "objectstore" else {}
+    return {"courier": worker_fixtures.Store()} if kind == "objectstore" else {}
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +25,11 @@ def local(checkpoint, clips):
     """What one process with both engines makes of each clip: (handle, rows of KV, tokens of three answers in a row)."""
 
     async def main():
-        pipeline = LocalPipeline(bench.config_of(checkpoint).engine, load_model(checkpoint))
+        pipeline = LocalPipeline(worker_fixtures.config_of(checkpoint).engine, load_model(checkpoint))
         made = []
         for clip in clips:
             handle = await pipeline.prepare(request_of(clip))
-            rows = await pipeline._on_decode(lambda engine, key=handle.media_id: bench.rows_of(engine.prefixes.get(key)))
+            rows = await pipeline._on_decode(lambda engine, key=handle.media_id: worker_fixtures.rows_of(engine.prefixes.get(key)))
             answers = []
             for question in QUESTIONS:
                 events = [event async for event in pipeline.ask(turn_of(handle.media_id, question, handle.media_id))]
@@ -44,7 +44,7 @@ def local(checkpoint, clips):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_lands_bit_equal_and_is_answered_from(checkpoint, clips, local, kind):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind), **given_for(kind)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, kind), **given_for(kind)) as ([prefill], [decode]):
             assert prefill.model.parts == PREFILL_PARTS and prefill.model.text.head_weight is None
             assert decode.model.parts == DECODE_PARTS
             for clip, (handle, rows, answers) in zip(clips, local, strict=True):
@@ -53,9 +53,9 @@ def test_a_prefix_lands_bit_equal_and_is_answered_from(checkpoint, clips, local,
                 assert (got.kv_bytes, got.visual_tokens_kept) == (handle.kv_bytes, handle.visual_tokens_kept)
                 assert report["kind"] == kind and report["num_bytes"] >= handle.kv_bytes and report["attempts"] == 1
                 prefix = decode.engine.prefixes.get(handle.media_id)
-                assert all(torch.equal(a, b) for a, b in zip(bench.rows_of(prefix), rows, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(worker_fixtures.rows_of(prefix), rows, strict=True))
                 kept = prefill.copies.all()[-1]
-                assert all(torch.equal(a, b) for a, b in zip(bench.rows_of(kept), rows, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(worker_fixtures.rows_of(kept), rows, strict=True))
                 for question, tokens in zip(QUESTIONS, answers, strict=True):
                     assert await answer(decode, turn_of(handle.media_id, question, handle.media_id)) == tokens
             assert prefill.num_prefills == len(clips)
@@ -69,19 +69,22 @@ def test_a_copy_and_a_resident_prefix_are_shipped_without_a_prefill(checkpoint, 
     key = handle.media_id
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, kind), decode=3, **given_for(kind)) as ([prefill], decodes):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, kind), decode=3, **given_for(kind)) as (
+            [prefill],
+            decodes,
+        ):
             await landed(prefill, decodes[0], request_of(clips[0]))
-            await prefill.ship(key, await bench.ticket_for(decodes[1], key, num_bytes=handle.kv_bytes))
-            await decodes[1].ship(key, await bench.ticket_for(decodes[2], key, num_bytes=handle.kv_bytes))
+            await prefill.ship(key, await worker_fixtures.ticket_for(decodes[1], key, num_bytes=handle.kv_bytes))
+            await decodes[1].ship(key, await worker_fixtures.ticket_for(decodes[2], key, num_bytes=handle.kv_bytes))
             # Who asks for it to be made once more gets the copy.
-            again, _, progress = await bench.made(
-                prefill, request_of(clips[0]), key, await bench.ticket_for(decodes[1], key, num_bytes=handle.kv_bytes)
+            again, _, progress = await worker_fixtures.made(
+                prefill, request_of(clips[0]), key, await worker_fixtures.ticket_for(decodes[1], key, num_bytes=handle.kv_bytes)
             )
             assert again.reused and not progress and prefill.num_prefills == 1
             assert prefill.sink.counts[("prefills_total",)] == 1
             for decode in decodes:
                 prefix = decode.engine.prefixes.get(key)
-                assert all(torch.equal(a, b) for a, b in zip(bench.rows_of(prefix), rows, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(worker_fixtures.rows_of(prefix), rows, strict=True))
                 assert await answer(decode, turn_of(key)) == answers[0]
                 assert decode.engine.prefixes.arena.used_bytes == handle.kv_bytes
 
@@ -92,11 +95,17 @@ def test_int8_on_the_wire_is_close_and_smaller(checkpoint, clips, local):
     plain, rows, _ = local[0]
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint, transport={"quantization": "int8"})) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, transport={"quantization": "int8"})) as (
+            [prefill],
+            [decode],
+        ):
             handle, report = await landed(prefill, decode, request_of(clips[0]))
             assert handle.media_id != plain.media_id and handle.kv_bytes == plain.kv_bytes
             assert report["num_bytes"] < 0.5 * handle.kv_bytes
-            kept, landed_rows = bench.rows_of(prefill.copies.all()[0]), bench.rows_of(decode.engine.prefixes.get(handle.media_id))
+            kept, landed_rows = (
+                worker_fixtures.rows_of(prefill.copies.all()[0]),
+                worker_fixtures.rows_of(decode.engine.prefixes.get(handle.media_id)),
+            )
             assert all(torch.equal(a, b) for a, b in zip(kept, rows, strict=True))
             for a, b in zip(landed_rows, rows, strict=True):
                 assert not torch.equal(a, b) and torch.allclose(a, b, atol=float(b.abs().max()) / 127)
@@ -112,9 +121,9 @@ def test_other_families_are_served_by_workers_with_only_their_parts(family, tmp_
 
     async def main():
         room = 16 * 2**20
-        config = bench.config_of(model_dir, engine={"max_frames": 4, "prefix_bytes": room}, prefill={"copy_bytes": room})
+        config = worker_fixtures.config_of(model_dir, engine={"max_frames": 4, "prefix_bytes": room}, prefill={"copy_bytes": room})
         pipeline = LocalPipeline(config.engine, load_model(model_dir))
-        async with bench.workers(config) as ([prefill], [decode]):
+        async with worker_fixtures.workers(config) as ([prefill], [decode]):
             await prefill.warm()
             await decode.warm()
             request = request_of(clips[0])
@@ -130,7 +139,7 @@ def test_other_families_are_served_by_workers_with_only_their_parts(family, tmp_
 
 def test_many_at_once_get_their_own_answers(checkpoint, clips, local):
     async def main():
-        async with bench.workers(bench.config_of(checkpoint), prefill=2, decode=2) as (prefills, decodes):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), prefill=2, decode=2) as (prefills, decodes):
             pairs = [(prefill, decode, clip) for prefill, clip in zip(prefills, clips, strict=True) for decode in decodes]
             await asyncio.gather(*(landed(prefill, decode, request_of(clip)) for prefill, decode, clip in pairs))
             assert [prefill.num_prefills for prefill in prefills] == [1, 1]
@@ -149,7 +158,7 @@ def test_an_answer_is_told_as_the_local_pipeline_tells_it(checkpoint, clips, loc
     handle, _, answers = local[0]
 
     async def main():
-        async with bench.workers(bench.config_of(checkpoint)) as ([prefill], [decode]):
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             await landed(prefill, decode, request_of(clips[0]))
             events, _ = await events_of(decode.ask(turn_of(handle.media_id, want_evidence=True)))
             assert [event.kind for event in events[:1]] == ["accepted"] and events[-1].kind == "done"

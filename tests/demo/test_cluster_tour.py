@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sparsevila_cluster.cluster_config import ClusterConfig
+from sparsevila_cluster.core.cluster_config import ClusterConfig
+from sparsevila_cluster.core.errors import BadRequest
+from sparsevila_cluster.core.evidence import Evidence
+from sparsevila_cluster.core.requests import Answer, FinishReason, MediaHandle, Usage
 from sparsevila_cluster.demo import cluster_tour
-from sparsevila_cluster.demo.accident import Accident, Stream, show_accident
 from sparsevila_cluster.demo.cluster_tour import Tour, Visitor, _finish, run_cluster_tour
-from sparsevila_cluster.demo.tour import Marked
+from sparsevila_cluster.demo.local_tour import Marked
+from sparsevila_cluster.demo.worker_kill import ClientStream, KillResult, show_accident
 from sparsevila_cluster.demo.world import make_questions, make_video
-from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.request import Answer, FinishReason, MediaHandle, Usage
-from sparsevila_cluster.sight import Evidence
 
 SCENE = make_video(1)[0]
 QUESTION = make_questions(SCENE, np.random.default_rng(0), 1)[0]
@@ -34,7 +34,7 @@ class Chat:
 
 
 def stream(text, came_s, before):
-    return Stream(QUESTION, Chat(text), list(came_s), before)
+    return ClientStream(QUESTION, Chat(text), list(came_s), before)
 
 
 def tour(num_wrong):
@@ -42,7 +42,7 @@ def tour(num_wrong):
     visitor = Visitor(0, (Path("a.mp4"), SCENE, 1), MEDIA, [Marked(QUESTION, answer(text)) for text in said])
     pieces = [((1.0, 1.1, 1.5), 2), ((1.0, 1.9), 0), ((1.0, 1.2), 2)]
     streams = [stream(QUESTION.answer, came_s, before) for came_s, before in pieces]
-    return Tour([MEDIA], [visitor], (3, 3), Accident("w1", streams, (3, 3), 6.5))
+    return Tour([MEDIA], [visitor], (3, 3), KillResult("w1", streams, (3, 3), 6.5))
 
 
 def test_only_a_stream_with_pieces_on_both_sides_was_cut():

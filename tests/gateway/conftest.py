@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from tests.gateway.doors import clip
-from tests.tiny import make_qwen2_5_vl
+from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
+from tests.gateway.running_servers import clip
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import os
 import grpc
 import pytest
 
-from sparsevila_cluster.errors import (
+from sparsevila_cluster.core.errors import (
     BadMedia,
     BadRequest,
     Internal,
@@ -17,9 +17,9 @@ from sparsevila_cluster.errors import (
     TooLarge,
     Unavailable,
 )
-from sparsevila_cluster.gateway.failures import MAX_MESSAGE_BYTES, as_known, clipped, renamed, status_of
+from sparsevila_cluster.gateway.grpc.status_codes import MAX_MESSAGE_BYTES, as_known, clipped, renamed, status_of
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from tests.gateway.doors import ask, locally, prepare, refused, run, streamed, upload
+from tests.gateway.running_servers import ask, locally, prepare, refused, run, streamed, upload
 
 NAN = float("nan")
 SERVICE = "/sparsevila.v1.VideoQA/"

@@ -10,11 +10,11 @@ import time
 import grpc
 import pytest
 
-from sparsevila_cluster.errors import Cancelled, QueueFull
-from sparsevila_cluster.gateway.reports import Reports
+from sparsevila_cluster.core.errors import Cancelled, QueueFull
+from sparsevila_cluster.gateway.progress_queue import ProgressQueue
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from tests import house as rules
-from tests.gateway.doors import ask, long_question, prepare, refused, run, slow_down, streamed, until, upload
+from tests import structure as rules
+from tests.gateway.running_servers import ask, long_question, prepare, refused, run, slow_down, streamed, until, upload
 
 
 async def turns(house):
@@ -293,7 +293,7 @@ def test_a_stop_lets_calls_finish_within_its_grace(checkpoint, clips):
 
 def test_reports_are_skipped_never_awaited_and_the_last_of_each_stage_arrives():
     async def main():
-        reports = Reports()
+        reports = ProgressQueue()
 
         def work():
             for stage in ("decode", "prefill"):

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from sparsevila_cluster.cluster_config import DoorConfig
-from sparsevila_cluster.errors import BadConfig, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.errors import BadConfig, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.core.metrics import Tally
 from sparsevila_cluster.gateway.spool import Spool
-from sparsevila_cluster.metrics import Tally
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from tests import house as rules
-from tests.gateway.doors import prepare, refused, run, until, upload
+from tests import structure as rules
+from tests.gateway.running_servers import prepare, refused, run, until, upload
 
 
 def spool(max_bytes=1000, sink=None, **fields):
@@ -221,9 +221,9 @@ def test_an_upload_that_is_no_media_is_called_by_its_name(checkpoint):
 
 
 def test_an_upload_that_pauses_too_long_is_given_up(checkpoint, monkeypatch):
-    from sparsevila_cluster.gateway import sources
+    from sparsevila_cluster.gateway import media_sources
 
-    monkeypatch.setattr(sources, "CHUNK_WAIT_S", 0.2)
+    monkeypatch.setattr(media_sources, "CHUNK_WAIT_S", 0.2)
 
     async def work(house):
         async def chunks():
@@ -239,7 +239,7 @@ def test_an_upload_that_pauses_too_long_is_given_up(checkpoint, monkeypatch):
 def test_an_evicted_prefix_whose_bytes_are_gone_is_not_found(checkpoint, clips):
     async def work(house):
         media = [await prepare(house.stub, data) for data in clips]
-        from tests.gateway.doors import ask
+        from tests.gateway.running_servers import ask
 
         code, error = await refused(house.stub.Answer(ask(media[0].media_id)))
         assert code == "NOT_FOUND" and "prepare it again" in str(error)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from sparsevila_cluster.errors import BadRequest
-from sparsevila_cluster.gateway.translate import to_evidence, to_turn
+from sparsevila_cluster.core.errors import BadRequest
+from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
+from sparsevila_cluster.core.requests import Replay, SamplingParams, Turn
+from sparsevila_cluster.gateway.grpc.translate import to_evidence, to_turn
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from sparsevila_cluster.request import Replay, SamplingParams, Turn
-from sparsevila_cluster.sight import Evidence, FrameEvidence
 
 NAMES = {"turn_id": "t", "conversation_id": "", "deadline_s": 5.0, "tenant": "ann"}
 

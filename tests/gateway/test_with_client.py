@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from sparsevila_cluster.client import AsyncClient
-from sparsevila_cluster.errors import BadMedia, NotFound, TooLarge, Unauthenticated
-from tests.gateway.doors import locally, open_house, slow_down
+from sparsevila_cluster.core.errors import BadMedia, NotFound, TooLarge, Unauthenticated
+from tests.gateway.running_servers import locally, open_house, slow_down
 
 QUESTIONS = ["what is it?", "and then?", "where is the star?"]
 

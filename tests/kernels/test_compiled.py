@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.house import ROOT
 from tests.kernels import compiled
+from tests.structure import ROOT
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import _launch
-from tests.house import ROOT
+from tests.structure import ROOT
 
 NO_TRITON = """
 import sys

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import reference, rms_norm, rope_write, silu_mul
-from tests.kernels.judge import assert_as_exact_as_torch
+from tests.kernels.kernel_judge import assert_as_exact_as_torch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F32, F16, BF16]

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.errors import BadMedia, DeadlineExceeded, TooLarge
-from sparsevila_cluster.media import DecodeGuard, Media, open_media
-from sparsevila_cluster.media.guard import GRACE_S
-from sparsevila_cluster.request import MediaSource
+from sparsevila_cluster.core.config import MediaLimits
+from sparsevila_cluster.core.errors import BadMedia, DeadlineExceeded, TooLarge
+from sparsevila_cluster.core.requests import MediaSource
+from sparsevila_cluster.media import DecoderSandbox, Media, open_media
+from sparsevila_cluster.media.sandbox import GRACE_S
 from tests.media.mutants import mutant, seeds
 
 # Time in which a busy machine may bring the answer. A process that has to start is not on the clock.
@@ -52,7 +52,7 @@ class Tally:
         )
 
 
-def attempt(data: bytes, number: int, limits: MediaLimits, guard: DecodeGuard) -> tuple[str, str | None]:
+def attempt(data: bytes, number: int, limits: MediaLimits, guard: DecoderSandbox) -> tuple[str, str | None]:
     """The outcome's name, and what is wrong with it."""
     fps, max_frames = ((0.5, 3), (2.0, 8), (30.0, 64))[number % 3]
     try:
@@ -79,7 +79,7 @@ def unsound(media: Media, max_frames: int, limits: MediaLimits) -> str | None:
     return None
 
 
-def leftovers(guard: DecodeGuard, num_files: int, others: set[int]) -> str | None:
+def leftovers(guard: DecoderSandbox, num_files: int, others: set[int]) -> str | None:
     """Open files, processes (but for `others`) and shared memory that nobody owns any more."""
     pids = guard.pids()
     files = len(os.listdir("/proc/self/fd"))
@@ -114,7 +114,7 @@ def fuzz(
     seeds()
     gc.collect()
     num_files, others = len(os.listdir("/proc/self/fd")), child_pids()
-    with DecodeGuard() as guard:
+    with DecoderSandbox() as guard:
         for count, number in enumerate(numbers):
             name, way, data = mutant(seed, number)
             label = f"{name}: {way}, seed {seed} number {number}"

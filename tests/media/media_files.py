@@ -17,12 +17,12 @@ import av
 import numpy as np
 from PIL import Image
 
-from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.media import DecodeGuard, Media, open_media
+from sparsevila_cluster.core.config import MediaLimits
+from sparsevila_cluster.core.requests import MediaSource
+from sparsevila_cluster.media import DecoderSandbox, Media, open_media
 from sparsevila_cluster.media.decoding import decode
 from sparsevila_cluster.media.frames import Decoded
-from sparsevila_cluster.media.source import Deadline, open_source
-from sparsevila_cluster.request import MediaSource
+from sparsevila_cluster.media.media_source import DecodeDeadline, open_source
 
 STEP = 4  # grey levels between two frames
 QUIET = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "10"}}
@@ -34,9 +34,20 @@ def gray(index: int) -> int:
 
 
 def video_bytes(
-    num: int = 10, *, fps: int = 10, size: tuple[int, int] = (64, 48), container: str = "mp4", codec: str = "libx264",
-    pts: list[int] | None = None, rotation: int | None = None, sar: Fraction | None = None, draw=None,
-    container_options=None, pix_fmt: str = "yuv420p", seekable: bool = True, codec_options=None,
+    num: int = 10,
+    *,
+    fps: int = 10,
+    size: tuple[int, int] = (64, 48),
+    container: str = "mp4",
+    codec: str = "libx264",
+    pts: list[int] | None = None,
+    rotation: int | None = None,
+    sar: Fraction | None = None,
+    draw=None,
+    container_options=None,
+    pix_fmt: str = "yuv420p",
+    seekable: bool = True,
+    codec_options=None,
 ) -> bytes:
     """A video whose frame `i` is a flat picture of level gray(i), or draw(i) -> u8 [H, W, 3]; pts in milliseconds."""
     width, height = size
@@ -146,9 +157,9 @@ def picture_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 @functools.cache
-def guard() -> DecodeGuard:
+def guard() -> DecoderSandbox:
     """One for all tests; the interpreter's end closes it."""
-    return DecodeGuard()
+    return DecoderSandbox()
 
 
 def load(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Media:
@@ -159,7 +170,7 @@ def load_here(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Decoded
     """The same in this process: the reference, and where a test must reach inside."""
     limits = MediaLimits(**limits)
     with open_source(MediaSource(data, kind), limits) as blob:
-        deadline = Deadline(blob.name, limits.decode_timeout_s)
+        deadline = DecodeDeadline(blob.name, limits.decode_timeout_s)
         return decode(blob.file, blob.name, blob.kind, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
 
 

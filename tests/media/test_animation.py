@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.errors import BadMedia, DeadlineExceeded, TooLarge
+from sparsevila_cluster.core.config import MediaLimits
+from sparsevila_cluster.core.errors import BadMedia, DeadlineExceeded, TooLarge
+from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.media import identify, sample_times
-from sparsevila_cluster.media.kinds import webp_frames
-from sparsevila_cluster.request import MediaSource
+from sparsevila_cluster.media.file_kinds import webp_frames
 from tests.media.media_files import corners, gray, indices, load, load_here, picture_bytes, quadrants, texture
 
 

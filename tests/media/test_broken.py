@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsevila_cluster.errors import BadMedia, SparseVilaError
+from sparsevila_cluster.core.errors import BadMedia, SparseVilaError
 from tests.media.media_files import load, video_bytes
 
 SHARED = Path(os.environ.get("SPARSEVILA_TEST_MEDIA", Path(__file__).parents[3] / "shared" / "media"))
 
 
-@pytest.mark.parametrize(
-    "container, options", [("mp4", {"movflags": "faststart"}), ("mp4", {}), ("matroska", {}), ("avi", {})]
-)
+@pytest.mark.parametrize("container, options", [("mp4", {"movflags": "faststart"}), ("mp4", {}), ("matroska", {}), ("avi", {})])
 def test_cut_files_are_refused(container, options):
     rng = np.random.default_rng(0)
     data = video_bytes(

@@ -44,9 +44,7 @@ def test_codecs_and_depths(container, codec, pix_fmt, options):
     if not can_encode(codec, pix_fmt):
         pytest.skip(f"no encoder {codec} for {pix_fmt}")
     quality = {"crf": "8"} if codec != "prores_ks" else {}
-    data = video_bytes(
-        NUM, fps=FPS, container=container, codec=codec, pix_fmt=pix_fmt, codec_options=quality | options, draw=flat
-    )
+    data = video_bytes(NUM, fps=FPS, container=container, codec=codec, pix_fmt=pix_fmt, codec_options=quality | options, draw=flat)
     with av.open(io.BytesIO(data)) as file:
         assert next(file.decode(video=0)).format.name == pix_fmt
     media = load(data, fps=FPS)

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from sparsevila_cluster.errors import Internal
-from sparsevila_cluster.media import DecodeGuard, Media
+from sparsevila_cluster.core.errors import Internal
+from sparsevila_cluster.media import DecoderSandbox, Media
 from tests.media import fuzz, mutants
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -24,7 +24,7 @@ def test_mutants_give_media_or_a_typed_error(tmp_path):
 
 def test_whole_seeds_are_media():
     limits = fuzz.MediaLimits()
-    with DecodeGuard() as guard:
+    with DecoderSandbox() as guard:
         for name, data in mutants.seeds().items():
             assert fuzz.attempt(data, 1, limits, guard) == ("media", None), name
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevila_cluster.errors import BadMedia, TooLarge
+from sparsevila_cluster.core.errors import BadMedia, TooLarge
 from tests.media.media_files import corners, load, picture_bytes, quadrants
 
 

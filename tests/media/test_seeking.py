@@ -10,13 +10,13 @@ import av
 import numpy as np
 import pytest
 
-from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.errors import BadMedia
+from sparsevila_cluster.core.config import MediaLimits
+from sparsevila_cluster.core.errors import BadMedia
 from sparsevila_cluster.media import seeking, video
 from sparsevila_cluster.media.container import open_video
+from sparsevila_cluster.media.frame_selection import choose, pick, sample_times
 from sparsevila_cluster.media.frames import Decoded, on_heap
-from sparsevila_cluster.media.selection import choose, pick, sample_times
-from sparsevila_cluster.media.source import Deadline
+from sparsevila_cluster.media.media_source import DecodeDeadline
 from sparsevila_cluster.media.survey import ENTRY, Survey, survey_packets
 from tests.media.media_files import can_encode, indices, load, load_here, texture, video_bytes
 
@@ -27,7 +27,7 @@ X265 = "log-level=none:bframes=3:keyint="
 def sample(data: bytes, fps: float, max_frames: int, seek: bool) -> Decoded:
     """In this process, so that a test can look inside."""
     return video.decode_video(
-        io.BytesIO(data), "video", fps=fps, max_frames=max_frames, limits=LIMITS, deadline=Deadline("video", 60.0),
+        io.BytesIO(data), "video", fps=fps, max_frames=max_frames, limits=LIMITS, deadline=DecodeDeadline("video", 60.0),
         allocate=on_heap, seek=seek,
     )  # fmt: skip
 
@@ -141,8 +141,8 @@ def test_what_has_no_trustworthy_index_is_decoded_as_a_whole(container, codec, s
 
 
 def surveyed(data: bytes) -> tuple[Survey, str, str]:
-    with open_video(io.BytesIO(data), "video", LIMITS, Deadline("video", 60.0)) as (container, stream):
-        survey = survey_packets(container, stream, "video", Deadline("video", 60.0))
+    with open_video(io.BytesIO(data), "video", LIMITS, DecodeDeadline("video", 60.0)) as (container, stream):
+        survey = survey_packets(container, stream, "video", DecodeDeadline("video", 60.0))
         return survey, stream.codec_context.codec.canonical_name, container.format.name
 
 

@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from sparsevila_cluster.config import MediaLimits
-from sparsevila_cluster.errors import TooLarge
+from sparsevila_cluster.core.config import MediaLimits
+from sparsevila_cluster.core.errors import TooLarge
+from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.media import open_media, sample_times
-from sparsevila_cluster.request import MediaSource
 from tests.media.media_files import corners, indices, load, quadrants, video_bytes
 
 

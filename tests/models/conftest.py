@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from sparsevila_cluster.models import load_model
-from tests import tiny
+from tests.checkpoints import tiny_qwen2_5_vl
 
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
     """A checkpoint directory in the published layout."""
-    return tiny.make_qwen2_5_vl(tmp_path_factory.mktemp("hub"))
+    return tiny_qwen2_5_vl.make_qwen2_5_vl(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="session")
 def modern(tmp_path_factory):
     """A checkpoint directory as transformers 5 saves it: sharded, tied head."""
-    return tiny.make_qwen2_5_vl(tmp_path_factory.mktemp("modern"), seed=1, layout="modern", shards=3, tie=True)
+    return tiny_qwen2_5_vl.make_qwen2_5_vl(tmp_path_factory.mktemp("modern"), seed=1, layout="modern", shards=3, tie=True)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def model(hub):
 
 @pytest.fixture(scope="session")
 def oracle(hub):
-    return tiny.hf_model(hub)
+    return tiny_qwen2_5_vl.hf_model(hub)
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsevila_cluster.errors import BadCheckpoint
+from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models import load_model
-from tests.families import FAMILIES
+from tests.checkpoints.families import FAMILIES
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4976698672\n"
 

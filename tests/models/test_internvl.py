@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparsevila_cluster.errors import BadMedia, BadRequest
+from sparsevila_cluster.core.errors import BadMedia, BadRequest
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import DECODE_PARTS, load_model
-from sparsevila_cluster.models.internvl import TileRules, shuffle
-from tests import tiny
-from tests.tiny_internvl import SIDE, SPECIAL, TOKENS, changed, internvl_features, internvl_inputs, make_internvl
+from sparsevila_cluster.models.families.internvl import TileRules, shuffle
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.tiny_internvl import SIDE, SPECIAL, TOKENS, changed, internvl_features, internvl_inputs, make_internvl
 
 PER_SIDE = 4  # tokens on one side of a tile
 
@@ -28,7 +28,7 @@ def model(directory):
 
 @pytest.fixture(scope="module")
 def stock(directory):
-    return tiny.hf_model(directory)
+    return tiny_qwen2_5_vl.hf_model(directory)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def processor(directory):
 
 
 def picture(height, width, seed=0):
-    return tiny.media("image", height=height, width=width, seed=seed)
+    return tiny_qwen2_5_vl.media("image", height=height, width=width, seed=seed)
 
 
 def clip(frames=4, height=84, width=112, seed=0):
-    return tiny.media(frames=frames, height=height, width=width, seed=seed)
+    return tiny_qwen2_5_vl.media(frames=frames, height=height, width=width, seed=seed)
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_variants_of_the_tower_equal_the_stock_model(tmp_path, name):
     if "image_seq_length" in VARIANTS[name]:
         path = directory / "processor_config.json"
         path.write_text(json.dumps({"image_seq_length": VARIANTS[name]["image_seq_length"]}))
-    model, stock = load_model(directory, device="cpu"), tiny.hf_model(directory)
+    model, stock = load_model(directory, device="cpu"), tiny_qwen2_5_vl.hf_model(directory)
     inputs = [model.family.patchify(picture(130, 240))]
     with torch.inference_mode():
         want, _ = internvl_features(stock, internvl_inputs(model, inputs))

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sparsevila_cluster import cli
-from sparsevila_cluster.errors import BadCheckpoint
+from sparsevila_cluster.cli import main as cli
+from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models import DECODE_PARTS, PREFILL_PARTS, load_model
-from tests import tiny
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.tiny_internvl import NAMED, TEXTS, TOKENS, changed, make_internvl
 from tests.media.media_files import picture_bytes, video_bytes
 from tests.models.test_loader import read_names
 from tests.models.test_text_backends import CausalBatch
-from tests.tiny_internvl import NAMED, TEXTS, TOKENS, changed, make_internvl
 
 CONFIG, IMAGE, WHOLE, TOKENIZER = "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 
@@ -31,11 +31,11 @@ def model(directory):
 
 
 def picture(height, width):
-    return tiny.media("image", height=height, width=width)
+    return tiny_qwen2_5_vl.media("image", height=height, width=width)
 
 
 def clip(frames):
-    return tiny.media(frames=frames)
+    return tiny_qwen2_5_vl.media(frames=frames)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -85,7 +85,7 @@ def test_a_head_on_disk_is_the_head(directory, tmp_path):
 def test_text_models_of_the_family(tmp_path, text):
     """With the published "dynamic" rotary positions, up to the last one that the model has."""
     directory = make_internvl(tmp_path, text=text, layout="modern")
-    model, stock = load_model(directory, device="cpu"), tiny.hf_model(directory)
+    model, stock = load_model(directory, device="cpu"), tiny_qwen2_5_vl.hf_model(directory)
     ids = torch.randint(0, 300, (12,), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(12)[None] * 100 + model.max_position - 1101
     assert int(positions.max()) == model.max_position - 1 and model.text.name == "lean"

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from sparsevila_cluster.kv import KVSpec
+from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.lean import LeanDecoder
-from sparsevila_cluster.models.lean_kernels import KernelDecoder
-from tests.models.quantised_files import as_awq
+from sparsevila_cluster.models.text.lean import LeanDecoder
+from sparsevila_cluster.models.text.lean_kernels import KernelDecoder
+from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
+from tests.models.quantized_files import as_awq
 from tests.models.test_text_backends import OTHERS, TEXT, CausalBatch, a_prompt
-from tests.tiny import make_qwen2_5_vl
 
 ROWS = 20
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsevila_cluster.models.linear import AwqLinear, AwqMatrix, DenseMatrix, Int8Linear, take_matrix, weight_bytes
+from sparsevila_cluster.models.text.linear import AwqLinear, AwqMatrix, DenseMatrix, Int8Linear, take_matrix, weight_bytes
 from sparsevila_kernels import AwqWeight, Int8Weight
-from tests.models.quantised_files import awq_weight, awq_words, quantise_rows
+from tests.models.quantized_files import awq_weight, awq_words, quantise_rows
 
 NUM_IN = 64
 

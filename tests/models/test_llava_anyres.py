@@ -10,7 +10,7 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel, unpad_image
 
-from sparsevila_cluster.models.anyres import (
+from sparsevila_cluster.models.families.anyres import (
     assemble,
     best_resolution,
     cells_of,

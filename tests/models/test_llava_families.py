@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sparsevila_cluster import cli
+from sparsevila_cluster.cli import main as cli
 from sparsevila_cluster.models import DECODE_PARTS, PREFILL_PARTS, load_model
-from tests import tiny
-from tests.families import FAMILIES
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.families import FAMILIES
 from tests.media.media_files import video_bytes
 
 NAMES = ["llava_next", "llava_onevision"]
@@ -36,12 +36,12 @@ def model(directory):
 
 @pytest.fixture(scope="module")
 def stock(directory):
-    return tiny.hf_model(directory)
+    return tiny_qwen2_5_vl.hf_model(directory)
 
 
 def patchify(model, shapes):
     kinds = [kind for kind, _, _ in shapes]
-    medias = [tiny.media(kind, frames=4 + i, height=h, width=w, seed=i) for i, (kind, h, w) in enumerate(shapes)]
+    medias = [tiny_qwen2_5_vl.media(kind, frames=4 + i, height=h, width=w, seed=i) for i, (kind, h, w) in enumerate(shapes)]
     return [model.family.patchify(media, alone=kinds.count(media.kind) == 1) for media in medias], medias
 
 
@@ -146,7 +146,7 @@ def test_workers_read_their_own_parts(directory, model, tmp_path, tie):
     assert prefill.text.head_weight is None
     assert (decode.text.head_weight.data_ptr() == decode.text.embed_weight.data_ptr()) == tie
     assert prefill.family.encode(inputs).embeds.shape == (inputs[0].num_tokens, 64)
-    assert decode.family.patchify(tiny.media("image", height=100, width=150)).num_tokens == inputs[0].num_tokens
+    assert decode.family.patchify(tiny_qwen2_5_vl.media("image", height=100, width=150)).num_tokens == inputs[0].num_tokens
     with pytest.raises(AssertionError, match="vision"):
         decode.family.encode(inputs)
     names = {n: t for f in directory.glob("*.safetensors") for n, t in load_file(f).items()}
@@ -167,7 +167,7 @@ def test_layers_after_the_features_are_let_go(directory, model, stock):
 @pytest.mark.parametrize("name", NAMES)
 def test_several_feature_layers(tmp_path, name):
     directory = FAMILIES[name].make(tmp_path, vision_feature_layer=[-3, 2, 0])
-    model, stock, family = load_model(directory), tiny.hf_model(directory), FAMILIES[name]
+    model, stock, family = load_model(directory), tiny_qwen2_5_vl.hf_model(directory), FAMILIES[name]
     inputs, _ = patchify(model, PROMPTS["image"])
     with torch.inference_mode():
         want, _ = family.stock_features(stock, family.stock_inputs(model, inputs))
@@ -190,7 +190,7 @@ def test_bfloat16_is_near_float32(tmp_path, name):
 def test_ask_answers_about_files(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip.mp4").write_bytes(video_bytes(8, fps=4, size=(96, 64)))
-    Image.fromarray(tiny.media("image", height=90, width=140).frames[0]).save(tmp_path / "picture.png")
+    Image.fromarray(tiny_qwen2_5_vl.media("image", height=90, width=140).frames[0]).save(tmp_path / "picture.png")
     for name in ("clip.mp4", "picture.png"):
         command = ["ask", name, "what is it?", "where?", "--model", str(directory), "--max-tokens", "4", "--json"]
         assert cli.main([*command, "--heatmap", f"{name}.heat.png"]) == 0

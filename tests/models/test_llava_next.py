@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from sparsevila_cluster.config import build_config
+from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.chat import TemplateChat
-from sparsevila_cluster.models.checkpoint import Checkpoint
-from sparsevila_cluster.models.llava_next import LlavaNext
-from tests import tiny
-from tests.oracle import Bench, random_media, worst
-from tests.tiny_llava_next import TEMPLATE, make_llava_next, stock_inputs
+from sparsevila_cluster.models.chat_template import TemplateChat
+from sparsevila_cluster.models.families.llava_next import LlavaNext
+from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.tiny_llava_next import TEMPLATE, make_llava_next, stock_inputs
+from tests.checkpoints.transformers_oracle import Bench, random_media, worst
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def chat_of(directory, tmp_path, template, config):
 def test_a_video_is_written_as_the_template_writes_pictures(directory, model, tmp_path, name):
     between, template = TEMPLATES[name]
     chat = chat_of(directory, tmp_path, template, model.config)
-    video = model.family.patchify(tiny.media("video", frames=3, height=40, width=60))
+    video = model.family.patchify(tiny_qwen2_5_vl.media("video", frames=3, height=40, width=60))
     ids = chat.prefix_ids(["video"], None, [video.spelling])
     assert ids == chat.prefix_ids(["image"] * 3, None)
     written = chat._core.decode(ids, skip_special_tokens=False).replace(" ", "")
@@ -72,9 +72,7 @@ def test_templates_are_cut_without_a_seam(directory, model, tmp_path, name, syst
     messages = [{"role": "user", "content": content}]
     if system:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    text = chat._tokenizer.apply_chat_template(
-        messages, chat_template=chat._template, tokenize=False, add_generation_prompt=True
-    )
+    text = chat._tokenizer.apply_chat_template(messages, chat_template=chat._template, tokenize=False, add_generation_prompt=True)
     question, start, stop = chat.question_ids("what colour is it?", True, None)
     prefix = chat.prefix_ids(["image"], system)
     assert prefix + question == chat._tokenizer(text)["input_ids"]
@@ -87,7 +85,7 @@ def test_templates_are_cut_without_a_seam(directory, model, tmp_path, name, syst
 def test_a_picture_beside_a_video_keeps_its_place(model):
     """Both are pictures to the template: any order is possible."""
     bench = Bench(model, build_config(model="unused", prefix_bytes=2**22, turn_bytes=2**22))
-    medias = [tiny.media("video", frames=2, height=40, width=60), tiny.media("image", height=60, width=90)]
+    medias = [tiny_qwen2_5_vl.media("video", frames=2, height=40, width=60), tiny_qwen2_5_vl.media("image", height=60, width=90)]
     inputs, plan = bench.unpruned(medias)
     assert [one.kind for one in inputs] == ["video", "image"]
     assert int(plan.visual_mask.sum()) == sum(one.num_tokens for one in inputs)
@@ -96,7 +94,7 @@ def test_a_picture_beside_a_video_keeps_its_place(model):
 
 
 def test_a_picture_is_tiled_in_any_company(model):
-    one = tiny.media("image", height=100, width=60)
+    one = tiny_qwen2_5_vl.media("image", height=100, width=60)
     alone, among = model.family.patchify(one), model.family.patchify(one, alone=False)
     assert torch.equal(alone.pixels, among.pixels) and alone.runs == among.runs and len(alone.grids) == 2
 
@@ -104,7 +102,7 @@ def test_a_picture_is_tiled_in_any_company(model):
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
 def test_other_text_models_equal_generate(tmp_path, text):
     directory = make_llava_next(tmp_path, text=text, layers=2)
-    model, stock = load_model(directory), tiny.hf_model(directory)
+    model, stock = load_model(directory), tiny_qwen2_5_vl.hf_model(directory)
     model.chat.eos_ids = frozenset()
     config = build_config(model="unused", prefix_bytes=2**22, turn_bytes=2**22, prune="keep_all", retrieve="retrieve_all")
     bench, media = Bench(model, config), random_media("image", 1, 84, 112, seed=1)

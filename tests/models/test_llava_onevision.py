@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparsevila_cluster.config import build_config
-from sparsevila_cluster.errors import BadCheckpoint, BadRequest
+from sparsevila_cluster.core.config import build_config
+from sparsevila_cluster.core.errors import BadCheckpoint, BadRequest
+from sparsevila_cluster.engine.prefill_engine import PrefillEngine
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.llava import max_tiles
-from sparsevila_cluster.prefill_engine import PrefillEngine
-from tests import tiny
-from tests.oracle import Bench
-from tests.tiny_llava_onevision import make_llava_onevision
+from sparsevila_cluster.models.families.llava import max_tiles
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.tiny_llava_onevision import make_llava_onevision
+from tests.checkpoints.transformers_oracle import Bench
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,11 @@ def model(tmp_path_factory):
 
 
 def picture(height=84, width=140, seed=0):
-    return tiny.media("image", height=height, width=width, seed=seed)
+    return tiny_qwen2_5_vl.media("image", height=height, width=width, seed=seed)
 
 
 def clip(frames=4):
-    return tiny.media("video", frames=frames, height=50, width=90)
+    return tiny_qwen2_5_vl.media("video", frames=frames, height=50, width=90)
 
 
 def shapes(model, medias):
@@ -71,9 +71,7 @@ def test_a_bright_spot_is_found_in_a_padded_picture(model):
         spot = plain.copy()
         side = max(height, width) // 10
         spot[0, at[0] * side : (at[0] + 1) * side, at[1] * side : (at[1] + 1) * side] = 255
-        one, other = (
-            model.family.patchify(Media(frames, np.zeros(1), "image", "x", 0.0), alone=False) for frames in (plain, spot)
-        )
+        one, other = (model.family.patchify(Media(frames, np.zeros(1), "image", "x", 0.0), alone=False) for frames in (plain, spot))
         gap = (one.pixels.int() - other.pixels.int()).abs().sum((0, 1))[:70, :70].view(5, 14, 5, 14).sum((1, 3))
         ordinal = int(gap.flatten().argmax())
         (rows, cols), (row, col) = other.grids[0], other.cell[ordinal].tolist()
@@ -119,11 +117,9 @@ def test_a_clip_tower_drops_its_summary_row(tmp_path):
             "num_attention_heads": 4, "patch_size": 14, "image_size": 72, "projection_dim": 32,
         },
     )  # fmt: skip
-    model, stock = load_model(directory), tiny.hf_model(directory)
+    model, stock = load_model(directory), tiny_qwen2_5_vl.hf_model(directory)
     assert json.loads((directory / "config.json").read_text())["vision_config"]["model_type"] == "clip_vision_model"
     inputs = model.family.patchify(picture())
     with torch.inference_mode():
-        want = stock.model.get_image_features(
-            model.family.pixel_values(inputs)[None], torch.tensor([inputs.size])
-        ).pooler_output[0]
+        want = stock.model.get_image_features(model.family.pixel_values(inputs)[None], torch.tensor([inputs.size])).pooler_output[0]
     torch.testing.assert_close(model.family.encode([inputs]).embeds, want, atol=1e-5, rtol=1e-5)

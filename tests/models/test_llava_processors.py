@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsevila_cluster.errors import BadCheckpoint, BadMedia
+from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import load_model
-from tests import tiny
-from tests.families import FAMILIES
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.families import FAMILIES
 from tests.models.test_llava_families import NAMES, PROMPTS, patchify
 
 
@@ -78,7 +78,7 @@ def test_pictures_that_need_no_resizing_are_exact(directory, model):
     side = model.config.vision_config.image_size
     processor = stock_processor(directory, model).image_processor
     for height, width in ((side, side), (2 * side, 2 * side), (side, 2 * side)):
-        media = tiny.media("image", height=height, width=width)
+        media = tiny_qwen2_5_vl.media("image", height=height, width=width)
         want = processor([Image.fromarray(media.frames[0])], return_tensors="pt")["pixel_values"][0]
         got = model.family.pixel_values(model.family.patchify(media))
         tiles = slice(int((height, width) != (side, side)), len(got))
@@ -90,12 +90,14 @@ def test_counts_equal_the_stock_processor(directory, model, seed):
     rng = np.random.default_rng(seed)
     height, width = (int(x) for x in rng.integers(1, 500, 2))
     counts = stock_processor(directory, model)._get_num_multimodal_tokens(image_sizes=[(height, width)])
-    assert model.family.patchify(tiny.media("image", height=height, width=width)).num_tokens == counts.num_image_tokens[0]
+    assert (
+        model.family.patchify(tiny_qwen2_5_vl.media("image", height=height, width=width)).num_tokens == counts.num_image_tokens[0]
+    )
 
 
 def test_a_frame_is_a_base_view(model):
     """Squashed to a square whatever its shape, as the base view of a picture is."""
-    video = tiny.media("video", frames=3, height=50, width=120)
+    video = tiny_qwen2_5_vl.media("video", frames=3, height=50, width=120)
     frames = model.family.pixel_values(model.family.patchify(video))
     for i, frame in enumerate(frames):
         alone = Media(video.frames[i : i + 1], np.zeros(1), "image", "x", 0.0)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsevila_cluster.errors import BadCheckpoint, BadConfig
+from sparsevila_cluster.core.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.models import ALL_PARTS, DECODE_PARTS, PREFILL_PARTS, load_model
-from sparsevila_cluster.models.checkpoint import Checkpoint
-from sparsevila_cluster.models.names import part_of
-from tests import tiny
+from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.loading.tensor_names import part_of
+from tests.checkpoints import tiny_qwen2_5_vl
 
 
 def read_names(monkeypatch, *args, **kwargs):
@@ -48,7 +48,7 @@ def test_only_wanted_parts_are_read(monkeypatch, request, layout, parts):
 def test_a_prefill_worker_needs_no_head_and_a_decode_worker_no_tower(hub):
     whole = load_model(hub, device="cpu")
     prefill, decode = load_model(hub, PREFILL_PARTS, device="cpu"), load_model(hub, DECODE_PARTS, device="cpu")
-    media = whole.family.patchify(tiny.media())
+    media = whole.family.patchify(tiny_qwen2_5_vl.media())
     torch.testing.assert_close(prefill.family.encode([media]).embeds, whole.family.encode([media]).embeds)
     assert prefill.text.head_weight is None
     ids = decode.chat.prefix_ids(["video"], None)
@@ -71,9 +71,9 @@ def test_a_tied_head_alone_takes_the_embedding(modern):
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("layout", ["hub", "modern"])
 def test_layouts_hold_the_same_model(tmp_path, model, layout, shards):
-    other = load_model(tiny.make_qwen2_5_vl(tmp_path, layout=layout, shards=shards), device="cpu")
-    media = model.family.patchify(tiny.media())
-    assert torch.equal(other.family.patchify(media=tiny.media()).pixels, media.pixels)
+    other = load_model(tiny_qwen2_5_vl.make_qwen2_5_vl(tmp_path, layout=layout, shards=shards), device="cpu")
+    media = model.family.patchify(tiny_qwen2_5_vl.media())
+    assert torch.equal(other.family.patchify(media=tiny_qwen2_5_vl.media()).pixels, media.pixels)
     torch.testing.assert_close(other.family.encode([media]).embeds, model.family.encode([media]).embeds)
     assert torch.equal(other.text.head_weight, model.text.head_weight)
     assert other.chat.eos_ids == model.chat.eos_ids and other.max_position == model.max_position == 4096
@@ -89,17 +89,17 @@ def test_facts_of_a_model(model):
 
 
 def test_dtype_is_converted_once_and_auto_is_float32_on_a_cpu(tmp_path):
-    directory = tiny.make_qwen2_5_vl(tmp_path, dtype=torch.bfloat16)
+    directory = tiny_qwen2_5_vl.make_qwen2_5_vl(tmp_path, dtype=torch.bfloat16)
     assert load_model(directory, device="cpu").spec.dtype == torch.float32
     model = load_model(directory, device="cpu", dtype="bfloat16")
     assert model.spec.dtype == torch.bfloat16
-    tokens = model.family.encode([model.family.patchify(tiny.media())])
+    tokens = model.family.encode([model.family.patchify(tiny_qwen2_5_vl.media())])
     assert tokens.embeds.dtype == torch.bfloat16 and tokens.salience.dtype == torch.float32
 
 
 def test_fingerprint(tmp_path, hub):
     def fingerprint(name, edit=None, **kwargs):
-        directory = tiny.make_qwen2_5_vl(tmp_path / name, **kwargs)
+        directory = tiny_qwen2_5_vl.make_qwen2_5_vl(tmp_path / name, **kwargs)
         if edit:
             edit(directory)
         return Checkpoint.open(directory).fingerprint()
@@ -131,7 +131,7 @@ def test_fingerprint(tmp_path, hub):
 
 
 def test_processor_hash_sees_preprocessing(tmp_path, model):
-    directory = tiny.make_qwen2_5_vl(tmp_path)
+    directory = tiny_qwen2_5_vl.make_qwen2_5_vl(tmp_path)
     path = directory / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_pixels": 28 * 28 * 32}))
     assert load_model(directory, device="cpu").processor_hash != model.processor_hash
@@ -216,7 +216,8 @@ BROKEN = {
     ),
     "sliding window": (edit_config(use_sliding_window=True, max_window_layers=1, sliding_window=64), "only full attention"),
     "quantized": (
-        edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config: quant_method 'gptq' is not",
+        edit_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantization_config: quant_method 'gptq' is not",
     ),
     "illegal value": (edit_config(hidden_size="wide"), "config.json: "),
     "heads": (edit_config(num_attention_heads=3), "config.json: "),

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsevila_cluster.awq.scheme import Scheme, TextScheme
-from sparsevila_cluster.errors import BadConfig
-from sparsevila_cluster.models.placement import find_dtype, runs_as_stored
+from sparsevila_cluster.core.errors import BadConfig
+from sparsevila_cluster.models.loading.placement import find_dtype, runs_as_stored
+from sparsevila_cluster.models.loading.quantization_scheme import Scheme, TextScheme
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 QUANTISED = Scheme(TextScheme("gemm", 128), vision=False)

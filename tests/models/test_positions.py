@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparsevila_cluster.models.prompt import grid_places
-from sparsevila_cluster.models.qwen_vl import GridInputs
-from tests import tiny
-from tests.families import qwen_inputs, type_ids
+from sparsevila_cluster.models.families.qwen_vl import GridInputs
+from sparsevila_cluster.models.prompt_plan import grid_places
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.families import qwen_inputs, type_ids
 
 
 def grid_of(kind, groups, rows, cols, seconds_per_group=1.0):
@@ -69,7 +69,7 @@ def test_images_are_the_same_in_both_modes(model):
 
 
 def test_seconds_per_group_follow_the_duration(model):
-    media = tiny.media(frames=16, fps=2.0)
+    media = tiny_qwen2_5_vl.media(frames=16, fps=2.0)
     assert model.family.patchify(media).seconds_per_group == 1.0
-    assert model.family.patchify(tiny.media(frames=5, fps=4.0)).seconds_per_group == 0.5
-    assert model.family.patchify(tiny.media("image")).seconds_per_group == 0.0
+    assert model.family.patchify(tiny_qwen2_5_vl.media(frames=5, fps=4.0)).seconds_per_group == 0.5
+    assert model.family.patchify(tiny_qwen2_5_vl.media("image")).seconds_per_group == 0.0

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparsevila_cluster.errors import BadCheckpoint, BadMedia
+from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
-from sparsevila_cluster.models.checkpoint import Checkpoint
+from sparsevila_cluster.models.families.qwen2_5_vl import Qwen25VL
+from sparsevila_cluster.models.loading.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import PixelRules, cut_patches, normalise, read_rules, resize
-from sparsevila_cluster.models.qwen2_5_vl import Qwen25VL
-from tests import tiny
+from tests.checkpoints import tiny_qwen2_5_vl
 
 LOW, HIGH = 56 * 56, 28 * 28 * 64
 SIZES = [(84, 112), (28, 28), (1, 1), (90, 100), (57, 56), (3, 500), (1, 200), (300, 37), (720, 1280), (1080, 1920)]
@@ -30,7 +30,7 @@ def test_images_equal_the_stock_processor(height, width):
     bicubic differs from torch's by single grey levels (0.015 after normalisation)."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    image = tiny.media("image", height=height, width=width).frames
+    image = tiny_qwen2_5_vl.media("image", height=height, width=width).frames
     stock = Qwen2VLImageProcessorPil(size={"shortest_edge": LOW, "longest_edge": HIGH})
     expected = stock(images=[image[0]], return_tensors="pt", input_data_format="channels_last")
     got, (groups, rows, cols) = run(image, PixelRules(min_pixels=LOW, max_pixels=HIGH))
@@ -43,7 +43,7 @@ def test_images_equal_the_stock_processor(height, width):
 
 @pytest.mark.parametrize("frames", [2, 6])
 def test_a_group_of_equal_frames_is_the_patches_of_their_image(frames):
-    image = tiny.media("image", height=100, width=90).frames
+    image = tiny_qwen2_5_vl.media("image", height=100, width=90).frames
     rules = PixelRules(min_pixels=LOW, max_pixels=HIGH)
     expected, (_, rows, cols) = run(image, rules)
     got, grid = run(np.repeat(image, frames, axis=0), rules)
@@ -63,7 +63,7 @@ def test_patch_order():
 
 
 def test_odd_frame_counts_repeat_the_last_frame(model):
-    media = tiny.media(frames=5)
+    media = tiny_qwen2_5_vl.media(frames=5)
     filled = Media(np.concatenate((media.frames, media.frames[-1:])), media.times_s, "video", "x", media.duration_s)
     odd, even = model.family.patchify(media), model.family.patchify(filled)
     assert odd.grid == even.grid and odd.grid[0] == 3

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from sparsevila_cluster.errors import BadRequest
+from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.models import load_model
-from tests import tiny
-from tests.families import FAMILIES
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.families import FAMILIES
 
 MEDIA = [["video"], ["image"], ["image", "image"], ["image", "video"]]
 QUESTIONS = ["what colour is the star?", "  spaces and\nnew lines ", "ünïcode 😀 ok", "a", "."]
@@ -19,15 +19,13 @@ def model(request, tmp_path_factory):
 
 
 def patchify(model, kinds):
-    return [model.family.patchify(tiny.media(kind, frames=3 + i, seed=i)) for i, kind in enumerate(kinds)]
+    return [model.family.patchify(tiny_qwen2_5_vl.media(kind, frames=3 + i, seed=i)) for i, kind in enumerate(kinds)]
 
 
 def whole(model, inputs, messages):
     """What transformers' own tokenizer makes of the rendered conversation, every visual run as one placeholder."""
     chat = model.chat
-    text = chat._tokenizer.apply_chat_template(
-        messages, chat_template=chat._template, tokenize=False, add_generation_prompt=True
-    )
+    text = chat._tokenizer.apply_chat_template(messages, chat_template=chat._template, tokenize=False, add_generation_prompt=True)
     done = ""
     for media in inputs:
         before, _, text = text.partition(chat._slot_text[media.kind])

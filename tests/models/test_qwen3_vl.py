@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparsevila_cluster.config import build_config
+from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.preprocess import ClipRules
 from sparsevila_cluster.pruning import Salience
-from tests import tiny
-from tests.families import qwen_features, qwen_inputs, type_ids
-from tests.oracle import Bench
-from tests.tiny_qwen3_vl import make_qwen3_vl
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.families import qwen_features, qwen_inputs, type_ids
+from tests.checkpoints.tiny_qwen3_vl import make_qwen3_vl
+from tests.checkpoints.transformers_oracle import Bench
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def model(directory):
 
 @pytest.fixture(scope="module")
 def stock(directory):
-    return tiny.hf_model(directory)
+    return tiny_qwen2_5_vl.hf_model(directory)
 
 
 def clip(frames, fps=2.0, height=84, width=112, seed=0):
-    return tiny.media(frames=frames, height=height, width=width, seed=seed, fps=fps)
+    return tiny_qwen2_5_vl.media(frames=frames, height=height, width=width, seed=seed, fps=fps)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -67,7 +67,7 @@ def test_a_video_is_written_as_timestamped_blocks(model):
 @pytest.mark.parametrize("names", ["video", "image", "image,video", "video,image,video"])
 def test_positions_equal_transformers(model, stock, names):
     kinds = names.split(",")
-    medias = [tiny.media(kind, frames=3 + 2 * i, height=60 + 40 * i, width=140, seed=i) for i, kind in enumerate(kinds)]
+    medias = [tiny_qwen2_5_vl.media(kind, frames=3 + 2 * i, height=60 + 40 * i, width=140, seed=i) for i, kind in enumerate(kinds)]
     inputs = [model.family.patchify(media) for media in medias]
     plan = model.family.plan(model.chat.prefix_ids(kinds, None, [one.spelling for one in inputs]), inputs, "max+1")
     question = model.chat.question_ids("where?", True, None)[0]
@@ -81,7 +81,7 @@ def test_positions_equal_transformers(model, stock, names):
 
 @pytest.mark.parametrize("patches", [1, 70, 4096])
 def test_tokens_and_levels_equal_the_stock_tower(model, stock, patches):
-    inputs = [model.family.patchify(tiny.media("image", height=70, width=200)), model.family.patchify(clip(6))]
+    inputs = [model.family.patchify(tiny_qwen2_5_vl.media("image", height=70, width=200)), model.family.patchify(clip(6))]
     model.family.patches_per_pass = patches
     with torch.inference_mode():
         embeds, levels = qwen_features(stock, qwen_inputs(model, inputs))

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from sparsevila_cluster.models import DECODE_PARTS, load_model
-from sparsevila_cluster.models.lean import LeanDecoder
-from sparsevila_cluster.models.rotary import Rotary, mrope_rows
-from tests import tiny
-from tests.families import qwen_inputs, type_ids
+from sparsevila_cluster.models.text.lean import LeanDecoder
+from sparsevila_cluster.models.text.rotary import Rotary, mrope_rows
+from tests.checkpoints import tiny_qwen2_5_vl
+from tests.checkpoints.families import qwen_inputs, type_ids
 
 
 class CausalBatch:
@@ -34,7 +34,10 @@ class CausalBatch:
 
 def a_prompt(model):
     """(embeddings, positions, what transformers takes for the same) of an image, a video and a question."""
-    inputs = [model.family.patchify(tiny.media("image", height=90)), model.family.patchify(tiny.media(frames=5))]
+    inputs = [
+        model.family.patchify(tiny_qwen2_5_vl.media("image", height=90)),
+        model.family.patchify(tiny_qwen2_5_vl.media(frames=5)),
+    ]
     plan = model.family.plan(model.chat.prefix_ids(["image", "video"], None), inputs, "hf5")
     question, _, _ = model.chat.question_ids("what colour is the star?", True, None)
     ids = torch.cat((plan.ids, torch.tensor(question)))
@@ -53,7 +56,7 @@ def test_teacher_forced_logits_equal_transformers(request, layout, backend):
     model = load_model(directory, device="cpu", text_backend=backend)
     with torch.inference_mode():
         embeds, positions, stock = a_prompt(model)
-        expected = tiny.hf_model(directory)(**stock).logits[0]
+        expected = tiny_qwen2_5_vl.hf_model(directory)(**stock).logits[0]
         got = model.text.logits(model.text.forward(embeds, positions, CausalBatch()))
     assert model.text.name == backend
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
@@ -134,7 +137,7 @@ OTHERS = {
 def test_lean_runs_the_text_models_of_other_families(model_type):
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from sparsevila_cluster.kv import KVSpec
+    from sparsevila_cluster.kvcache.arena import KVSpec
 
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**TEXT, **OTHERS[model_type])

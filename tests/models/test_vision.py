@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparsevila_cluster.models import load_model, vision_attention
-from sparsevila_cluster.models.qwen2_5_vl import window_order
+from sparsevila_cluster.models.families.qwen2_5_vl import window_order
 from sparsevila_cluster.models.vision_attention import Segments
-from tests import tiny
+from tests.checkpoints import tiny_qwen2_5_vl
 
 SIZES = [(84, 112), (28, 28), (56, 56), (140, 84), (196, 224), (37, 301)]
 
@@ -27,7 +27,7 @@ def stock_tower(model, oracle, inputs):
 @pytest.mark.parametrize("height,width", SIZES)
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_tokens_equal_the_stock_tower(model, oracle, kind, height, width):
-    media = model.family.patchify(tiny.media(kind, frames=5, height=height, width=width))
+    media = model.family.patchify(tiny_qwen2_5_vl.media(kind, frames=5, height=height, width=width))
     with torch.inference_mode():
         expected = stock_tower(model, oracle, [media])
     for capture in (True, False):
@@ -67,7 +67,7 @@ def explicit_salience(model, oracle, media):
 
 @pytest.mark.parametrize("height,width", [(84, 112), (140, 84)])
 def test_salience_equals_explicit_column_means(model, oracle, height, width):
-    media = model.family.patchify(tiny.media(frames=4, height=height, width=width))
+    media = model.family.patchify(tiny_qwen2_5_vl.media(frames=4, height=height, width=width))
     with torch.inference_mode():
         expected = explicit_salience(model, oracle, media)
     got = model.family.encode([media]).salience
@@ -78,8 +78,8 @@ def test_salience_equals_explicit_column_means(model, oracle, height, width):
 
 
 def test_several_media_in_one_call(model):
-    first = model.family.patchify(tiny.media("image", height=90))
-    second = model.family.patchify(tiny.media(frames=5, seed=3))
+    first = model.family.patchify(tiny_qwen2_5_vl.media("image", height=90))
+    second = model.family.patchify(tiny_qwen2_5_vl.media(frames=5, seed=3))
     both, alone = model.family.encode([first, second]), model.family.encode([second])
     n = first.num_tokens
     torch.testing.assert_close(both.embeds[n:], alone.embeds, atol=1e-5, rtol=1e-5)
@@ -93,7 +93,7 @@ def test_several_media_in_one_call(model):
 
 def test_passes_of_any_size_agree(hub):
     model = load_model(hub, device="cpu")
-    media = model.family.patchify(tiny.media(frames=9))
+    media = model.family.patchify(tiny_qwen2_5_vl.media(frames=9))
     expected = model.family.encode([media])
     for patches in (1, 100, 10**6):
         model.family.patches_per_pass = patches
@@ -103,12 +103,12 @@ def test_passes_of_any_size_agree(hub):
 
 
 def test_without_capture_salience_is_flat(model):
-    media = model.family.patchify(tiny.media())
+    media = model.family.patchify(tiny_qwen2_5_vl.media())
     assert torch.equal(model.family.encode([media], capture=False).salience, torch.ones(media.num_tokens))
 
 
 def test_concurrent_calls_do_not_share_state(model):
-    inputs = [[model.family.patchify(tiny.media(frames=6 + 2 * i, seed=i))] for i in range(3)]
+    inputs = [[model.family.patchify(tiny_qwen2_5_vl.media(frames=6 + 2 * i, seed=i))] for i in range(3)]
     expected = [model.family.encode(media) for media in inputs]
     wrong = []
 

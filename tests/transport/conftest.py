@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.transport.harbour import FINE, KINDS, Harbour
+from tests.transport.transport_fixtures import FINE, KINDS, Harbour
 
 
 @pytest.fixture(params=KINDS)

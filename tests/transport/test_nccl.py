@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsevila_cluster.cluster_config import TransportConfig
-from sparsevila_cluster.errors import LaneLost
-from sparsevila_cluster.transport import DockAddress, Shipment, Ticket, nccl
-from sparsevila_cluster.transport.chunks import Cargo
-from sparsevila_cluster.transport.gloo import build_group
-from sparsevila_cluster.transport.rendezvous import Line
-from sparsevila_cluster.wire import Manifest
-from tests.transport.harbour import BOUNDS, KINDS, Harbour, make_prefix, rows_equal, until
+from sparsevila_cluster.core.cluster_config import TransportConfig
+from sparsevila_cluster.core.errors import LaneLost
+from sparsevila_cluster.transport import OutgoingTransfer, ReceiverAddress, TransferTicket
+from sparsevila_cluster.transport.backends import nccl
+from sparsevila_cluster.transport.backends.gloo import build_group
+from sparsevila_cluster.transport.chunks import ChunkBuffers
+from sparsevila_cluster.transport.handshake import Line
+from sparsevila_cluster.transport.manifest import Manifest
+from tests.transport.transport_fixtures import BOUNDS, KINDS, Harbour, make_prefix, rows_equal, until
 
 HOST = "127.0.0.1"
 
@@ -67,9 +68,9 @@ def groups(monkeypatch):
         return nccl.NcclLink(Line(store.connection, config.op_timeout_s), made[-1], rank)
 
     monkeypatch.setattr(nccl, "build_nccl_link", build)
-    monkeypatch.setattr("sparsevila_cluster.transport.kinds.resolve", lambda *_: "nccl")
-    monkeypatch.setattr("sparsevila_cluster.transport.dock.resolve", lambda *_: "nccl")
-    monkeypatch.setattr("sparsevila_cluster.transport.kinds.kind_towards", lambda *_: "nccl")
+    monkeypatch.setattr("sparsevila_cluster.transport.transports.resolve", lambda *_: "nccl")
+    monkeypatch.setattr("sparsevila_cluster.transport.kv_receiver.resolve", lambda *_: "nccl")
+    monkeypatch.setattr("sparsevila_cluster.transport.transports.kind_towards", lambda *_: "nccl")
     return made
 
 
@@ -104,7 +105,7 @@ def test_bulk_leaves_beside_what_a_gpu_still_has_to_do(groups, monkeypatch):
         return post(link, parts)
 
     post = nccl.NcclLink.ship
-    monkeypatch.setattr(Cargo, "aside", aside)
+    monkeypatch.setattr(ChunkBuffers, "aside", aside)
     monkeypatch.setattr(nccl.NcclLink, "ship", ship)
     harbour = Harbour("nccl", chunk_bytes=65536)
     try:
@@ -141,23 +142,23 @@ def test_without_a_gpu_there_is_none():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_between_two_gpus():
     """NCCL refuses two ranks on one GPU."""
-    from sparsevila_cluster.cluster_config import TransportConfig
-    from sparsevila_cluster.kv import Arena
-    from sparsevila_cluster.transport import Dock, Shipper, Ticket
-    from tests.transport.harbour import SPEC, Quay
+    from sparsevila_cluster.core.cluster_config import TransportConfig
+    from sparsevila_cluster.kvcache.arena import Arena
+    from sparsevila_cluster.transport import KVReceiver, KVSender, TransferTicket
+    from tests.transport.transport_fixtures import SPEC, Quay
 
     config = TransportConfig(kind="nccl")
     quay = Quay()
     quay.store.arena = Arena(SPEC, 6000, "cuda:1")
-    dock = Dock("decode-0", quay, SPEC, config, device="cuda:1")
-    shipper = Shipper("prefill-0", SPEC, config, device="cuda:0")
+    dock = KVReceiver("decode-0", quay, SPEC, config, device="cuda:1")
+    shipper = KVSender("prefill-0", SPEC, config, device="cuda:0")
     try:
         sent = make_prefix()
         arena = sent.extent.arena
         arena.k_all, arena.v_all = arena.k_all.to("cuda:0"), arena.v_all.to("cuda:0")
         arena.k, arena.v = list(arena.k_all), list(arena.v_all)
         dock.expect("t", sent.key, 5.0)
-        shipment = shipper.begin(sent, BOUNDS, Ticket("t", dock.address, 30.0))
+        shipment = shipper.begin(sent, BOUNDS, TransferTicket("t", dock.address, 30.0))
         shipment.wrote_all()
         assert shipment.finish(30.0).kind == "nccl"
         came = quay.store.get(sent.key)
@@ -178,8 +179,8 @@ def test_rows_are_final_when_the_stream_that_writes_them_has_come_to_them(monkey
     recorded = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where=None: ("stream of", where))
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append, query=lambda: bool(recorded[3:])))
-    ticket = Ticket("t", DockAddress("d", "nccl", "", 0, ""), 9.0)
-    shipment = Shipment(prefix, manifest, ticket, lambda: None)
+    ticket = TransferTicket("t", ReceiverAddress("d", "nccl", "", 0, ""), 9.0)
+    shipment = OutgoingTransfer(prefix, manifest, ticket, lambda: None)
     shipment.wrote(0, 0, 8)
     assert recorded == [("stream of", device)]
     assert not any(map(shipment.is_final, manifest.chunks)), "the device has not come to it"

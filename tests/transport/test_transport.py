@@ -7,14 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsevila_cluster.cluster_config import TransportConfig
-from sparsevila_cluster.errors import (
-    BadConfig,
-    DeadlineExceeded,
-    QueueFull,
-)
-from sparsevila_cluster.transport import Dock, Shipper, Ticket, TransferState
-from tests.transport.harbour import BOUNDS, FINE, SPEC, Cupboard, Harbour, Quay, make_prefix, rows_equal, until
+from sparsevila_cluster.core.cluster_config import TransportConfig
+from sparsevila_cluster.core.errors import BadConfig, DeadlineExceeded, QueueFull
+from sparsevila_cluster.transport import KVReceiver, KVSender, TransferState, TransferTicket
+from tests.transport.transport_fixtures import BOUNDS, FINE, SPEC, Cupboard, Harbour, Quay, make_prefix, rows_equal, until
 
 
 class TestEveryKind:
@@ -37,7 +33,7 @@ class TestEveryKind:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_any_length_and_dtype(self, kind, length, dtype, monkeypatch):
         spec = replace(SPEC, dtype=dtype)
-        monkeypatch.setattr("tests.transport.harbour.SPEC", spec)
+        monkeypatch.setattr("tests.transport.transport_fixtures.SPEC", spec)
         harbour = Harbour(kind, spec=spec, **FINE)
         harbour.quay = harbour.dock._landing = Quay(2000, spec)
         try:
@@ -147,14 +143,14 @@ class TestEveryKind:
         courier = Cupboard()
         harbour = Harbour(kind, courier, max_lanes=1)
         quay = Quay()
-        other = Dock("decode-1", quay, SPEC, harbour.config, courier=courier)
+        other = KVReceiver("decode-1", quay, SPEC, harbour.config, courier=courier)
         courier.docks["decode-1"] = other
         try:
             for turn in range(2):
                 harbour.send(make_prefix(key=f"here {turn}", length=50))
                 other.expect(f"there {turn}", f"there {turn}", 5.0)
                 prefix = make_prefix(key=f"there {turn}", length=50)
-                shipment = harbour.shipper.begin(prefix, (0, 50), Ticket(f"there {turn}", other.address, 5.0))
+                shipment = harbour.shipper.begin(prefix, (0, 50), TransferTicket(f"there {turn}", other.address, 5.0))
                 shipment.wrote_all()
                 shipment.finish(5.0)
                 assert [lane["dock"] for lane in harbour.shipper.info()["lanes"]] == ["decode-1"]
@@ -165,7 +161,7 @@ class TestEveryKind:
 
     def test_a_dock_whose_lanes_are_all_busy(self, kind):
         harbour = Harbour(kind, max_lanes=1, **FINE)
-        second = Shipper("prefill-1", SPEC, harbour.config, courier=harbour.courier)
+        second = KVSender("prefill-1", SPEC, harbour.config, courier=harbour.courier)
         try:
             shipment = harbour.begin(make_prefix(), BOUNDS)
             shipment.wrote(0, 0, 1500)
@@ -209,13 +205,13 @@ class TestEveryKind:
 def test_kinds_that_cannot_serve_say_so():
     quay = Quay(10)
     with pytest.raises(BadConfig, match="objectstore needs an object store"):
-        Dock("d", quay, SPEC, TransportConfig(kind="objectstore"))
+        KVReceiver("d", quay, SPEC, TransportConfig(kind="objectstore"))
     if not torch.cuda.is_available():
         with pytest.raises(BadConfig, match="nccl needs KV on a GPU"):
-            Dock("d", quay, SPEC, TransportConfig(kind="nccl"))
+            KVReceiver("d", quay, SPEC, TransportConfig(kind="nccl"))
 
 
 def test_auto_is_gloo_on_a_processor():
-    dock = Dock("d", Quay(10), SPEC, TransportConfig())
+    dock = KVReceiver("d", Quay(10), SPEC, TransportConfig())
     assert dock.address.kind == "gloo" and dock.address.host == "127.0.0.1"
     dock.close()

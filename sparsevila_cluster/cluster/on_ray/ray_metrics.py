@@ -11,12 +11,12 @@ from typing import Any
 
 from ray.serve import metrics
 
-from sparsevila_cluster.metrics import METRICS, PREFIX, key_of
+from sparsevila_cluster.core.metrics import METRICS, PREFIX, key_of
 
 KINDS = {"counter": metrics.Counter, "gauge": metrics.Gauge, "histogram": metrics.Histogram}
 
 
-class RaySink:
+class RayMetricsSink:
     """See `metrics.Sink`. Safe from any thread."""
 
     def count(self, name: str, value: float = 1.0, **labels: str) -> None:

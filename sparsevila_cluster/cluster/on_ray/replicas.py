@@ -20,13 +20,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.on_ray.clerk import Clerk
 from sparsevila_cluster.cluster.on_ray.loopback import node_address, stay_on_loopback
-from sparsevila_cluster.cluster.on_ray.ray_metrics import RaySink
-from sparsevila_cluster.cluster.on_ray.ray_pool import RayPool
-from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import SparseVilaError
-from sparsevila_cluster.logs import log_to_stderr
+from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
+from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
+from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.core.cluster_config import ClusterConfig
+from sparsevila_cluster.core.errors import SparseVilaError
+from sparsevila_cluster.core.json_logging import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def placed(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"transport": transport})
 
 
-class RegistryReplica(Clerk):
+class RegistryReplica(RpcServer):
     """The directory. There is one: Serve starts it again when it dies, and the workers' reports fill it."""
 
     def __init__(self, config: ClusterConfig, verbose: bool = False):
@@ -62,26 +62,26 @@ class RegistryReplica(Clerk):
         super().__init__(replica_name(), directory, REGISTRY_CALLS, beat_s=config.transport.beat_s)
 
 
-class WorkerReplica(Clerk):
+class WorkerReplica(RpcServer):
     """What prefill and decode replicas share: reports, health, the end."""
 
     def _open(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool) -> dict[str, Any]:
         """Settle into this process; what every worker is made with, besides its name and configuration."""
-        from sparsevila_cluster.cluster.on_ray.ray_courier import RayCourier
+        from sparsevila_cluster.cluster.on_ray.ray_object_store import RayObjectStore
 
         stay_on_loopback()
         log_to_stderr(verbose, replica_name())
         self._config = config
-        self._registry = RayPool(registry)
+        self._registry = RayWorkerPool(registry)
         decode = serve.get_deployment_handle(DECODE, app_name=serve.get_replica_context().app_name)
         return {
-            "courier": RayCourier(RayPool(decode, by_reference=True)),
-            "sink": RaySink(),
+            "courier": RayObjectStore(RayWorkerPool(decode, by_reference=True)),
+            "sink": RayMetricsSink(),
             "node": ray.get_runtime_context().get_node_id(),
         }
 
     def _begin(self, worker: Any, calls: tuple[str, ...], streams: tuple[str, ...]) -> None:
-        Clerk.__init__(self, replica_name(), worker, calls, streams, self._config.transport.beat_s)
+        RpcServer.__init__(self, replica_name(), worker, calls, streams, self._config.transport.beat_s)
         self._reporting = asyncio.create_task(self._report())
 
     async def check_health(self) -> None:

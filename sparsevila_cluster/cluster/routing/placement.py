@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsevila_cluster.cluster.reports import WorkerReport
+from sparsevila_cluster.cluster.messages import WorkerReport
 
 FIRST_COOLING_S = 0.5
 LONGEST_COOLING_S = 30.0
 
 
 @dataclass
-class Breaker:
+class CircuitBreaker:
     """Workers that failed just now are avoided for a while, which doubles with every failure until one call succeeds."""
 
     _failures: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Breaker:
 
 
 @dataclass(frozen=True)
-class Scene:
+class PlacementContext:
     """What one decision may use beside the reports.
 
     under_way: what this router has running at each worker, which reports show only later. cooling: avoided as long as somebody
@@ -65,18 +65,17 @@ class Scene:
         """Work at a worker. A report is older than what this router sent since, and knows more of other routers."""
         return max(one.load.num_running + one.load.num_waiting, self.under_way.get(one.worker, 0))
 
-
     def tie(self, one: WorkerReport) -> int:
         """A rank among equals that has nothing to do with their names' order."""
         return zlib.crc32(f"{self.about}/{one.worker}".encode())
 
 
-def choose_prefill(workers: Iterable[WorkerReport], scene: Scene) -> str | None:
+def choose_prefill(workers: Iterable[WorkerReport], scene: PlacementContext) -> str | None:
     """Who makes a media prefix: the least busy. None if nobody may."""
     return _least(scene.open_to(workers), lambda one: (scene.busy(one), scene.tie(one)))
 
 
-def choose_decode(workers: Iterable[WorkerReport], num_bytes: int | None, scene: Scene) -> str | None:
+def choose_decode(workers: Iterable[WorkerReport], num_bytes: int | None, scene: PlacementContext) -> str | None:
     """Where a prefix of `num_bytes` (None: not known yet) goes: where it evicts nothing, then the least busy, then the emptiest.
 
     Workers whose whole budget is smaller never qualify. None if nobody may take it.
@@ -88,7 +87,7 @@ def choose_decode(workers: Iterable[WorkerReport], num_bytes: int | None, scene:
     )
 
 
-def choose_holder(holders: Iterable[WorkerReport], scene: Scene) -> str | None:
+def choose_holder(holders: Iterable[WorkerReport], scene: PlacementContext) -> str | None:
     """Which holder of a prefix takes a new conversation: the least busy, then the one with most room for its text."""
     return _least(
         scene.open_to(holders),
@@ -97,7 +96,7 @@ def choose_holder(holders: Iterable[WorkerReport], scene: Scene) -> str | None:
 
 
 def choose_source(
-    copies: Iterable[WorkerReport], holders: Iterable[WorkerReport], scene: Scene, target: str | None = None
+    copies: Iterable[WorkerReport], holders: Iterable[WorkerReport], scene: PlacementContext, target: str | None = None
 ) -> WorkerReport | None:
     """Who ships a prefix that exists to `target`: a host copy rather than a decode worker, which has turns to run."""
     for workers in (copies, holders):
@@ -114,7 +113,7 @@ def choose_replica(
     num_bytes: int,
     running: int,
     replicate_after: int,
-    scene: Scene,
+    scene: PlacementContext,
 ) -> str | None:
     """Another worker for a hot prefix: `running` turns at its least busy holder have reached `replicate_after` (0: never).
 

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sparsevila_cluster.cluster.recent import Recent
-from sparsevila_cluster.cluster.routing.fleet import Fleet
 from sparsevila_cluster.cluster.routing.placement import choose_replica
-from sparsevila_cluster.cluster.routing.shipping import Shipping
-from sparsevila_cluster.patience import Caller
+from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner
+from sparsevila_cluster.cluster.routing.worker_clients import WorkerClients
+from sparsevila_cluster.core.deadline import Deadline
+from sparsevila_cluster.core.lru_dict import LRUDict
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +25,15 @@ REST_S = 5.0
 MAX_RESTING = 1_024
 
 
-class Replication:
+class PrefixReplicator:
     """Sends copies in the background. Used within one event loop."""
 
-    def __init__(self, fleet: Fleet, shipping: Shipping):
+    def __init__(self, fleet: WorkerClients, shipping: PrefixProvisioner):
         self._fleet = fleet
         self._shipping = shipping
         self._running: Counter[tuple[str, str]] = Counter()
         self._going: set[str] = set()
-        self._resting: Recent[float] = Recent(MAX_RESTING)
+        self._resting: LRUDict[float] = LRUDict(MAX_RESTING)
         self.num_replicas = 0
 
     @contextmanager
@@ -58,10 +58,10 @@ class Replication:
 
     async def _replicate(self, key: str, after: int) -> None:
         fleet = self._fleet
-        caller = Caller(fleet.config.engine.prepare_timeout_s)
+        deadline = Deadline(fleet.config.engine.prepare_timeout_s)
         try:
-            found = await fleet.registry.find(None, key, caller)
-            decodes = await fleet.workers("decode", caller)
+            found = await fleet.registry.find(None, key, deadline)
+            decodes = await fleet.workers("decode", deadline)
             holders = {one.worker for one in found.holders}
             if found.handle is None or not holders:
                 return
@@ -69,7 +69,7 @@ class Replication:
             target = choose_replica(decodes, holders, found.handle.kv_bytes, running, after, fleet.scene())
             if target is not None:
                 report = next(one for one in decodes if one.worker == target)
-                await self._shipping.replicate(key, found.handle, report, caller)
+                await self._shipping.replicate(key, found.handle, report, deadline)
                 self.num_replicas += 1
                 log.info("media %s is hot: it is at %s too now", key[:12], target, extra={"at": target})
         finally:

@@ -17,22 +17,22 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from sparsevila_cluster.cluster.reports import WorkerReport
-from sparsevila_cluster.cluster.workers.answering import Answering
-from sparsevila_cluster.cluster.workers.desk import Desk
-from sparsevila_cluster.cluster.workers.journals import Journals
-from sparsevila_cluster.cluster.workers.landing import EngineLanding
-from sparsevila_cluster.cluster.workers.sending import Sending
-from sparsevila_cluster.cluster.workers.stages import count, tell_memory
-from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.decode_engine import DecodeEngine
-from sparsevila_cluster.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, WorkerLost
-from sparsevila_cluster.metrics import Sink, Tally
+from sparsevila_cluster.cluster.messages import WorkerReport
+from sparsevila_cluster.cluster.workers.async_decode_engine import AsyncDecodeEngine
+from sparsevila_cluster.cluster.workers.conversation_journals import ConversationJournals
+from sparsevila_cluster.cluster.workers.engine_prefix_sink import EnginePrefixSink
+from sparsevila_cluster.cluster.workers.stage_metrics import count, tell_memory
+from sparsevila_cluster.cluster.workers.transfer_tasks import TransferTasks
+from sparsevila_cluster.cluster.workers.turn_service import TurnService
+from sparsevila_cluster.core.cluster_config import ClusterConfig
+from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, WorkerLost
+from sparsevila_cluster.core.metrics import MetricsSink, Tally
+from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnEvent, TurnRecord
+from sparsevila_cluster.engine.decode_engine import DecodeEngine
+from sparsevila_cluster.engine.prompt_rows import chunk_bounds
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import DECODE_PARTS, Model
-from sparsevila_cluster.prompt_rows import chunk_bounds
-from sparsevila_cluster.request import MediaHandle, Turn, TurnEvent, TurnRecord
-from sparsevila_cluster.transport import Courier, Dock, DockAddress, Shipper, Ticket
+from sparsevila_cluster.transport import KVReceiver, KVSender, ObjectStore, ReceiverAddress, TransferTicket
 
 log = logging.getLogger(__name__)
 
@@ -47,23 +47,23 @@ class DecodeWorker:
         config: ClusterConfig,
         *,
         model: Model | None = None,
-        courier: Courier | None = None,
-        sink: Sink | None = None,
+        courier: ObjectStore | None = None,
+        sink: MetricsSink | None = None,
         node: str = "",
     ):
         """name: of this worker, as others know it. model: loaded with the parts that a decode needs if None."""
         engine, transport = config.engine, config.transport
         self.name, self.config, self.node = name, config, node
-        self.sink: Sink = Tally() if sink is None else sink
+        self.sink: MetricsSink = Tally() if sink is None else sink
         self.model = model or load_model(engine.model_dir, DECODE_PARTS, **engine.loading)
         spec = self.model.spec
         self.engine = DecodeEngine(self.model, engine)
-        self._desk = Desk(name, self.engine, config.decode.brownout_at)
-        self._journals = Journals(engine.max_conversations)
-        self._answering = Answering(self._desk, self._journals, self.sink)
-        landing = EngineLanding(spec, self._desk.post, transport.lease_s)
-        self.dock = Dock(name, landing, spec, transport, device=self.model.device, courier=courier, sink=self.sink)
-        self._sending = Sending(Shipper(name, spec, transport, courier=courier, sink=self.sink), transport.dial_timeout_s)
+        self._desk = AsyncDecodeEngine(name, self.engine, config.decode.brownout_at)
+        self._journals = ConversationJournals(engine.max_conversations)
+        self._answering = TurnService(self._desk, self._journals, self.sink)
+        landing = EnginePrefixSink(spec, self._desk.post, transport.lease_s)
+        self.dock = KVReceiver(name, landing, spec, transport, device=self.model.device, courier=courier, sink=self.sink)
+        self._sending = TransferTasks(KVSender(name, spec, transport, courier=courier, sink=self.sink), transport.dial_timeout_s)
         self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="exchange")
         self._told: tuple[MediaHandle, ...] | None = None
         self._preempted = 0
@@ -71,7 +71,7 @@ class DecodeWorker:
 
     # ---- media prefixes ----------------------------------------------------------------------------------------------------
 
-    async def reserve(self, transfer_id: str, key: str, num_bytes: int | None, lease_s: float) -> DockAddress:
+    async def reserve(self, transfer_id: str, key: str, num_bytes: int | None, lease_s: float) -> ReceiverAddress:
         """Book a transfer: from now on, for `lease_s`, a sender may offer the prefix of `key` here. Where to send it to.
 
         The bytes themselves are taken when the sender says how many they are.
@@ -103,7 +103,7 @@ class DecodeWorker:
         """Give a transfer up, in any state; one that has arrived stays. Harmless when repeated."""
         self.dock.forget(transfer_id)
 
-    async def ship(self, key: str, ticket: Ticket) -> dict[str, Any]:
+    async def ship(self, key: str, ticket: TransferTicket) -> dict[str, Any]:
         """Send a resident prefix to another worker, holding it meanwhile. As `PrefillWorker.ship`."""
         self._check_open()
         prefix = await self._desk.hold(key)
@@ -213,7 +213,7 @@ class DecodeWorker:
         self._desk.check()
         self.dock.check()
 
-    async def warm(self, docks: Iterable[DockAddress] = ()) -> None:
+    async def warm(self, docks: Iterable[ReceiverAddress] = ()) -> None:
         """Answer a tiny question about noise, so that the first real one finds everything loaded; build lanes to `docks`."""
         await self._answering.warm()
         await self._sending.warm(docks)

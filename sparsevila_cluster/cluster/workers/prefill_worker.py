@@ -18,24 +18,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from sparsevila_cluster.cluster.reports import Load, WorkerReport
-from sparsevila_cluster.cluster.workers.copies import Copies
-from sparsevila_cluster.cluster.workers.making import LastWords, Making
-from sparsevila_cluster.cluster.workers.sending import Sending
-from sparsevila_cluster.cluster.workers.stages import tell_memory, tell_prefill
-from sparsevila_cluster.cluster.workers.warming import tiny_picture
-from sparsevila_cluster.cluster_config import ClusterConfig
-from sparsevila_cluster.errors import DeadlineExceeded, Internal, NotFound, QueueFull, SparseVilaError, WorkerLost
-from sparsevila_cluster.kv import MediaPrefix
-from sparsevila_cluster.media_handle import handle_of
-from sparsevila_cluster.metrics import Sink, Tally
+from sparsevila_cluster.cluster.messages import Load, WorkerReport
+from sparsevila_cluster.cluster.workers.host_copies import HostCopies
+from sparsevila_cluster.cluster.workers.prefill_job import PrefillJob, ProgressChannel
+from sparsevila_cluster.cluster.workers.stage_metrics import tell_memory, tell_prefill
+from sparsevila_cluster.cluster.workers.transfer_tasks import TransferTasks
+from sparsevila_cluster.cluster.workers.warm_up import tiny_picture
+from sparsevila_cluster.core.cluster_config import ClusterConfig
+from sparsevila_cluster.core.deadline import Deadline, wait_within
+from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, NotFound, QueueFull, SparseVilaError, WorkerLost
+from sparsevila_cluster.core.metrics import MetricsSink, Tally
+from sparsevila_cluster.core.requests import MediaHandle, MediaSource, PrepareRequest
+from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
+from sparsevila_cluster.engine.prompt_rows import chunk_bounds
+from sparsevila_cluster.kvcache.media_handle import handle_of
+from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import PREFILL_PARTS, Model
-from sparsevila_cluster.patience import Caller, wait_within
-from sparsevila_cluster.prefill_engine import PrefillEngine, Preparation
-from sparsevila_cluster.prompt_rows import chunk_bounds
-from sparsevila_cluster.request import MediaHandle, MediaSource, PrepareRequest
-from sparsevila_cluster.transport import Courier, DockAddress, Shipper, Ticket
+from sparsevila_cluster.transport import KVSender, ObjectStore, ReceiverAddress, TransferTicket
 
 log = logging.getLogger(__name__)
 
@@ -49,27 +49,27 @@ class PrefillWorker:
         config: ClusterConfig,
         *,
         model: Model | None = None,
-        courier: Courier | None = None,
-        sink: Sink | None = None,
+        courier: ObjectStore | None = None,
+        sink: MetricsSink | None = None,
         node: str = "",
     ):
         """name: of this worker, as others know it. model: loaded with the parts that a prefill needs if None."""
         engine = config.engine
         self.name, self.config, self.node = name, config, node
-        self.sink: Sink = Tally() if sink is None else sink
+        self.sink: MetricsSink = Tally() if sink is None else sink
         self.model = model or load_model(engine.model_dir, PREFILL_PARTS, **engine.loading)
         self.engine = PrefillEngine(self.model, engine, wire=config.transport.quantization)
         spec, device = self.model.spec, self.model.device
-        self.copies = Copies(spec, config.prefill.copy_bytes)
+        self.copies = HostCopies(spec, config.prefill.copy_bytes)
         # On a CPU the prefill writes into the copy itself.
-        self.staging = None if device.type == "cpu" else Copies(spec, engine.prefix_bytes, device)
-        self.shipper = Shipper(name, spec, config.transport, courier=courier, sink=self.sink)
+        self.staging = None if device.type == "cpu" else HostCopies(spec, engine.prefix_bytes, device)
+        self.shipper = KVSender(name, spec, config.transport, courier=courier, sink=self.sink)
         self.num_prefills = 0
-        self._sending = Sending(self.shipper, config.transport.dial_timeout_s)
+        self._sending = TransferTasks(self.shipper, config.transport.dial_timeout_s)
         self._prefill_thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
         self._key_thread = ThreadPoolExecutor(1, thread_name_prefix="key")
-        self._making: dict[asyncio.Task, Making] = {}
-        self._running: LastWords | None = None
+        self._making: dict[asyncio.Task, PrefillJob] = {}
+        self._running: ProgressChannel | None = None
         self._reported: int | None = None
         self._closed = False
 
@@ -81,7 +81,7 @@ class PrefillWorker:
         return await wait_within(self._in(self._key_thread, self.engine.key_of, request), within_s, "reading the sources")
 
     async def make(
-        self, request: PrepareRequest, key: str, ticket: Ticket
+        self, request: PrepareRequest, key: str, ticket: TransferTicket
     ) -> AsyncGenerator[tuple[str, str, int, int] | tuple[str, MediaHandle, dict[str, Any]], None]:
         """Make the prefix of `key` and send it; ("progress", stage, done, total) now and then, last ("made", handle, report).
 
@@ -96,12 +96,12 @@ class PrefillWorker:
         self._check_open()
         if self._num_waiting >= self.config.engine.max_waiting:
             raise QueueFull(f"{self._num_waiting} preparations wait already; the limit is {self.config.engine.max_waiting}")
-        caller = Caller(self._within_s(request))
-        words = LastWords(caller)
+        deadline = Deadline(self._within_s(request))
+        words = ProgressChannel(deadline)
         preparation = Preparation(request, self._guarded(words))
-        making = Making(preparation, key, ticket, self.copies, self.staging, self.shipper)
+        making = PrefillJob(preparation, key, ticket, self.copies, self.staging, self.shipper)
         # A task of its own: who leaves early does not wait until the prefill has noticed.
-        task = asyncio.ensure_future(self._make(making, caller, words, ticket))
+        task = asyncio.ensure_future(self._make(making, deadline, words, ticket))
         self._making[task] = making
         task.add_done_callback(self._made)
         try:
@@ -111,10 +111,10 @@ class PrefillWorker:
             handle, report = await task
             yield "made", handle, report
         finally:
-            caller.leave()
+            deadline.cancel()
             self._end(task, making, "the caller left")
 
-    def _end(self, task: asyncio.Task, making: Making, reason: str) -> None:
+    def _end(self, task: asyncio.Task, making: PrefillJob, reason: str) -> None:
         """Have a preparation end soon. One that is in the prefill thread cannot be cancelled: it ends at its next report."""
         if making.done:
             task.cancel()
@@ -131,7 +131,9 @@ class PrefillWorker:
         if not task.cancelled():
             task.exception()  # it may be that nobody waits for it any more
 
-    async def _make(self, making: Making, caller: Caller, words: LastWords, ticket: Ticket) -> tuple[MediaHandle, dict[str, Any]]:
+    async def _make(
+        self, making: PrefillJob, deadline: Deadline, words: ProgressChannel, ticket: TransferTicket
+    ) -> tuple[MediaHandle, dict[str, Any]]:
         def run(engine: PrefillEngine) -> MediaPrefix:
             self._running, words.heard_s = words, time.perf_counter()
             try:
@@ -146,13 +148,13 @@ class PrefillWorker:
                 prefix = await self._in(self._prefill_thread, run, self.engine)
             making.done = True
             ms = self._tell(making, prefix, facts)
-            caller.check("sending media")
+            deadline.check("sending media")
             if making.refusal is not None:
                 raise making.refusal
         except BaseException:
             self._sending.undo(making.shipment, making.release)
             raise
-        within_s, made_s = min(caller.left_s, ticket.deadline_s), time.perf_counter()
+        within_s, made_s = min(deadline.left_s, ticket.deadline_s), time.perf_counter()
         if making.shipment is None:
             bounds = chunk_bounds(prefix.length, self.config.engine.prefill_chunk)
             report = await self._sending.ship(prefix, bounds, ticket, making.release)
@@ -163,7 +165,7 @@ class PrefillWorker:
         ms["transfer"] = round((time.perf_counter() - made_s) * 1e3, 3)
         return handle_of(prefix, reused=making.reused, ms=ms), report
 
-    def _tell(self, making: Making, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
+    def _tell(self, making: PrefillJob, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
         """Count a finished prefill; milliseconds of its stages."""
         if making.reused:
             return {}
@@ -174,7 +176,7 @@ class PrefillWorker:
         log.info("media prefix made", extra={**facts, "tokens": prefix.length, "ms": ms})
         return ms
 
-    async def ship(self, key: str, ticket: Ticket) -> dict[str, Any]:
+    async def ship(self, key: str, ticket: TransferTicket) -> dict[str, Any]:
         """Send the copy of a prefix; the TransferReport as a dict. Cancelling it aborts the shipment.
 
         Raises:
@@ -246,10 +248,10 @@ class PrefillWorker:
         if running is not None and (silent_s := time.perf_counter() - running.heard_s) > most_s:
             raise Internal(f"worker {self.name}: a prefill has made no progress for {silent_s:.0f} s, over {most_s:g} s")
 
-    async def warm(self, docks: Iterable[DockAddress] = ()) -> None:
+    async def warm(self, docks: Iterable[ReceiverAddress] = ()) -> None:
         """Make a tiny prefix and drop it, so that the first real one finds everything loaded; build lanes to `docks`."""
         request = PrepareRequest((MediaSource(tiny_picture(), "image"),))
-        making = Making(Preparation(request), "warm", None, self.copies, self.staging, self.shipper)
+        making = PrefillJob(Preparation(request), "warm", None, self.copies, self.staging, self.shipper)
 
         def run() -> None:
             try:
@@ -261,7 +263,7 @@ class PrefillWorker:
         await wait_within(self._in(self._prefill_thread, run), self.config.engine.prepare_timeout_s, "warming up")
         await self.meet(docks)
 
-    async def meet(self, docks: Iterable[DockAddress]) -> None:
+    async def meet(self, docks: Iterable[ReceiverAddress]) -> None:
         """Build lanes to `docks` ahead of the first shipment. One that cannot be built now is built with that shipment."""
         await self._sending.warm(docks)
 
@@ -270,7 +272,7 @@ class PrefillWorker:
     def _within_s(self, request: PrepareRequest) -> float:
         return self.config.engine.prepare_timeout_s if request.deadline_s is None else request.deadline_s
 
-    def _guarded(self, words: LastWords) -> Callable[[str, int, int], None]:
+    def _guarded(self, words: ProgressChannel) -> Callable[[str, int, int], None]:
         def report(stage: str, done: int, total: int) -> None:
             self._check_open()
             words.tell(stage, done, total)

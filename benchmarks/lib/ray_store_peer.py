@@ -1,0 +1,115 @@
+"""The `objectstore` kind over a local Ray, against the store alone: `put` here, `get` and a copy in an actor.
+
+Knows: how to start a Ray that nobody else uses. Does not know: what the rows are compared with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from benchmarks.lib.stopwatch import Patience, once_ms
+from benchmarks.lib.transfer_peer import WAIT_S, Berth, make_prefix
+from sparsevila_cluster.core.cluster_config import TransportConfig
+from sparsevila_cluster.kvcache.arena import KVSpec
+from sparsevila_cluster.transport import KVReceiver, KVSender, ReceiverAddress, TransferTicket
+
+MIB = 2**20
+ROOT = Path(__file__).parents[2]
+
+
+class ActorCourier:
+    """The store of this cluster, and calls to the one actor that holds the dock."""
+
+    def __init__(self, actor: Any = None):
+        self._actor = actor
+
+    def put(self, array: np.ndarray) -> Any:
+        return ray.put(array)
+
+    def get(self, token: Any, within_s: float) -> Any:
+        return ray.get(token, timeout=within_s)
+
+    def exchange(self, dock: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> Any:
+        return ray.get(self._actor.exchange.remote(lane_id, messages, wait_s), timeout=wait_s + WAIT_S)
+
+
+class FarActor:
+    """A dock in a process of Ray's; also fetches bare objects."""
+
+    def __init__(self, spec: KVSpec, num_slots: int):
+        torch.set_num_threads(1)
+        config = TransportConfig(kind="objectstore")
+        self._dock = KVReceiver("far", Berth(spec, num_slots), spec, config, courier=ActorCourier())
+        self._target = np.zeros(num_slots * spec.bytes_per_token, np.uint8)
+
+    def address(self) -> ReceiverAddress:
+        return self._dock.address
+
+    def expect(self, transfer_id: str) -> None:
+        self._dock.expect(transfer_id, "k", WAIT_S)
+
+    def exchange(self, lane_id: str, messages: list[Any], wait_s: float) -> Any:
+        return self._dock.exchange(lane_id, messages, wait_s)
+
+    def fetch(self, tokens: list[Any]) -> None:
+        array = ray.get(tokens[0])
+        np.copyto(self._target[: array.nbytes], array)
+
+
+def objectstore_rows(
+    spec: KVSpec,
+    sizes: Sequence[int],
+    patience: Patience,
+    say: Callable[[str], None],
+    contest: Callable[..., dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """One row per size in MiB."""
+    if not sizes:
+        return []
+    say("starting Ray")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=4 * max(sizes) * MIB + 256 * MIB,
+        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
+    )
+    try:
+        num_slots = max(sizes) * MIB // spec.bytes_per_token + 1
+        far: Any = ray.remote(FarActor).options(max_concurrency=8, num_cpus=1).remote(spec, num_slots)
+        address = ray.get(far.address.remote(), timeout=WAIT_S)
+        shipper = KVSender("near", spec, TransportConfig(kind="objectstore"), courier=ActorCourier(far))
+        number = 0
+
+        def lane_ms() -> float:
+            nonlocal number
+            number += 1
+            ticket = TransferTicket(str(number), address, WAIT_S)
+            ray.get(far.expect.remote(ticket.transfer_id))
+
+            def send() -> None:
+                shipment = shipper.begin(prefix, (0, prefix.length), ticket)
+                shipment.wrote_all()
+                shipment.finish(WAIT_S)
+
+            return once_ms(send)
+
+        rows = []
+        for mib in sizes:
+            say(f"objectstore, {mib} MiB")
+            prefix = make_prefix(spec, mib * MIB)
+            source = np.ones(prefix.kv_bytes, np.uint8)
+            bare = lambda: once_ms(lambda: ray.get(far.fetch.remote([ray.put(source)])))  # noqa: B023, E731
+            rows.append(contest("objectstore", mib, bare, lane_ms, patience))
+        shipper.close()
+        return rows
+    finally:
+        ray.shutdown()

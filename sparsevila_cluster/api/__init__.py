@@ -1,0 +1,1 @@
+"""What Python users import: VideoQA, AsyncVideoQA, ask_many, pictures of evidence."""

@@ -1,0 +1,153 @@
+"""The face for Python users who block: `AsyncVideoQA`, run by an event loop in a thread of its own.
+
+Knows: how long each call may take. Does not know: what the calls do, or how threads wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+
+from sparsevila_cluster.api.ask_many import Ask, Asked, Item, many_limit_s
+from sparsevila_cluster.api.async_video_qa import AsyncChat, AsyncVideoQA
+from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source
+from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.core.deadline import GRACE_S
+from sparsevila_cluster.core.event_loop_thread import EventLoopThread
+from sparsevila_cluster.core.protocols import Progress
+from sparsevila_cluster.core.requests import Answer, MediaHandle
+from sparsevila_cluster.engine.local_pipeline import LocalPipeline
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+R = TypeVar("R")
+
+
+class VideoQA:
+    """Questions about videos and images.
+
+        qa = VideoQA("path/to/checkpoint", prune_keep=0.25, retrieve_keep=0.10)
+        chat = qa.conversation(qa.prepare("clip.mp4"))
+        print(chat.ask("What happens?").text)
+
+    Keyword arguments are config fields (`EngineConfig`, and the fields of its `sparsity` and `limits`). `VideoQA("demo")` is the
+    bundled model. `prune="keep_all", retrieve="retrieve_all"` is dense. Use it as a context manager, or call `close`.
+    Methods may be called from several threads, and from a notebook. Every call is that of `AsyncVideoQA`, and waits for it.
+
+    Raises:
+        BadConfig, BadRequest, BadCheckpoint, DeadlineExceeded. Methods also: Unavailable (closed).
+    """
+
+    def __init__(self, model: str | PathLike[str] | None = None, *, config: EngineConfig | None = None, **fields: Any):
+        self._async = AsyncVideoQA(model, config=config, **fields)
+        self.config = self._async.config
+        self._thread = EventLoopThread("VideoQA")
+        try:
+            self._run(self._async.load(), self.config.load_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pipeline(self) -> LocalPipeline:
+        """The pipeline behind this object. Its coroutines belong to this object's event loop."""
+        return self._run(self._async.ready(), self.config.load_timeout_s)
+
+    def prepare(
+        self, source: Source | Sequence[Source], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
+    ) -> MediaHandle:
+        """Decode, encode, prune and prefill a video or image (a path, bytes or data URL), or several as one.
+
+        Options: `fps`, `max_frames`, `prune_keep`, `timeout_s`. The same media with the same options is found again without work
+        (`handle.reused`). `progress(stage, done, total)` is called in another thread; what it raises ends the preparation.
+
+        Raises:
+            BadMedia, BadRequest, TooLarge, QueueFull, DeadlineExceeded.
+        """
+        limit_s = self._async.prepare_limit_s(options.get("timeout_s"))
+        return self._run(self._async.prepare(source, progress=progress, **options), limit_s)
+
+    def conversation(self, media: MediaHandle) -> Chat:
+        """A new conversation about prepared media."""
+        return Chat(self, self._async.conversation(media))
+
+    def ask_many(
+        self,
+        asks: Iterable[Item],
+        *,
+        max_parallel: int | None = None,
+        prepare: PrepareOptions | None = None,
+        progress: Progress | bool | None = None,
+        **options: Unpack[AskOptions],
+    ) -> list[Asked]:
+        """Hold many conversations, several at a time; the results stand in the order of `asks`.
+
+            results = qa.ask_many([("a.mp4", "What happens?"), ("b.mp4", ["Who is there?", "And then?"])], max_tokens=32)
+            texts = [result.answer.text for result in results]
+
+        `AsyncVideoQA.ask_many` documents the arguments. A `progress` function is called in another thread: it must not call
+        methods of this object.
+        """
+        items = [Ask.of(ask) for ask in asks]
+        work = self._async.ask_many(items, max_parallel=max_parallel, prepare=prepare, progress=progress, **options)
+        return self._run(work, many_limit_s(self._async, items, prepare or {}, options))
+
+    def info(self) -> dict[str, Any]:
+        """What is resident and running."""
+        return self._run(self._async.info())
+
+    def close(self) -> None:
+        """Abort what runs and free everything. Idempotent.
+
+        Raises:
+            DeadlineExceeded: the engines did not end within twice `close_timeout_s`.
+        """
+        self._thread.close(self._async.close(), 2 * self.config.close_timeout_s + 2 * GRACE_S)
+
+    def __enter__(self) -> VideoQA:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, R], limit_s: float | None = None) -> R:
+        """Wait for a coroutine that has a deadline of its own, `limit_s` (None: that of a turn)."""
+        return self._thread.run(work, self._async.turn_limit_s(None) if limit_s is None else limit_s)
+
+
+class Chat:
+    """One conversation: each question sees the video and all earlier questions and answers."""
+
+    def __init__(self, qa: VideoQA, chat: AsyncChat):
+        self._qa = qa
+        self._chat = chat
+        self.media = chat.media
+        self.conversation_id = chat.conversation_id
+        self.turns = chat.turns
+
+    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
+        """The whole answer.
+
+        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
+        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
+
+        Raises:
+            BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
+        """
+        return self._qa._run(self._chat.ask(question, **options), self._qa._async.turn_limit_s(options.get("timeout_s")))
+
+    def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[str]:
+        """The answer's text in pieces. Options and errors as for `ask`. Leaving early aborts the turn and forgets it; after the
+        last piece the whole answer is the last of `turns`."""
+        limit_s = self._qa._async.turn_limit_s(options.get("timeout_s"))
+        return self._qa._thread.iterate(self._chat.stream(question, **options), limit_s)
+
+    def show(self) -> Image.Image:
+        """One picture of where all turns looked; `evidence.show()` is that of one. Errors as for that."""
+        return self._chat.draw()
+
+    def close(self) -> None:
+        """Free the conversation's KV; its media stays."""
+        self._qa._run(self._chat.close())

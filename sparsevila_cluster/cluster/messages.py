@@ -1,0 +1,107 @@
+"""What workers say about themselves, and what the directory answers: plain data that crosses processes.
+
+Knows: the facts that placement and recovery need. Does not know: who sends them how, or what is decided from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsevila_cluster.core.requests import MediaHandle, TurnRecord
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a worker is. `num_*`: preparations of a prefill worker, turns of a decode worker.
+
+    prefix_*: resident media prefixes (decode) or host copies of them (prefill); turn_*: running turns and conversations' text.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    prefix_bytes: int = 0
+    prefix_budget_bytes: int = 0
+    turn_bytes: int = 0
+    turn_budget_bytes: int = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes for prefixes that nothing lies in."""
+        return max(0, self.prefix_budget_bytes - self.prefix_bytes)
+
+
+@dataclass(frozen=True)
+class ConversationJournal:
+    """A conversation as it can be made again: its finished turns, oldest first. `tenant`: whose it is.
+
+    num_heard: how many of them a router has heard the end of. A worker does not know that: whoever asked its last turn may have
+    left, and the conversation gone on without that turn.
+    """
+
+    conversation_id: str
+    media_id: str
+    records: tuple[TurnRecord, ...] = ()
+    tenant: str = ""
+    num_heard: int = 0
+
+
+def names(records: Sequence[TurnRecord]) -> list[tuple[str, tuple[int, ...]]]:
+    """Which turns, with which answers: equal for conversations that go on alike."""
+    return [(record.turn.turn_id, tuple(record.token_ids)) for record in records]
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """One worker, now.
+
+    address: of its dock (a `transport.DockAddress`), to build lanes ahead; None for a worker without one. residents: every
+    prefix that it holds or keeps a copy of, None = as in the report before. records: every conversation that it holds, told to a
+    directory that asks for everything; None otherwise.
+    """
+
+    worker: str
+    pool: Literal["prefill", "decode"]
+    node: str = ""
+    address: Any = None
+    load: Load = Load()
+    residents: tuple[MediaHandle, ...] | None = None
+    records: tuple[ConversationJournal, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PrefixLocation:
+    """What the directory knows of one media. Workers come without residents and records.
+
+    key: the content key, None while only a digest was named that nobody has noted. holders: decode workers where it is resident.
+    copies: prefill workers that keep a host copy. settled: every worker has had time to report, so what is absent is unknown.
+    """
+
+    key: str | None = None
+    handle: MediaHandle | None = None
+    holders: tuple[WorkerReport, ...] = ()
+    copies: tuple[WorkerReport, ...] = ()
+    settled: bool = True
+
+
+@dataclass(frozen=True)
+class MediaLocation:
+    """One media of the whole cluster: for people."""
+
+    handle: MediaHandle
+    holders: tuple[str, ...]
+    copies: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClusterSnapshot:
+    """Every worker that reports, without residents and records."""
+
+    workers: tuple[WorkerReport, ...] = ()
+    num_conversations: int = 0
+    settled: bool = True
+
+    def of(self, pool: Literal["prefill", "decode"]) -> tuple[WorkerReport, ...]:
+        """The workers of one pool."""
+        return tuple(report for report in self.workers if report.pool == pool)

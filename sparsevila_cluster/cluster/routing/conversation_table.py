@@ -1,0 +1,142 @@
+"""Conversations as one router knows them: where each one is, how far it has come, and whose turn it is.
+
+Knows: the token that clients hold (`base.worker.epoch`), and that turns of one conversation come one after the other. Does not
+know: what was said (the registry keeps that), or how workers are asked. What is forgotten here is found again by the token and in
+the registry.
+
+The epoch is `moves-turns`: how often the conversation went on at another worker, and how many turns it had behind it when the token
+was given. So a router that never heard of it can tell whether a worker, or the registry, is behind what the client has seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sparsevila_cluster.cluster.messages import names
+from sparsevila_cluster.core.errors import BadRequest, NotFound
+from sparsevila_cluster.core.lru_dict import LRUDict
+from sparsevila_cluster.core.requests import Turn, TurnRecord
+
+_BASE = re.compile(r"[0-9a-f]{32}")
+_EPOCH = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
+
+
+@dataclass(frozen=True)
+class ConversationToken:
+    """What a client is told: the conversation, the worker where it went on last, how often it moved, how many turns it had."""
+
+    base: str
+    worker: str = ""
+    moves: int = 0
+    num_turns: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.base}.{self.worker}.{self.moves}-{self.num_turns}"
+
+    @classmethod
+    def parse(cls, text: str) -> ConversationToken:
+        """From what a client sent. What stands behind the base is a hint and may be anything.
+
+        Raises:
+            NotFound: no conversation was ever named so.
+        """
+        base, _, rest = text.partition(".")
+        worker, _, epoch = rest.rpartition(".")
+        known = _EPOCH.fullmatch(epoch)
+        if not _BASE.fullmatch(base):
+            raise NotFound(f"conversation {text[:100]!r} is unknown")
+        return cls(base, worker, int(known[1]), int(known[2])) if known is not None else cls(base, worker)
+
+
+@dataclass
+class ConversationState:
+    """Where a conversation stands. worker: where it is, "" if nowhere yet. known: it is more than what a token says. last_turn_id:
+    of its last finished turn, "" if that is not known.
+
+    unrecorded: (number, record) of turns that the registry was not there to take; recording: held by who tells it. late: somebody
+    will.
+    """
+
+    base: str
+    media_id: str = ""
+    tenant: str = ""
+    worker: str = ""
+    moves: int = 0
+    num_turns: int = 0
+    last_turn_id: str = ""
+    known: bool = False
+    unrecorded: list[tuple[int, TurnRecord]] = field(default_factory=list)
+    recording: asyncio.Lock = field(default_factory=asyncio.Lock)
+    late: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def token(self) -> str:
+        return str(ConversationToken(self.base, self.worker, self.moves, self.num_turns))
+
+    def moves_to(self, worker: str) -> None:
+        """The next turn runs there."""
+        if self.worker and self.worker != worker:
+            self.moves += 1
+        self.worker = worker
+
+    def catch_up(self, token: ConversationToken) -> None:
+        """A client has seen it further than it is known here: another router took turns of it."""
+        if token.num_turns > self.num_turns:
+            self.worker, self.moves, self.num_turns, self.last_turn_id = token.worker, token.moves, token.num_turns, ""
+
+    def and_unrecorded(self, records: Sequence[TurnRecord]) -> list[TurnRecord]:
+        """What the registry knows of it, with the turns that the registry was not there to take."""
+        told = list(records)
+        for number, record in self.unrecorded:
+            if number <= len(told) and names(told[number : number + 1]) != names([record]):
+                told[number:] = [record]
+        return told
+
+    def leads_to(self, records: Sequence[TurnRecord]) -> bool:
+        """Whether these are the turns that were heard here, or more: as many may be others, of a worker that was out of reach."""
+        if len(records) < self.num_turns:
+            return False
+        return not self.num_turns or self.last_turn_id in ("", records[self.num_turns - 1].turn.turn_id)
+
+    def check(self, turn: Turn) -> None:
+        """Raises NotFound: it is another tenant's, which looks as if there was none. BadRequest: it is about another media."""
+        if self.tenant not in ("", turn.tenant):
+            raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
+        if turn.media_id and self.media_id != turn.media_id:
+            raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")
+
+
+class ConversationTable:
+    """Used within one event loop. The least recently used are forgotten beyond `most`."""
+
+    def __init__(self, most: int):
+        self._heads: LRUDict[ConversationState] = LRUDict(most)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def open(self, turn: Turn) -> ConversationState:
+        """A new conversation."""
+        head = ConversationState(uuid.uuid4().hex, turn.media_id, turn.tenant, known=True)
+        self._heads.put(head.base, head)
+        return head
+
+    def head(self, token: ConversationToken) -> ConversationState:
+        """The conversation of a token; a guess by the token alone if it is not known here."""
+        head = self._heads.use(token.base)
+        if head is None:
+            head = ConversationState(token.base, worker=token.worker, moves=token.moves, num_turns=token.num_turns)
+            self._heads.put(head.base, head)
+        return head
+
+    def find(self, token: ConversationToken) -> ConversationState | None:
+        """The conversation of a token if it is known here."""
+        return self._heads.get(token.base)
+
+    def forget(self, base: str) -> None:
+        self._heads.pop(base, None)

@@ -1,0 +1,143 @@
+"""One frozen configuration for the whole cluster: pools, lanes, router and door around one engine configuration.
+
+Knows: every knob of the cluster, its default and legal range. Does not know: Ray, sockets or devices. The same YAML file serves
+`sparsevila serve`, `serve deploy` and tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from sparsevila_cluster.core.config import GIB, MIB, EngineConfig, FrozenConfig, build_config, explain, read_yaml
+from sparsevila_cluster.core.errors import BadConfig
+
+
+class TransportConfig(FrozenConfig):
+    """Lanes between workers."""
+
+    kind: Literal["auto", "inproc", "gloo", "nccl", "objectstore"] = Field(
+        "auto", description="How KV travels. auto: nccl between GPUs, else gloo. inproc: within one process only."
+    )
+    fallback: bool = Field(True, description="After a lane broke twice, send through Ray's object store.")
+    host: str = Field("auto", description="Address that lanes listen on. auto: that of the Ray node.")
+    quantization: Literal["none", "int8"] = Field("none", description="KV on the wire: as it is, or int8 with scales.")
+    checksum: bool = Field(True, description="One checksum per chunk, verified before a prefix may be used.")
+    chunk_bytes: int = Field(16 * MIB, ge=64 * 1024, le=32 * MIB, description="Most bytes of one chunk.")
+    credits: int = Field(4, ge=1, le=64, description="Chunks that a receiver grants ahead.")
+    op_timeout_s: float = Field(10.0, gt=0, description="Deadline of a single send or receive.")
+    dial_timeout_s: float = Field(10.0, gt=0, description="Deadline for building a lane.")
+    beat_s: float = Field(1.0, gt=0, description="Seconds between two signs of life on a lane.")
+    silence_s: float = Field(5.0, gt=0, description="A lane without a sign of life for this long is lost.")
+    lease_s: float = Field(30.0, gt=0, description="A transfer that nothing is heard of for this long gives its bytes back.")
+    max_lanes: int = Field(64, ge=1, description="Lanes of one worker; idle ones are closed first.")
+
+
+class PoolConfig(FrozenConfig):
+    """Workers of one kind."""
+
+    replicas: int = Field(1, ge=1, description="Workers.")
+    num_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for one worker.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for one worker.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources of one worker.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels that a worker's node must have.")
+    threads: int = Field(1, ge=1, description="Threads of torch in one worker.")
+
+
+class PrefillConfig(PoolConfig):
+    """The pool that makes media prefixes."""
+
+    copy_bytes: int = Field(2 * GIB, ge=1, description="Host copies of media prefixes that one worker keeps, to send them again.")
+
+
+class DecodeConfig(PoolConfig):
+    """The pool that holds media prefixes and answers."""
+
+    replicate_after: int = Field(8, ge=0, description="Turns under way on one prefix that earn it another worker; 0: never.")
+    brownout_at: float = Field(
+        1.0, gt=0, description="Turns in line, as a share of max_waiting, at which a worker begins to attend to less; 1: never."
+    )
+
+
+class RouterConfig(FrozenConfig):
+    """The replicas that clients speak to."""
+
+    replicas: int = Field(1, ge=1, description="Routers.")
+    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one router.")
+    max_attempts: int = Field(4, ge=1, description="Workers tried for one request before it fails.")
+    call_timeout_s: float = Field(10.0, gt=0, description="Deadline of a call that should take milliseconds.")
+    max_conversations: int = Field(10_000, ge=1, description="Conversations whose text is kept for recovery.")
+
+
+class DoorConfig(FrozenConfig):
+    """The gRPC door."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8600, ge=0, le=65535, description="Port; 0 takes a free one.")
+    api_keys: dict[str, str] = Field(default_factory=dict, description="API key -> tenant. Empty: no key is asked for.")
+    public_media: bool = Field(False, description="Share prefixes across tenants.")
+    tls_certificate: str | None = Field(None, description="PEM file of the server's certificate chain.")
+    tls_key: str | None = Field(None, description="PEM file of its key.")
+    tls_client_ca: str | None = Field(None, description="PEM file of the authority that clients must be signed by (mTLS).")
+    max_message_bytes: int = Field(8 * MIB, ge=64 * 1024, description="Largest message from a client.")
+    max_inline_bytes: int = Field(4 * MIB, ge=0, description="Largest media inside a request; larger ones are uploaded.")
+    max_streams: int = Field(1000, ge=1, description="Calls at the same time; more wait or are refused.")
+    keepalive_s: float = Field(30.0, gt=0, description="Seconds between two pings on an idle connection.")
+    max_deadline_s: float = Field(3600.0, gt=0, description="Longest deadline that a client may set; what it names beyond is cut.")
+    spool_dir: str | None = Field(None, description="Folder of uploads; routers and prefill workers reach it. None: a private one.")
+    spool_bytes: int = Field(8 * GIB, ge=1, description="Quota of all uploads.")
+    upload_ttl_s: float = Field(3600.0, gt=0, description="How long an upload is kept.")
+    file_root: str | None = Field(None, description="Folder below which clients may name files. None: nowhere.")
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> DoorConfig:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
+
+
+class ClusterConfig(FrozenConfig):
+    """Everything that a cluster needs to start."""
+
+    name: str = Field("sparsevila", pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$", description="Name of the Serve application.")
+    engine: EngineConfig = EngineConfig()
+    transport: TransportConfig = TransportConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig(replicas=2)
+    router: RouterConfig = RouterConfig()
+    door: DoorConfig = DoorConfig()
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of Ray's metrics where `serve` starts Ray itself; 0 takes a free one."
+    )
+    report_s: float = Field(1.0, gt=0, description="Seconds between two reports of a worker.")
+    health_period_s: float = Field(2.0, gt=0, description="Seconds between two health checks of a replica.")
+    health_timeout_s: float = Field(5.0, gt=0, description="Deadline of a health check.")
+    start_timeout_s: float = Field(600.0, gt=0, description="Deadline for the whole cluster to be ready.")
+    drain_timeout_s: float = Field(20.0, gt=0, description="How long a replica that is told to stop may finish what it does.")
+
+
+def build_cluster_config(**fields: Any) -> ClusterConfig:
+    """A ClusterConfig from nested fields; `engine` takes what `build_config` takes. Raises BadConfig."""
+    given = dict(fields)
+    if isinstance(given.get("engine"), dict):
+        given["engine"] = build_config(**given["engine"])
+    try:
+        return ClusterConfig(**given)
+    except ValidationError as error:
+        raise BadConfig(explain(error, ClusterConfig)) from error
+
+
+def load_cluster_config(path: str | Path) -> ClusterConfig:
+    """Read one YAML file. A file that holds an engine configuration alone is a cluster of defaults around it. Raises BadConfig."""
+    return cluster_config_of(read_yaml(path))
+
+
+def cluster_config_of(fields: dict[str, Any]) -> ClusterConfig:
+    """What `load_cluster_config` does, from what stands in the file."""
+    if fields and not set(fields) & set(ClusterConfig.model_fields) and set(fields) <= set(EngineConfig.model_fields):
+        return build_cluster_config(engine=fields)
+    return build_cluster_config(**fields)

@@ -1,0 +1,71 @@
+"""How long callers wait, and how work in another thread learns that nobody waits any more.
+
+Knows: deadlines and the clock. Does not know: what is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from sparsevila_cluster.core.errors import Cancelled, DeadlineExceeded
+
+R = TypeVar("R")
+
+# Whoever works ends at its own deadline; this is what a caller waits on top of it before giving up on the worker itself.
+GRACE_S = 5.0
+
+
+async def wait_within(work: Awaitable[R], within_s: float, what: str) -> R:
+    """The result of `work`, which is cancelled when it takes longer.
+
+    Raises:
+        DeadlineExceeded: "`what` took longer than `within_s` s". Whatever `work` raises.
+    """
+    try:
+        # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes together with the result.
+        async with asyncio.timeout(within_s):
+            return await work
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"{what} took longer than {within_s:g} s") from error
+
+
+def outliving(work: Future[R]) -> asyncio.Future[R]:
+    """`work` of another thread, to be awaited here; it goes on when that is cancelled, and what it raises then is nobody's."""
+    waited = asyncio.wrap_future(work)
+    waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return asyncio.shield(waited)
+
+
+class Deadline:
+    """Somebody who waits `deadline_s` for work in another thread, unless they leave before."""
+
+    def __init__(self, deadline_s: float):
+        self.deadline_s = deadline_s
+        self._until_s = time.perf_counter() + deadline_s
+        self._left = threading.Event()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline, 0 once it is over."""
+        return max(0.0, self._until_s - time.perf_counter())
+
+    def cancel(self) -> None:
+        """Stop waiting. Idempotent, from any thread."""
+        self._left.set()
+
+    def check(self, what: str) -> None:
+        """Called by the work now and then. Raises Cancelled or DeadlineExceeded once nobody waits."""
+        if self._left.is_set():
+            raise Cancelled(f"{what} was cancelled")
+        if time.perf_counter() > self._until_s:
+            raise DeadlineExceeded(f"{what} took longer than {self.deadline_s:g} s")
+
+    def remaining_s(self, what: str) -> float:
+        """Seconds until the deadline, more than 0. Raises as `check` does."""
+        self.check(what)
+        return max(1e-3, self._until_s - time.perf_counter())

@@ -1,0 +1,285 @@
+"""`sparsevila demo --local`: three videos that the model never saw, a conversation about each, and a mark for the answers.
+
+Knows: the demo world, what its answers should be, how to tell a person how it went.
+Does not know: engines, or how progress is shown.
+
+    write MP4 -> prepare once -> ask -> compare with the truth -> trip card      (three videos, shown turn by turn)
+    the same engine and a dense one on more held-out videos                      (only counted)
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sparsevila_cluster.api.heatmap import draw_conversation, save_picture
+from sparsevila_cluster.api.video_qa import VideoQA
+from sparsevila_cluster.core.config import EngineConfig, build_config
+from sparsevila_cluster.core.errors import BadRequest
+from sparsevila_cluster.core.requests import Answer, MediaHandle
+from sparsevila_cluster.core.summary import make_trip, megabytes, resolved_sparsity, trip_card
+from sparsevila_cluster.demo.world import KINDS, Question, WorldScene, make_questions, make_video, write_mp4
+
+Report = Callable[[str, int, int], None]
+# A video of the world: its file, what it shows, its seed.
+Film = tuple[Path, WorldScene, int]
+
+SHOWN_SEEDS = (1, 2, 3)
+EXAM_SEEDS = tuple(range(101, 117))
+PASS_SHARE = 0.90
+FILE_WIDTH = 120  # characters in a line where no terminal says how many there are
+# Answers that take several steps; the first token alone comes from the question's own dense prefill.
+SEVERAL_WORDS = ("when", "where", "at", "describe")
+DENSE = {"prune": "keep_all", "retrieve": "retrieve_all"}
+NOTE = (
+    "The demo model was trained with tokens dropped, and its encoder's salience was trained in: it shows the "
+    "mechanism. What sparsity costs another checkpoint must be measured on that checkpoint. A model this small runs on "
+    "overhead, so its times say little about large ones."
+)
+
+
+@dataclass(frozen=True)
+class Marked:
+    """One turn: what was asked, what the world says, what the model said."""
+
+    question: Question
+    answer: Answer
+
+    @property
+    def right(self) -> bool:
+        return self.answer.text.strip() == self.question.answer
+
+    @property
+    def total_ms(self) -> float:
+        return self.answer.timeline["total"]
+
+
+@dataclass(frozen=True)
+class TourVisit:
+    """One video: where it lies, its media prefix, its turns."""
+
+    path: Path
+    media: MediaHandle
+    turns: tuple[Marked, ...]
+
+
+def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
+    """The whole demo; 0 if at least `PASS_SHARE` of the shown answers are right, else 1.
+
+    out: folder for videos and heat map, made if it is missing. report: told (stage, done, total) of long work.
+
+    Raises:
+        BadRequest: `out` cannot be written. BadCheckpoint.
+    """
+    console = Console(quiet=as_json, highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    sparse_config = build_config(model=model)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shown = [make_film(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
+    except OSError as error:
+        raise BadRequest(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
+
+    with _exam_room() as room, _engine(sparse_config, report) as sparse:
+        visits = []
+        for path, scene, seed in shown:
+            visits.append(_visit(sparse, path, pick_questions(scene, seed), report))
+            _show(console, sparse, visits[-1])
+        heatmap = out / "heatmap.png"
+        footage = visits[0].media.footage
+        assert footage is not None, "prepared here"
+        save_picture(draw_conversation(footage, [(turn.question.text, turn.answer) for turn in visits[0].turns]), heatmap)
+
+        exam = []
+        for number, seed in enumerate(EXAM_SEEDS):
+            report("film more videos", number, len(EXAM_SEEDS))
+            exam.append(make_film(Path(room) / f"{seed}.mp4", seed))
+        score = {"sparse": mark(_sit(sparse, exam, "ask the sparse engine", report))}
+        with _engine(build_config(model=model, **DENSE), report) as dense:
+            score["dense"] = mark(_sit(dense, exam, "ask the dense engine", report))
+
+    turns = [turn for visit in visits for turn in visit.turns]
+    sparsity = resolved_sparsity(sparse_config, "video")
+    _show_score(console, score, sparsity)
+    num_right, passed = sum(turn.right for turn in turns), has_passed(turns)
+    console.print(f"{num_right} of {len(turns)} shown answers are right" + ("" if passed else f": below {PASS_SHARE:.0%}"))
+    files = f"videos: {out}/video-*.mp4   where each question looked: {heatmap}"
+    console.print(files, markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(_document(visits, score, model, sparsity, heatmap)))
+    return 0 if passed else 1
+
+
+def pick_questions(scene: WorldScene, seed: int) -> list[Question]:
+    """One question of every kind that the scene can answer, and a second description, in random order."""
+    rng = np.random.default_rng((seed, 17))
+    questions = [q for kind in KINDS for q in make_questions(scene, rng, 2 if kind == "describe" else 1, kinds=(kind,))]
+    return [questions[i] for i in rng.permutation(len(questions))]
+
+
+def has_passed(turns: Sequence[Marked]) -> bool:
+    """Whether enough answers are right."""
+    return sum(turn.right for turn in turns) >= PASS_SHARE * len(turns)
+
+
+def mark(visits: Sequence[TourVisit]) -> dict[str, Any]:
+    """What an exam says: counts of right answers, and medians of what it cost."""
+    turns = [turn for visit in visits for turn in visit.turns]
+    several = [turn for turn in turns if turn.question.kind in SEVERAL_WORDS]
+    steps = [turn.answer.timeline["step"] for turn in turns if "step" in turn.answer.timeline]
+    return {
+        "right": sum(turn.right for turn in turns),
+        "asked": len(turns),
+        "right_several_words": sum(turn.right for turn in several),
+        "asked_several_words": len(several),
+        "prepare_ms": _median([_spent_ms(visit.media) for visit in visits]),
+        "first_token_ms": _median([turn.answer.timeline["ttft"] for turn in turns]),
+        "step_ms": _median(steps),
+        "kv_bytes": round(_median([visit.media.kv_bytes for visit in visits])),
+        "visual_tokens": round(_median([turn.answer.usage.visual_tokens_retrieved for turn in turns])),
+    }
+
+
+def make_film(path: Path, seed: int) -> Film:
+    """Draw a scene and write its video."""
+    scene, frames = make_video(seed)
+    write_mp4(frames, path)
+    return path, scene, seed
+
+
+def _exam_room() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="sparsevila-demo-")
+
+
+def _engine(config: EngineConfig, report: Report) -> VideoQA:
+    report("load model", 0, 1)
+    engine = VideoQA(config=config)
+    report("load model", 1, 1)
+    return engine
+
+
+def _visit(qa: VideoQA, path: Path, questions: Sequence[Question], report: Report, evidence: bool = True) -> TourVisit:
+    chat = qa.conversation(qa.prepare(path, progress=report))
+    turns = tuple(Marked(question, chat.ask(question.text, max_tokens=32, evidence=evidence)) for question in questions)
+    chat.close()
+    return TourVisit(path, chat.media, turns)
+
+
+def _sit(qa: VideoQA, exam: Sequence[Film], stage: str, report: Report) -> list[TourVisit]:
+    visits = []
+    for number, (path, scene, seed) in enumerate(exam):
+        report(stage, number, len(exam))
+        # The bar counts videos: the stages of each would only flicker.
+        visits.append(_visit(qa, path, pick_questions(scene, seed), lambda *_: None, evidence=False))
+    report(stage, len(exam), len(exam))
+    return visits
+
+
+def _show(console: Console, qa: VideoQA, visit: TourVisit) -> None:
+    """A table of the turns and the trip card of one video."""
+    console.print(str(visit.path), style="bold", markup=False, soft_wrap=True)
+    table = new_table("question", "expected", "answer", "", right=("ms",))
+    for turn in visit.turns:
+        sign = "[green]right" if turn.right else "[bold red]wrong"
+        asked, truth, said = (plain(text) for text in (turn.question.text, turn.question.answer, turn.answer.text))
+        table.add_row(asked, truth, said, sign, f"{turn.total_ms:.0f}")
+    console.print(table)
+    stages = ", ".join(f"{stage} {spent:.0f}" for stage, spent in visit.media.ms.items())
+    started_s = time.perf_counter()
+    again = qa.prepare(visit.path)
+    again_ms = (time.perf_counter() - started_s) * 1e3
+    assert again.reused, "the same bytes must name the same media prefix"
+    console.print(f"prepared once in {_spent_ms(visit.media):.0f} ms ({stages}); asked for again: reused in {again_ms:.0f} ms")
+    trip = make_trip(visit.media, [turn.answer for turn in visit.turns])
+    console.print(trip_card(trip, visit.turns[-1].answer.text), markup=False, soft_wrap=True)
+    console.print()
+
+
+def _show_score(console: Console, score: dict[str, dict[str, Any]], sparsity: dict[str, Any]) -> None:
+    console.print(f"{len(EXAM_SEEDS)} more held-out videos", style="bold")
+    table = new_table("", right=("sparse", "dense"))
+    kept = f"{sparsity['prune_keep']:.0%} kept, {sparsity['retrieve_keep']:.0%} of it retrieved"
+    table.add_row("visual tokens", kept, "all kept, all attended to")
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("right answers", lambda m: f"{m['right']} of {m['asked']}"),
+        ("... of several words", lambda m: f"{m['right_several_words']} of {m['asked_several_words']}"),
+        ("prepare a video", lambda m: f"{m['prepare_ms']:.0f} ms"),
+        ("first token", lambda m: f"{m['first_token_ms']:.1f} ms"),
+        ("each further token", lambda m: f"{m['step_ms']:.1f} ms"),
+        ("... over visual KV of", lambda m: f"{m['visual_tokens']} tokens"),
+        ("KV of a video", lambda m: megabytes(m["kv_bytes"])),
+    ]
+    for name, show in rows:
+        table.add_row(name, *(show(marks) for marks in score.values()))
+    console.print(table)
+    console.print(NOTE, style="dim")
+    console.print()
+
+
+def new_table(*left: str, right: Sequence[str]) -> Table:
+    """A plain table with left- and right-aligned columns."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _document(
+    visits: Sequence[TourVisit], score: dict[str, Any], model: str, sparsity: dict[str, Any], heatmap: Path
+) -> dict[str, Any]:
+    turns = [turn for visit in visits for turn in visit.turns]
+    return {
+        "right": sum(turn.right for turn in turns),
+        "asked": len(turns),
+        "passed": has_passed(turns),
+        "videos": [_visit_document(visit) for visit in visits],
+        "score": score,
+        "heatmap": str(heatmap),
+        "model": model,
+        "sparsity": sparsity,
+    }
+
+
+def _visit_document(visit: TourVisit) -> dict[str, Any]:
+    return {
+        "path": str(visit.path),
+        "turns": [
+            {
+                "kind": turn.question.kind,
+                "question": turn.question.text,
+                "expected": turn.question.answer,
+                "answer": turn.answer.text,
+                "right": turn.right,
+                "ms": turn.total_ms,
+            }
+            for turn in visit.turns
+        ],
+        "trip": make_trip(visit.media, [turn.answer for turn in visit.turns]),
+    }
+
+
+def _spent_ms(media: MediaHandle) -> float:
+    return sum(media.ms.values())
+
+
+def plain(text: str) -> str:
+    """One line; square brackets would be read as colours."""
+    return " ".join(text.split()).replace("[", r"\[")
+
+
+def _median(numbers: Sequence[float]) -> float:
+    return round(statistics.median(numbers), 3) if numbers else 0.0

@@ -1,0 +1,186 @@
+"""The text model's forward in training, and the throw-away aids that make it learn in minutes.
+
+Knows: the stock decoder layers, run with attention masks of our choice; auxiliary losses on their inner states.
+Does not know: where batches come from, the curriculum, the optimiser.
+
+Aids, none of which is stored in the checkpoint. All read the input of layer `AID_LAYER`:
+- slot: each visual token tells its step and cell (0.1); so steps get written into visual tokens early;
+- query: the last prompt row tells what the question names (0.5), and so do the answer's rows (0.25);
+- grounding: in layer `AID_LAYER`, the last prompt row attends to the glyphs that are asked for (0.5), and each of
+  the answer's rows to the glyph that it is speaking of (0.5).
+Without query and grounding, training stalled at half of all answers right: it named a colour of *some* glyph in the
+video. Without those of the answer's rows, the same loss took half as many updates again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, repeat_kv
+
+from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS
+from sparsevila_cluster.demo.dialogue_batches import ASKED_SIZES, IGNORE, Batch
+from sparsevila_cluster.demo.world import NUM_STEPS
+
+AID_LAYER = 2
+AID_WEIGHTS = {"slot": 0.1, "query": 0.5, "answer_query": 0.25, "grounding": 0.5, "answer_grounding": 0.5}
+
+
+class TextOutput(NamedTuple):
+    hidden: Tensor  # [items, rows, hidden], after the final norm
+    inner: Tensor  # what enters layer AID_LAYER
+
+
+def embed(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+    table = model.model.language_model.embed_tokens
+    return torch.cat([table(batch.prefix_ids), batch.visual, table(batch.suffix_ids)], 1)
+
+
+def think(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, masks: Tensor | list[Tensor | None] | None = None) -> TextOutput:
+    """`masks`: bool [items, 1, rows, rows] for all layers or one per layer, True where a row may look; None: causal."""
+    text = model.model.language_model
+    x = embed(model, batch)
+    rotary = text.rotary_emb(x, batch.positions)
+    inner = x
+    for index, layer in enumerate(text.layers):
+        if index == AID_LAYER:
+            inner = x
+        mask = masks[index] if isinstance(masks, list) else masks
+        x = layer(x, attention_mask=mask, position_embeddings=rotary, use_cache=False)
+    return TextOutput(text.norm(x), inner)
+
+
+def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of every row that predicts an answer token, and those tokens."""
+    wanted = batch.labels[:, 1:]
+    rows = wanted != IGNORE
+    return model.lm_head(hidden[:, :-1][rows]), wanted[rows]
+
+
+# ------------------------------------------------------------------------------------------------- masks
+
+
+def causal_mask(batch: Batch) -> Tensor:
+    rows = batch.labels.shape[1]
+    square = torch.ones(rows, rows, dtype=torch.bool, device=batch.labels.device).tril()
+    return square.expand(batch.labels.shape[0], 1, -1, -1).clone()
+
+
+def own_turn_mask(batch: Batch) -> Tensor:
+    """Each turn sees the media and itself: eight independent questions for the price of one video."""
+    items, rows = batch.labels.shape
+    turn = torch.zeros(items, rows, dtype=torch.long, device=batch.labels.device)
+    # a turn starts at <|im_start|>user, two rows after the previous answer's end (and its newline)
+    starts = batch.turns.first_row + 2 * (batch.turns.first_row > batch.visual_rows.stop)
+    turn[batch.turns.item, starts] = 1
+    turn = turn.cumsum(1)
+    turn[:, : batch.visual_rows.stop + 1] = 0  # the prefix, and <|vision_end|>
+    same = (turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == 0)
+    return causal_mask(batch) & same[:, None]
+
+
+def glance_mask(batch: Batch, glimpsed: Tensor) -> Tensor:
+    """Answer rows see only the visual tokens in `glimpsed`, bool [turns, num_kept]; all other rows see everything.
+
+    The row of <|im_end|> is no answer row: as the pending token it is computed with the next turn's question.
+    """
+    turns, visual = batch.turns, batch.visual_rows
+    row = torch.arange(batch.labels.shape[1], device=batch.labels.device)
+    answer = (row > turns.prompt_row[:, None]) & (row < turns.end_row[:, None])
+    turn, rows = answer.nonzero(as_tuple=True)
+    mask = causal_mask(batch)
+    mask[turns.item[turn], 0, rows, visual] = glimpsed[turn]
+    return mask
+
+
+@torch.no_grad()
+def retrieved(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, retrieve_keep: float) -> list[Tensor]:
+    """Per layer, the visual tokens each turn retrieves: bool [turns, num_kept].
+
+    Scored as the engine does: softmax over the full causal row, mean over heads and all rows of the turn's prefill.
+    Layers are walked in order because each layer's choice changes what the next one sees in later turns.
+    """
+    text, turns, visual = model.model.language_model, batch.turns, batch.visual_rows
+    num_kept = visual.stop - visual.start
+    k_best = max(1, round(retrieve_keep * num_kept))
+    x = embed(model, batch)
+    cos, sin = text.rotary_emb(x, batch.positions)
+    row = torch.arange(x.shape[1], device=x.device)
+    prefill = (row >= turns.first_row[:, None]) & (row <= turns.prompt_row[:, None])
+    weight = prefill.float() / prefill.sum(1, keepdim=True)
+    causal = causal_mask(batch)
+    chosen = []
+    for layer in text.layers:
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        q, k = (
+            project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        scores = q @ repeat_kv(k, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
+        share = scores.float().masked_fill(~causal, -torch.inf).softmax(-1)[..., visual].mean(1)
+        votes = torch.einsum("tr,trv->tv", weight, share[turns.item])
+        chosen.append(torch.zeros_like(votes, dtype=torch.bool).scatter(1, votes.topk(k_best, 1).indices, True))
+        x = layer(x, attention_mask=glance_mask(batch, chosen[-1]), position_embeddings=(cos, sin), use_cache=False)
+    return chosen
+
+
+# -------------------------------------------------------------------------------------------------- aids
+
+
+class Aids(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.slot = nn.Linear(hidden, NUM_STEPS + 2 * GRID_TOKENS)
+        self.query = nn.Linear(hidden, sum(ASKED_SIZES))
+
+    def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> dict[str, Tensor]:
+        turns, looks = batch.turns, batch.looks
+        mass = attention_mass(model, batch, inner)
+        return {
+            "slot": self._slot(batch, inner),
+            "query": self._query(inner[turns.item, turns.prompt_row], turns.asked),
+            "answer_query": self._query(inner[looks.item, looks.row], turns.asked[looks.turn]),
+            "grounding": -mass[looks.first].log().mean(),
+            "answer_grounding": -mass[~looks.first].log().mean(),
+        }
+
+    def _slot(self, batch: Batch, inner: Tensor) -> Tensor:
+        logits = self.slot(inner[:, batch.visual_rows]).float().flatten(0, 1)
+        step, row, col = logits.split((NUM_STEPS, GRID_TOKENS, GRID_TOKENS), -1)
+        cells = batch.cells.flatten()
+        place = F.cross_entropy(row, cells // GRID_TOKENS) + F.cross_entropy(col, cells % GRID_TOKENS)
+        return F.cross_entropy(step, batch.slots.flatten()) + 0.3 * place
+
+    def _query(self, rows: Tensor, asked: Tensor) -> Tensor:
+        parts = self.query(rows).float().split(ASKED_SIZES, -1)
+        losses = [F.cross_entropy(part, asked[:, i]) for i, part in enumerate(parts)]
+        return sum(losses, start=torch.zeros_like(losses[0])) / len(parts)
+
+
+def attention_mass(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> Tensor:
+    """[looks]: the share of attention in layer AID_LAYER, mean over heads, that falls on the look's targets."""
+    text, looks = model.model.language_model, batch.looks
+    layer = text.layers[AID_LAYER]
+    attention, x = layer.self_attn, layer.input_layernorm(inner)
+    # looks of one item side by side, padded: [items, places]
+    per_item = torch.bincount(looks.item, minlength=len(inner))
+    place = torch.arange(len(looks.item), device=x.device) - (per_item.cumsum(0) - per_item)[looks.item]
+    rows = torch.zeros(len(inner), int(per_item.max()), dtype=torch.long, device=x.device)
+    rows[looks.item, place] = looks.row
+    items = torch.arange(len(inner), device=x.device)[:, None]
+    q, k = (
+        project(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for project, states in ((attention.q_proj, x[items, rows]), (attention.k_proj, x))
+    )
+    cos, sin = text.rotary_emb(x, batch.positions)
+    _, k = apply_rotary_pos_emb(k, k, cos, sin)
+    q, _ = apply_rotary_pos_emb(q, q, cos[items, rows], sin[items, rows])
+    scores = (q @ repeat_kv(k, attention.num_key_value_groups).transpose(2, 3)).float() * attention.scaling
+    later = torch.arange(scores.shape[-1], device=x.device) > rows[..., None]
+    share = scores.masked_fill(later[:, None], -torch.inf).softmax(-1)[..., batch.visual_rows].mean(1)
+    return (share[looks.item, place] * looks.targets).sum(-1).clamp(min=1e-6)

@@ -1,0 +1,74 @@
+"""A stream of training videos, rendered ahead in a process of its own.
+
+Knows: the world, its frames, how a codec wears them. Does not know: torch, models.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsevila_cluster.demo.drawing import FPS, render_labelled, through_codec
+from sparsevila_cluster.demo.world import HELD_OUT_STREAM, NUM_STEPS, TRAINING_STREAM, WorldScene, make_scene
+
+SAMPLED = slice(FPS // 4, None, FPS // 2)  # what an engine samples: 2 frames per second, each from the middle of its interval
+CODEC_SHARE = 0.6
+QUEUE_LENGTH = 64
+
+
+class TrainingVideo(NamedTuple):
+    scene: WorldScene
+    frames: np.ndarray  # uint8 [2 * steps, px, px, 3]: as the model samples them
+    owner: np.ndarray  # int8 [steps, grid, grid]
+
+
+def make_training_video(rng: np.random.Generator, num_steps: int = NUM_STEPS) -> TrainingVideo:
+    """Most training videos went through H.264 at one quality or another, as real ones do."""
+    scene = make_scene(rng, num_steps)
+    rendered = render_labelled(scene, rng)
+    frames = rendered.frames
+    if rng.random() < CODEC_SHARE:
+        preset = "ultrafast" if rng.random() < 0.5 else "veryfast"
+        frames = through_codec(frames, crf=int(rng.integers(16, 29)), preset=preset)
+    return TrainingVideo(scene, np.ascontiguousarray(frames[SAMPLED]), rendered.owner)
+
+
+def make_held_out_video(seed: int, num_steps: int = NUM_STEPS) -> TrainingVideo:
+    """The video of `make_video(seed, held_out=True)`, after a round trip through MP4."""
+    rng = np.random.default_rng((HELD_OUT_STREAM, seed))
+    scene = make_scene(rng, num_steps)
+    rendered = render_labelled(scene, rng, held_out=True)
+    frames = through_codec(rendered.frames, crf=18, preset="medium")
+    return TrainingVideo(scene, np.ascontiguousarray(frames[SAMPLED]), rendered.owner)
+
+
+def training_videos(seed: int, num_steps: int) -> Iterator[TrainingVideo]:
+    rng = np.random.default_rng((TRAINING_STREAM, seed, num_steps))
+    while True:
+        yield make_training_video(rng, num_steps)
+
+
+def _produce(queue: multiprocessing.Queue, seed: int, num_steps: int) -> None:
+    for video in training_videos(seed, num_steps):
+        queue.put(video)
+
+
+@contextmanager
+def video_feed(seed: int, num_steps: int, *, ahead: bool = True) -> Iterator[Iterator[TrainingVideo]]:
+    """Training videos in a fixed order; `ahead` renders them in a second process, which ends with the block."""
+    if not ahead:
+        yield training_videos(seed, num_steps)
+        return
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue(QUEUE_LENGTH)
+    process = context.Process(target=_produce, args=(queue, seed, num_steps), daemon=True)
+    process.start()
+    try:
+        yield iter(queue.get, None)
+    finally:
+        process.terminate()
+        process.join()

@@ -1,0 +1,286 @@
+"""From media to a media prefix: decode, encode, prune, prefill. No question is known here.
+
+Knows: the order of the stages, the content key, where the KV rows go. Does not know: conversations, retrieval, who asked, or
+who owns the arena that it writes to.
+
+    sources -> frames -> patches -> visual tokens + salience -> keep -> [system + kept tokens] -> KV rows in an extent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsevila_cluster.attention.torch_batch import MediaBatch
+from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.core.errors import BadRequest, TooLarge
+from sparsevila_cluster.core.protocols import Progress
+from sparsevila_cluster.core.requests import PrepareRequest, Timeline
+from sparsevila_cluster.engine.content_key import content_key
+from sparsevila_cluster.engine.prompt_rows import chunk_bounds, close_gaps, keep_of_each, kept_prompt_rows
+from sparsevila_cluster.kvcache.arena import Extent
+from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.media import DecoderSandbox, Media, identify, open_media
+from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
+from sparsevila_cluster.pruning import PruningPolicy, Scope, build_pruning
+
+DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
+DEFAULT_SCOPE: dict[str, Scope] = {"video": "per_group", "image": "global"}
+STAGES = ("decode", "encode", "prune", "prefill")
+
+
+class Watch(Protocol):
+    """Who follows a prefix while it is made, to send it on or to copy it. Called in the prefill's thread; raising ends it."""
+
+    def begins(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
+        """All of `prefix` but its KV rows is known. They will be written chunk by chunk, [bounds[i], bounds[i + 1])."""
+        ...
+
+    def wrote(self, layer: int, start: int, stop: int) -> None:
+        """Rows [start, stop) of a layer are in the extent and final; on a GPU, as soon as what is enqueued by now has run."""
+        ...
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass
+class Preparation:
+    """One media prefix in the making."""
+
+    request: PrepareRequest
+    progress: Progress = _silent
+    timeline: Timeline = field(default_factory=Timeline)
+
+    def stage(self, name: str) -> None:
+        self.timeline.mark(name)
+        self.progress(name, 0, 1)
+
+    def stage_ms(self) -> dict[str, float]:
+        """Milliseconds of each stage that ran."""
+        ends = dict(zip(STAGES, (*STAGES[1:], "ready"), strict=True))
+        spans = {name: self.timeline.ms(name, end) for name, end in ends.items()}
+        return {name: round(ms, 3) for name, ms in spans.items() if ms is not None}
+
+
+class PrefillEngine:
+    """Makes media prefixes. Needs the parts vision, embed and llm. Its methods may be called from one thread at a time.
+
+    Owns the processes in which sources are decoded, from the first `load` to `close`, which any thread may call.
+    """
+
+    def __init__(self, model: Model, config: EngineConfig, wire: str = "none"):
+        """wire: how KV is quantized on its way to where it is used; it is part of the content key."""
+        self.model = model
+        self.config = config
+        self.wire = wire
+        self.guard = DecoderSandbox()
+        self.num_prefills = 0
+
+    def key_of(self, request: PrepareRequest) -> str:
+        """The content key of the prefix that `prefill` would make, from one pass over the source bytes and no decoding.
+
+        Raises:
+            BadMedia, BadRequest, TooLarge, DeadlineExceeded.
+        """
+        limits = self.config.limits
+        if len(request.sources) > limits.max_images:
+            raise BadRequest(f"{len(request.sources)} media in one request; the limit is {limits.max_images}")
+        fps, cap = self._sampling(request)
+        known = [identify(source, fps=fps, max_frames=cap, limits=limits) for source in request.sources]
+        kinds = [kind for _, kind in known]
+        return content_key(
+            media_hashes=[media_hash for media_hash, _ in known],
+            processor_hash=self.model.processor_hash,
+            spec=self.model.spec,
+            pruning=[self.pruning(request, kind) for kind in kinds],
+            positions=self.config.positions,
+            video_text_pos=self.config.video_text_pos,
+            prefix_ids=self.model.chat.prefix_ids(kinds, self.config.system_prompt),
+            salt=request.tenant,
+            wire=self.wire,
+        )
+
+    def load(self, request: PrepareRequest) -> list[Media]:
+        """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded, Unavailable (closed)."""
+        fps, cap = self._sampling(request)
+        limits, guard = self.config.limits, self.guard
+        return [open_media(source, fps=fps, max_frames=cap, limits=limits, guard=guard) for source in request.sources]
+
+    def close(self) -> None:
+        """End the processes that decode. Idempotent."""
+        self.guard.close()
+
+    def _sampling(self, request: PrepareRequest) -> tuple[float, int]:
+        """Frames per second and most frames."""
+        fps = self.config.fps if request.fps is None else request.fps
+        cap = self.config.max_frames if request.max_frames is None else request.max_frames
+        if cap > self.config.limits.max_frames:
+            raise TooLarge(f"max_frames={cap} is over the limit of {self.config.limits.max_frames}")
+        return float(fps), cap
+
+    def pruning(self, request: PrepareRequest, kind: str) -> PruningPolicy:
+        """The pruning policy for media of this kind."""
+        sparsity = self.config.sparsity
+        keep = next(k for k in (request.prune_keep, sparsity.prune_keep, DEFAULT_PRUNE_KEEP[kind]) if k is not None)
+        scope = DEFAULT_SCOPE[kind] if sparsity.prune_scope == "auto" else sparsity.prune_scope
+        return build_pruning(sparsity.prune, keep, scope, sparsity.seed)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        preparation: Preparation,
+        medias: Iterable[Media],
+        key: str,
+        reserve: Callable[[int], Extent],
+        watch: Watch | None = None,
+    ) -> MediaPrefix:
+        """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives. `watch` is told of them.
+
+        `medias` is read once. Frames are let go as soon as they are patches, and patches when they are visual tokens, so that
+        memory holds them no longer than the caller does.
+
+        Raises:
+            BadMedia, TooLarge: media that the model cannot take. Whatever `reserve`, `watch` or the progress callback raises.
+        """
+        preparation.stage("encode")
+        inputs, medias = self.patchify(medias)
+        plan = self.plan(inputs)
+        policies = [self.pruning(preparation.request, media.kind) for media in inputs]
+        tokens = self.model.family.encode(
+            inputs,
+            capture=any(policy.needs_salience for policy in policies),
+            report=lambda done, total: preparation.progress("encode", done, total),
+        )
+        inputs = [replace(one, pixels=one.pixels.new_empty(0)) for one in inputs]
+        preparation.stage("prune")
+        keep = keep_of_each(policies, inputs, tokens)
+        preparation.stage("prefill")
+        kept_rows = kept_prompt_rows(plan, keep)
+        extent = reserve(len(kept_rows))
+        prefix = self._describe(key, preparation.request.tenant, plan, inputs, medias, tokens, keep, kept_rows, extent)
+        self._run_text(preparation, plan, tokens, keep, kept_rows, prefix, watch)
+        preparation.timeline.mark("ready")
+        preparation.progress("prefill", 1, 1)
+        self.num_prefills += 1
+        return prefix
+
+    def patchify(self, medias: Iterable[Media]) -> tuple[list[VisualInputs], list[Media]]:
+        """Every media of one prompt cut for the tower, and what else is known about it: `Media` without frames.
+
+        A video's frames are let go before the next media is decoded. Pictures wait, because a model may cut one that is alone
+        otherwise than one of several. Raises BadMedia, TooLarge.
+        """
+        inputs: dict[int, VisualInputs] = {}
+        held: list[Media] = []
+        for i, media in enumerate(medias):
+            if media.kind == "video":
+                inputs[i] = self.model.family.patchify(media)
+                media = _without_frames(media)
+            held.append(media)
+        pictures = [i for i, media in enumerate(held) if media.kind == "image"]
+        for i in pictures:
+            inputs[i] = self.model.family.patchify(held[i], alone=len(pictures) == 1)
+            held[i] = _without_frames(held[i])
+        return [inputs[i] for i in range(len(held))], held
+
+    def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
+        """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
+        ids = self.model.chat.prefix_ids(
+            [media.kind for media in inputs], self.config.system_prompt, [media.spelling for media in inputs]
+        )
+        plan = self.model.family.plan(ids, inputs, self.config.video_text_pos)
+        if plan.question_start_pos >= self.model.max_position:
+            raise TooLarge(
+                f"the media reach position {plan.question_start_pos}; the model has {self.model.max_position}. "
+                f"Fewer frames (max_frames) make them fit"
+            )
+        device = self.model.device
+        return replace(plan, ids=plan.ids.to(device), visual_mask=plan.visual_mask.to(device), positions=plan.positions.to(device))
+
+    def _run_text(
+        self,
+        preparation: Preparation,
+        plan: PromptPlan,
+        tokens: VisualTokens,
+        keep: Tensor,
+        rows: Tensor,
+        prefix: MediaPrefix,
+        watch: Watch | None = None,
+    ) -> None:
+        """Chunk by chunk, so that activations and embeddings are those of one chunk; what a chunk attends to lies in the extent."""
+        text, num_layers = self.model.text, self.model.spec.num_layers
+
+        def wrote(layer: int, start: int, stop: int) -> None:
+            if watch is not None:
+                watch.wrote(layer, start, stop)
+            preparation.progress("prefill", start + (stop - start) * (layer + 1) // num_layers, prefix.length)
+
+        bounds = chunk_bounds(prefix.length, self.config.prefill_chunk)
+        if watch is not None:
+            watch.begins(prefix, bounds)
+        placed = plan.visual_mask[rows].nonzero()[:, 0]
+        ordinals = torch.searchsorted(placed, torch.tensor(bounds, device=rows.device)).tolist()
+        for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(ordinals), strict=True):
+            hidden = text.embed(plan.ids[rows[start:stop]])
+            visual_rows, visual = placed[first:last] - start, keep[first:last]
+            hidden[visual_rows] = tokens.embeds[visual].to(hidden.dtype)
+            deepstack = [level[visual].to(hidden.dtype) for level in tokens.deepstack]
+            batch = MediaBatch(prefix.extent, start, stop, wrote)
+            text.forward(hidden, prefix.positions[:, start:stop], batch, deepstack, visual_rows, kv_only=True)
+
+    def _describe(
+        self,
+        key: str,
+        tenant: str,
+        plan: PromptPlan,
+        inputs: list[VisualInputs],
+        medias: list[Media],
+        tokens: VisualTokens,
+        keep: Tensor,
+        rows: Tensor,
+        extent: Extent,
+    ) -> MediaPrefix:
+        # Structural tokens count as text from here on: they have no place in a picture, and always stay.
+        scored = ~tokens.salience.isnan()
+        is_visual = plan.visual_mask[rows]
+        is_visual[is_visual.clone()] = scored[keep]
+        token_map = torch.full((len(rows), 3), -1, dtype=torch.int32, device=rows.device)
+        seen = keep[scored[keep]]
+        token_map[is_visual] = torch.cat([tokens.group[seen, None], tokens.cell[seen]], 1).to(torch.int32)
+        positions, next_pos, floor = plan.positions[:, rows], plan.question_start_pos, plan.generation_floor
+        if self.config.positions == "compact":
+            # Closed up, text always goes on after the largest position: nothing is left for a floor to jump over.
+            positions, next_pos, floor = *close_gaps(positions, is_visual), 0
+        frames = [frame for one in inputs for frame in one.frame_of_group]
+        times = [float(media.times_s[f]) for one, media in zip(inputs, medias, strict=True) for f in one.frame_of_group]
+        return MediaPrefix(
+            key=key,
+            spec=self.model.spec,
+            extent=extent,
+            is_visual=is_visual,
+            positions=positions,
+            token_map=token_map,
+            next_pos=next_pos,
+            generation_floor=floor,
+            grids=tuple(grid for one in inputs for grid in one.grids),
+            media=tuple(i for i, one in enumerate(inputs) for _ in one.grids),
+            frames=tuple(frames),
+            times_s=tuple(times),
+            kind="image" if all(media.kind == "image" for media in medias) else "video",
+            num_frames=sum(len(media.times_s) for media in medias),
+            duration_s=sum(media.duration_s for media in medias),
+            num_visual=int(scored.sum()),
+            tenant=tenant,
+        )
+
+
+def _without_frames(media: Media) -> Media:
+    return replace(media, frames=np.empty((0, *media.frames.shape[1:]), np.uint8))

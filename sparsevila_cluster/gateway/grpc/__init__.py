@@ -1,0 +1,1 @@
+"""The gRPC server: a translation between the service and its protocol."""

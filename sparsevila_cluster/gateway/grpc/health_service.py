@@ -1,0 +1,76 @@
+"""`grpc.health.v1`: "" tells whether the door is open, the service's name whether it can answer.
+
+Knows: the two names, and when they change. Does not know: what makes a pipeline ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from sparsevila_cluster.gateway.grpc.call_interceptor import SERVICE
+
+# How soon a watcher learns of a change.
+LOOK_S = 0.2
+ANSWER_S = 2.0
+
+Status = health_pb2.HealthCheckResponse
+
+
+class HealthService(health_pb2_grpc.HealthServicer):
+    """ready: asked once per LOOK_S at most. No answer within ANSWER_S, or an error, counts as not ready."""
+
+    def __init__(self, ready: Callable[[], Awaitable[bool]]):
+        self._ready = ready
+        self._leaving = asyncio.Event()
+        self._known = (-LOOK_S, False)
+
+    def leave(self) -> None:
+        """From now on nothing is serving. Those who watch are told, and their streams end."""
+        self._leaving.set()
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        status = await self._status(request.service)
+        if status == Status.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:200]!r}; there are '' and {SERVICE!r}")
+        return Status(status=status)
+
+    async def List(self, request: Any, context: Any) -> Any:
+        statuses = {name: Status(status=await self._status(name)) for name in ("", SERVICE)}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        told = None
+        while True:
+            leaving, status = self._leaving.is_set(), await self._status(request.service)
+            if status != told:
+                await context.write(Status(status=status))
+                told = status
+            if leaving:
+                return
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._leaving.wait()
+            except TimeoutError:
+                continue
+
+    async def _status(self, service: str) -> int:
+        if service not in ("", SERVICE):
+            return int(Status.SERVICE_UNKNOWN)
+        serves = not self._leaving.is_set() and (service == "" or await self._is_ready())
+        return int(Status.SERVING if serves and not self._leaving.is_set() else Status.NOT_SERVING)
+
+    async def _is_ready(self) -> bool:
+        if time.monotonic() - self._known[0] > LOOK_S:
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    ready = await self._ready()
+            except Exception:
+                ready = False
+            self._known = time.monotonic(), ready
+        return self._known[1]

@@ -1,0 +1,1 @@
+"""Model families: from media to visual tokens and prompts."""

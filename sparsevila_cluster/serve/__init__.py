@@ -1,0 +1,1 @@
+"""The application that Ray Serve runs, and how a cluster is started on this machine."""

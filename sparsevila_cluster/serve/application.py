@@ -1,0 +1,141 @@
+"""The application that Serve runs: registry, prefill and decode workers, and routers with a door each.
+
+Knows: which deployments there are and how Serve is to treat them. Does not know: how Ray is started, or what workers do.
+`serve run sparsevila_cluster.serve.application:build config=cluster.yaml` and the `args:` of a Serve file end in `build`.
+
+    Router (door + ClusterPipeline) --> Prefill, Decode --> Registry
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
+from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
+from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
+from sparsevila_cluster.cluster.on_ray.replicas import (
+    DECODE,
+    PREFILL,
+    REGISTRY,
+    ROUTER,
+    DecodeReplica,
+    PrefillReplica,
+    RegistryReplica,
+    replica_name,
+)
+from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.core.cluster_config import ClusterConfig, PoolConfig, cluster_config_of, load_cluster_config
+from sparsevila_cluster.core.errors import BadConfig, Unavailable
+from sparsevila_cluster.core.json_logging import log_to_stderr
+from sparsevila_cluster.serve.local_ray import REPLICA_ENV
+
+# Whom to refuse is for engines and doors to say, which know their queues.
+MAX_CALLS = 100_000
+# Constructors that fail again and again: a model that cannot be loaded does not get better.
+MAX_START_ATTEMPTS = 3
+PIN_ROUTER = "sparsevila_cluster.cluster.on_ray.replica_pinning:PinRouter"
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for `serve run` and Serve files.
+
+    args: {"config": path of a YAML file}, or what may stand in such a file. Raises BadConfig.
+    """
+    if "config" not in args:
+        return application(cluster_config_of(dict(args)), REPLICA_ENV, verbose=True)
+    if len(args) > 1:
+        raise BadConfig(f"config names a file that holds everything; besides it: {', '.join(sorted(set(args) - {'config'}))}")
+    return application(load_cluster_config(args["config"]), REPLICA_ENV, verbose=True)
+
+
+def application(config: ClusterConfig, env: dict[str, str], verbose: bool = False) -> Application:
+    """All deployments of `config`.
+
+    env: what their processes need beside what they inherit; with an empty one Ray takes processes that it has ready. verbose:
+    replicas log what they do, not only what goes wrong.
+    """
+    registry = _deployment(RegistryReplica, REGISTRY, config, 1, _actor(0.0, env), verbose).bind(config, verbose)
+    pools = [
+        _deployment(kind, name, config, pool.replicas, _worker(pool, env), verbose).bind(config, registry, verbose)
+        for kind, name, pool in ((PrefillReplica, PREFILL, config.prefill), (DecodeReplica, DECODE, config.decode))
+    ]
+    router = config.router
+    door = _deployment(RouterReplica, ROUTER, config, router.replicas, _actor(router.num_cpus, env), verbose)
+    return door.bind(config, *pools, registry, verbose)
+
+
+def _deployment(
+    kind: type[RpcServer], name: str, config: ClusterConfig, replicas: int, actor: dict[str, Any], verbose: bool
+) -> serve.Deployment:
+    make: Any = serve.deployment(
+        name=name,
+        num_replicas=replicas,
+        ray_actor_options=actor,
+        max_ongoing_requests=MAX_CALLS,
+        max_constructor_retry_count=MAX_START_ATTEMPTS,
+        health_check_period_s=config.health_period_s,
+        health_check_timeout_s=config.health_timeout_s,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        logging_config={"enable_access_log": False, "log_level": "INFO" if verbose else "WARNING"},
+        request_router_config=RequestRouterConfig.model_validate({"request_router_class": PIN_ROUTER}),
+    )
+    deployment: serve.Deployment = make(kind)
+    return deployment
+
+
+def _worker(pool: PoolConfig, env: dict[str, str]) -> dict[str, Any]:
+    placing: dict[str, Any] = {"label_selector": pool.labels} if pool.labels else {}
+    return _actor(pool.num_cpus, env) | {"num_gpus": pool.num_gpus, "resources": pool.resources} | placing
+
+
+def _actor(num_cpus: float, env: dict[str, str]) -> dict[str, Any]:
+    return {"num_cpus": num_cpus} | ({"runtime_env": {"env_vars": env}} if env else {})
+
+
+class RouterReplica(RpcServer):
+    """One router: a `ClusterPipeline` and the door in front of it, which listens by itself. Serve watches over both."""
+
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: ClusterConfig,
+        prefill: DeploymentHandle,
+        decode: DeploymentHandle,
+        registry: DeploymentHandle,
+        verbose: bool = False,
+    ):
+        stay_on_loopback()
+        log_to_stderr(verbose, replica_name())
+        from sparsevila_cluster.cluster.routing.router import ClusterPipeline
+        from sparsevila_cluster.gateway import GrpcServer
+
+        sink, silence_s = RayMetricsSink(), config.transport.silence_s
+        pools = [RayWorkerPool(handle, silence_s) for handle in (prefill, decode, registry)]
+        self._pipeline = ClusterPipeline(config, pools[0], pools[1], pools[2], sink, replica_name())
+        self._door = GrpcServer(self._pipeline, config.door, config.engine, sink)
+        self._leaving = False
+        super().__init__(replica_name(), self, ("state", "leave"))
+        await self._door.start()
+
+    async def state(self) -> dict[str, Any]:
+        """{"port": of the door, "ready": whether clients can be served}."""
+        return {"port": self._door.port, "ready": await self._pipeline.ready()}
+
+    async def leave(self, grace_s: float) -> None:
+        """Take no more calls, and let those in progress finish for `grace_s`."""
+        self._leaving = True
+        await self._door.stop(grace_s)
+
+    async def check_health(self) -> None:
+        """What Serve asks every `health_period_s`. Raises Unavailable: the door does not listen."""
+        if not (self._door.healthy or self._leaving):
+            raise Unavailable("the door does not listen any more")
+
+    async def __del__(self) -> None:
+        await self.leave(0.0)
+        await self._pipeline.close()

@@ -1,0 +1,121 @@
+"""A Ray of one's own on this machine: loopback only, quiet, in a private folder, gone with the process that started it.
+
+Knows: how Ray and Serve are set up for this cluster. Does not know: what runs on them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sparsevila_cluster.core.cluster_config import ClusterConfig, PoolConfig
+from sparsevila_cluster.core.config import MIB
+from sparsevila_cluster.core.deadline import GRACE_S
+from sparsevila_cluster.core.errors import BadConfig
+
+OBJECT_STORE_BYTES = 512 * MIB
+# For the processes of every node that runs replicas. Messages between replicas: Serve's limit of 4 MiB is too small for a report of
+# everything. The loop that routes is the replica's own: a call between replicas takes 0.4 ms less. Whether a replica
+# lives is asked for 1 s, not 0.1 s, which a busy machine does not hold.
+REPLICA_ENV = {
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * MIB),
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
+}
+# Ray starts its workers at nice 15, which is for batch jobs. Replicas serve, and share the machine with their clients.
+# Without the third, Ray takes 127.0.0.1 for this machine's address in the network, and every port is open to that.
+OWN_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+@contextmanager
+def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
+    """Ray and Serve for `config` on 127.0.0.1 while the context lasts; yields the folder of its logs.
+
+    What the pools ask for counts as there: workers share the processors. Ray's token authentication is on, as it is by
+    default, with a token that no file holds.
+    """
+    import ray
+    from ray import serve
+    from ray._private import ray_constants
+
+    # Only now: in this process Serve has read its settings, which must leave the routing loop apart.
+    added = {name: value for name, value in {**OWN_ENV, **REPLICA_ENV}.items() if name not in os.environ}
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # stays: Ray reads it once per process
+    folder = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp" if Path("/tmp").is_dir() else None))  # short: sockets lie in it
+    os.environ.update(added)
+    networked, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False  # as its variable says in children
+    try:
+        hush(verbose)
+        pools: list[PoolConfig] = [config.prefill, config.decode]
+        num_cpus = sum(pool.replicas * pool.num_cpus for pool in pools) + config.router.replicas * config.router.num_cpus
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)),
+            resources=_sums([(pool.resources, pool.replicas) for pool in pools]),
+            labels=_labels(pools),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.INFO if verbose else logging.CRITICAL,
+            log_to_driver=verbose,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+            _metrics_export_port=config.metrics_port or None,
+        )
+        try:
+            _check_gpus(sum(pool.replicas * pool.num_gpus for pool in pools), ray.cluster_resources().get("GPU", 0.0))
+            serve.start(proxy_location="Disabled")
+            yield folder
+        finally:
+            try:
+                within(config.drain_timeout_s + GRACE_S, serve.shutdown)
+            finally:
+                ray.shutdown()
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = networked
+        for name in added:
+            os.environ.pop(name, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def hush(verbose: bool) -> None:
+    """What Ray and Serve log in this process: everything, or what ends them."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
+
+
+def within(most_s: float, call: Callable[[], object]) -> None:
+    """Wait for `call`, which Ray may never answer any more, but no longer than `most_s`. What it raises is not told."""
+
+    def run() -> None:
+        with suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(most_s)
+
+
+def _sums(wishes: list[tuple[dict[str, float], int]]) -> dict[str, float]:
+    names = {name for resources, _ in wishes for name in resources}
+    return {name: sum(resources.get(name, 0.0) * num for resources, num in wishes) for name in names}
+
+
+def _labels(pools: list[PoolConfig]) -> dict[str, str]:
+    """One node has every label; two pools that want different values of one cannot both be on it."""
+    labels: dict[str, str] = {}
+    for pool in pools:
+        for name, value in pool.labels.items():
+            if labels.setdefault(name, value) != value:
+                raise BadConfig(f"one machine cannot be both {name}={labels[name]!r} and {name}={value!r}; legal: one of them")
+    return labels
+
+
+def _check_gpus(wanted: float, there: float) -> None:
+    if wanted > there:
+        raise BadConfig(f"the pools ask for {wanted:g} GPUs; this machine has {there:g}")

@@ -1,0 +1,206 @@
+"""`sparsevila serve`: the application on a Ray of its own, or on one that is there, until somebody says stop.
+
+Knows: how to start, to watch and to end it, each within a deadline. Does not know: what the application is made of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import RunTarget
+
+from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
+from sparsevila_cluster.cluster.on_ray.replicas import ROUTER
+from sparsevila_cluster.core.cluster_config import ClusterConfig
+from sparsevila_cluster.core.deadline import GRACE_S
+from sparsevila_cluster.core.errors import (
+    BadCheckpoint,
+    DeadlineExceeded,
+    Internal,
+    SparseVilaError,
+    Unavailable,
+    UserError,
+    from_failure,
+)
+from sparsevila_cluster.core.progress_line import ProgressLine
+from sparsevila_cluster.serve.application import application
+from sparsevila_cluster.serve.local_ray import REPLICA_ENV, hush, own_ray, within
+
+LOOK_S = 0.2
+WATCH_S = 2.0
+OUR_ERROR = re.compile(r"sparsevila_cluster\.errors\.(\w+): (.*)")
+
+
+def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bool = False) -> None:
+    """Run the cluster until SIGINT or SIGTERM; then let calls in progress finish, and end everything.
+
+    address: of a Ray cluster that is there ("auto" or host:port), None = one of its own on this machine. When clients can be
+    served, one line with the target goes to stdout; progress goes to stderr.
+
+    Raises:
+        BadConfig, BadCheckpoint: a configuration that cannot be started. Unavailable: the port is taken, no Ray at the address, or
+        Ray is gone. DeadlineExceeded: not ready within `start_timeout_s`. KeyboardInterrupt: interrupted before it was ready.
+    """
+    start_s, stdout = time.perf_counter(), sys.stdout
+    with ExitStack() as stack:
+        stack.enter_context(_interrupted_by(signal.SIGTERM))
+        # Ray prints what happens to its processes on stdout.
+        stack.enter_context(redirect_stdout(sys.stderr if verbose else stack.enter_context(open(os.devnull, "w"))))
+        progress = stack.enter_context(ProgressLine())
+        if address is None:
+            _check_port(config)
+            if not (config.engine.model_dir / "config.json").is_file():
+                raise BadCheckpoint(f"{config.engine.model!r} is no checkpoint: there is no config.json in it")
+            progress.stage("start Ray", 0, 1)
+            folder = stack.enter_context(own_ray(config, verbose))
+            if config.door.spool_dir is None:  # routers share it, and it goes with the rest
+                door = config.door.model_copy(update={"spool_dir": str(folder / "spool")})
+                config = config.model_copy(update={"door": door})
+        else:
+            progress.stage("connect to Ray", 0, 1)
+            stack.enter_context(_connected(address, verbose))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
+        app = application(config, {} if address is None else REPLICA_ENV, verbose)  # an own Ray hands its environment on
+        serve.run_many([RunTarget(app, name=config.name, route_prefix=None)], wait_for_applications_running=False)
+        stack.callback(within, config.drain_timeout_s + GRACE_S, lambda: serve.delete(config.name))
+        port = _wait_until_ready(config, start_s + config.start_timeout_s, progress.stage)
+        progress.clear()
+        host = f"[{config.door.host}]" if ":" in config.door.host else config.door.host
+        print(f"serving on {host}:{port} after {time.perf_counter() - start_s:.1f} s", file=stdout, flush=True)
+        try:
+            _watch(config)
+        except KeyboardInterrupt:
+            with _ignoring(signal.SIGINT, signal.SIGTERM):
+                _leave(config)
+
+
+@contextmanager
+def _interrupted_by(number: int) -> Iterator[None]:
+    """A signal that ends as Ctrl-C does."""
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextmanager
+def _ignoring(*numbers: int) -> Iterator[None]:
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _connected(address: str, verbose: bool) -> Iterator[None]:
+    hush(verbose)
+    try:
+        ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.CRITICAL)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Unavailable(f"no Ray cluster at {address!r}: {error}") from error
+    try:
+        serve.start(proxy_location="Disabled")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_port(config: ClusterConfig) -> None:
+    """Raises Unavailable. The door itself would share the port with whoever has it, if they agree to it."""
+    host, port = config.door.host, config.door.port
+    if not port:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def _wait_until_ready(config: ClusterConfig, until_s: float, report: Callable[[str, int, int], None]) -> int:
+    """The port of the door, once clients can be served."""
+    num_wanted = config.prefill.replicas + config.decode.replicas + config.router.replicas + 1
+    door: dict[str, Any] = {"ready": False}
+    missing = "nothing has started"
+    while not door["ready"]:
+        if time.perf_counter() > until_s:
+            raise DeadlineExceeded(f"the cluster was not ready within {config.start_timeout_s:g} s: {missing}")
+        time.sleep(LOOK_S)
+        status = serve.status().applications.get(config.name)
+        if status is None:
+            continue
+        deployments = status.deployments.items()
+        _check_failure([status.message, *(one.message for _, one in deployments)], status.status == "DEPLOY_FAILED")
+        num_running = sum(num for _, one in deployments for state, num in one.replica_states.items() if state == "RUNNING")
+        missing = ", ".join(f"{name} is {one.status.value.lower()}" for name, one in deployments if one.status != "HEALTHY")
+        report("start workers", min(num_running, num_wanted - 1), num_wanted)
+        if status.status == "RUNNING":
+            missing = "the workers have not reported"
+            door = asyncio.run(_state(config))
+    return int(door["port"])
+
+
+def _check_failure(messages: list[str], final: bool) -> None:
+    """Raise what a replica could not start from: at once if it is the user's to mend, else when Serve gives up."""
+    for message in messages:
+        for kind, text in OUR_ERROR.findall(message):
+            error = from_failure({"error": kind, "message": text})
+            if final or isinstance(error, UserError):
+                raise error
+    if final:
+        told = [line for message in messages for line in message.splitlines() if line.strip()]
+        raise Internal(f"the application could not be started: {told[-1].strip() if told else 'Serve does not say why'}")
+
+
+async def _state(config: ClusterConfig) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = await _routers(config).call(None, "state", within_s=config.router.call_timeout_s)
+        return state
+    except SparseVilaError:  # it runs, and may be gone the next moment
+        return {"ready": False}
+
+
+def _routers(config: ClusterConfig) -> RayWorkerPool:
+    return RayWorkerPool(serve.get_deployment_handle(ROUTER, app_name=config.name))
+
+
+def _watch(config: ClusterConfig) -> None:
+    """Return never; Serve looks after its replicas. Raises Unavailable: the application or Ray is gone."""
+    while True:
+        time.sleep(WATCH_S)
+        try:
+            there = config.name in serve.status().applications
+        except Exception as error:
+            raise Unavailable(f"Ray is gone: {type(error).__name__}: {error}") from error
+        if not there:
+            raise Unavailable(f"the application {config.name!r} was deleted")
+
+
+def _leave(config: ClusterConfig) -> None:
+    """Close the doors, while the workers behind them finish what was begun."""
+    handle, grace_s = serve.get_deployment_handle(ROUTER, app_name=config.name), config.drain_timeout_s
+
+    async def leave() -> None:
+        await handle.broadcast("call", None, "leave", (grace_s,)).results_async(timeout_s=grace_s + GRACE_S)
+
+    try:
+        asyncio.run(leave())
+    except Exception as error:  # a door that does not close is closed with its process
+        print(f"a door did not close in time: {type(error).__name__}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Kinds of links between workers: in process, gloo, NCCL, object store."""

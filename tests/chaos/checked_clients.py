@@ -1,0 +1,172 @@
+"""Clients of a cluster, and what they must hear: the tokens of one process that nothing ever happened to.
+
+Knows: questions, right answers, and how long an answer was interrupted. Does not know: workers or faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsevila_cluster.core.cluster_config import ClusterConfig
+from sparsevila_cluster.core.errors import SparseVilaError, Unavailable
+from sparsevila_cluster.core.protocols import Pipeline
+from sparsevila_cluster.core.requests import MediaSource, PrepareRequest, SamplingParams, Turn
+from sparsevila_cluster.engine.local_pipeline import LocalPipeline
+
+QUESTIONS = ("what colour is the star?", "where is the circle?", "how many squares are there?", "what is in the first frame?")
+NUM_TOKENS = 10
+DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Film:
+    """A clip, its content key, and the tokens of the answers to all questions, asked one after the other."""
+
+    path: Path
+    media_id: str
+    answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def request(self) -> PrepareRequest:
+        return request_of(self.path)
+
+
+def request_of(path: Path) -> PrepareRequest:
+    return PrepareRequest((MediaSource(str(path)),), deadline_s=DEADLINE_S)
+
+
+def turn_of(media_id: str, question: str, conversation_id: str, deadline_s: float = DEADLINE_S) -> Turn:
+    sampling = SamplingParams(max_tokens=NUM_TOKENS)
+    return Turn(uuid.uuid4().hex, conversation_id, media_id, question, sampling, deadline_s=deadline_s)
+
+
+async def film_of(path: Path, config: ClusterConfig) -> Film:
+    """What a local pipeline makes of a clip."""
+    pipeline = LocalPipeline(config.engine)
+    try:
+        handle = await pipeline.prepare(request_of(path))
+        answers = []
+        for question in QUESTIONS:
+            turn = turn_of(handle.media_id, question, "truth")
+            answers.append(tuple([token async for event in pipeline.ask(turn) for token in event.token_ids]))
+        return Film(path, handle.media_id, tuple(answers))
+    finally:
+        await pipeline.close()
+
+
+class Client:
+    """One conversation about one film. Asks its questions in order, and asserts that every answer is the right one."""
+
+    def __init__(self, pipeline: Pipeline, film: Film):
+        self.pipeline, self.film = pipeline, film
+        self.conversation_id = ""
+        self.num_answers = 0
+        self.heard_s: list[float] = []
+        self.trail: list[str] = []
+
+    def next_turn(self, deadline_s: float = DEADLINE_S) -> Turn:
+        return turn_of(self.film.media_id, QUESTIONS[self.num_answers], self.conversation_id, deadline_s)
+
+    async def ask(
+        self, turn: Turn | None = None, heard: Callable[[int], None] = lambda index: None, leave_at: int | None = None
+    ) -> None:
+        """Asks the next question. heard: called with the index of every token. leave_at: stop listening at this token.
+
+        Raises what the pipeline raises.
+        """
+        turn = turn or self.next_turn()
+        due, tokens, ended = self.film.answers[self.num_answers], list[int](), False
+        self.heard_s = []
+        self.trail.append(f"{turn.turn_id[:6]} at {self.num_answers}")
+        async with aclosing(self.pipeline.ask(turn)) as events:
+            async for event in events:
+                self.heard_s.append(time.monotonic())
+                if event.kind == "accepted":
+                    self.conversation_id = event.conversation_id
+                if event.kind == "token":
+                    assert event.index == len(tokens), f"token {event.index} came where {len(tokens)} was due"
+                    tokens += event.token_ids
+                    assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}: {self.trail}"
+                    heard(event.index)
+                    if event.index == leave_at:
+                        self.trail.append(f"left at {leave_at}")
+                        return
+                if event.kind == "done":
+                    self.conversation_id, ended = event.conversation_id, True
+        assert ended and tuple(tokens) == due, f"the answer is {tokens}, not {due}"
+        self.num_answers += 1
+
+    async def close(self) -> None:
+        if self.conversation_id:
+            await self.pipeline.close_conversation(self.conversation_id)
+        self.forget()
+
+    def forget(self) -> None:
+        """The next question begins a new conversation."""
+        self.conversation_id, self.num_answers, self.trail = "", 0, []
+
+
+class Neighbour:
+    """Somebody who keeps asking about another film, conversation after conversation, and must not notice anything."""
+
+    def __init__(self, pipeline: Pipeline, film: Film):
+        self._client = Client(pipeline, film)
+        self._over = False
+        self._left: list[str] = []
+        self.num_answers = 0
+        self.slowest_s = 0.0
+        self._task = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
+        while not self._over:
+            if self._client.num_answers == len(QUESTIONS):
+                await self._close()
+            begun_s = time.monotonic()
+            await self._client.ask()
+            self.slowest_s = max(self.slowest_s, time.monotonic() - begun_s)
+            self.num_answers += 1
+            await asyncio.sleep(0.02)
+        await self._close()
+        for conversation_id in self._left:
+            await self._client.pipeline.close_conversation(conversation_id)
+
+    async def _close(self) -> None:
+        """Without the registry a conversation cannot be closed: later, then."""
+        conversation_id = self._client.conversation_id
+        try:
+            await self._client.close()
+        except Unavailable:
+            self._left.append(conversation_id)
+            self._client.forget()
+
+    async def hears_more(self, num: int = 1) -> None:
+        """Wait for `num` more answers. Raises what the neighbour met with."""
+        due = self.num_answers + num
+        while self.num_answers < due:
+            if self._task.done():
+                self._task.result()
+                raise AssertionError("the neighbour stopped asking")
+            await asyncio.sleep(0.01)
+
+    async def leaves(self) -> None:
+        self._over = True
+        await self._task
+
+    def drop(self) -> None:
+        """Of a case that failed."""
+        self._task.cancel()
+
+
+async def typed(work: asyncio.Task[None]) -> SparseVilaError | None:
+    """The error of ours that a task ended with, None if it went well. Anything else is raised."""
+    try:
+        await work
+    except SparseVilaError as error:
+        return error
+    return None

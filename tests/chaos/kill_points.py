@@ -1,0 +1,169 @@
+"""Where a worker dies or stands still: places in the life of a transfer and of a turn, and a trap that springs exactly there.
+
+Knows: which method is which state. Does not know: what a test expects. A trap is set in every worker of a pool; the first one that
+comes by takes the token and sends itself the signal, from the very thread, so that nothing of the process runs on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+RECEIVER = "sparsevila_cluster.transport.receive_lane:ReceiveLane."
+SENDER = "sparsevila_cluster.transport.send_lane:Route."
+SHIPPER = "sparsevila_cluster.transport.kv_sender:Shipper."
+LANDING = "sparsevila_cluster.cluster.workers.engine_prefix_sink:EngineLanding."
+ANSWERING = "sparsevila_cluster.cluster.workers.turn_service:Answering."
+RUNNING = "sparsevila_cluster.engine.running_turn:RunningTurn."
+
+Test = Callable[..., bool]  # (mark, *the method's arguments)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A call of a method. `only`: which of its calls count; `nth` of those, from 0."""
+
+    method: str
+    side: Literal["before", "after"]
+    only: Test
+    nth: int = 0
+
+
+def _landing(which: Callable[[int], int]) -> Test:
+    return lambda mark, lane, one, index, *_: one.manifest.key == mark and index == which(len(one.manifest.chunks))
+
+
+def _sending(which: Callable[[int], int], sent: int) -> Test:
+    """The call that sends chunk `which`, when it has sent `sent` of it."""
+
+    def only(mark: str, route: Any, lane: Any, attempt: Any) -> bool:
+        return attempt.manifest.key == mark and attempt.sent == which(len(attempt.manifest.chunks)) + sent
+
+    return only
+
+
+def _event(kind: str, index: int | None = None) -> Test:
+    def only(mark: str, answering: Any, engine: Any, notes: Any, listener: Any, event: Any) -> bool:
+        here = notes.turn.turn_id == mark and getattr(event, "kind", "") == kind
+        return here and index in (None, event.index)
+
+    return only
+
+
+def first(num: int) -> int:
+    return 0
+
+
+def middle(num: int) -> int:
+    return num // 2
+
+
+def last(num: int) -> int:
+    return num - 1
+
+
+def _shipment(mark: str, shipper: Any, shipment: Any, *_: Any) -> bool:
+    return shipment.manifest.key == mark
+
+
+def _manifest(mark: str, landing: Any, manifest: Any, extent: Any) -> bool:
+    return manifest.key == mark
+
+
+# mark: the content key.
+DECODE_TRANSFER = {
+    "reserved": Place("sparsevila_cluster.transport.kv_receiver:Dock.expect", "after", lambda mark, dock, _, key, __: key == mark),
+    "granted": Place(RECEIVER + "_allocate", "after", lambda mark, lane, one: one.manifest.key == mark),
+    "first chunk": Place(RECEIVER + "_landed", "before", _landing(first)),
+    "middle chunk": Place(RECEIVER + "_landed", "before", _landing(middle)),
+    "last chunk": Place(RECEIVER + "_landed", "before", _landing(last)),
+    "landed": Place(LANDING + "publish", "before", _manifest),
+    "verified": Place(LANDING + "publish", "after", _manifest),
+    "acked": Place(RECEIVER + "_commit", "after", lambda mark, lane, one: one.manifest.key == mark),
+}
+PREFILL_TRANSFER = {
+    "reserved": Place(
+        "sparsevila_cluster.cluster.workers.prefill_job:Making.run", "before", lambda mark, making, _: making.key == mark
+    ),
+    "granted": Place(SENDER + "_send", "before", _sending(first, 0)),
+    "first chunk": Place(SENDER + "_send", "after", _sending(first, 0)),
+    "middle chunk": Place(SENDER + "_send", "after", _sending(middle, 0)),
+    "last chunk": Place(SENDER + "_send", "after", _sending(last, 0)),
+    "landed": Place(
+        "sparsevila_cluster.transport.messages:Channel.say", "after", lambda mark, channel, name, **_: name == "commit"
+    ),
+    "verified": Place(SHIPPER + "acked", "before", _shipment),
+    "acked": Place(SHIPPER + "acked", "after", _shipment),
+}
+# mark: the turn's id.
+LATER = 6
+DECODE_TURN = {
+    "in line": Place(
+        "sparsevila_cluster.engine.decode_engine:DecodeEngine.submit", "after", lambda mark, engine, turn, _: turn.turn_id == mark
+    ),
+    "question": Place(
+        RUNNING + "segment", "after", lambda mark, running, *_: running.turn.turn_id == mark and running.phase == "question"
+    ),
+    "retrieve": Place(RUNNING + "retrieve", "before", lambda mark, running: running.turn.turn_id == mark),
+    "first token": Place(ANSWERING + "_hear", "before", _event("token", 0)),
+    "second token": Place(ANSWERING + "_hear", "before", _event("token", 1)),
+    "later token": Place(ANSWERING + "_hear", "before", _event("token", LATER)),
+    "committed": Place(ANSWERING + "_hear", "before", _event("done")),
+    "recorded": Place(
+        "sparsevila_cluster.cluster.workers.conversation_journals:Journals.add",
+        "after",
+        lambda mark, journals, number, record: record.turn.turn_id == mark,
+    ),
+}
+PLACES: dict[tuple[str, str], Place] = {
+    **{("prefill", f"transfer: {name}"): place for name, place in PREFILL_TRANSFER.items()},
+    **{("decode", f"transfer: {name}"): place for name, place in DECODE_TRANSFER.items()},
+    **{("decode", f"turn: {name}"): place for name, place in DECODE_TURN.items()},
+}
+
+
+def set_trap(worker: str, place: Place, number: int, mark: str, token: str) -> Callable[[], None]:
+    """Have this process get signal `number` at a place, unless `token` (a file) is taken already. Returns how to take it away."""
+    module_name, path = place.method.split(":")
+    class_name, method = path.split(".")
+    owner: Any = getattr(importlib.import_module(module_name), class_name)
+    original = getattr(owner, method)
+    lock, seen = threading.Lock(), 0
+
+    def springs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        nonlocal seen
+        if not place.only(mark, *args, **kwargs):
+            return False
+        with lock:
+            seen += 1
+            return seen == place.nth + 1
+
+    @functools.wraps(original)
+    def trapped(*args: Any, **kwargs: Any) -> Any:
+        hit = springs(args, kwargs)
+        if hit and place.side == "before":
+            spring(worker, token, number)
+        result = original(*args, **kwargs)
+        if hit and place.side == "after":
+            spring(worker, token, number)
+        return result
+
+    setattr(owner, method, trapped)
+    return lambda: setattr(owner, method, original)
+
+
+def spring(worker: str, token: str, number: int) -> None:
+    try:
+        file = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return
+    os.write(file, worker.encode())
+    os.close(file)
+    # To this thread: a signal to the process may let it go on for a moment.
+    signal.pthread_kill(threading.get_ident(), number)

@@ -1,0 +1,195 @@
+"""A whole cluster of real worker processes, with the router and the registry in the test's own process.
+
+Knows: how workers come and go, their reports, and what must be free again when nothing is under way. Does not know: cases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from sparsevila_cluster.cluster.directory import Directory
+from sparsevila_cluster.cluster.routing.router import ClusterPipeline
+from sparsevila_cluster.core.cluster_config import build_cluster_config
+from sparsevila_cluster.core.errors import SparseVilaError, WorkerLost
+from sparsevila_cluster.core.metrics import Tally
+from tests.chaos.worker_processes import Process, ProcessPool, Zygote
+
+SILENCE_S = 1.2
+LEASE_S = 3.0
+# What a loaded machine may take on top of a lease before bytes that are not back count as lost.
+SLACK_S = 5.0
+
+
+def config_of(checkpoint: Path) -> dict[str, Any]:
+    return {
+        "engine": {
+            "model": str(checkpoint), "device": "cpu", "fps": 4.0, "prefill_chunk": 16, "prefix_bytes": 2 * 2**20,
+            "turn_bytes": 2 * 2**20, "close_timeout_s": 10.0, "prepare_timeout_s": 60.0, "turn_timeout_s": 60.0,
+            "sparsity": {"prune_keep": 0.6, "retrieve_keep": 0.4},
+        },
+        "transport": {
+            "kind": "gloo", "host": "127.0.0.1", "chunk_bytes": 64 * 1024, "op_timeout_s": 3.0, "dial_timeout_s": 1.5,
+            "beat_s": 0.2, "silence_s": 1.5, "lease_s": LEASE_S,
+        },
+        "prefill": {"copy_bytes": 2 * 2**20},
+        "decode": {"replicate_after": 0},
+        "router": {"call_timeout_s": 3.0},
+        "report_s": 0.1,
+    }  # fmt: skip
+
+
+class Registry:
+    """`Pool` of the one directory. `away`: it is lost, until `comes_back` with nothing in it."""
+
+    def __init__(self, report_s: float):
+        self._report_s = report_s
+        self.directory: Directory | None = Directory(report_s)
+
+    def lose(self) -> None:
+        self.directory = None
+
+    def come_back(self) -> None:
+        self.directory = Directory(self._report_s)
+
+    async def call(self, worker: str | None, method: str, *args: Any, within_s: float) -> Any:
+        await asyncio.sleep(0)
+        if self.directory is None:
+            raise WorkerLost("the registry is gone")
+        return getattr(self.directory, method)(*args)
+
+
+class Town:
+    def __init__(self, zygote: Zygote, fields: dict[str, Any]):
+        self.zygote, self.fields = zygote, fields
+        self.config = build_cluster_config(**fields)
+        self.pools = {"prefill": ProcessPool(SILENCE_S), "decode": ProcessPool(SILENCE_S)}
+        self.registry = Registry(self.config.report_s)
+        self.sink = Tally()
+        self.pipeline = ClusterPipeline(
+            self.config,
+            self.pools["prefill"],
+            self.pools["decode"],
+            self.registry,
+            self.sink,  # type: ignore[arg-type]
+        )
+        self._numbers = itertools.count()
+        self._traps = itertools.count()
+        self._reports: dict[str, asyncio.Task[None]] = {}
+
+    # ---- workers -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def processes(self) -> list[Process]:
+        return [process for pool in self.pools.values() for process in pool.processes.values()]
+
+    async def fill(self, prefill: int = 2, decode: int = 2) -> None:
+        """Replace what is missing, and wait until the registry knows everybody who is there."""
+        for kind, num in (("prefill", prefill), ("decode", decode)):
+            for name in [name for name, one in self.pools[kind].processes.items() if not one.lives]:
+                await self.bury(name)
+            for _ in range(num - len(self.pools[kind].processes)):
+                await self.spawn(kind)
+        await self.until(lambda: self.registered == {one.name for one in self.processes}, "a report of everybody")
+
+    @property
+    def registered(self) -> set[str]:
+        directory = self.registry.directory
+        return set() if directory is None else {one.worker for one in directory.snapshot().workers}
+
+    async def spawn(self, kind: str, name: str = "", port: int = 0) -> Process:
+        name = name or f"{kind}-{next(self._numbers)}"
+        process = self.zygote.spawn(kind, name, self.fields, port)
+        await process.connect()
+        self.pools[kind].processes[name] = process
+        self._reports[name] = asyncio.ensure_future(self._report(process))
+        return process
+
+    async def _report(self, process: Process) -> None:
+        """What a replica does by itself: tell the registry, all of it if asked."""
+        full = True
+        while process.lives:
+            try:
+                report = await process.ask("worker", "report", full)
+                answer = await self.registry.call(None, "report", report, within_s=1.0)
+                full = answer["send_all"]
+                for conversation_id in answer["close"]:
+                    await process.ask("worker", "close_conversation", conversation_id)
+            except SparseVilaError:
+                full = True
+            await asyncio.sleep(self.config.report_s)
+
+    async def bury(self, name: str) -> None:
+        """Take a worker that is dead, or to be killed now, out of its pool."""
+        pool = next(pool for pool in self.pools.values() if name in pool.processes)
+        process = pool.processes.pop(name)
+        if process.lives:
+            process.signal(signal.SIGKILL)
+            await process.fallen(signal.SIGKILL)
+        self._reports.pop(name).cancel()
+        await process.close()
+
+    # ---- traps -------------------------------------------------------------------------------------------------------------
+
+    async def arm(self, kind: str, place: str, number: int, mark: str) -> Path:
+        """Set a trap in every worker of a pool; the token says who was caught."""
+        token = self.zygote.folder / f"trap-{next(self._traps)}"
+        processes = [one for one in self.pools[kind].processes.values() if one.lives]
+        await asyncio.gather(*(one.ask("host", "arm", place, number, mark, str(token)) for one in processes))
+        return token
+
+    async def caught(self, token: Path, number: int, within_s: float = 20.0) -> Process:
+        """Wait until somebody is in the trap, and dead or stopped."""
+        await self.until(lambda: token.exists() and bool(token.read_text()), "somebody in the trap", within_s)
+        name = token.read_text()
+        process = next(one for one in self.processes if one.name == name)
+        await process.fallen(number)
+        return process
+
+    async def disarm(self) -> None:
+        await asyncio.gather(*(one.ask("host", "disarm") for one in self.processes if one.lives and not one.stopped))
+
+    # ---- at rest -----------------------------------------------------------------------------------------------------------
+
+    async def ledgers(self) -> dict[str, dict[str, Any]]:
+        """The books of every worker that can answer."""
+        awake = [one for one in self.processes if one.lives and not one.stopped]
+        told = await asyncio.gather(*(one.ask("host", "ledger") for one in awake))
+        return {one.name: books for one, books in zip(awake, told, strict=True)}
+
+    async def rests(self, media: set[str], within_s: float = LEASE_S + SLACK_S) -> None:
+        """Wait until every byte is back: no turn, no conversation, no transfer, no media but these. AssertionError: it is not."""
+
+        def free(books: dict[str, Any]) -> bool:
+            return books["at_rest"] and books["turn_bytes"] == 0 and set(books["media"]) <= media
+
+        until_s = time.monotonic() + within_s
+        while True:
+            ledgers = await self.ledgers()
+            if all(free(books) for books in ledgers.values()):
+                return
+            held = {name: books for name, books in ledgers.items() if not free(books)}
+            assert time.monotonic() < until_s, f"bytes are not back after {within_s:g} s: {held}"
+            await asyncio.sleep(0.02)
+
+    async def until(self, holds: Any, what: str, within_s: float = 20.0) -> None:
+        until_s = time.monotonic() + within_s
+        while not holds():
+            assert time.monotonic() < until_s, f"{what}: not within {within_s:g} s"
+            await asyncio.sleep(0.005)
+
+    async def close(self) -> None:
+        await self.pipeline.close()
+        for task in self._reports.values():
+            task.cancel()
+        failures = []
+        for process in self.processes:
+            try:
+                await process.close()
+            except AssertionError as error:
+                failures.append(str(error))
+        assert not failures, failures

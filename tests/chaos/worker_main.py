@@ -1,0 +1,151 @@
+"""One prefill or decode worker in this process, which answers over a Unix socket until SIGTERM.
+
+Knows: the clerk's envelopes, traps, and the books of a worker: what it holds, byte by byte. Does not know: tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import signal
+from typing import Any
+
+from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
+from sparsevila_cluster.cluster.workers.prefill_job import PrefillJob
+from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
+from sparsevila_cluster.core.cluster_config import ClusterConfig
+from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.models.adapter import Model
+from tests.chaos.kill_points import PLACES, set_trap
+from tests.chaos.unix_socket_rpc import LIMIT_BYTES, receive, send
+
+CALLS = {
+    "prefill": ("drop", "info", "report", "check"),
+    "decode": (
+        "reserve", "release", "abort", "close_conversation", "media", "drop", "set_brownout", "info", "report", "check",
+    ),
+}  # fmt: skip
+STREAMS = {"prefill": ("key_of", "make", "ship"), "decode": ("ask", "ship")}
+
+
+class CountedPrefillWorker(PrefillWorker):
+    """Writes the key of everything that it made to a file, which outlives this process."""
+
+    prefills = os.devnull
+
+    def _tell(self, making: PrefillJob, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
+        if not making.reused and making.key != "warm":
+            with open(self.prefills, "a") as file:
+                file.write(f"{prefix.key}\n")
+        return super()._tell(making, prefix, facts)
+
+
+class Host:
+    """What a test may ask beside the worker's own methods."""
+
+    def __init__(self, kind: str, worker: PrefillWorker | DecodeWorker):
+        self.kind, self.worker = kind, worker
+        self._traps: list[Any] = []
+
+    def arm(self, place: str, number: int, mark: str, token: str) -> None:
+        self._traps.append(set_trap(self.worker.name, PLACES[self.kind, place], number, mark, token))
+
+    def disarm(self) -> None:
+        while self._traps:
+            self._traps.pop()()
+
+    async def ledger(self) -> dict[str, Any]:
+        """Bytes by owner. `at_rest`: nothing is under way, and every slot has exactly one owner."""
+        worker = self.worker
+        if isinstance(worker, PrefillWorker):
+            kept = worker.copies.all()
+            lanes = worker.shipper.info()["lanes"]
+            books: dict[str, Any] = {
+                "used_bytes": worker.copies.used_bytes,
+                "owned_bytes": sum(prefix.kv_bytes for prefix in kept),
+                "media": sorted(prefix.key for prefix in kept),
+                "turn_bytes": 0,
+                "in_flight": 0,
+                "busy": len(worker._making) + len(worker._sending._shipments) + sum(len(lane["transfers"]) for lane in lanes),
+            }
+            check: Any = worker.copies.check_integrity
+        else:
+            books = await worker._desk.call(self._books)
+            dock = worker.dock.info()
+            open_states = ("granted", "sending", "landed", "verified")
+            books["in_flight"] = dock["bytes_in_flight"]
+            books["transfers"] = dock["transfers"]
+            books["busy"] += sum(dock["transfers"].get(state, 0) for state in open_states) + len(worker._sending._shipments)
+
+            def check() -> None:
+                return None
+
+            if not books["busy"]:
+                await worker._desk.call(lambda engine: engine.check_integrity())
+        books["at_rest"] = not books["busy"] and not books["in_flight"] and books["used_bytes"] == books["owned_bytes"]
+        if books["at_rest"]:
+            check()
+        return books
+
+    @staticmethod
+    def _books(engine: Any) -> dict[str, Any]:
+        return {
+            "used_bytes": engine.prefixes.arena.used_bytes,
+            "owned_bytes": sum(prefix.kv_bytes for prefix in engine.prefixes),
+            "media": sorted(prefix.key for prefix in engine.prefixes),
+            "turn_bytes": engine.conversations.arena.used_bytes,
+            "conversations": len(engine.conversations),
+            "busy": len(engine.turns),
+        }
+
+
+async def serve(kind: str, name: str, path: str, config: ClusterConfig, model: Model, prefills: str) -> None:
+    """Answer calls and streams until SIGTERM; then close the worker."""
+    faulthandler.enable()
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    CountedPrefillWorker.prefills = prefills
+    made = CountedPrefillWorker if kind == "prefill" else DecodeWorker
+    worker = made(name, config, model=model)
+    await worker.warm()
+    host = Host(kind, worker)
+    clerks = {
+        "worker": RpcServer(name, worker, CALLS[kind], STREAMS[kind], config.transport.beat_s),
+        "host": RpcServer(name, host, ("arm", "disarm", "ledger")),
+    }
+
+    async def work(writer: asyncio.StreamWriter, number: int, whom: str, method: str, args: tuple[Any, ...]) -> None:
+        if whom != "stream":
+            send(writer, (number, await clerks[whom].call(name, method, args)))
+            return
+        envelopes = clerks["worker"].stream(name, method, args)
+        try:
+            async for envelope in envelopes:
+                send(writer, (number, envelope))
+        finally:
+            await envelopes.aclose()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks: dict[int, asyncio.Task[None]] = {}
+        try:
+            while True:
+                number, whom, method, args = await receive(reader)
+                if whom == "cancel":
+                    if number in tasks:
+                        tasks[number].cancel()
+                    continue
+                tasks[number] = asyncio.ensure_future(work(writer, number, whom, method, args))
+                tasks[number].add_done_callback(lambda _, number=number: tasks.pop(number, None))  # type: ignore[misc]
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            for task in list(tasks.values()):
+                task.cancel()
+            writer.close()
+
+    server = await asyncio.start_unix_server(connected, path, limit=LIMIT_BYTES)
+    await stop.wait()
+    server.close()
+    await worker.close()

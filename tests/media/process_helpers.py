@@ -1,0 +1,49 @@
+"""Looking at processes and waiting for them, with a deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from sparsevila_cluster.core.config import MediaLimits
+from sparsevila_cluster.core.requests import MediaSource
+from sparsevila_cluster.media import DecoderSandbox, Media, open_media
+from tests.media.media_files import picture_bytes
+
+PICTURE = picture_bytes(Image.new("RGB", (8, 6), (1, 2, 3)))
+
+
+def show(guard: DecoderSandbox, data=PICTURE, **limits) -> Media:
+    return open_media(MediaSource(data), fps=2.0, max_frames=64, limits=MediaLimits(**limits), guard=guard)
+
+
+def wait_for(condition, timeout_s: float = 20.0) -> None:
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until_s, "waited in vain"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def in_thread(call) -> tuple[threading.Thread, list]:
+    """The thread, and a list that will hold what the call returned or raised."""
+    outcome: list = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
