@@ -54,7 +54,8 @@ PLANS = {
 @dataclass
 class Ready:
     """By name, those ways of a case that run: what to time, which of that a CUDA graph replays, how far each is from the reference;
-    and the times of the reference, which is run for its result anyway, and takes long."""
+    and the times of the reference, which is run for its result anyway, and takes long.
+    """
 
     works: dict[str, Callable[[], object]] = field(default_factory=dict)
     replayed: set[str] = field(default_factory=set)

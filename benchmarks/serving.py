@@ -45,7 +45,8 @@ SLO_SCALES = (1.5, 2.0, 3.0, 5.0)
 @dataclass(frozen=True)
 class Plan:
     """What to measure. num_known: videos that are prepared before the loads; slo_scale: times the dense configuration's medians;
-    limit_s: for one load; decodes: decode workers."""
+    limit_s: for one load; decodes: decode workers.
+    """
 
     frames: int = 64
     num_tokens: int = 16

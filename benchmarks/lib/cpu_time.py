@@ -16,7 +16,8 @@ SERVE = "sparsevila_cluster\0serve"
 
 def cpu_s() -> dict[str, float]:
     """Seconds of processor time so far by role: `Router`, `Decode`, ... of every cluster that this process has started, `Ray` for
-    the rest of it, `client` for this process."""
+    the rest of it, `client` for this process.
+    """
     mine = os.times()
     spent: dict[str, float] = defaultdict(float, client=mine.user + mine.system)
     stats = [stat for path in Path("/proc").glob("[0-9]*") if (stat := _stat(path))]

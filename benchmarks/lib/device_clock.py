@@ -89,7 +89,8 @@ class Clock:
 
 def ceilings(device: torch.device, dtypes: tuple[str, ...], size: float = 1.0) -> dict[str, Ceilings]:
     """By dtype: the best matrix product of it, and the best rates of reading and copying, which are the same in all. `size` scales
-    the work down, for tests."""
+    the work down, for tests.
+    """
     on_gpu = device.type == "cuda"
     clock = Clock(device, Patience(least=3, most=20 if on_gpu else 5, budget_s=1.0))
     side = _rounded((8192 if on_gpu else 2048) * size)

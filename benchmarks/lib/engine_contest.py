@@ -28,7 +28,8 @@ from sparsevila_cluster.models.families.qwen_vl import GridInputs
 class Plan:
     """What to measure. hf_frames: the longest video that `generate` is given; encode_frames: the longest that is encoded with and
     without salience; `block` steps of one variant, then the next, `rounds` times; long_frames: the video whose memory is
-    measured, 0 for none."""
+    measured, 0 for none.
+    """
 
     frames: tuple[int, ...] = (16, 64, 256)
     batches: tuple[int, ...] = (1, 4, 8)
@@ -59,7 +60,8 @@ class Contest:
         matrix_width: float = 0.0,
     ) -> None:
         """Everything about one model. directory: of its checkpoint, for `generate`; None leaves that out. `hf_batches`: batch sizes
-        in which `generate` is asked for steps. matrix_width: see `Stand`."""
+        in which `generate` is asked for steps. matrix_width: see `Stand`.
+        """
         self.say(f"{name}: loading")
         peer = None if directory is None else Peer(directory, model)
         with endless(model):

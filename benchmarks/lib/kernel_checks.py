@@ -44,7 +44,8 @@ def sizes_to_check(toy: bool) -> list[Sizes]:
 
 def groups(target: torch.device, toy: bool) -> list[Group]:
     """(name, its checks), of which each can be made without the others: every operation against its reference, then what no case
-    asks of it."""
+    asks of it.
+    """
     backend: Backend = "triton" if target.type == "cuda" or INTERPRETED else "torch"
     found: dict[str, Callable[[], Iterator[Check]]] = {}
     for sizes in sizes_to_check(toy):

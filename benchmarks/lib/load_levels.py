@@ -23,7 +23,8 @@ VARIANTS = (SPARSE, DENSE)
 @dataclass(frozen=True)
 class Level:
     """A load of `num` conversations, `num_new` of them about videos of their own. clients: of a closed loop; share: of an open one,
-    of the conversations per second that the best closed loop held."""
+    of the conversations per second that the best closed loop held.
+    """
 
     num: int
     num_new: int
@@ -66,7 +67,8 @@ def plan_visits(level: Level, known: Sequence[Path], new: Sequence[Path], num_tu
 
 class Loads:
     """Lays loads on the cluster at `target`. known: videos to prepare before the first load; new: for one conversation each;
-    limit_s: for one load."""
+    limit_s: for one load.
+    """
 
     def __init__(self, target: str, known: Sequence[Path], new: Sequence[Path], num_turns: int, num_tokens: int, limit_s: float):
         self.outcomes: list[Outcome] = []

@@ -28,7 +28,8 @@ FPS = 2.0
 @dataclass(frozen=True)
 class Recipe:
     """Sizes of a checkpoint. The default has 140 M text parameters and 81 visual tokens per two frames of 252 x 252 pixels; its
-    vision tower of 13 M parameters costs less than the dense prefill behind it."""
+    vision tower of 13 M parameters costs less than the dense prefill behind it.
+    """
 
     hidden: int = 1024
     num_layers: int = 12

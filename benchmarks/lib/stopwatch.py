@@ -44,7 +44,8 @@ class Times:
 @dataclass(frozen=True)
 class Patience:
     """How often to repeat: at least `least` rounds and at most `most`, no further one that would end after `budget_s` seconds. A
-    round of more than half the budget is the only one."""
+    round of more than half the budget is the only one.
+    """
 
     least: int = 3
     most: int = 7

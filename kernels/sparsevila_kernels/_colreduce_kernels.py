@@ -62,7 +62,8 @@ def row_norms(
     BLOCK_KEYS: tl.constexpr, PAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """q [Hkv, M * GROUP, D]. With SPLIT: base-2 peak and sum of a row over one split of its keys -> peaks, totals [splits, ..].
-    Without: its norm over all keys -> peaks [..]. A row of the result is [Hq / TOGETHER, M * TOGETHER], as `columns` reads it."""
+    Without: its norm over all keys -> peaks [..]. A row of the result is [Hq / TOGETHER, M * TOGETHER], as `columns` reads it.
+    """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row, first_key, m, n = 0, 0, num_rows, num_keys
     if cu_rows is not None:
@@ -161,7 +162,8 @@ def columns(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Weights of a block of keys, reduced over rows -> out [Hq / TOGETHER, N]. TOGETHER heads of a group, one or all, are rows of
-    one head: q [Hq / TOGETHER, M * TOGETHER, D], norms [Hq / TOGETHER, M * TOGETHER]."""
+    one head: q [Hq / TOGETHER, M * TOGETHER, D], norms [Hq / TOGETHER, M * TOGETHER].
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_row, first_key, m, n = 0, 0, num_rows, num_keys
     if cu_keys is not None:

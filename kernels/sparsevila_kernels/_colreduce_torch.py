@@ -79,7 +79,8 @@ def _reduce_sequence(q: Tensor, k: Tensor, reduction: str, causal: bool, scale: 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
     """f32 q k^T of q [Hkv, rows, D] and k [n, Hkv, D]. What is not fp32 is cast, some keys at a time: their product in a narrow
-    dtype would be rounded to it, an error of several percent in the weights of large logits."""
+    dtype would be rounded to it, an error of several percent in the weights of large logits.
+    """
     if q.dtype == torch.float32:
         return torch.bmm(q, k.permute(1, 2, 0))
     out, q = q.new_empty(len(q), q.shape[1], len(k), dtype=torch.float32), q.float()

@@ -55,7 +55,8 @@ def _decode_step(
     q: Tensor, pools: tuple, both_of_all: list[list[list[int]]], scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One row of each sequence, none of whose spans is empty: the case of every step, in as few operators as it takes. For the
-    model of the tests they cost more than the arithmetic. The spans are joined for all sequences at once."""
+    model of the tests they cost more than the arithmetic. The spans are joined for all sequences at once.
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     rows, found = q.view(len(q), 1, pools[0][0].shape[1], -1, q.shape[-1]), []
     for row, both in zip(rows.unbind(0), both_of_all, strict=True):

@@ -168,7 +168,8 @@ class AwqWeight:
 
 def suits_operator(device: torch.device, group_size: int) -> bool:
     """Whether torch's int4 operator takes such a weight and is worth it: only AVX-512 gains over bfloat16 (28 ms with AVX2, as
-    bfloat16 itself, where AVX-512 takes 1.8)."""
+    bfloat16 itself, where AVX-512 takes 1.8).
+    """
     return device.type == "cpu" and group_size in OPERATOR_GROUPS and _operator_reads_blocks()
 
 

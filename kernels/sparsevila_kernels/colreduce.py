@@ -145,7 +145,8 @@ def _shared(
     head_dim: int, group: int, together: int, causal: bool, num_sequences: int, upcast: bool = INTERPRETED
 ) -> dict[str, Any]:
     """What both passes are specialised for. A head dimension is a power of two and one more that covers the rest: 80 = 64 + 16,
-    not 128, which would be 60 % more multiplications."""
+    not 128, which would be 60 % more multiplications.
+    """
     main = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(16, next_power_of_2(head_dim - main)) if head_dim > main else 0
     return {

@@ -140,7 +140,8 @@ class Chat:
 
     def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[str]:
         """The answer's text in pieces. Options and errors as for `ask`. Leaving early aborts the turn and forgets it; after the
-        last piece the whole answer is the last of `turns`."""
+        last piece the whole answer is the last of `turns`.
+        """
         limit_s = self._qa._async.turn_limit_s(options.get("timeout_s"))
         return self._qa._thread.iterate(self._chat.stream(question, **options), limit_s)
 

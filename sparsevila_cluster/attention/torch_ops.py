@@ -79,7 +79,8 @@ def _causal_at_once(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _causal_by_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """That of a CPU knows only squares as causal: the rows' own keys in one call, those before them without a mask in another,
-    joined by their log-sum-exps. In the other one a group's heads are rows of one product, 5-20 % faster over long spans."""
+    joined by their log-sum-exps. In the other one a group's heads are rows of one product, 5-20 % faster over long spans.
+    """
     num_kv_heads, _, num_rows, dim = q.shape
     past = k.shape[2] - num_rows
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

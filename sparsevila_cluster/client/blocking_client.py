@@ -120,7 +120,8 @@ class Chat:
 
     def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[str]:
         """The answer's text in pieces. Leaving early aborts the turn and forgets it; after the last piece the whole answer is the
-        last of `turns`."""
+        last of `turns`.
+        """
         limit_s = self._client._async.turn_limit_s(options.get("timeout_s"))
         return self._client._thread.iterate(self._chat.stream(question, **options), limit_s)
 

@@ -28,7 +28,8 @@ class PrepareOptions(TypedDict, total=False):
 
 class AskOptions(TypedDict, total=False):
     """How a question is answered: SamplingParams and Turn document each; `timeout_s` is the deadline of the turn, and
-    `evidence=False` saves the cost of finding out where it looked."""
+    `evidence=False` saves the cost of finding out where it looked.
+    """
 
     max_tokens: int
     temperature: float

@@ -105,11 +105,19 @@ class Unavailable(SparseVilaError):
     http_status = 503
 
 
-class WorkerLost(Unavailable):
+class _LosesWorker(Unavailable):
+    """Unavailable because of one worker, whose name is `worker` where it is known."""
+
+    def __init__(self, message: str, worker: str = ""):
+        super().__init__(message)
+        self.worker = worker
+
+
+class WorkerLost(_LosesWorker):
     """The worker that this was asked of is gone. Another one may do it."""
 
 
-class LaneLost(Unavailable):
+class LaneLost(_LosesWorker):
     """The lane to another worker broke, or that worker fell silent. A lane at a new epoch may do it."""
 
 
@@ -131,13 +139,16 @@ class Internal(SparseVilaError):
     """A bug of ours. The cause is logged once, with the turn's id."""
 
 
+# What errors carry besides their message.
+DATA = ("retry_after_s", "worker")
+
+
 def to_failure(error: Exception) -> dict[str, Any]:
     """An error as plain data for another process; what is not ours counts as Internal and keeps its class name in the message."""
     if not isinstance(error, SparseVilaError):
         return {"error": "Internal", "message": f"{type(error).__name__}: {error}"}
     failure: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
-    if isinstance(error, QueueFull):
-        failure["retry_after_s"] = error.retry_after_s
+    failure.update((name, getattr(error, name)) for name in DATA if hasattr(error, name))
     return failure
 
 
@@ -147,6 +158,8 @@ def from_failure(failure: dict[str, Any]) -> SparseVilaError:
     kind, message = kinds.get(str(failure.get("error")), Internal), str(failure.get("message", ""))
     if issubclass(kind, QueueFull):
         return kind(message, float(failure.get("retry_after_s", 1.0)))
+    if issubclass(kind, _LosesWorker):
+        return kind(message, str(failure.get("worker", "")))
     return kind(message)
 
 

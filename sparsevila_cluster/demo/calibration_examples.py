@@ -25,7 +25,8 @@ def make_examples(
     vocabulary: Vocabulary, reading: Reading, num: int, *, media: bool = True, seed: int = 0, held_out: bool = False
 ) -> list[Material]:
     """Without `media`, and for a language model, `num` times random tokens; else `num` videos and pictures in turn, as the model
-    takes them, and an eighth as many (and shorter) random tokens. Held-out ones share nothing with the others of any seed."""
+    takes them, and an eighth as many (and shorter) random tokens. Held-out ones share nothing with the others of any seed.
+    """
     stream = HELD_OUT_STREAM if held_out else TRAINING_STREAM
     rng = np.random.default_rng((stream, seed, 7))
     plain = np.array(vocabulary.plain_ids())

@@ -32,6 +32,7 @@ from sparsevila_cluster.core.errors import (
     TooLarge,
 )
 from sparsevila_cluster.core.requests import Turn, TurnEvent, check_brownout
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.model_runner import ModelRunner
 from sparsevila_cluster.engine.running_turn import EventSink, RunningTurn
 from sparsevila_cluster.engine.sampling import choose
@@ -110,7 +111,7 @@ class DecodeEngine:
     def _conversation_of(self, turn: Turn) -> Conversation | None:
         """The conversation that the turn goes on with, None if it opens one."""
         conversation = self.conversations.get(turn.conversation_id)
-        if conversation is not None and conversation.tenant not in ("", turn.tenant):
+        if conversation is not None and not may_use(conversation.tenant, turn.tenant):
             raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
         if conversation is not None and conversation.media_id != turn.media_id:
             raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")

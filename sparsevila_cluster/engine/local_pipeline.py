@@ -24,6 +24,7 @@ from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, NotFound,
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent
 from sparsevila_cluster.core.single_flight import SingleFlight
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
 from sparsevila_cluster.engine.engine_thread import EngineThread
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
@@ -140,7 +141,7 @@ class LocalPipeline:
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Drop a prefix. False if it is unknown, another tenant's, or a turn is using it."""
         request = self._remembered.get(media_id)
-        if request is not None and request.tenant in ("", tenant):
+        if request is not None and may_use(request.tenant, tenant):
             del self._remembered[media_id]
 
         def drop(engine: DecodeEngine) -> bool:
@@ -203,7 +204,7 @@ class LocalPipeline:
                 return await self._on_decode(attempt)
             except NotFound:
                 request = self._remembered.get(turn.media_id)
-                if not evicted or request is None or request.tenant not in ("", turn.tenant):
+                if not evicted or request is None or not may_use(request.tenant, turn.tenant):
                     raise
                 handle = await self.prepare(request)
                 if handle.media_id != turn.media_id:

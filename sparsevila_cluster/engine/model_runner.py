@@ -34,7 +34,8 @@ class ModelRunner:
         self, ids: Sequence[int], positions: Sequence[int], segments: list[Segment], rows: Sequence[int]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Write all KV of a step. Logits f32 [len(rows), V] of `rows` of it, None without any, and where it is known already the
-        likeliest token i64 [len(rows)] of each. Read from them what is wanted before the next call."""
+        likeliest token i64 [len(rows)] of each. Read from them what is wanted before the next call.
+        """
         if self.steps is not None and len(rows) == len(ids) and self.steps.takes(segments):
             return self.steps.step(ids, positions, segments)
         device, text = self._model.device, self._model.text

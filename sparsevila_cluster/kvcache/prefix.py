@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.kvcache.arena import Extent, KVSpec
 
 
@@ -49,7 +50,7 @@ class MediaPrefix:
 
     def serves(self, tenant: str) -> bool:
         """Whether a caller of this tenant may know of it."""
-        return self.tenant in ("", tenant)
+        return may_use(self.tenant, tenant)
 
     @property
     def length(self) -> int:

@@ -37,7 +37,8 @@ Allocate = Callable[[tuple[int, ...]], Frames]
 @dataclass(frozen=True, eq=False)
 class Decoded:
     """frames u8 [F, H, W, 3] RGB upright, as an array or in whatever room was given for them; times_s f64 [F], each frame's own
-    start; the duration in seconds."""
+    start; the duration in seconds.
+    """
 
     frames: Any
     times_s: np.ndarray

@@ -141,7 +141,8 @@ class Family(Protocol):
 
     def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
         """Resize, normalise and cut frames exactly as the checkpoint's processor config says. alone: the prompt has no other media
-        of this kind (some families give a lone picture more tokens). Raises BadMedia, TooLarge."""
+        of this kind (some families give a lone picture more tokens). Raises BadMedia, TooLarge.
+        """
         ...
 
     def plan(self, ids: Sequence[int], inputs: Sequence[VisualInputs], video_text_pos: Literal["max+1", "hf5"]) -> PromptPlan:
@@ -150,7 +151,8 @@ class Family(Protocol):
 
     def encode(self, inputs: Sequence[VisualInputs], capture: bool = True, report: Report = no_report) -> VisualTokens:
         """Run the vision tower and projector, a few frames at a time. Needs the "vision" part. Without `capture`, the salience of
-        all tokens that are not structural is 1 and free."""
+        all tokens that are not structural is 1 and free.
+        """
         ...
 
 
@@ -223,7 +225,8 @@ class ChatFormat(Protocol):
         self, kinds: Sequence[str], system_prompt: str | None, spellings: Sequence[Sequence[Piece]] | None = None
     ) -> list[int]:
         """Everything before the question: system message, opening of the user turn, each media ("video" or "image", in order),
-        up to and including the end of the media. `spellings` replace what the template writes for each media."""
+        up to and including the end of the media. `spellings` replace what the template writes for each media.
+        """
         ...
 
     def question_ids(self, question: str, first: bool, pending: int | None) -> tuple[list[int], int, int]:

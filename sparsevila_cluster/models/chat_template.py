@@ -150,7 +150,8 @@ class TemplateChat:
 
     def _cut_at_media(self, text: str, kinds: Sequence[str], spellings: Sequence[Sequence[Piece]] | None = None) -> tuple[str, str]:
         """`text` up to and including its last control token, with the media's slots filled, and the rest: it is tokenised with
-        the question."""
+        the question.
+        """
         wanted, done = [self._slot_text[kind] for kind in kinds], ""
         placed = re.findall("|".join(map(re.escape, sorted(set(wanted), key=len, reverse=True))), text)
         if placed != wanted and sorted(placed) == sorted(wanted):
@@ -189,7 +190,8 @@ class TemplateChat:
 
     def _largest_id(self) -> int:
         """The largest id that a prompt can hold. A control token that the template does not write is not counted, as nobody can say
-        it: published tokenizers have some without an embedding."""
+        it: published tokenizers have some without an embedding.
+        """
         ids = [i for token, i in self._core.get_vocab(with_added_tokens=True).items() if token not in self._control]
         ids += [piece for slot in self._slots.values() for piece in slot.pieces if isinstance(piece, int)]
         for kind, slot in self._slot_text.items():

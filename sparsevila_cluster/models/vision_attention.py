@@ -53,7 +53,8 @@ class Segments:
 
     def attend_scored(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """As `attend`, and f32 [S]: the attention that each row receives, averaged over heads and the query rows of its
-        segment, times the segment's length, so that 1.0 is an average row of the same segment."""
+        segment, times the segment's length, so that 1.0 is an average row of the same segment.
+        """
         if self.uniform_length is not None:
             return _attend_equal_scored(q, k, v, self.uniform_length, scale)
         out = torch.empty_like(q)

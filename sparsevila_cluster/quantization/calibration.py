@@ -34,7 +34,8 @@ Report = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Reading:
     """How materials are read. text_tokens: longest piece of plain text; fps, max_frames: of videos; pruned: media also as pruning
-    leaves them."""
+    leaves them.
+    """
 
     text_tokens: int = 512
     fps: float = 1.0

@@ -33,7 +33,8 @@ class Replacement:
 
 def plan_replacements(sources: Mapping[str, str], pieces: Iterable[Shard]) -> dict[str, Replacement]:
     """Name on disk of a source tensor -> what stands in its place. sources: names in memory -> on disk; pieces: files of finished
-    tensors by their names in memory."""
+    tensors by their names in memory.
+    """
     found: dict[str, dict[str, tuple[Shard, str]]] = {}
     for piece in pieces:
         for name in piece.shapes:

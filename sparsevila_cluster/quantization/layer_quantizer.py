@@ -27,7 +27,8 @@ NEVER_CLIPPED = QKV[:2]
 @dataclass(frozen=True)
 class Sample:
     """One calibration sequence as the next layer sees it: hidden f32 [T, D], positions i64 [R, T]; DeepStack levels [N, D] that are
-    added to rows `visual_rows` i64 [N] after the first layers."""
+    added to rows `visual_rows` i64 [N] after the first layers.
+    """
 
     hidden: Tensor
     positions: Tensor
@@ -38,7 +39,8 @@ class Sample:
 @dataclass(frozen=True)
 class TextSettings:
     """How a text model is quantized. num_steps: fineness of the searches. search_rows: about how many rows of activations the
-    errors are measured on; statistics are taken of all. keep: linears, by the end of their names, that stay as they are."""
+    errors are measured on; statistics are taken of all. keep: linears, by the end of their names, that stay as they are.
+    """
 
     group_size: int
     num_steps: int = 20
@@ -53,7 +55,8 @@ class TextSettings:
 @dataclass
 class Seen:
     """What a layer was given. activity: mean |x| f32 [K] of each input, under the first linear's name; rows: some of them,
-    f32 [R, K]; sequences: whole ones for attention, with their positions."""
+    f32 [R, K]; sequences: whole ones for attention, with their positions.
+    """
 
     activity: dict[str, Tensor]
     rows: dict[str, Tensor]

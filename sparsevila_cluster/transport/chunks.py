@@ -58,7 +58,8 @@ class ChunkBuffers:
 
     def aside(self) -> AbstractContextManager[object]:
         """Within it a GPU works for this transfer beside the kernels that prefill. What is not enqueued in it waits for them: NCCL
-        sends only after all that the current stream holds."""
+        sends only after all that the current stream holds.
+        """
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def gather(self, chunk: Chunk) -> list[Tensor]:

@@ -94,7 +94,8 @@ class Int8:
 
 def _codes(words: tuple[Tensor, Tensor, Tensor], group: int) -> tuple[Tensor, Tensor]:
     """AutoAWQ tensors as torch's int4 operators want them: codes i32 [N, K], and scale and zero bf16 [K/g, N, 2], where a
-    weight is (code - 8) * scale + zero."""
+    weight is (code - 8) * scale + zero.
+    """
     qweight, qzeros, scales = words
     codes = awq_format.unpack(qweight).t().contiguous().int()
     s, z = scales.float(), awq_format.unpack(qzeros).float()

@@ -94,7 +94,8 @@ class Case:
 class Sizes:
     """Qwen2.5-VL-7B, and which of its shapes are measured. tokens: visual tokens of 16, 64 and 256 frames of 364 x 364 pixels;
     rows, keys: of a question's retrieval; matmul_rows: rows of a step or a prefill; scores: the most softmax weights that the
-    reference may hold at once; dtype: of attention and small operations; all_matrices, all_batches: else only some."""
+    reference may hold at once; dtype: of attention and small operations; all_matrices, all_batches: else only some.
+    """
 
     num_heads: int = 28
     num_kv_heads: int = 4
@@ -178,7 +179,8 @@ def tensors(result: Any) -> Iterator[Tensor]:
 
 def module_file(package: str, path: str) -> Any:
     """One file of an installed package as a module, without running the package's own import (which may want other versions of its
-    dependencies than are here)."""
+    dependencies than are here).
+    """
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise ImportError(f"{package} is not installed")

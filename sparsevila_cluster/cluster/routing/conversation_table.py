@@ -20,6 +20,7 @@ from sparsevila_cluster.cluster.messages import names
 from sparsevila_cluster.core.errors import BadRequest, NotFound
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.requests import Turn, TurnRecord
+from sparsevila_cluster.core.tenancy import may_use
 
 _BASE = re.compile(r"[0-9a-f]{32}")
 _EPOCH = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
@@ -105,7 +106,7 @@ class ConversationState:
 
     def check(self, turn: Turn) -> None:
         """Raises NotFound: it is another tenant's, which looks as if there was none. BadRequest: it is about another media."""
-        if self.tenant not in ("", turn.tenant):
+        if not may_use(self.tenant, turn.tenant):
             raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
         if turn.media_id and self.media_id != turn.media_id:
             raise BadRequest(f"conversation {turn.conversation_id!r} is about another media than {turn.media_id!r}")

@@ -23,6 +23,7 @@ from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest
 from sparsevila_cluster.core.single_flight import SingleFlight
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.kvcache.media_handle import as_reused
 from sparsevila_cluster.media import identify
 
@@ -63,7 +64,7 @@ class MediaPreparer:
     def remembered(self, key: str, tenant: str) -> PrepareRequest | None:
         """How a media was asked for, by someone whom `tenant` may share it with."""
         request = self._remembered.use(key)
-        return request if request is not None and request.tenant in ("", tenant) else None
+        return request if request is not None and may_use(request.tenant, tenant) else None
 
     def forget(self, key: str) -> None:
         self._remembered.pop(key, None)

@@ -27,6 +27,7 @@ from sparsevila_cluster.core.deadline import Deadline, wait_within
 from sparsevila_cluster.core.errors import BadMedia, Internal, NotFound, QueueFull, SparseVilaError, Unavailable, WorkerLost
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import Replay, Turn, TurnEvent, TurnRecord
+from sparsevila_cluster.core.tenancy import may_use
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class RoutedTurn:
         if head.worker and head.worker not in self._lost | self._lacking:
             return head.worker
         found = await self._fleet.registry.where(head.media_id, self.deadline)
-        if found.handle is not None and found.handle.tenant not in ("", self.turn.tenant):
+        if found.handle is not None and not may_use(found.handle.tenant, self.turn.tenant):
             raise NotFound(f"media {head.media_id!r} is not resident; prepare it first")
         if self._history is None:
             self._history = await self._read_history()

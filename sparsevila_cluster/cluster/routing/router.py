@@ -30,6 +30,7 @@ from sparsevila_cluster.core.deadline import Deadline, wait_within
 from sparsevila_cluster.core.errors import BadRequest, Cancelled, NotFound, SparseVilaError, Unavailable, WorkerLost
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent, check_brownout
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.kvcache.media_handle import as_reused
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class ClusterPipeline:
         """What is known of a prefix that is resident, or of which a copy is kept. Raises NotFound, also for another tenant's."""
         self._check_open()
         found = await self._fleet.registry.where(media_id, self._short_call())
-        if found.handle is None or found.handle.tenant not in ("", tenant):
+        if found.handle is None or not may_use(found.handle.tenant, tenant):
             raise NotFound(f"media {media_id!r} is not resident; prepare it first")
         return as_reused(found.handle)
 
@@ -97,7 +98,7 @@ class ClusterPipeline:
         self._check_open()
         deadline, fleet = self._short_call(), self._fleet
         found = await fleet.registry.find(None, media_id, deadline)
-        if found.handle is None or found.handle.tenant not in ("", tenant):
+        if found.handle is None or not may_use(found.handle.tenant, tenant):
             return False
         if any(turn.head.media_id == media_id and turn.worker for turn in self._turns.values()):
             return False

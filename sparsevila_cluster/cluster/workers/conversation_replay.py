@@ -13,6 +13,7 @@ from dataclasses import replace
 from sparsevila_cluster.cluster.workers.conversation_journals import ConversationJournals
 from sparsevila_cluster.core.deadline import Deadline
 from sparsevila_cluster.core.requests import Replay, Turn, TurnEvent, TurnRecord
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
 
 
@@ -47,7 +48,7 @@ def needs_replay(engine: DecodeEngine, journals: ConversationJournals, turn: Tur
     if engine.conversations.busy(turn.conversation_id):
         return False  # a turn that was asked before this one is under way: it is part of the conversation by the time of this one
     conversation = engine.conversations.get(turn.conversation_id)
-    if conversation is not None and conversation.tenant not in ("", turn.tenant):
+    if conversation is not None and not may_use(conversation.tenant, turn.tenant):
         return False  # not theirs to close
     num_turns = 0 if conversation is None else conversation.num_turns
     if num_turns == len(history) and (not num_turns or journals.tells(turn.conversation_id, history)):

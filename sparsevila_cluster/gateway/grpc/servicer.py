@@ -22,6 +22,7 @@ from sparsevila_cluster.core.deadline import GRACE_S, wait_within
 from sparsevila_cluster.core.errors import BadMedia, Internal, NotFound
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import Answer, MediaHandle, Turn, TurnEvent
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.gateway.authenticator import Principal, check_id
 from sparsevila_cluster.gateway.grpc.call_interceptor import Call, CallInterceptor
 from sparsevila_cluster.gateway.grpc.translate import to_event, to_media, to_prepare, to_reply, to_turn
@@ -208,4 +209,4 @@ def _visible(told: Any, guest: Principal) -> Any:
 
 
 def _foreign(told: Any, guest: Principal) -> bool:
-    return isinstance(told, dict) and guest.apart and told.get("tenant", "") not in ("", guest.tenant)
+    return isinstance(told, dict) and guest.apart and not may_use(told.get("tenant", ""), guest.tenant)

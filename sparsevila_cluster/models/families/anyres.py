@@ -32,7 +32,8 @@ _SLACK = 1.1
 @dataclass(frozen=True)
 class TiledView:
     """The tiled view of one picture. tiles: Size in tiles; side: cells along a tile; top, left, window: where the picture is on the
-    canvas, in cells; grid: the cells that are left after shrinking (the window itself if it is small enough)."""
+    canvas, in cells; grid: the cells that are left after shrinking (the window itself if it is small enough).
+    """
 
     tiles: Size
     side: int
@@ -126,7 +127,8 @@ def halved(side: int) -> int:
 
 def pack(base: Tensor, view: Tensor | None, newline: Tensor) -> Tensor:
     """In prompt order: base cells [n, C], then each row of a view [rows, cols, C] with a newline [C] at its end; without a view one
-    newline ends the base: [N, C]."""
+    newline ends the base: [N, C].
+    """
     if view is None:
         return torch.cat((base, newline[None]))
     ends = newline.expand(view.shape[0], 1, -1)

@@ -77,7 +77,8 @@ class CropTower:
 
     def run(self, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor | None]:
         """float [B, 3, side, side] -> hidden [B, S, C * len(states)], and with `capture` the salience f32 [B, S] in the last layer:
-        attention received, averaged over heads (and rows), times S, so that 1.0 is an average row of its crop."""
+        attention received, averaged over heads (and rows), times S, so that 1.0 is an average row of its crop.
+        """
         hidden = self.embed(pixels)
         num, length = hidden.shape[:2]
         found = {0: hidden}
@@ -165,12 +166,14 @@ class CropFamily:
 
     def _run(self, media: Any, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
         """One pass: float32 [b, 3, side, side] -> visual tokens [b, n, D] and salience f32 [b, n] (of any value without
-        `capture`)."""
+        `capture`).
+        """
         raise NotImplementedError
 
     def _pack(self, media: Any, embeds: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
         """All crops of a media (the family's own inputs), [B, n, D] and f32 [B, n], to its visual tokens in prompt order [N, D] and
-        f32 [N], structural ones NaN."""
+        f32 [N], structural ones NaN.
+        """
         raise NotImplementedError
 
 

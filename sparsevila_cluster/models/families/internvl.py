@@ -39,7 +39,8 @@ class TileRules(CropRules):
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """(rows, cols) of tiles for a picture: the nearest aspect ratio; of equally near ones the largest of which the picture has
-        more than half the pixels, else the smallest."""
+        more than half the pixels, else the smallest.
+        """
         counts = range(1, self.max_tiles + 1)
         shapes = [(cols, rows) for cols in counts for rows in counts if self.min_tiles <= cols * rows <= self.max_tiles]
         best, nearest = (1, 1), math.inf

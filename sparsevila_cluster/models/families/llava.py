@@ -76,7 +76,8 @@ class Llava(CropFamily):
     @classmethod
     def read_rules(cls, config: Any, files: Checkpoint) -> LlavaRules:
         """The processor config. Raises BadCheckpoint: missing, illegal, or at odds with config.json; or a tower or feature layer
-        that this family cannot take."""
+        that this family cannot take.
+        """
         feature_states(config)
         rows_before_patches(config)
         side, canvases = config.vision_config.image_size, read_canvases("config.json", config.image_grid_pinpoints)

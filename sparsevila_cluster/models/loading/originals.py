@@ -134,7 +134,8 @@ class Original:
 @dataclass(frozen=True)
 class Vocabulary:
     """What a checkpoint takes, known before its weights are read. size: number of token ids; kinds: of media, none for a language
-    model."""
+    model.
+    """
 
     size: int
     kinds: tuple[str, ...]

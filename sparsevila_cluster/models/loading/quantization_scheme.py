@@ -31,7 +31,8 @@ _WHOLE_INPUT = -1  # group_size of one group that spans all inputs
 @dataclass(frozen=True)
 class TextScheme:
     """4-bit weights of the language model. form: how their tensors are named and packed. group_size: inputs that share a scale, -1
-    for all. symmetric: no zero points are stored. spared: names or "re:" patterns of modules that are not quantised."""
+    for all. symmetric: no zero points are stored. spared: names or "re:" patterns of modules that are not quantised.
+    """
 
     form: Literal["gemm", "pack-quantized"]
     group_size: int

@@ -31,7 +31,8 @@ _WORD = 8  # 4-bit codes in a 32-bit word
 @dataclass(frozen=True)
 class StoredLinear:
     """One nn.Linear [num_out, num_in] whose weight is quantised on disk. form: a key of `STORED_AS`; tensors: leaf -> name on disk;
-    group_size: inputs that share a scale (all for w8a8)."""
+    group_size: inputs that share a scale (all for w8a8).
+    """
 
     path: str
     form: str

@@ -146,7 +146,8 @@ def _place(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _place_quantised(skeleton: nn.Module, path: str, weight: AwqWeight | Int8Weight, dtype: torch.dtype, as_stored: bool) -> None:
     """A module that holds everything it needs takes the linear's place, or the linear gets a plain weight; also where a CPU has no
-    fast product for this one weight (a group size that torch's operator does not take)."""
+    fast product for this one weight (a group size that torch's operator does not take).
+    """
     linear: Any = skeleton.get_submodule(path)
     slow = isinstance(weight, AwqWeight) and weight.device.type == "cpu" and not weight.in_blocks
     if slow or not as_stored:
