@@ -18,7 +18,7 @@ INSTALLED   := $(VENV)/.installed
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
 	@echo "make test    run the whole test suite"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and import contracts"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
 	@echo "make fuzz    2,000 broken media files through the public door (MUTANTS=..., SEED=...)"
 	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
@@ -34,7 +34,9 @@ test: setup
 
 lint: setup
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports
 
 bench: setup
 	$(PY) -m benchmarks.engine
