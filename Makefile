@@ -13,7 +13,7 @@ PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench fuzz storm chaos protos clean
+.PHONY: help setup demo test lint bench figures fuzz storm chaos protos clean
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
@@ -23,6 +23,7 @@ help:
 	@echo "make fuzz    2,000 broken media files through the public door (MUTANTS=..., SEED=...)"
 	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
 	@echo "make chaos   three thousand operations on a cluster whose workers are killed and stopped; OPERATIONS=n SEED=n"
+	@echo "make figures write benchmarks/results/ into README.md and docs/benchmarks.md"
 	@echo "make protos  regenerate code from protos/"
 	@echo "make clean   remove caches and build products (the environment stays)"
 
@@ -52,6 +53,9 @@ chaos: setup
 	@$(PY) -m tests.chaos.storm --operations $(or $(OPERATIONS),3000) --seed $(or $(SEED),0)
 
 # The descriptor keeps the file's public name, sparsevila/v1/video_qa.proto; only the Python modules move into the package.
+figures: setup
+	@$(PY) -m benchmarks.write_docs
+
 protos: setup
 	@rm -rf build/pb && mkdir -p build/pb sparsevila_cluster/pb
 	@$(PY) -m grpc_tools.protoc -I protos --python_out=build/pb --pyi_out=build/pb --grpc_python_out=build/pb \

@@ -28,8 +28,8 @@ def unused_port():
 
 
 @contextmanager
-def in_thread(make):
-    """What the async context manager `make()` yields, alive in an event loop of its own thread."""
+def in_thread(make, most_s=120):
+    """What the async context manager `make()` yields, alive in an event loop of its own thread for at most `most_s`."""
     ready, done, told = threading.Event(), threading.Event(), []
 
     async def main():
@@ -37,7 +37,7 @@ def in_thread(make):
             async with make() as thing:
                 told.append(thing)
                 ready.set()
-                await asyncio.to_thread(done.wait, 120)
+                await asyncio.to_thread(done.wait, most_s)
         finally:
             ready.set()
 
