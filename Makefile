@@ -52,10 +52,10 @@ storm: setup
 chaos: setup
 	@$(PY) -m tests.chaos.storm --operations $(or $(OPERATIONS),3000) --seed $(or $(SEED),0)
 
-# The descriptor keeps the file's public name, sparsevila/v1/video_qa.proto; only the Python modules move into the package.
 figures: setup
 	@$(PY) -m benchmarks.write_docs
 
+# The descriptor keeps the file's public name, sparsevila/v1/video_qa.proto; only the Python modules move into the package.
 protos: setup
 	@rm -rf build/pb && mkdir -p build/pb sparsevila_cluster/pb
 	@$(PY) -m grpc_tools.protoc -I protos --python_out=build/pb --pyi_out=build/pb --grpc_python_out=build/pb \

@@ -42,10 +42,10 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "engine": {
         "prefill_speedup_64f": ("prefill of the language model, 64 frames, dense / sparse", RATIO),
-        "prefill_speedup_256f": ("the same, 256 frames", RATIO),
+        "prefill_speedup_256f": ("prefill of the language model, 256 frames, dense / sparse", RATIO),
         "decode_speedup_b1": ("decode step, batch 1, dense / sparse", RATIO),
-        "decode_speedup_b4": ("the same, batch 4", RATIO),
-        "decode_speedup_b8": ("the same, batch 8", RATIO),
+        "decode_speedup_b4": ("decode step, batch 4, dense / sparse", RATIO),
+        "decode_speedup_b8": ("decode step, batch 8, dense / sparse", RATIO),
         "e2e_speedup_64f": ("from file to answer, 64 frames, dense / sparse", RATIO),
         "turn2_ttft_share_of_cold": ("first token of a later turn, as a share of the first turn's", SHARE),
         "demo_decode_vs_hf_b1": ("transformers' `generate` / dense engine, per token, demo model, batch 1", RATIO),
