@@ -1,7 +1,5 @@
 """How often the answers are right: dense, sparse and random, on videos nobody has trained on. `python -m benchmarks.accuracy`.
 
-Knows: which settings are compared and which figures come of it. Does not know: how papers are made, sat and marked.
-
 The demo model is trained with token dropping, and its salience is trained in. Its twin has the same beginning and an end on dense
 videos only: it shows what an untouched model of this size makes of the same policies.
 """

@@ -1,7 +1,5 @@
 """How fast the engines are: dense, sparse, and transformers' `generate` on the same weights. `python -m benchmarks.engine`.
 
-Knows: which models are measured, on which videos, and which figures come of it. Does not know: how one model is measured.
-
     mid-size random checkpoint, 16, 64 and 256 frames   lives: media in memory -> prefix -> question -> answer -> second question
     demo model, one of its own videos                   steps: batches of 1, 4 and 8 conversations, each on a prefix of its own
     mid-size, 512 frames from a file                    memory: the most that a process of its own held (`benchmarks.longvideo`)

@@ -1,6 +1,4 @@
-"""How fast the kernels are: against references, against what others offer, against the device_clock. `python -m benchmarks.kernels`.
-
-Knows: which cases are measured in which order, for how long, and which figures come of it. Does not know: any operation (`ops`).
+"""How fast the kernels are: against references, against what others offer, against the device. `python -m benchmarks.kernels`.
 
     case (one op, one shape) -> tensors -> ours | its torch path | reference | peers, in turns -> rows -> figures
 

@@ -1,12 +1,10 @@
 """How much memory a long video takes, from a file on disk to its media prefix. `python -m benchmarks.longvideo`.
 
-Knows: which videos, and how to read the high-water mark of a process stage by stage. Does not know: what the stages do.
-
     parent: writes the video, starts one fresh process per case        child: VideoQA.prepare(file), and what it took at most
 
 A case is measured in a process of its own, because memory that one case returns the next one would not need to ask for. The mark
-counts everything resident: weights, interpreter, libraries, and pages of files that are mapped. Processes that do the decoding
-are added with the most that they ever held, although they hold it at another time, and share the frames.
+counts everything resident: weights, interpreter, libraries, and pages of files that are mapped. Processes that do the decoding are
+added with the most that they ever held, although they hold it at another time, and share the frames.
 """
 
 from __future__ import annotations

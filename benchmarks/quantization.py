@@ -1,10 +1,8 @@
 """What quantizing costs in answers and in distance, ours beside AutoAWQ's. `python -m benchmarks.quantization`.
 
-Knows: which checkpoints are made and compared, and which figures come of it. Does not know: how they are quantized, sat or marked.
-
-    the demo model    4-bit text model and 8-bit encoder: answers right, dense and sparse, against the float model, same papers
-    golden originals  random Qwen2 and Qwen2.5-VL, as they are and with outliers in the activations, as trained models have them:
-                      KL to the original on held-out tokens of ours, of AutoAWQ on the same tokens, and of what AutoAWQ left there
+the demo model    4-bit text model and 8-bit encoder: answers right, dense and sparse, against the float model, same papers
+golden originals  random Qwen2 and Qwen2.5-VL, as they are and with outliers in the activations, as trained models have them:
+                  KL to the original on held-out tokens of ours, of AutoAWQ on the same tokens, and of what AutoAWQ left there
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Sampling a long film: decoding every frame of it, or around the sample times only. `python -m benchmarks.seeking`.
 
-Knows: how to make a film of ten minutes that nobody has to download, and how to time both ways of sampling it. Does not know:
-models.
-
     segments   a key frame every 2 s, as streaming packagers, phones and cameras write them
     long       the default of x264: a key frame where the scene changes (here every 2 to 12 s), or after 250 frames
 

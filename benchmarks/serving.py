@@ -1,8 +1,5 @@
 """How well the cluster serves, over gRPC, on this machine: `sparsevila serve` under load. `python -m benchmarks.serving`.
 
-Knows: which loads there are, in which order, and which figures come of them. Does not know: how a client listens (load.py), what a
-good turn is (goodput.py), how the engine is measured beside the cluster (cluster_overhead.py).
-
     overhead   the same turns through the cluster, from the engine in this process, and as messages of plain grpc.aio, in turns
     closed     1, 2, 4 and 8 clients at a time       each holds conversations of three turns, about videos that are there
     open       Poisson arrivals at two rates         already, and some about videos that nobody has prepared yet

@@ -1,7 +1,5 @@
 """How fast media prefixes cross from worker to worker, and how much of that hides behind prefill. `python -m benchmarks.transfer`.
 
-Knows: what is held against what. Does not know: how bytes travel.
-
     gloo         two processes, checksums on    against one bare gloo send of as many bytes, in turns with it
     inproc       two threads                    against copying the rows
     objectstore  two processes of a Ray cluster  against `ray.put`, `ray.get` and a copy (`--no-ray` leaves it out)

@@ -1,8 +1,6 @@
 """Held-out videos and questions, put to the engines as users would: MP4 files, conversations, own earlier answers as history.
 
-Knows: how papers are made, how a pipeline sits them and how answers are marked. Does not know: which settings are compared, tables.
-
-    seed -> scene -> MP4 file -> prepare -> 8 questions in one conversation -> exact match of each answer's text
+seed -> scene -> MP4 file -> prepare -> 8 questions in one conversation -> exact match of each answer's text
 """
 
 from __future__ import annotations

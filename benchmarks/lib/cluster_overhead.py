@@ -1,10 +1,7 @@
 """What stands between an engine and a client, and what it costs: the same turns through the cluster and from the engine itself.
 
-Knows: three ways to get the same number of messages, taken in turns, and how to subtract them. Does not know: which model, which
-media, what is reported.
-
-    alone   one conversation at a time: over gRPC through the cluster | the engine in this process | a stream of plain grpc.aio
-    crowd   so many conversations at once: through the cluster | the engine in this process, with the threads of all decode workers
+alone   one conversation at a time: over gRPC through the cluster | the engine in this process | a stream of plain grpc.aio
+crowd   so many conversations at once: through the cluster | the engine in this process, with the threads of all decode workers
 """
 
 from __future__ import annotations

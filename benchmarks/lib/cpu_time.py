@@ -1,6 +1,6 @@
 """Processor time by process of a cluster on this machine: what a token costs whom.
 
-Knows: /proc, sessions of processes, and how Ray names its own. Does not know: what they do. Empty where there is no /proc.
+Empty where there is no /proc.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """The device that operations are timed on: its clock, its ceilings, its name.
 
-Knows: that a CPU is timed by the wall clock and a GPU by its own events, that what an operation reads must not lie in a processor
-cache already, and what the device can do at most. Does not know: what is timed.
-
-A GPU replays each operation from a CUDA graph where the operation can be captured, as the decode engine does: what Python takes
-to launch it is no part of its time. What cannot be captured (it waits for the device, or allocates in its own ways) is launched.
+A GPU replays each operation from a CUDA graph where the operation can be captured, as the decode engine does: what Python takes to
+launch it is no part of its time. What cannot be captured (it waits for the device, or allocates in its own ways) is launched.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Whether the engines' switches change nothing but time: tokens of one small random model, every way.
-
-Knows: which switches must agree, and on what. Does not know: kernels, who reports.
-"""
+"""Whether the engines' switches change nothing but time: tokens of one small random model, every way."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Dense, sparse and `generate` on one model: which stages are timed, in which order, how often.
-
-Knows: lives (from media to a second question) and steps (of a batch), and that variants take turns. Does not know: which models
-there are, tables, figures.
-"""
+"""Dense, sparse and `generate` on one model: which stages are timed, in which order, how often."""
 
 from __future__ import annotations
 

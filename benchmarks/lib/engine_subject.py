@@ -1,8 +1,5 @@
 """The engines under measurement: one model, one variant of sparsity, driven by hand so that stages can be timed apart.
 
-Knows: how to make a media prefix, ask about it, fill a batch with conversations and time its steps. Does not know: tables,
-figures, transformers.
-
 Answers have a fixed number of tokens: `endless` hides the end-of-turn token from the engine. Batches hold conversations on
 different media prefixes, each in memory of its own, so that a step reads as many KV bytes as it would for different videos; the
 prefixes are copies of one, because what they say does not change the time. On a GPU every stage of a prefix waits for what it

@@ -1,9 +1,8 @@
 """What a stage must do, whoever does it: floating-point operations and bytes, counted from the sizes in a checkpoint's config.
 
-Knows: the arithmetic of the text decoder and of the vision tower. Does not know: engines, kernels or times.
-A multiplication and an addition count as two operations. Bytes are those that cannot stay in a processor's caches: weights once
-per pass, KV rows once; activations are left out. bound = max(operations / ceiling, bytes / ceiling): no implementation on this
-machine and in this precision is faster, unless its weights and KV fit into a processor cache.
+A multiplication and an addition count as two operations. Bytes are those that cannot stay in a processor's caches: weights once per
+pass, KV rows once; activations are left out. bound = max(operations / ceiling, bytes / ceiling): no implementation on this machine
+and in this precision is faster, unless its weights and KV fit into a processor cache.
 """
 
 from __future__ import annotations

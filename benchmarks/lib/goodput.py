@@ -1,11 +1,8 @@
 """What clients of a server waited for, and how much of it was good enough: plain arithmetic over what they heard.
 
-Knows: turns with their times, percentiles, an SLO, goodput, arrivals at random. Does not know: servers, clients, or how the turns
-came about.
-
-    cold   a first question about media that nobody had prepared     TTFT counts from the start of PrepareMedia
-    warm   a first question about media that are there               TTFT counts from the start of PrepareMedia
-    later  every other question                                      TTFT counts from the question
+cold   a first question about media that nobody had prepared     TTFT counts from the start of PrepareMedia
+warm   a first question about media that are there               TTFT counts from the start of PrepareMedia
+later  every other question                                      TTFT counts from the question
 """
 
 from __future__ import annotations

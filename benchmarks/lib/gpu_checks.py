@@ -1,7 +1,5 @@
 """Whether the kernels are right on this machine, without pytest. `python -m benchmarks.lib.gpu_checks`.
 
-Knows: which checks there are, and how they are shared out among processes. Does not know: what they compare.
-
     kernels    every case of `benchmarks.lib.ops` at small odd shapes: Triton and torch against the float64 reference; the same bits
                twice; rows that do not depend on their neighbours; nothing read beyond what is named (NaN lies there)
     engine     tokens of a small random model: with CUDA graphs, without, with the attention of torch; logits in 4 bits
@@ -95,7 +93,7 @@ def here(options: argparse.Namespace, target: torch.device, stop_at_s: float) ->
 
 
 def in_parts(options: argparse.Namespace) -> Iterator[Row]:
-    """Several processes share the device_clock, and what Triton compiles. What one leaves out when it dies is a check that failed."""
+    """Several processes share the device, and what Triton compiles. What one leaves out when it dies is a check that failed."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for i in range(options.workers):

@@ -1,7 +1,4 @@
-"""The engines on a GPU, with random weights of Qwen2.5-VL-7B's shape made on the device_clock. `python -m benchmarks.lib.gpu_engine`.
-
-Knows: which weights, videos, batches and switches of the engines are measured. Does not know: how (`contest`), other sections of
-`benchmarks/gpu.sh`.
+"""The engines on a GPU, with random weights of Qwen2.5-VL-7B's shape made on the device. `python -m benchmarks.lib.gpu_engine`.
 
     bfloat16 and AWQ (4 bits, groups of 128)   x   64 and 256 frames of 364 x 364   x   dense and sparse (0.25 / 0.10)
         encode, prune, prefill, question, retrieve;  steps of 1, 4 and 16 conversations

@@ -1,8 +1,5 @@
 """The sections of `benchmarks/gpu.sh`: checks, kernels, engine; each in a process and with a deadline of its own.
 
-Knows: which sections there are, how long each may take, and how to keep what a section had found when it was ended. Does not know:
-what any of them measures.
-
     section -> its own process -> rows, one line each, as soon as they are known   -> one document
                                -> its document as its last line, if it comes to an end
 

@@ -1,7 +1,6 @@
 """Plain grpc.aio, to hold the cluster's door against: a server in a process of its own that streams messages of a given size.
 
-Knows: how long a stream of so many messages takes when nothing is behind it. Does not know: questions, answers, or this package's
-own client and server. `python -m benchmarks.lib.grpc_echo` is the server; it says its port and ends when its stdin does.
+`python -m benchmarks.lib.grpc_echo` is the server; it says its port and ends when its stdin does.
 """
 
 from __future__ import annotations

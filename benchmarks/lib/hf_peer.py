@@ -1,6 +1,5 @@
 """The peer: transformers' own `generate` on the same weights, in the same precision, from the same pixels.
 
-Knows: what the stock Qwen2.5-VL model wants as inputs and when each of its tokens comes out. Does not know: our engines' insides.
 It runs as a user would run it: `AutoModelForImageTextToText`, scaled-dot-product attention, greedy, its own KV memory.
 """
 

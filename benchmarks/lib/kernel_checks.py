@@ -1,8 +1,4 @@
-"""Whether every kernel computes what its reference computes, at shapes that are small and odd.
-
-Knows: how far from the float64 reference a result may be; determinism, independence of neighbours, memory that must not be read.
-Does not know: how a kernel computes, who reports.
-"""
+"""Whether every kernel computes what its reference computes, at shapes that are small and odd."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A check outside pytest: something that is measured and must not exceed a limit.
-
-Knows: passed, failed, skipped, and what to say of each. Does not know: what is checked.
-"""
+"""A check outside pytest: something that is measured and must not exceed a limit."""
 
 from __future__ import annotations
 

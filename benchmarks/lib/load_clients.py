@@ -1,8 +1,5 @@
 """Load on a server: clients with a connection each, who bring a video, hold a conversation about it, and look at the clock.
 
-Knows: conversations of several turns, closed loops, open loops, what a client hears and when. Does not know: what the server is
-made of, or what is made of the times.
-
     closed loop   so many clients at a time; whoever ends makes room for the next
     open loop     clients come when they come, however many are there
 

@@ -1,8 +1,4 @@
-"""The loads of a benchmark, one after the other, each on the sparse and on the dense configuration of the same cluster.
-
-Knows: which conversations a load has and when they begin, and what the cluster counted meanwhile. Does not know: what clients do
-(load.py), or what is made of it.
-"""
+"""The loads of a benchmark, one after the other, each on the sparse and on the dense configuration of the same cluster."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """What the measurements run on: its card, its own ceilings, its memory.
 
-Knows: the processor, its cores, how fast it multiplies and reads when it does nothing else. Does not know: what is measured.
 Shares of a ceiling are only as good as the ceiling: it is measured in the same run, with the same threads, on the same load.
 """
 

@@ -1,6 +1,5 @@
 """A checkpoint of a useful size that nobody has to download: Qwen2.5-VL's shape, seeded random weights, a byte-level tokenizer.
 
-Knows: the files of a checkpoint directory and how large its parts should be. Does not know: engines, or what is measured.
 Speed does not depend on what the weights say; answers of this checkpoint are noise.
 """
 

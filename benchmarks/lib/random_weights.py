@@ -1,7 +1,5 @@
 """A checkpoint whose weights are made where they are wanted: seeded random numbers, dense or in 4 bits, on no disk.
 
-Knows: the names and shapes that a config calls for, and AutoAWQ's names for the same in 4 bits. Does not know: loaders, engines.
-
 The loader reads it like any other (`Checkpoint`), tensor by tensor and straight into the memory of the device, so that a model of
 15 GB needs no file of 15 GB. Every tensor has a seed of its own, made of its name: the dense checkpoint and the one in 4 bits hold
 the same numbers, the latter rounded to nearest.

@@ -1,7 +1,4 @@
-"""The `objectstore` kind over a local Ray, against the store alone: `put` here, `get` and a copy in an actor.
-
-Knows: how to start a Ray that nobody else uses. Does not know: what the rows are compared with.
-"""
+"""The `objectstore` kind over a local Ray, against the store alone: `put` here, `get` and a copy in an actor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """What a benchmark says: a card, tables, and one JSON document as the last line; progress goes to stderr.
 
-Knows: how plain data become text and files. Does not know: what the numbers mean.
-
-    {"what": "engine", "machine": {...}, "figures": {"<name>": <number>, ...}, "rows": [{...}, ...]}
+{"what": "engine", "machine": {...}, "figures": {"<name>": <number>, ...}, "rows": [{...}, ...]}
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Times of things that take turns: A B C, A B C, so that a slow minute of the machine meets all of them.
-
-Knows: samples in milliseconds, their median and spread, when to stop. Does not know: what is timed.
-"""
+"""Times of things that take turns: A B C, A B C, so that a slow minute of the machine meets all of them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Every time that was measured, as rows of plain data; figures and tables are read from it.
-
-Knows: what identifies a time (model, frames, batch, stage, variant) and how two of them compare. Does not know: how they came
-about.
-"""
+"""Every time that was measured, as rows of plain data; figures and tables are read from it."""
 
 from __future__ import annotations
 

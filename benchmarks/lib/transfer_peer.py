@@ -1,7 +1,4 @@
-"""The other process of a transfer: a dock in front of an arena, and a bare gloo group to hold it against.
-
-Knows: how to receive the same bytes in both ways. Does not know: what is measured; the near side holds the clock.
-"""
+"""The other process of a transfer: a dock in front of an arena, and a bare gloo group to hold it against."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Decoding with weights of 4 bits against the same weights in bfloat16, on a CPU: per token, through the whole engine.
 
-Knows: a text model whose weights dominate a step, and that its two forms take turns. Does not know: how either multiplies, other
-benchmarks.
-
     random numbers -> bfloat16            -> loader -> lean decoder -> decode engine: steps of 1 and 4 conversations
                    -> AutoAWQ's 4 bits    -> loader -> lean decoder -> decode engine: the same
 

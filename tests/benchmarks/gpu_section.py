@@ -1,4 +1,4 @@
-"""Sections for the tests of benchmarks/lib/gpu_sections.py: one that ends well, one that dies, one that hangs with a child of its own."""
+"""Sections for the tests of benchmarks/lib/gpu_sections.py: one ends well, one dies, one hangs with a child of its own."""
 
 import json
 import subprocess

@@ -1,8 +1,4 @@
-"""Cases of `colreduce` and `decode_attention`.
-
-Knows: retrieval (few question rows over all visual keys), the salience layer of the vision tower, one decode step over a batch;
-what SDPA, a softmax written out and flash-colreduce need for the same. Does not know: clocks, figures.
-"""
+"""Cases of `colreduce` and `decode_attention`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Cases of `awq_matmul` and `int8_matmul`.
-
-Knows: the matrices of the 7B text model and of its vision tower, rows of a step and of a prefill; the layouts that other int4
-matmuls want. Does not know: clocks, figures.
-"""
+"""Cases of `awq_matmul` and `int8_matmul`."""
 
 from __future__ import annotations
 

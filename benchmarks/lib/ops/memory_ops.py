@@ -1,8 +1,4 @@
-"""Cases of the operations that only move memory: `kv_pack`, `kv_quantize`, `rms_norm`, `rope_write`, `silu_mul`.
-
-Knows: how many rows a question packs and a wire carries, what a decode step does between its matrices, and the stock operators for
-the same. Does not know: clocks, figures.
-"""
+"""Cases of the operations that only move memory: `kv_pack`, `kv_quantize`, `rms_norm`, `rope_write`, `silu_mul`."""
 
 from __future__ import annotations
 

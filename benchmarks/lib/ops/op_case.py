@@ -1,8 +1,4 @@
-"""What a case of a kernel benchmark is, and the sizes that cases take their shapes from.
-
-Knows: one operation at one shape, several ways to compute it, the work that none of them can avoid. Does not know: any operation,
-clocks.
-"""
+"""What a case of a kernel benchmark is, and the sizes that cases take their shapes from."""
 
 from __future__ import annotations
 
