@@ -34,9 +34,9 @@ from sparsevila_cluster.core.errors import (
 from sparsevila_cluster.core.requests import Turn, TurnEvent, check_brownout
 from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.model_runner import ModelRunner
-from sparsevila_cluster.engine.running_turn import EventSink, RunningTurn
 from sparsevila_cluster.engine.sampling import choose
 from sparsevila_cluster.engine.scheduler import Scheduler
+from sparsevila_cluster.engine.turn import EventSink, RunningTurn
 from sparsevila_cluster.engine.turn_answer import TurnAnswer
 from sparsevila_cluster.kvcache.arena import Arena
 from sparsevila_cluster.kvcache.conversation_store import Conversation, ConversationStore

@@ -16,7 +16,7 @@ import torch
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.requests import Turn, TurnEvent, Usage, kept_count
 from sparsevila_cluster.engine import decode_engine, turn_retrieval
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models.adapter import Model
 from tests.checkpoints.transformers_oracle import Bench, random_media

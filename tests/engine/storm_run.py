@@ -16,7 +16,7 @@ from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import BadRequest, Cancelled, DeadlineExceeded, Internal, NotFound, QueueFull, TooLarge
 from sparsevila_cluster.core.requests import Turn, TurnRecord
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.kvcache.conversation_store import ROUND_SLOTS, Conversation
 from tests.engine.random_turns import draw_replay, draw_turn
 from tests.engine.single_turn_reference import Mirror, Said, check_usage, differences

@@ -17,7 +17,7 @@ from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import Cancelled, NotFound, QueueFull
 from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, SamplingParams, Turn
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.engine.turn_retrieval import TurnRetrieval
 from sparsevila_cluster.kvcache.conversation_store import ConversationStore
 from tests.engine import storm
@@ -173,7 +173,7 @@ async def held_talk(pipeline, number, requests):
 
 
 async def num_turns(pipeline, conversation_id):
-    conversation = await pipeline._on_decode(lambda engine: engine.conversations.get(conversation_id))
+    conversation = await pipeline.decode.call(lambda engine: engine.conversations.get(conversation_id))
     return 0 if conversation is None else conversation.num_turns
 
 
@@ -211,7 +211,7 @@ def test_callers_in_threads_that_come_and_go(model):
         for media_id in {turn.media_id for talk in talks for turn, _ in talk}:
             await pipeline.delete_media(media_id)
         info = await pipeline.info()
-        await pipeline._on_decode(lambda engine: engine.check_integrity())
+        await pipeline.decode.call(lambda engine: engine.check_integrity())
         assert info["turn_bytes"] == info["prefix_bytes"] == info["conversations"] == info["turns_waiting"] == 0
         await pipeline.close()
         assert info["turns_preempted"] > 0 and info["prefixes_evicted"] > 0

@@ -8,8 +8,8 @@ import torch
 from sparsevila_cluster.attention import torch_batch
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import Answer, FinishReason, Replay, SamplingParams
-from sparsevila_cluster.engine.running_turn import RunningTurn
 from sparsevila_cluster.engine.sampling import Sampler
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.engine.turn_answer import TurnAnswer
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl

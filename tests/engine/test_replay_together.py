@@ -6,7 +6,7 @@ import pytest
 
 from sparsevila_cluster.core.errors import Cancelled
 from sparsevila_cluster.core.requests import SamplingParams
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.engine.replay_pairs import again, ask, assert_goes_on, assert_same_tail, bench, record, run, submit, tail_of, turn

@@ -159,7 +159,7 @@ def test_the_configuration_says_all_that_loading_needs(directory):
     config = build_config(model=str(directory), device="cpu", attention="triton", prefix_bytes=10**6, turn_bytes=10**6)
     pipeline = LocalPipeline(config)
     try:
-        assert pipeline.model.attention == "triton" and pipeline.decode._text_pass.steps is None
+        assert pipeline.model.attention == "triton" and pipeline.decode.engine._text_pass.steps is None
     finally:
         asyncio.run(pipeline.close())
 
