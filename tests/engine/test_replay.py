@@ -109,7 +109,7 @@ def test_text_is_told_as_if_nothing_had_happened(stop, model):
     for count in range(len(ids) + 1):
         sampling = SamplingParams(max_tokens=99, stop=stop)
         cut = TurnAnswer(turn("x", sampling=sampling, replay=Replay(tuple(ids[:count]))), model)
-        cut.recall(count)
+        cut.take_known(count)
         assert [cut.add(token) for token in ids[count:]] == pieces[count:], count
         assert (cut.tokens, cut.finish_reason, cut.rest()) == (ids, whole.finish_reason, rest)
 
