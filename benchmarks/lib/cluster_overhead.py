@@ -110,7 +110,7 @@ class Rivals:
 
     async def threads(self, num: int) -> None:
         """How many the engine's steps use: it is said in the thread that they run in."""
-        await self._pipeline._on_decode(lambda _: torch.set_num_threads(num))
+        await self._pipeline.decode.call(lambda _: torch.set_num_threads(num))
 
 
 @asynccontextmanager

@@ -1,7 +1,4 @@
-"""Where a turn looked: retrieval scores mapped back to frames, rows and columns.
-
-Knows: the token map of a media prefix and scores per layer. Does not know: models, attention, pictures.
-"""
+"""Where a turn looked: retrieval scores mapped back to frames, rows and columns."""
 
 from __future__ import annotations
 

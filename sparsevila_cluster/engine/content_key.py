@@ -1,7 +1,4 @@
-"""The name of a media prefix: equal names mean equal KV, on every worker.
-
-Knows: everything that changes the KV of a media prefix. Does not know: how any of it is computed.
-"""
+"""The name of a media prefix: equal names mean equal KV, on every worker."""
 
 from __future__ import annotations
 

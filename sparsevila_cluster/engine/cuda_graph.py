@@ -1,10 +1,8 @@
-"""The decode step as one thing that a GPU can repeat: the same tensors every time, filled anew by one upload.
+"""Decode steps that a GPU can repeat: the same tensors every time, filled anew by one upload.
 
-Knows: buckets of batch sizes, static buffers, CUDA graphs. Does not know: turns, sampling beyond the likeliest token, scheduling.
-
-    host    [ ids | positions | slots | spans ]                             pinned, filled by `step`
+    host    [ ids | positions | slots | spans ]                             pinned, filled by `run`
               |  one copy
-    device  [ ids | positions | slots | spans ] -> embed -> layers -> logits -> likeliest
+    device  [ ids | positions | slots | spans ] -> embed -> layers -> logits -> argmax
                                                    '------ captured once per bucket ------'
 
 A step of n rows runs in the smallest bucket that holds them; its other rows repeat row 0. They write what row 0 writes, to the
@@ -29,8 +27,8 @@ log = logging.getLogger(__name__)
 
 # Steps before a capture: Triton compiles and libraries allocate on the first, which a capture does not allow.
 NUM_WARM_UPS = 2
-# Numbers that say what one row attends to: two spans of (pool, start, length).
-SPAN_NUMBERS = 6
+# Integers that say what one row attends to: two spans of (pool, start, length).
+SPAN_INTS = 6
 
 
 def bucket_sizes(max_batch: int) -> list[int]:
@@ -38,7 +36,7 @@ def bucket_sizes(max_batch: int) -> list[int]:
     return [1 << i for i in range((max_batch - 1).bit_length())] + [max_batch]
 
 
-class DecodeSteps:
+class DecodeGraphs:
     """Decode steps of up to `max_batch` rows over the arenas of one engine. Its results stay valid until the next step."""
 
     def __init__(self, model: Model, arenas: Arenas, max_batch: int, capture: bool):
@@ -47,12 +45,12 @@ class DecodeSteps:
         self._buckets = [_Bucket(model, arenas, size) for size in bucket_sizes(max_batch)]
         self.captured = capture and self._capture(model.device)
 
-    def takes(self, segments: Sequence[Segment]) -> bool:
+    def can_run(self, segments: Sequence[Segment]) -> bool:
         """Whether a step is of decode rows only, and of no more than the largest bucket holds."""
         return len(segments) <= self._buckets[-1].size and all(s.phase == "decode" for s in segments)
 
     @torch.inference_mode()
-    def step(self, ids: Sequence[int], positions: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    def run(self, ids: Sequence[int], positions: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
         """Write KV of one row per segment; logits f32 [n, V] and the likeliest token i64 [n] of each.
 
         The caller must read from the device what comes out before the next step, which fills the same buffers.
@@ -62,7 +60,7 @@ class DecodeSteps:
         slots = [s.tail_start + s.past for s in segments]
         bucket.fill(ids, positions, slots, [spans_of(s, self._arenas) for s in segments])
         bucket.run()
-        return bucket.logits[:num], bucket.likeliest[:num]
+        return bucket.logits[:num], bucket.argmax_ids[:num]
 
     def _capture(self, device: torch.device) -> bool:
         """The largest first, whose memory the others share: no two of them ever run at once. False if it cannot be done here."""
@@ -90,13 +88,13 @@ class _Bucket:
 
     def __init__(self, model: Model, arenas: Arenas, size: int):
         self.size = size
-        self.logits = self.likeliest = torch.empty(0)
+        self.logits = self.argmax_ids = torch.empty(0)
         self._model = model
         self._graph: torch.cuda.CUDAGraph | None = None
         # Rows 0-2: ids, positions, slots. The rest: spans, two i32 in each i64.
         on_gpu = model.device.type == "cuda"
         # Rows of an even number, so that each begins at a multiple of 16 bytes: Triton compiles kernels anew for others.
-        host = torch.zeros(3 + SPAN_NUMBERS // 2, size + size % 2, dtype=torch.int64, pin_memory=on_gpu)
+        host = torch.zeros(3 + SPAN_INTS // 2, size + size % 2, dtype=torch.int64, pin_memory=on_gpu)
         self._host = host
         self._device = torch.zeros_like(host, device=model.device)
         self._numbers, self._spans = host[:3, :size].numpy(), _spans_in(host, size).numpy()
@@ -112,10 +110,11 @@ class _Bucket:
         for row, numbers in zip(self._numbers, (ids, positions, slots), strict=True):
             row[:num] = numbers
             row[num:] = numbers[0]
-        self._spans.reshape(self.size, SPAN_NUMBERS)[:num] = spans
+        self._spans.reshape(self.size, SPAN_INTS)[:num] = spans
         self._spans[num:] = self._spans[0]
 
     def run(self) -> None:
+        """Upload what was filled in and compute the step."""
         self._device.copy_(self._host, non_blocking=True)
         if self._graph is not None:
             self._graph.replay()
@@ -145,7 +144,7 @@ class _Bucket:
         text = self._model.text
         hidden = text.forward(text.embed(self._ids), self._positions, self._rows)
         self.logits = text.logits(hidden)
-        self.likeliest = self.logits.argmax(-1)
+        self.argmax_ids = self.logits.argmax(-1)
 
 
 def _spans_in(numbers: Tensor, size: int) -> Tensor:

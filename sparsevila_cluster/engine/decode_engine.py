@@ -1,7 +1,5 @@
 """The decode loop: many conversations on shared media prefixes, one batch.
 
-Knows: the life of a turn, its KV and its tokens. Does not know: media, encoders, pruning, threads or transport.
-
     submit -> waiting -> [question prefill over the FULL prefix + tail: scores, first token]
                  ^            -> retrieve + pack (per layer) -> [step]* over packed KV + tail -> done
                  |               (a replay: the answer's known rows in one piece, then steps)
@@ -34,9 +32,9 @@ from sparsevila_cluster.core.errors import (
 from sparsevila_cluster.core.requests import Turn, TurnEvent, check_brownout
 from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.model_runner import ModelRunner
-from sparsevila_cluster.engine.running_turn import EventSink, RunningTurn
-from sparsevila_cluster.engine.sampling import choose
+from sparsevila_cluster.engine.sampling import sample
 from sparsevila_cluster.engine.scheduler import Scheduler
+from sparsevila_cluster.engine.turn import EventSink, RunningTurn
 from sparsevila_cluster.engine.turn_answer import TurnAnswer
 from sparsevila_cluster.kvcache.arena import Arena
 from sparsevila_cluster.kvcache.conversation_store import Conversation, ConversationStore
@@ -68,10 +66,10 @@ class DecodeEngine:
         self.turns: dict[str, RunningTurn] = {}
         self.num_steps = 0
         self.brownout = 0.0
-        self._short: list[str] = []
-        self._text_pass = ModelRunner(model, (self.prefixes.arena, self.conversations.arena), config)
+        self._outgrown: list[str] = []
+        self.runner = ModelRunner(model, (self.prefixes.arena, self.conversations.arena), config)
 
-    # ---- the outside's view ------------------------------------------------------------------------------------------------
+    # ---- turns ------------------------------------------------------------------------------------------------------------
 
     def submit(self, turn: Turn, sink: EventSink) -> None:
         """Queue a turn; its events, or one error, go to `sink`. It runs only if, when it starts, `turn.after` turns are finished.
@@ -88,9 +86,9 @@ class DecodeEngine:
         prefix = self.prefix_of(turn.media_id, turn.tenant)
         conversation = self._conversation_of(turn)
         _, start, stop = self.model.chat.question_ids(turn.question, first=True, pending=None)
-        words = stop - start
-        if words > self.config.max_question_tokens:
-            raise TooLarge(f"the question has {words} tokens; the limit is {self.config.max_question_tokens}")
+        num_tokens = stop - start
+        if num_tokens > self.config.max_question_tokens:
+            raise TooLarge(f"the question has {num_tokens} tokens; the limit is {self.config.max_question_tokens}")
         budget_of(turn, self.config.sparsity, prefix.kind)
         answer = TurnAnswer(turn, self.model)
         if conversation is None:
@@ -155,6 +153,7 @@ class DecodeEngine:
 
     @property
     def idle(self) -> bool:
+        """Whether no turn runs or waits."""
         return self.scheduler.idle
 
     def check_integrity(self) -> None:
@@ -171,8 +170,8 @@ class DecodeEngine:
         """Make room, admit what fits, then run one step over all running turns."""
         self._expire(time.perf_counter())
         self._make_room()
-        self.scheduler.admit(self._try_admit, self._make_way)
-        batch = [(self.turns[turn_id], num) for turn_id, num in self.scheduler.step()]
+        self.scheduler.admit(self._try_admit, self._preempt)
+        batch = [(self.turns[turn_id], num) for turn_id, num in self.scheduler.schedule()]
         if not batch:
             return
         batch.sort(key=_not_decoding)
@@ -197,13 +196,13 @@ class DecodeEngine:
             segments.append(running.segment(len(ids), num))
             ids += running.input_ids[:num]
             positions += range(running.input_pos, running.input_pos + num)
-        speaking = [i for i, (running, num) in enumerate(batch) if running.speaks(num)]
-        last = [segments[i].first + segments[i].num - 1 for i in speaking]
-        logits, likeliest = self._text_pass(ids, positions, segments, last)
+        sampled = [i for i, (running, num) in enumerate(batch) if running.is_sampled(num)]
+        last = [segments[i].first + segments[i].num - 1 for i in sampled]
+        logits, argmax_ids = self.runner.forward(ids, positions, segments, last)
         tokens: list[int | None] = [None] * len(batch)
         if logits is not None:
-            chosen = choose(logits, [batch[i][0].sampler for i in speaking], likeliest)
-            for i, token in zip(speaking, chosen, strict=True):
+            chosen = sample(logits, [batch[i][0].sampler for i in sampled], argmax_ids)
+            for i, token in zip(sampled, chosen, strict=True):
                 tokens[i] = token
         return tokens
 
@@ -217,9 +216,9 @@ class DecodeEngine:
         if phase in ("question", "refresh"):
             running.retrieve()
         running.accept(token)
-        self.scheduler.goes_on(running.turn.turn_id, running.rows_to_prefill)
-        if running.finish_reason is None and running.short and not self._resize(running):
-            self._short.append(running.turn.turn_id)
+        self.scheduler.update(running.turn.turn_id, running.rows_to_prefill)
+        if running.finish_reason is None and running.outgrown and not self._resize(running):
+            self._outgrown.append(running.turn.turn_id)
         if phase == "question":
             running.timeline.mark("retrieved")
         if running.finish_reason is not None:
@@ -228,7 +227,7 @@ class DecodeEngine:
     def _finish(self, running: RunningTurn) -> None:
         running.commit()
         self._release(running)
-        running.send_rest()
+        running.send_done()
 
     # ---- room --------------------------------------------------------------------------------------------------------------
 
@@ -242,11 +241,11 @@ class DecodeEngine:
             running.prepare_question()
             if running.phase == "waiting":
                 running.start(self.brownout)
-                self._check_room(*running.most_room())
+                self._check_room(*running.max_room())
             room = self.conversations.take(running.conversation, *running.room_needed())
             if room is None:
                 return None
-            running.enter(room)
+            running.admit(room)
         except Exception as error:
             self._fail([running], error)
             return None
@@ -265,26 +264,26 @@ class DecodeEngine:
         """Bring the room of a running turn to what it needs next; False if there is too little now."""
         if not self.conversations.resize(running.conversation, *running.room_needed()):
             return False
-        running.settle()
+        running.update_spans()
         return True
 
     def _make_room(self) -> None:
-        """Where a running turn has outgrown the arena, the last in line makes way, be it that turn itself."""
-        while self._short:
-            running = self.turns.get(self._short.pop(0))
+        """Where a running turn has outgrown the arena, the last in queue order is preempted, be it that turn itself."""
+        while self._outgrown:
+            running = self.turns.get(self._outgrown.pop(0))
             if running is None:
                 continue
             try:
                 while running.room is not None and not self._resize(running):
-                    self._make_way(self.scheduler.preempt())
+                    self._preempt(self.scheduler.preempt())
             except Exception as error:
                 self._fail([running], error)
 
-    def _make_way(self, turn_id: str) -> None:
+    def _preempt(self, turn_id: str) -> None:
         """Take the room of a turn that was running: its packed KV is dropped, its text KV may be parked."""
         running = self.turns[turn_id]
         self.conversations.give_back(running.conversation)
-        running.leave_room()
+        running.preempt()
 
     # ---- endings -----------------------------------------------------------------------------------------------------------
 

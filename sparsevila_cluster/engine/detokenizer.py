@@ -1,7 +1,4 @@
-"""Token ids to text while they arrive: only whole characters leave, and nothing that may still become a stop string.
-
-Knows: the tokenizer's `decode` and the stop strings of one turn. Does not know: models, sampling or transport.
-"""
+"""Token ids to text while they arrive: only whole characters leave, and nothing that may still become a stop string."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""One thread that owns an engine: others hand it functions, it calls them between steps.
-
-Knows: an inbox, a step function, deadlines. Does not know: what the engine does.
-"""
+"""One thread that owns an engine: others post functions, which it calls between steps."""
 
 from __future__ import annotations
 
@@ -19,10 +16,16 @@ log = logging.getLogger(__name__)
 
 
 class Steppable(Protocol):
-    @property
-    def idle(self) -> bool: ...
+    """An engine that works step by step."""
 
-    def step(self) -> None: ...
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing."""
+        ...
+
+    def step(self) -> None:
+        """Do some work."""
+        ...
 
 
 E = TypeVar("E", bound=Steppable)
@@ -37,7 +40,7 @@ class EngineThread(Generic[E]):
         self._inbox: queue.SimpleQueue[tuple[Callable[[E], object], Future] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        self._since_s: float | None = None
+        self._busy_since_s: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -49,7 +52,7 @@ class EngineThread(Generic[E]):
     @property
     def stuck_s(self) -> float:
         """How long the step or the call that runs now has taken; 0 between them. From any thread."""
-        since_s = self._since_s
+        since_s = self._busy_since_s
         return 0.0 if since_s is None else time.perf_counter() - since_s
 
     def post(self, call: Callable[[E], R]) -> Future[R]:
@@ -77,15 +80,15 @@ class EngineThread(Generic[E]):
                 # An idle engine sleeps until a call arrives; a busy one only takes what is there already.
                 item = self._inbox.get(block=self._engine.idle)
             except queue.Empty:
-                self._since_s = time.perf_counter()
+                self._busy_since_s = time.perf_counter()
                 self._step()
-                self._since_s = None
+                self._busy_since_s = None
                 continue
             if item is None:
                 break
-            self._since_s = time.perf_counter()
+            self._busy_since_s = time.perf_counter()
             self._call(*item)
-            self._since_s = None
+            self._busy_since_s = None
         while not self._inbox.empty():
             item = self._inbox.get()
             if item is not None:

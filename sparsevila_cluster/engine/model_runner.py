@@ -1,8 +1,4 @@
-"""One step's rows through the text model, the best way that there is for them.
-
-Knows: three ways to attend (torch, kernels, and the repeatable step that a CUDA graph may hold) and which of them a step can take.
-Does not know: turns, what rows mean, or who samples from the logits.
-"""
+"""One step's rows through the text model: with torch, with kernels, or as a decode step that a CUDA graph may hold."""
 
 from __future__ import annotations
 
@@ -14,30 +10,28 @@ from torch import Tensor
 from sparsevila_cluster.attention.torch_batch import Segment, TurnBatch
 from sparsevila_cluster.attention.triton_batch import Arenas, TritonBatch
 from sparsevila_cluster.core.config import EngineConfig
-from sparsevila_cluster.engine.cuda_graph import DecodeSteps
+from sparsevila_cluster.engine.cuda_graph import DecodeGraphs
 from sparsevila_cluster.models.adapter import Model
 
 
 class ModelRunner:
-    """arenas: of media prefixes, of turns. Where it may, it captures graphs of decode steps now: no turn has KV yet.
-
-    steps: the repeatable decode step; None where every step is made anew.
-    """
+    """Runs the steps of one decode engine. graphs: of its decode steps; None where no step is captured."""
 
     def __init__(self, model: Model, arenas: Arenas, config: EngineConfig):
+        """arenas: of media prefixes, of turns. Captures graphs of decode steps now if it may: no turn has KV yet."""
         self._model, self._arenas = model, arenas
-        self.steps: DecodeSteps | None = None
-        if config.decode_graphs == "auto" and model.device.type == "cuda" and can_repeat(model):
-            self.steps = DecodeSteps(model, arenas, config.max_batch, capture=True)
+        self.graphs: DecodeGraphs | None = None
+        if config.decode_graphs == "auto" and model.device.type == "cuda" and can_capture(model):
+            self.graphs = DecodeGraphs(model, arenas, config.max_batch, capture=True)
 
-    def __call__(
+    def forward(
         self, ids: Sequence[int], positions: Sequence[int], segments: list[Segment], rows: Sequence[int]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Write all KV of a step. Logits f32 [len(rows), V] of `rows` of it, None without any, and where it is known already the
         likeliest token i64 [len(rows)] of each. Read from them what is wanted before the next call.
         """
-        if self.steps is not None and len(rows) == len(ids) and self.steps.takes(segments):
-            return self.steps.step(ids, positions, segments)
+        if self.graphs is not None and len(rows) == len(ids) and self.graphs.can_run(segments):
+            return self.graphs.run(ids, positions, segments)
         device, text = self._model.device, self._model.text
         hidden = text.forward(
             text.embed(torch.tensor(ids, device=device)),
@@ -52,6 +46,6 @@ class ModelRunner:
         return TurnBatch(segments, self._arenas[1]) if self._model.attention == "torch" else TritonBatch(segments, self._arenas)
 
 
-def can_repeat(model: Model) -> bool:
+def can_capture(model: Model) -> bool:
     """Whether a decode step of this model is the same operations every time, whatever its rows."""
     return model.attention == "triton" and model.text.name == "lean"

@@ -1,9 +1,8 @@
 """From media to a media prefix: decode, encode, prune, prefill. No question is known here.
 
-Knows: the order of the stages, the content key, where the KV rows go. Does not know: conversations, retrieval, who asked, or
-who owns the arena that it writes to.
+The stages of a prefill:
 
-    sources -> frames -> patches -> visual tokens + salience -> keep -> [system + kept tokens] -> KV rows in an extent
+sources -> frames -> patches -> visual tokens + salience -> keep -> [system + kept tokens] -> KV rows in an extent
 """
 
 from __future__ import annotations
@@ -35,31 +34,32 @@ DEFAULT_SCOPE: dict[str, Scope] = {"video": "per_group", "image": "global"}
 STAGES = ("decode", "encode", "prune", "prefill")
 
 
-class Watch(Protocol):
-    """Who follows a prefix while it is made, to send it on or to copy it. Called in the prefill's thread; raising ends it."""
+class PrefillObserver(Protocol):
+    """Follows a prefix while it is made, to send or to copy it. Called in the prefill's thread; raising ends the prefill."""
 
-    def begins(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
+    def on_start(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
         """All of `prefix` but its KV rows is known. They will be written chunk by chunk, [bounds[i], bounds[i + 1])."""
         ...
 
-    def wrote(self, layer: int, start: int, stop: int) -> None:
+    def on_rows(self, layer: int, start: int, stop: int) -> None:
         """Rows [start, stop) of a layer are in the extent and final; on a GPU, as soon as what is enqueued by now has run."""
         ...
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _ignore_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
 @dataclass
 class Preparation:
-    """One media prefix in the making."""
+    """One request on its way to a media prefix: whom to report progress to, and when each stage began."""
 
     request: PrepareRequest
-    progress: Progress = _silent
+    progress: Progress = _ignore_progress
     timeline: Timeline = field(default_factory=Timeline)
 
     def stage(self, name: str) -> None:
+        """A stage begins."""
         self.timeline.mark(name)
         self.progress(name, 0, 1)
 
@@ -81,7 +81,7 @@ class PrefillEngine:
         self.model = model
         self.config = config
         self.wire = wire
-        self.guard = DecoderSandbox()
+        self.sandbox = DecoderSandbox()
         self.num_prefills = 0
 
     def key_of(self, request: PrepareRequest) -> str:
@@ -111,12 +111,12 @@ class PrefillEngine:
     def load(self, request: PrepareRequest) -> list[Media]:
         """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded, Unavailable (closed)."""
         fps, cap = self._sampling(request)
-        limits, guard = self.config.limits, self.guard
-        return [open_media(source, fps=fps, max_frames=cap, limits=limits, guard=guard) for source in request.sources]
+        limits, sandbox = self.config.limits, self.sandbox
+        return [open_media(source, fps=fps, max_frames=cap, limits=limits, guard=sandbox) for source in request.sources]
 
     def close(self) -> None:
         """End the processes that decode. Idempotent."""
-        self.guard.close()
+        self.sandbox.close()
 
     def _sampling(self, request: PrepareRequest) -> tuple[float, int]:
         """Frames per second and most frames."""
@@ -133,6 +133,15 @@ class PrefillEngine:
         scope = DEFAULT_SCOPE[kind] if sparsity.prune_scope == "auto" else sparsity.prune_scope
         return build_pruning(sparsity.prune, keep, scope, sparsity.seed)
 
+    def prepare(
+        self, preparation: Preparation, key: str, reserve: Callable[[int], Extent], observer: PrefillObserver | None = None
+    ) -> MediaPrefix:
+        """Decode the sources of a preparation, then `prefill`. Raises what `load` and `prefill` raise."""
+        preparation.stage("decode")
+        medias = self.load(preparation.request)
+        handed_over = (medias.pop(0) for _ in range(len(medias)))  # frames are large: nobody but the prefill holds them
+        return self.prefill(preparation, handed_over, key, reserve, observer)
+
     @torch.inference_mode()
     def prefill(
         self,
@@ -140,15 +149,15 @@ class PrefillEngine:
         medias: Iterable[Media],
         key: str,
         reserve: Callable[[int], Extent],
-        watch: Watch | None = None,
+        observer: PrefillObserver | None = None,
     ) -> MediaPrefix:
-        """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives. `watch` is told of them.
+        """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives. `observer` follows them.
 
         `medias` is read once. Frames are let go as soon as they are patches, and patches when they are visual tokens, so that
         memory holds them no longer than the caller does.
 
         Raises:
-            BadMedia, TooLarge: media that the model cannot take. Whatever `reserve`, `watch` or the progress callback raises.
+            BadMedia, TooLarge: media that the model cannot take. Whatever `reserve`, `observer` or the progress callback raises.
         """
         preparation.stage("encode")
         inputs, medias = self.patchify(medias)
@@ -166,7 +175,7 @@ class PrefillEngine:
         kept_rows = kept_prompt_rows(plan, keep)
         extent = reserve(len(kept_rows))
         prefix = self._describe(key, preparation.request.tenant, plan, inputs, medias, tokens, keep, kept_rows, extent)
-        self._run_text(preparation, plan, tokens, keep, kept_rows, prefix, watch)
+        self._run_text(preparation, plan, tokens, keep, kept_rows, prefix, observer)
         preparation.timeline.mark("ready")
         preparation.progress("prefill", 1, 1)
         self.num_prefills += 1
@@ -213,19 +222,19 @@ class PrefillEngine:
         keep: Tensor,
         rows: Tensor,
         prefix: MediaPrefix,
-        watch: Watch | None = None,
+        observer: PrefillObserver | None = None,
     ) -> None:
         """Chunk by chunk, so that activations and embeddings are those of one chunk; what a chunk attends to lies in the extent."""
         text, num_layers = self.model.text, self.model.spec.num_layers
 
         def wrote(layer: int, start: int, stop: int) -> None:
-            if watch is not None:
-                watch.wrote(layer, start, stop)
+            if observer is not None:
+                observer.on_rows(layer, start, stop)
             preparation.progress("prefill", start + (stop - start) * (layer + 1) // num_layers, prefix.length)
 
         bounds = chunk_bounds(prefix.length, self.config.prefill_chunk)
-        if watch is not None:
-            watch.begins(prefix, bounds)
+        if observer is not None:
+            observer.on_start(prefix, bounds)
         placed = plan.visual_mask[rows].nonzero()[:, 0]
         ordinals = torch.searchsorted(placed, torch.tensor(bounds, device=rows.device)).tolist()
         for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(ordinals), strict=True):

@@ -1,7 +1,4 @@
-"""Which rows of the unpruned prompt stay, where they stand afterwards, and in which chunks they are prefilled.
-
-Knows: pruning policies' answers, positions, lengths. Does not know: models, KV, media, or what the rows hold.
-"""
+"""Which rows of the unpruned prompt stay, at which positions, and in which chunks they are prefilled."""
 
 from __future__ import annotations
 

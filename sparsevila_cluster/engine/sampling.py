@@ -1,7 +1,4 @@
-"""From logits to token ids: greedy, or temperature / top-k / top-p with a seed per turn.
-
-Knows: logits and sampling parameters. Does not know: turns, batches beyond their rows, text.
-"""
+"""From logits to token ids: greedy, or temperature / top-k / top-p with a seed per turn."""
 
 from __future__ import annotations
 
@@ -47,9 +44,9 @@ class Sampler:
         return int(ids[chosen])
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler], likeliest: Tensor | None = None) -> list[int]:
-    """One token per row of f32 [n, V]; `likeliest` i64 [n] of each row, where it is known already."""
-    tokens = (logits.argmax(-1) if likeliest is None else likeliest).tolist()
+def sample(logits: Tensor, samplers: Sequence[Sampler], argmax_ids: Tensor | None = None) -> list[int]:
+    """One token per row of f32 [n, V]; argmax_ids: i64 [n], the likeliest of each row where it is known already."""
+    tokens = (logits.argmax(-1) if argmax_ids is None else argmax_ids).tolist()
     for row, sampler in enumerate(samplers):
         if not sampler.greedy:
             tokens[row] = sampler.draw(logits[row])

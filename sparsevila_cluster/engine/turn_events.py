@@ -1,33 +1,20 @@
-"""The events of one turn, on their way from an engine's thread to an event loop.
-
-Knows: a queue, a deadline, and that a turn which nobody listens to is aborted. Does not know: how turns run, or what they say.
-"""
+"""The events of one turn, on their way from an engine's thread to an event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import DeadlineExceeded
 from sparsevila_cluster.core.requests import TurnEvent
-from sparsevila_cluster.engine.running_turn import EventSink
+from sparsevila_cluster.engine.turn import EventSink
 
 
 async def turn_events(
-    submit: Callable[[EventSink], Awaitable[None]], abort: Callable[[], object], deadline_s: float, what: str
-) -> AsyncGenerator[TurnEvent, None]:
-    """Submit a turn and yield its events, `done` last; `event_lists`, one by one."""
-    async with aclosing(event_lists(submit, abort, deadline_s, what, most=1)) as lists:
-        async for (event,) in lists:
-            yield event
-
-
-async def event_lists(
-    submit: Callable[[EventSink], Awaitable[None]], abort: Callable[[], object], deadline_s: float, what: str, most: int
+    submit: Callable[[EventSink], Awaitable[None]], abort: Callable[[], object], deadline_s: float, what: str, max_events: int
 ) -> AsyncGenerator[list[TurnEvent], None]:
-    """Submit a turn and yield its events as they come, those that came while nobody asked together, up to `most` of them.
+    """Submit a turn and yield its events as they come, those that came while nobody read together, up to `max_events` of them.
 
     submit: queues the turn; its events, or one error, then go to the sink, from any thread. abort: called when the iteration ends
     before the turn does, also while it is being submitted; it must not wait.
@@ -44,15 +31,15 @@ async def event_lists(
         await submit(lambda event: _post(loop, events, event))
         timer = loop.call_later(deadline_s + GRACE_S, events.put_nowait, late)
         while not finished:
-            event, told = await events.get(), list[TurnEvent]()
+            event, ready = await events.get(), list[TurnEvent]()
             while not isinstance(event, Exception):
-                told.append(event)
-                if len(told) == most or events.empty():
+                ready.append(event)
+                if len(ready) == max_events or events.empty():
                     break
                 event = events.get_nowait()
             finished = event is not late if isinstance(event, Exception) else event.kind == "done"
-            if told:
-                yield told
+            if ready:
+                yield ready
             if isinstance(event, Exception):
                 raise event
     finally:

@@ -1,10 +1,7 @@
 """Which visual KV one turn attends to: chosen after its question, again every so many tokens if it wishes, and packed.
 
-Knows: the turn's budget, its scores and the rows of the prefix that it chose. Does not know: tails, tokens, where packed KV lies,
-or why room comes and goes.
-
-    question rows -> scores -> chosen rows -> packed KV
-    every `refresh_every` tokens: one decode row over the whole prefix -> scores -> chosen rows -> packed KV, written anew
+question rows -> scores -> chosen rows -> packed KV
+every `refresh_every` tokens: one decode row over the whole prefix -> scores -> chosen rows -> packed KV, written anew
 """
 
 from __future__ import annotations
@@ -26,10 +23,10 @@ from sparsevila_kernels import kv_pack
 
 
 class TurnRetrieval:
-    """Raises BadRequest if the turn asks for what the configured policy cannot do."""
+    """The retrieval of one turn: its budget, its scores and the rows of the prefix that it chose."""
 
     def __init__(self, turn: Turn, prefix: MediaPrefix, sparsity: SparsityConfig, attention: Literal["torch", "triton"]):
-        """attention: how rows are copied, too."""
+        """attention: how rows are copied, too. Raises BadRequest if the turn asks for what the configured policy cannot do."""
         self._prefix, self._sparsity, self._attention = prefix, sparsity, attention
         self._wanted = budget_of(turn, sparsity, prefix.kind)
         self._want_evidence = turn.want_evidence
@@ -89,11 +86,11 @@ class TurnRetrieval:
 
     # ---- scores ------------------------------------------------------------------------------------------------------------
 
-    def capture_question(self, num_rows: int, words: tuple[int, int]) -> Capture | None:
-        """What to keep from the attention of a question of `num_rows`, whose own words are the rows [words)."""
+    def capture_question(self, num_rows: int, question_span: tuple[int, int]) -> Capture | None:
+        """What to keep from the attention of a question of `num_rows`, whose own words are the rows [question_span)."""
         if not (self._policy.needs_scores or self._want_evidence):
             return None
-        rows = {"all": (0, num_rows), "question": words, "last": (num_rows - 1, num_rows)}[self._sparsity.retrieve_rows]
+        rows = {"all": (0, num_rows), "question": question_span, "last": (num_rows - 1, num_rows)}[self._sparsity.retrieve_rows]
         return Capture(self._prefix.visual_index, *rows, self._sparsity.normalise)
 
     def capture_row(self) -> Capture:

@@ -181,7 +181,7 @@ def test_no_more_conversations_than_wanted_run_at_once(checkpoint, clips):  # no
 
         def progress(stage, done, total):
             nonlocal most
-            most = max(most, len(engine.decode.turns))
+            most = max(most, len(engine.decode.engine.turns))
 
         engine = await qa.ready()
         results = await qa.ask_many([(clips[0], "a?")] * 8, max_tokens=8, max_parallel=2, progress=progress)

@@ -76,7 +76,7 @@ def test_what_is_closed_while_it_loads_ends_when_it_is_there(checkpoint, slow): 
 
     asyncio.run(main())
     give_up_at = time.time() + 20
-    while slow.made[0]._decode_thread._thread.is_alive():
+    while slow.made[0].decode._thread._thread.is_alive():
         assert time.time() < give_up_at, "its threads go on"
         time.sleep(0.01)
 

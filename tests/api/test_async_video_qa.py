@@ -66,7 +66,7 @@ async def settled(qa):
         return info["turns_running"] == info["turns_waiting"] == 0
 
     await until(idle, "turns go on for nobody")
-    await (await qa.ready())._on_decode(lambda engine: engine.check_integrity())
+    await (await qa.ready()).decode.call(lambda engine: engine.check_integrity())
 
 
 # ---- the same as blocking ----------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_a_turn_has_a_deadline_even_when_the_engine_hangs(checkpoint, clips, imp
     async def work(qa):
         chat, hang = qa.conversation(await qa.prepare(clips[0])), threading.Event()
         engine = await qa.ready()
-        engine._decode_thread.post(lambda engine: hang.wait(20))
+        engine.decode.post(lambda engine: hang.wait(20))
         started = time.perf_counter()
         with pytest.raises(DeadlineExceeded, match="of at most 0.2 s"):
             await chat.ask("what?", max_tokens=3, timeout_s=0.1)
@@ -274,7 +274,7 @@ def test_a_slow_reader_gets_what_has_arrived(checkpoint, clips, impatient):
 def test_closing_has_a_deadline_even_when_the_engine_hangs(checkpoint, impatient):
     async def main():
         qa, hang = AsyncVideoQA(checkpoint, close_timeout_s=0.05), threading.Event()
-        thread = (await qa.ready())._decode_thread
+        thread = (await qa.ready()).decode._thread
         thread.post(lambda engine: hang.wait(20))
         started = time.perf_counter()
         with pytest.raises(DeadlineExceeded):
@@ -307,8 +307,8 @@ def test_closing_ends_what_runs_and_refuses_the_rest(checkpoint, clips):
         for call in (chat.ask("x"), anext(stream), qa.prepare(clips[0]), qa.info(), chat.close(), qa.load()):
             with pytest.raises(Unavailable, match="closed"):
                 await call
-        engine.decode.check_integrity()
-        assert not engine.decode.turns
+        engine.decode.engine.check_integrity()
+        assert not engine.decode.engine.turns
         await qa.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 RECEIVER = "sparsevila_cluster.transport.receive_lane:ReceiveLane."
-SENDER = "sparsevila_cluster.transport.send_lane:Route."
-SHIPPER = "sparsevila_cluster.transport.kv_sender:Shipper."
-LANDING = "sparsevila_cluster.cluster.workers.engine_prefix_sink:EngineLanding."
-ANSWERING = "sparsevila_cluster.cluster.workers.turn_service:Answering."
-RUNNING = "sparsevila_cluster.engine.running_turn:RunningTurn."
+SENDER = "sparsevila_cluster.transport.send_lane:SendRoute."
+SHIPPER = "sparsevila_cluster.transport.kv_sender:KVSender."
+LANDING = "sparsevila_cluster.cluster.workers.engine_prefix_sink:EnginePrefixSink."
+TURNS = "sparsevila_cluster.cluster.workers.turn_service:TurnService."
+RUNNING = "sparsevila_cluster.engine.turn:RunningTurn."
 
 Test = Callable[..., bool]  # (mark, *the method's arguments)
 
@@ -49,8 +49,8 @@ def _sending(which: Callable[[int], int], sent: int) -> Test:
 
 
 def _event(kind: str, index: int | None = None) -> Test:
-    def only(mark: str, answering: Any, engine: Any, notes: Any, listener: Any, event: Any) -> bool:
-        here = notes.turn.turn_id == mark and getattr(event, "kind", "") == kind
+    def only(mark: str, service: Any, engine: Any, pending: Any, sink: Any, event: Any) -> bool:
+        here = pending.turn.turn_id == mark and getattr(event, "kind", "") == kind
         return here and index in (None, event.index)
 
     return only
@@ -78,7 +78,9 @@ def _manifest(mark: str, landing: Any, manifest: Any, extent: Any) -> bool:
 
 # mark: the content key.
 DECODE_TRANSFER = {
-    "reserved": Place("sparsevila_cluster.transport.kv_receiver:Dock.expect", "after", lambda mark, dock, _, key, __: key == mark),
+    "reserved": Place(
+        "sparsevila_cluster.transport.kv_receiver:KVReceiver.expect", "after", lambda mark, dock, _, key, __: key == mark
+    ),
     "granted": Place(RECEIVER + "_allocate", "after", lambda mark, lane, one: one.manifest.key == mark),
     "first chunk": Place(RECEIVER + "_landed", "before", _landing(first)),
     "middle chunk": Place(RECEIVER + "_landed", "before", _landing(middle)),
@@ -89,7 +91,7 @@ DECODE_TRANSFER = {
 }
 PREFILL_TRANSFER = {
     "reserved": Place(
-        "sparsevila_cluster.cluster.workers.prefill_job:Making.run", "before", lambda mark, making, _: making.key == mark
+        "sparsevila_cluster.cluster.workers.prefill_job:PrefillJob.run", "before", lambda mark, job, _: job.key == mark
     ),
     "granted": Place(SENDER + "_send", "before", _sending(first, 0)),
     "first chunk": Place(SENDER + "_send", "after", _sending(first, 0)),
@@ -111,12 +113,12 @@ DECODE_TURN = {
         RUNNING + "segment", "after", lambda mark, running, *_: running.turn.turn_id == mark and running.phase == "question"
     ),
     "retrieve": Place(RUNNING + "retrieve", "before", lambda mark, running: running.turn.turn_id == mark),
-    "first token": Place(ANSWERING + "_hear", "before", _event("token", 0)),
-    "second token": Place(ANSWERING + "_hear", "before", _event("token", 1)),
-    "later token": Place(ANSWERING + "_hear", "before", _event("token", LATER)),
-    "committed": Place(ANSWERING + "_hear", "before", _event("done")),
+    "first token": Place(TURNS + "_on_event", "before", _event("token", 0)),
+    "second token": Place(TURNS + "_on_event", "before", _event("token", 1)),
+    "later token": Place(TURNS + "_on_event", "before", _event("token", LATER)),
+    "committed": Place(TURNS + "_on_event", "before", _event("done")),
     "recorded": Place(
-        "sparsevila_cluster.cluster.workers.conversation_journals:Journals.add",
+        "sparsevila_cluster.cluster.workers.conversation_journals:ConversationJournals.add",
         "after",
         lambda mark, journals, number, record: record.turn.turn_id == mark,
     ),

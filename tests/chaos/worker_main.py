@@ -35,11 +35,11 @@ class CountedPrefillWorker(PrefillWorker):
 
     prefills = os.devnull
 
-    def _tell(self, making: PrefillJob, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
-        if not making.reused and making.key != "warm":
+    def _record(self, job: PrefillJob, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
+        if not job.reused and job.key != "warm":
             with open(self.prefills, "a") as file:
                 file.write(f"{prefix.key}\n")
-        return super()._tell(making, prefix, facts)
+        return super()._record(job, prefix, facts)
 
 
 class Host:
@@ -61,29 +61,29 @@ class Host:
         worker = self.worker
         if isinstance(worker, PrefillWorker):
             kept = worker.copies.all()
-            lanes = worker.shipper.info()["lanes"]
+            lanes = worker.sender.info()["lanes"]
             books: dict[str, Any] = {
                 "used_bytes": worker.copies.used_bytes,
                 "owned_bytes": sum(prefix.kv_bytes for prefix in kept),
                 "media": sorted(prefix.key for prefix in kept),
                 "turn_bytes": 0,
                 "in_flight": 0,
-                "busy": len(worker._making) + len(worker._sending._shipments) + sum(len(lane["transfers"]) for lane in lanes),
+                "busy": len(worker._jobs) + len(worker._transfers._transfers) + sum(len(lane["transfers"]) for lane in lanes),
             }
             check: Any = worker.copies.check_integrity
         else:
-            books = await worker._desk.call(self._books)
-            dock = worker.dock.info()
+            books = await worker.async_engine.call(self._books)
+            dock = worker.receiver.info()
             open_states = ("granted", "sending", "landed", "verified")
             books["in_flight"] = dock["bytes_in_flight"]
             books["transfers"] = dock["transfers"]
-            books["busy"] += sum(dock["transfers"].get(state, 0) for state in open_states) + len(worker._sending._shipments)
+            books["busy"] += sum(dock["transfers"].get(state, 0) for state in open_states) + len(worker._transfers._transfers)
 
             def check() -> None:
                 return None
 
             if not books["busy"]:
-                await worker._desk.call(lambda engine: engine.check_integrity())
+                await worker.async_engine.call(lambda engine: engine.check_integrity())
         books["at_rest"] = not books["busy"] and not books["in_flight"] and books["used_bytes"] == books["owned_bytes"]
         if books["at_rest"]:
             check()

@@ -94,13 +94,13 @@ async def test_concurrent_clients_get_the_answers_of_a_local_engine(checkpoint, 
 
 def slow_down(pipeline):
     """Let a step take long enough for a client to do something about it in mid-answer."""
-    step = pipeline.decode.step
+    step = pipeline.decode.engine.step
 
     def slowly():
         time.sleep(0.02)
         step()
 
-    pipeline.decode.step = slowly
+    pipeline.decode.engine.step = slowly
 
 
 @pytest.mark.parametrize("num_cuts", [1, 3])

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.workers.engine_stats import pressure
 from sparsevila_cluster.core.errors import (
     BadRequest,
     Cancelled,
@@ -23,6 +22,7 @@ from sparsevila_cluster.core.errors import (
     TooLarge,
     Unavailable,
 )
+from sparsevila_cluster.engine.async_engine import queue_pressure
 from tests.cluster import worker_fixtures
 from tests.cluster.worker_fixtures import answer, events_of, landed, request_of, turn_of, until
 
@@ -111,10 +111,10 @@ def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, cli
             assert await decode.reserve("small", "k", size // 3, 5.0) and await decode.reserve("unknown", "k", None, 5.0)
             with pytest.raises(BadRequest, match="before"):
                 await decode.reserve("small", "k", size // 3, 5.0)
-            assert decode.dock.info()["transfers"] == {"acked": 1, "reserved": 3}
+            assert decode.receiver.info()["transfers"] == {"acked": 1, "reserved": 3}
             for name in ("idle", "small", "unknown", "idle", "never"):
                 await decode.release(name)
-            assert decode.dock.info()["transfers"] == {"acked": 1, "aborted": 3}
+            assert decode.receiver.info()["transfers"] == {"acked": 1, "aborted": 3}
             await stream.aclose()
 
     asyncio.run(main())
@@ -128,7 +128,7 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             report = decode.report(False)
             (told,) = report.residents
             assert (told.media_id, told.kv_bytes) == (handle.media_id, handle.kv_bytes) and report.records is None
-            assert report.load.prefix_bytes == handle.kv_bytes and report.address == decode.dock.address
+            assert report.load.prefix_bytes == handle.kv_bytes and report.address == decode.receiver.address
             await answer(decode, turn_of(handle.media_id))
             report = decode.report(False)
             assert report.residents is None and report.load.num_running == 0 and report.load.turn_bytes > 0
@@ -156,8 +156,8 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
 
 
 def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clips, endless):
-    assert [pressure(line, 10, 0.5) for line in (0, 5, 6, 10, 20)] == pytest.approx([0, 0, 0.2, 1, 1])
-    assert pressure(10, 10, 1.0) == 0.0
+    assert [queue_pressure(line, 10, 0.5) for line in (0, 5, 6, 10, 20)] == pytest.approx([0, 0, 0.2, 1, 1])
+    assert queue_pressure(10, 10, 1.0) == 0.0
 
     async def main():
         config = worker_fixtures.config_of(checkpoint, engine={"max_batch": 1, "max_waiting": 4}, decode={"brownout_at": 0.25})
@@ -182,9 +182,9 @@ def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clips, endless):
 def test_warming_leaves_nothing(checkpoint):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
-            await prefill.warm([decode.dock.address])
+            await prefill.warm([decode.receiver.address])
             await decode.warm()
-            assert decode.dock.info()["lanes"] and prefill.num_prefills == 0 and prefill.copies.used_bytes == 0
+            assert decode.receiver.info()["lanes"] and prefill.num_prefills == 0 and prefill.copies.used_bytes == 0
             assert decode.engine.num_steps >= 2 and len(decode.engine.prefixes) == len(decode.engine.conversations) == 0
             assert not decode.sink.counts and decode.report(True).records == ()
 
@@ -197,9 +197,9 @@ def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
         async with worker_fixtures.workers(config) as (_, [decode]):
             await decode.check()
             go_on = threading.Event()
-            stuck = decode._desk.post(lambda engine: go_on.wait(10))
+            stuck = decode.async_engine.post(lambda engine: go_on.wait(10))
             try:
-                await until(lambda: decode._desk._thread.stuck_s > 0.2)
+                await until(lambda: decode.async_engine._thread.stuck_s > 0.2)
                 with pytest.raises(Internal, match="a turn may take 0.2 s"):
                     await decode.check()
                 with pytest.raises(DeadlineExceeded):
@@ -207,7 +207,7 @@ def test_a_stuck_engine_and_a_closed_worker_fail_the_check(checkpoint):
             finally:
                 go_on.set()
             await asyncio.wrap_future(stuck)
-            await until(lambda: decode._desk._thread.stuck_s == 0.0)
+            await until(lambda: decode.async_engine._thread.stuck_s == 0.0)
             await decode.check()
             await decode.close()
             with pytest.raises(Unavailable):
@@ -220,7 +220,7 @@ def test_closing_does_not_wait_for_an_engine_that_is_stuck(checkpoint):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, engine={"close_timeout_s": 0.2})) as (_, [decode]):
             go_on = threading.Event()
-            decode._desk.post(lambda engine: go_on.wait(20))
+            decode.async_engine.post(lambda engine: go_on.wait(20))
             began_s = time.monotonic()
             with pytest.raises(DeadlineExceeded, match="0.2 s"):
                 await decode.close()

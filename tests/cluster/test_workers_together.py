@@ -17,7 +17,7 @@ KINDS = ("inproc", "gloo", "objectstore")
 
 
 def given_for(kind):
-    return {"courier": worker_fixtures.Store()} if kind == "objectstore" else {}
+    return {"object_store": worker_fixtures.Store()} if kind == "objectstore" else {}
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def local(checkpoint, clips):
         made = []
         for clip in clips:
             handle = await pipeline.prepare(request_of(clip))
-            rows = await pipeline._on_decode(lambda engine, key=handle.media_id: worker_fixtures.rows_of(engine.prefixes.get(key)))
+            rows = await pipeline.decode.call(lambda engine, key=handle.media_id: worker_fixtures.rows_of(engine.prefixes.get(key)))
             answers = []
             for question in QUESTIONS:
                 events = [event async for event in pipeline.ask(turn_of(handle.media_id, question, handle.media_id))]

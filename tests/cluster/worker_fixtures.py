@@ -92,10 +92,10 @@ async def workers(config, prefill=1, decode=1, **given):
     """(prefill workers, decode workers), closed at the end; then nothing of theirs may be left in an arena."""
     made = [PrefillWorker(f"prefill-{i}", config, sink=Tally(), **given) for i in range(prefill)]
     for worker in made:
-        worker.engine.guard = GUARD
+        worker.engine.sandbox = GUARD
     held = [DecodeWorker(f"decode-{i}", config, sink=Tally(), **given) for i in range(decode)]
-    if "courier" in given:
-        given["courier"].docks = {worker.name: worker for worker in held}
+    if "object_store" in given:
+        given["object_store"].docks = {worker.name: worker for worker in held}
     try:
         yield made, held
         for worker in held:
@@ -118,10 +118,10 @@ async def settled(worker, within_s=10.0):
             if isinstance(worker, PrefillWorker):
                 worker.copies.check_integrity()
                 assert worker.copies.used_bytes == sum(prefix.kv_bytes for prefix in worker.copies.all())
-                assert not worker._making
+                assert not worker._jobs
             elif not worker._closed:
-                await worker._desk.call(DecodeEngine.check_integrity)
-                resident = await worker._desk.call(lambda engine: sum(p.kv_bytes for p in engine.prefixes))
+                await worker.async_engine.call(DecodeEngine.check_integrity)
+                resident = await worker.async_engine.call(lambda engine: sum(p.kv_bytes for p in engine.prefixes))
                 assert worker.engine.prefixes.arena.used_bytes == resident
                 assert not worker.engine.turns
             return
@@ -184,15 +184,15 @@ class Gate:
 
     def __init__(self, monkeypatch, start=16, layer=0):
         self.reached, self.opened = threading.Event(), threading.Event()
-        wrote = PrefillJob.wrote
+        on_rows = PrefillJob.on_rows
 
-        def gated(making, at, first, stop):
+        def gated(job, at, first, stop):
             if at == layer and first >= start and not self.opened.is_set():
                 self.reached.set()
                 assert self.opened.wait(20)
-            wrote(making, at, first, stop)
+            on_rows(job, at, first, stop)
 
-        monkeypatch.setattr(PrefillJob, "wrote", gated)
+        monkeypatch.setattr(PrefillJob, "on_rows", gated)
 
     async def wait(self):
         assert await asyncio.to_thread(self.reached.wait, 20)

@@ -10,7 +10,7 @@ import torch
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.requests import Answer, Replay, SamplingParams, Turn, TurnRecord
 from tests.checkpoints.transformers_oracle import Bench, random_media
-from tests.engine.single_turn_reference import ATOL, listening
+from tests.engine.single_turn_reference import ATOL, recorded_logits
 
 SPARSE = {"prune_keep": 0.5, "retrieve_keep": 0.3, "brownout_floor": 0.05}
 
@@ -41,7 +41,7 @@ def run(b):
 
 def ask(b, asked):
     """(events, logits of its sampled tokens) of a turn alone."""
-    with listening() as heard:
+    with recorded_logits() as heard:
         events = submit(b, asked)
         sampler = b.decode.turns[asked.turn_id].sampler
         run(b)

@@ -16,7 +16,7 @@ import torch
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.requests import Turn, TurnEvent, Usage, kept_count
 from sparsevila_cluster.engine import decode_engine, turn_retrieval
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models.adapter import Model
 from tests.checkpoints.transformers_oracle import Bench, random_media
@@ -26,25 +26,25 @@ TIE = 1e-5
 
 
 @contextmanager
-def listening() -> Iterator[dict[object, list[torch.Tensor]]]:
+def recorded_logits() -> Iterator[dict[object, list[torch.Tensor]]]:
     """Records, by the turn's sampler, the logits f32 [V] that each token came from, in whatever batch it was."""
     heard: dict[object, list[torch.Tensor]] = {}
-    plain = decode_engine.choose
+    plain = decode_engine.sample
 
-    def choose(logits, samplers, likeliest=None):
+    def sample(logits, samplers, argmax_ids=None):
         for sampler, row in zip(samplers, logits, strict=True):
             heard.setdefault(sampler, []).append(row.clone())
-        return plain(logits, samplers, likeliest)
+        return plain(logits, samplers, argmax_ids)
 
-    decode_engine.choose = choose
+    decode_engine.sample = sample
     try:
         yield heard
     finally:
-        decode_engine.choose = plain
+        decode_engine.sample = plain
 
 
 @contextmanager
-def watching_cuts() -> Iterator[list[float]]:
+def recorded_gaps() -> Iterator[list[float]]:
     """Records how clear each choice of visual KV was: the smallest relative distance of anything from the other side of a cut."""
     gaps: list[float] = []
     plain = turn_retrieval.TurnRetrieval.choose
@@ -67,12 +67,12 @@ def watching_cuts() -> Iterator[list[float]]:
 
 
 @dataclass
-class Said:
+class TurnOutput:
     """What came of one turn."""
 
     events: list[TurnEvent | Exception]
     logits: list[torch.Tensor]
-    clearness: float = 1.0
+    min_gap: float = 1.0
 
     @property
     def tokens(self) -> list[int]:
@@ -87,7 +87,7 @@ class Said:
         return next((e.evidence for e in self.events if e.kind == "evidence"), ())
 
 
-class Mirror:
+class ReferenceEngine:
     """An engine with the same model and sparsity as another, and room for everything; one turn at a time."""
 
     def __init__(self, model: Model, heard: dict[object, list[torch.Tensor]], **fields):
@@ -107,7 +107,7 @@ class Mirror:
                 target.copy_(source)
         return copy
 
-    def answer(self, running: RunningTurn, conversation_id: str) -> Said:
+    def answer(self, running: RunningTurn, conversation_id: str) -> TurnOutput:
         """The same turn alone, with the budget that it had there. Of a replay, what follows on it in the answer as a whole."""
         budget = running.retrieval._budget
         turn: Turn = replace(
@@ -117,19 +117,19 @@ class Mirror:
         events: list[TurnEvent | Exception] = []
         self.engine.submit(turn, events.append)
         sampler = self.engine.turns[turn.turn_id].sampler
-        with watching_cuts() as gaps:
+        with recorded_gaps() as gaps:
             while not self.engine.idle:
                 self.engine.step()
         assert not isinstance(events[-1], Exception), f"alone it fails: {events[-1]}"
         start = running.answer.num_known
         events = [event for event in events if event.kind != "token" or event.index >= start]
-        return Said(events, self._heard.pop(sampler, [])[start:], min(gaps, default=1.0))
+        return TurnOutput(events, self._heard.pop(sampler, [])[start:], min(gaps, default=1.0))
 
     def close(self, conversation_id: str) -> None:
         self.engine.close_conversation(conversation_id)
 
 
-def differences(got: Said, alone: Said) -> str | None:
+def differences(got: TurnOutput, alone: TurnOutput) -> str | None:
     """None if both runs agree, "tie" if they part where a float decides, else what differs."""
     if got.tokens == alone.tokens:
         assert len(got.logits) == len(alone.logits) == len(got.tokens), "a token without its logits"
@@ -148,10 +148,10 @@ def differences(got: Said, alone: Said) -> str | None:
         if apart < ATOL and float((got.logits[at] - row).abs().max()) < ATOL:
             return "tie"
         found = f"token {at} is {got.tokens[at]}, alone {alone.tokens[at]}"
-    return "tie" if alone.clearness < TIE else found
+    return "tie" if alone.min_gap < TIE else found
 
 
-def _evidence_difference(got: Said, alone: Said) -> str | None:
+def _evidence_difference(got: TurnOutput, alone: TurnOutput) -> str | None:
     for a, b in zip(got.evidence, alone.evidence, strict=True):
         if a.kept != b.kept or abs(a.share - b.share) > 1e-3:
             return f"frame {a.frame} has share {a.share}, alone {b.share}"

@@ -1,6 +1,6 @@
 """A storm over the decode engine: `python -m tests.engine.storm --operations 10000 --seed 0`, or `make storm`.
 
-Knows seasons, which are storms of a few hundred operations with limits of their own, and how to report them. Does not know what
+Knows runs, which are storms of a few hundred operations with limits of their own, and how to report them. Does not know what
 an operation does. The same seed blows the same storm.
 """
 
@@ -18,23 +18,23 @@ from collections.abc import Callable, Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch, which the next lines import
 
-from tests.engine.single_turn_reference import listening  # noqa: E402
-from tests.engine.storm_run import Season  # noqa: E402
+from tests.engine.single_turn_reference import recorded_logits  # noqa: E402
+from tests.engine.storm_run import StormRun  # noqa: E402
 
 SEASON_OPERATIONS = 500
 
 
 def blow(model, rng: random.Random, num_operations: int, report: Callable[[str], None] = lambda operation: None) -> Counter[str]:
-    """A whole storm; `report` gets the name of each operation that is over. Sums over all seasons, and the peak of bytes."""
+    """A whole storm; `report` gets the name of each operation that is over. Sums over all runs, and the peak of bytes."""
     total: Counter[str] = Counter()
     for start in range(0, num_operations, SEASON_OPERATIONS):
-        with listening() as heard:
-            season = Season(model, rng, heard)
+        with recorded_logits() as heard:
+            run = StormRun(model, rng, heard)
             for _ in range(min(SEASON_OPERATIONS, num_operations - start)):
-                report(season.operate())
-            season.end()
-        peak_bytes = max(total["peak_bytes"], season.peak_bytes)
-        total.update(season.summary())
+                report(run.operate())
+            run.end()
+        peak_bytes = max(total["peak_bytes"], run.peak_bytes)
+        total.update(run.summary())
         total["peak_bytes"] = peak_bytes
     return total
 

@@ -1,4 +1,4 @@
-"""One season of a storm: random operations on a decode engine with tiny random budgets, and what must hold after each of them.
+"""One run of a storm: random operations on a decode engine with tiny random budgets, and what must hold after each of them.
 
 Knows every operation of the engine: integrity of both arenas, bounded waiting, errors only where they were asked for, every
 finished answer as in a run alone (see mirror), and at the end everything given back, to the byte. Does not know what the answers
@@ -16,10 +16,10 @@ from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import BadRequest, Cancelled, DeadlineExceeded, Internal, NotFound, QueueFull, TooLarge
 from sparsevila_cluster.core.requests import Turn, TurnRecord
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.kvcache.conversation_store import ROUND_SLOTS, Conversation
 from tests.engine.random_turns import draw_replay, draw_turn
-from tests.engine.single_turn_reference import Mirror, Said, check_usage, differences
+from tests.engine.single_turn_reference import ReferenceEngine, TurnOutput, check_usage, differences
 
 # key -> kind, frames, height, width: 12 to 80 visual tokens.
 MEDIA = {
@@ -41,7 +41,7 @@ class Asked:
     brownout: float | None = None
 
 
-class Season:
+class StormRun:
     """Operations drawn from `rng` on one engine. Raises AssertionError at the first thing that is not as it must be."""
 
     def __init__(self, model, rng: random.Random, heard: dict):
@@ -57,7 +57,7 @@ class Season:
         config = build_config(model="unused", prefix_bytes=prefix_slots * size, turn_bytes=slots * size, **sparsity, **limits)
         self.rng, self.model, self.heard = rng, model, heard
         self.engine = DecodeEngine(model, config)
-        self.mirror = Mirror(model, heard, **sparsity)
+        self.mirror = ReferenceEngine(model, heard, **sparsity)
         for key, shape in MEDIA.items():
             assert self.mirror.prepare(key, *shape).length <= prefix_slots, key
         self.open: dict[str, Asked] = {}
@@ -67,8 +67,8 @@ class Season:
         self.counts: Counter[str] = Counter()
         self.peak_bytes = 0
         self.num_asked = 0
-        self._plan = self.engine.scheduler.step
-        self.engine.scheduler.step = self._checked_plan
+        self._plan = self.engine.scheduler.schedule
+        self.engine.scheduler.schedule = self._checked_plan
 
     # ---- operations --------------------------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ class Season:
         if running.conversation in self.parted:
             return
         name = self.names.setdefault(running.conversation, f"{turn.conversation_id}#{turn.turn_id}")
-        said = Said(asked.events, logits)
+        said = TurnOutput(asked.events, logits)
         found = differences(said, self.mirror.answer(running, name))
         assert found in (None, "tie"), f"{turn.turn_id} ({turn}): {found}"
         self.counts["answers checked" if found is None else "ties"] += 1
@@ -295,7 +295,7 @@ class Season:
             self.parted.add(running.conversation)
 
     def _is_too_large(self, asked: Asked, error: Exception) -> bool:
-        tail, packed = asked.running.most_room()
+        tail, packed = asked.running.max_room()
         rounded = -(-tail // ROUND_SLOTS) * ROUND_SLOTS
         over = rounded + packed > self.engine.conversations.arena.num_slots or "position" in str(error)
         return isinstance(error, TooLarge) and over and asked.running.phase == "waiting"

@@ -12,8 +12,8 @@ from sparsevila_cluster.attention.torch_batch import Segment
 from sparsevila_cluster.attention.triton_batch import TritonBatch
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.engine import cuda_graph
-from sparsevila_cluster.engine.cuda_graph import DecodeSteps, bucket_sizes
-from sparsevila_cluster.engine.model_runner import ModelRunner, can_repeat
+from sparsevila_cluster.engine.cuda_graph import DecodeGraphs, bucket_sizes
+from sparsevila_cluster.engine.model_runner import ModelRunner, can_capture
 from sparsevila_cluster.kvcache.arena import Arena
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.text import lean_kernels
@@ -78,18 +78,18 @@ def test_buckets_cover_every_batch():
 def test_it_does_what_a_step_made_anew_does(num, model):
     """To the bit where the bucket is not larger than the step: a product of more rows may be summed in another order."""
     repeated, anew = arenas_of(model.spec), arenas_of(model.spec)
-    steps = DecodeSteps(model, repeated, MOST, capture=False)
+    graphs = DecodeGraphs(model, repeated, MOST, capture=False)
     rows, other_rows = segments_in(repeated, TURNS[:num]), segments_in(anew, TURNS[:num])
     for _ in range(2):
-        assert steps.takes(rows[2])
-        logits, likeliest = steps.step(*rows)
+        assert graphs.can_run(rows[2])
+        logits, argmax_ids = graphs.run(*rows)
         want = made_anew(model, anew, *other_rows)
         atol = 0.0 if num in bucket_sizes(MOST) else 1e-4
         torch.testing.assert_close(logits, want, atol=atol, rtol=0)
-        assert likeliest.tolist() == logits.argmax(-1).tolist() == want.argmax(-1).tolist()
+        assert argmax_ids.tolist() == logits.argmax(-1).tolist() == want.argmax(-1).tolist()
         for one, other in zip(kv_of(repeated), kv_of(anew), strict=True):
             torch.testing.assert_close(one, other, atol=atol, rtol=0)
-        ids = likeliest.tolist()
+        ids = argmax_ids.tolist()
         rows, other_rows = go_on(ids, rows), go_on(ids, other_rows)
 
 
@@ -102,10 +102,10 @@ def go_on(ids, rows):
 
 def test_only_rows_of_its_own_turns_are_written(model):
     arenas = arenas_of(model.spec)
-    steps = DecodeSteps(model, arenas, 8, capture=False)
+    graphs = DecodeGraphs(model, arenas, 8, capture=False)
     ids, positions, segments = segments_in(arenas, TURNS[:3])
     before = kv_of(arenas)
-    steps.step(ids, positions, segments)
+    graphs.run(ids, positions, segments)
     slots = sorted(s.tail_start + s.past for s in segments)
     for now, then, arena in zip(kv_of(arenas), before, (0, 0, 1, 1), strict=True):
         changed = (now != then).any(-1).any(-1).any(0).nonzero()[:, 0].tolist()
@@ -114,11 +114,11 @@ def test_only_rows_of_its_own_turns_are_written(model):
 
 def test_what_it_takes(model):
     arenas = arenas_of(model.spec)
-    steps = DecodeSteps(model, arenas, 4, capture=False)
+    graphs = DecodeGraphs(model, arenas, 4, capture=False)
     _, _, segments = segments_in(arenas, TURNS)
-    assert steps.takes(segments[:4]) and not steps.takes(segments)
+    assert graphs.can_run(segments[:4]) and not graphs.can_run(segments)
     segments[1].phase = "refresh"
-    assert not steps.takes(segments[:4])
+    assert not graphs.can_run(segments[:4])
 
 
 class Watching(TorchDispatchMode):
@@ -158,12 +158,12 @@ def shapes(monkeypatch):
 def test_every_step_is_the_same_operations(model, shapes):
     """Whatever the turns: nothing has a shape that depends on data, and one copy brings all that a step needs."""
     arenas = arenas_of(model.spec)
-    steps = DecodeSteps(model, arenas, 4, capture=False)
+    graphs = DecodeGraphs(model, arenas, 4, capture=False)
     seen = []
     for turns in (TURNS[:3], TURNS[1:4], TURNS[2:]):
         rows = segments_in(emptied(arenas), turns)
         with Watching() as watching:
-            steps.step(*rows)
+            graphs.run(*rows)
         seen.append(watching.seen)
     assert seen[0] == seen[1] == seen[2]
     assert [name for name, _ in seen[0]].count("aten.copy_.default") == 1
@@ -178,13 +178,13 @@ def emptied(arenas):
 def test_the_host_reads_nothing(model, shapes):
     """Over tensors without values, reading one fails."""
     arenas = arenas_of(model.spec)
-    steps = DecodeSteps(model, arenas, 4, capture=False)
+    graphs = DecodeGraphs(model, arenas, 4, capture=False)
     rows = segments_in(arenas, TURNS[:3])
     with FakeTensorMode(allow_non_fake_inputs=True):
-        logits, likeliest = steps.step(*rows)
-        assert logits.shape == (3, model.text.head_weight.shape[0]) and likeliest.shape == (3,)
+        logits, argmax_ids = graphs.run(*rows)
+        assert logits.shape == (3, model.text.head_weight.shape[0]) and argmax_ids.shape == (3,)
         with pytest.raises(DataDependentOutputException):
-            likeliest[0].item()  # the trap bites
+            argmax_ids[0].item()  # the trap bites
 
 
 def test_where_a_capture_fails_steps_go_on_without(model, monkeypatch, caplog):
@@ -204,20 +204,20 @@ def test_where_a_capture_fails_steps_go_on_without(model, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     monkeypatch.setattr(cuda_graph._Bucket, "capture", capture)
     arenas = arenas_of(model.spec)
-    steps = DecodeSteps(model, arenas, MOST, capture=True)
+    graphs = DecodeGraphs(model, arenas, MOST, capture=True)
     assert tried == [4, 2], "the largest first"
-    assert not steps.captured and "out of memory" in caplog.text
+    assert not graphs.captured and "out of memory" in caplog.text
     assert current == ["the caller's"]
-    logits, _ = steps.step(*segments_in(arenas, TURNS[:1]))
+    logits, _ = graphs.run(*segments_in(arenas, TURNS[:1]))
     assert logits.isfinite().all()
 
 
 def test_when_steps_are_repeated(model, directory):
     plain = load_model(directory, device="cpu", attention="torch")
     stock = load_model(directory, device="cpu", text_backend="hf", attention="triton")
-    assert can_repeat(model) and not can_repeat(plain) and not can_repeat(stock)
+    assert can_capture(model) and not can_capture(plain) and not can_capture(stock)
     config = build_config(model="unused")
-    assert all(ModelRunner(m, arenas_of(m.spec), config).steps is None for m in (model, plain, stock)), "a CPU captures nothing"
+    assert all(ModelRunner(m, arenas_of(m.spec), config).graphs is None for m in (model, plain, stock)), "a CPU captures nothing"
 
 
 @pytest.mark.gpu
@@ -227,16 +227,16 @@ def test_a_graph_does_what_its_step_does(num, directory):
         pytest.skip("no CUDA device")
     model = load_model(directory, device="cuda", attention="triton")
     held, anew = arenas_of(model.spec, "cuda"), arenas_of(model.spec, "cuda")
-    steps = DecodeSteps(model, held, 5, capture=True)
-    plain = DecodeSteps(model, anew, 5, capture=False)
-    assert steps.captured and not plain.captured
+    graphs = DecodeGraphs(model, held, 5, capture=True)
+    plain = DecodeGraphs(model, anew, 5, capture=False)
+    assert graphs.captured and not plain.captured
     for one, other in zip(held, anew, strict=True):
         other.k_all.copy_(one.k_all)  # warming up wrote to slot 0
         other.v_all.copy_(one.v_all)
     rows, other_rows = segments_in(held, TURNS[:num]), segments_in(anew, TURNS[:num])
     for _ in range(4):
-        logits, likeliest = steps.step(*rows)
-        want, _ = plain.step(*other_rows)
-        ids = likeliest.tolist()
+        logits, argmax_ids = graphs.run(*rows)
+        want, _ = plain.run(*other_rows)
+        ids = argmax_ids.tolist()
         assert torch.equal(logits, want) and all(torch.equal(a, b) for a, b in zip(kv_of(held), kv_of(anew), strict=True))
         rows, other_rows = go_on(ids, rows), go_on(ids, other_rows)

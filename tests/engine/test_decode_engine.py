@@ -75,7 +75,7 @@ def test_question_and_decode_rows_share_a_step(model):
     b.submit("m0", "a", "first?", 6)
     b.decode.step()
     b.submit("m0", "b", "second?", 2)
-    b.decode.scheduler.step, plain = lambda: shares.append(plain()) or shares[-1], b.decode.scheduler.step
+    b.decode.scheduler.schedule, plain = lambda: shares.append(plain()) or shares[-1], b.decode.scheduler.schedule
     b.decode.step()
     assert [turn for turn, _ in shares[0]] == ["a/first?", "b/second?"] and shares[0][0][1] == 1 < shares[0][1][1]
 

@@ -17,12 +17,12 @@ from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import Cancelled, NotFound, QueueFull
 from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, SamplingParams, Turn
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.engine.turn_retrieval import TurnRetrieval
 from sparsevila_cluster.kvcache.conversation_store import ConversationStore
 from tests.engine import storm
-from tests.engine.single_turn_reference import listening
-from tests.engine.storm_run import Season
+from tests.engine.single_turn_reference import recorded_logits
+from tests.engine.storm_run import StormRun
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def test_a_short_storm(model):
 @settings(derandomize=True, deadline=None, max_examples=15, database=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False), num_operations=st.integers(1, 40))
 def test_any_interleaving(model, rng, num_operations):
-    with listening() as heard:
-        season = Season(model, rng, heard)
+    with recorded_logits() as heard:
+        run = StormRun(model, rng, heard)
         for _ in range(num_operations):
-            season.operate()
-        season.end()
+            run.operate()
+        run.end()
 
 
 # ---- it bites --------------------------------------------------------------------------------------------------------------
@@ -92,14 +92,14 @@ def write_beyond_the_room(patch):
 
 
 def resume_at_the_first_token(patch):
-    plain = RunningTurn.leave_room
+    plain = RunningTurn.preempt
 
-    def leave_room(self):
+    def preempt(self):
         plain(self)
         if len(self.tokens) > 1:
             self.input_ids = [self.tokens[0]]
 
-    patch.setattr(RunningTurn, "leave_room", leave_room)
+    patch.setattr(RunningTurn, "preempt", preempt)
 
 
 def ignore_the_brownout(patch):
@@ -173,7 +173,7 @@ async def held_talk(pipeline, number, requests):
 
 
 async def num_turns(pipeline, conversation_id):
-    conversation = await pipeline._on_decode(lambda engine: engine.conversations.get(conversation_id))
+    conversation = await pipeline.decode.call(lambda engine: engine.conversations.get(conversation_id))
     return 0 if conversation is None else conversation.num_turns
 
 
@@ -211,7 +211,7 @@ def test_callers_in_threads_that_come_and_go(model):
         for media_id in {turn.media_id for talk in talks for turn, _ in talk}:
             await pipeline.delete_media(media_id)
         info = await pipeline.info()
-        await pipeline._on_decode(lambda engine: engine.check_integrity())
+        await pipeline.decode.call(lambda engine: engine.check_integrity())
         assert info["turn_bytes"] == info["prefix_bytes"] == info["conversations"] == info["turns_waiting"] == 0
         await pipeline.close()
         assert info["turns_preempted"] > 0 and info["prefixes_evicted"] > 0

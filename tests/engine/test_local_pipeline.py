@@ -153,7 +153,7 @@ def test_a_source_that_changed_is_not_mistaken_for_the_old_one(checkpoint, clips
         chat = qa.conversation(qa.prepare(path))
         chat.ask("a?", max_tokens=2)
         shutil.copy(clips[1], path)
-        qa._run(qa.pipeline._on_decode(lambda engine: engine.prefixes.remove(chat.media.media_id)))
+        qa._run(qa.pipeline.decode.call(lambda engine: engine.prefixes.remove(chat.media.media_id)))
         with pytest.raises(NotFound, match="changed"):
             chat.ask("b?", max_tokens=2)
 
@@ -180,7 +180,7 @@ def test_a_preparation_that_ends_early_gives_its_bytes_back(checkpoint, clips):
 
             with pytest.raises(Cancelled):
                 qa.prepare(clips[0], progress=progress)
-            qa._run(qa.pipeline._on_decode(lambda engine: engine.check_integrity()))
+            qa._run(qa.pipeline.decode.call(lambda engine: engine.check_integrity()))
             assert qa.info()["prefix_bytes"] == 0
         assert qa.prepare(clips[0]).kv_bytes == qa.info()["prefix_bytes"]
 
@@ -254,13 +254,13 @@ def test_closing_refuses_new_work_and_ends_old_work(checkpoint, clips):
     next(stream)
     qa.close()
     qa.close()
-    assert not pipeline.decode.turns
-    pipeline.decode.check_integrity()
+    assert not pipeline.decode.engine.turns
+    pipeline.decode.engine.check_integrity()
 
 
 def test_a_decoder_that_hangs_costs_one_preparation(checkpoint, clips):
     with VideoQA(checkpoint, decode_timeout_s=5.0) as qa:
-        guard = qa.pipeline.prefill.guard
+        guard = qa.pipeline.prefill.engine.sandbox
         assert qa.conversation(qa.prepare(clips[0])).ask("what?", max_tokens=2).text is not None
         for pid in guard.pids():
             os.kill(pid, signal.SIGSTOP)
@@ -274,14 +274,14 @@ def test_a_caller_who_leaves_while_the_turn_is_taken_leaves_no_turn(checkpoint, 
     async def main():
         pipeline = LocalPipeline(build_config(model=str(checkpoint)), load_model(checkpoint))
         handle = await pipeline.prepare(PrepareRequest((MediaSource(str(clips[0])),)))
-        inside, go_on, plain = threading.Event(), threading.Event(), pipeline.decode.submit
+        inside, go_on, plain = threading.Event(), threading.Event(), pipeline.decode.engine.submit
 
         def slow_submit(turn, sink):
             inside.set()
             assert go_on.wait(10)
             plain(turn, sink)
 
-        pipeline.decode.submit = slow_submit
+        pipeline.decode.engine.submit = slow_submit
         turn = Turn("t", "c", handle.media_id, "on and on?", SamplingParams(max_tokens=2000))
         caller = asyncio.ensure_future(anext(pipeline.ask(turn)))
         await asyncio.to_thread(inside.wait, 10)
@@ -289,7 +289,7 @@ def test_a_caller_who_leaves_while_the_turn_is_taken_leaves_no_turn(checkpoint, 
         with pytest.raises(asyncio.CancelledError):
             await caller
         go_on.set()
-        assert (await pipeline.info())["turns_running"] == 0 and not pipeline.decode.turns
+        assert (await pipeline.info())["turns_running"] == 0 and not pipeline.decode.engine.turns
         await pipeline.close()
 
     asyncio.run(main())

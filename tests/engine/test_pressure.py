@@ -9,7 +9,7 @@ from sparsevila_cluster.core.requests import SamplingParams, Turn, kept_count
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.checkpoints.transformers_oracle import Bench, random_media
-from tests.engine.single_turn_reference import ATOL, listening
+from tests.engine.single_turn_reference import ATOL, recorded_logits
 
 SPARSE = {"prune_keep": 0.5, "retrieve_keep": 0.3}
 
@@ -35,7 +35,7 @@ def said(events):
 
 def play(b, script, submit_all_first=True):
     """Tokens and logits of turns (conversation, question, max_tokens, options)."""
-    with listening() as heard:
+    with recorded_logits() as heard:
         events, samplers = [], []
         for conversation, question, count, options in script:
             events.append(b.submit("m", conversation, question, count, **options))

@@ -8,8 +8,8 @@ import torch
 from sparsevila_cluster.attention import torch_batch
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import Answer, FinishReason, Replay, SamplingParams
-from sparsevila_cluster.engine.running_turn import RunningTurn
 from sparsevila_cluster.engine.sampling import Sampler
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.engine.turn_answer import TurnAnswer
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
@@ -109,7 +109,7 @@ def test_text_is_told_as_if_nothing_had_happened(stop, model):
     for count in range(len(ids) + 1):
         sampling = SamplingParams(max_tokens=99, stop=stop)
         cut = TurnAnswer(turn("x", sampling=sampling, replay=Replay(tuple(ids[:count]))), model)
-        cut.recall(count)
+        cut.take_known(count)
         assert [cut.add(token) for token in ids[count:]] == pieces[count:], count
         assert (cut.tokens, cut.finish_reason, cut.rest()) == (ids, whole.finish_reason, rest)
 

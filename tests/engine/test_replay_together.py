@@ -6,11 +6,11 @@ import pytest
 
 from sparsevila_cluster.core.errors import Cancelled
 from sparsevila_cluster.core.requests import SamplingParams
-from sparsevila_cluster.engine.running_turn import RunningTurn
+from sparsevila_cluster.engine.turn import RunningTurn
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.engine.replay_pairs import again, ask, assert_goes_on, assert_same_tail, bench, record, run, submit, tail_of, turn
-from tests.engine.single_turn_reference import listening
+from tests.engine.single_turn_reference import recorded_logits
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def crowd(model, **fields):
 
 def play_together(b, alone):
     """All at once, every other one as a replay of a part of it. Phases in which turns made way."""
-    made_way, plain = set(), RunningTurn.leave_room
+    preempted, plain = set(), RunningTurn.preempt
 
-    def leave_room(running):
-        made_way.add(running.phase)
+    def preempt(running):
+        preempted.add(running.phase)
         plain(running)
 
-    with listening() as heard, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunningTurn, "leave_room", leave_room)
+    with recorded_logits() as heard, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunningTurn, "preempt", preempt)
         got = []
         for i, (asked, events, _) in enumerate(alone):
             counts = (0, 11, 0, 14, 0, 5, 0, 1, 0, len(record(asked, events).token_ids))
@@ -51,7 +51,7 @@ def play_together(b, alone):
         for (events, sampler, count), (_, whole, logits) in zip(got, alone, strict=True):
             assert not isinstance(events[-1], Exception), events[-1]
             assert_goes_on(events, heard.get(sampler, []), whole, logits, count)
-    return made_way
+    return preempted
 
 
 @pytest.mark.parametrize("max_step_tokens", [16, 24, 512])
@@ -81,8 +81,8 @@ def test_a_long_replay_stalls_nobody(model):
     b = bench(model, max_step_tokens=16)
     answer = submit(b, turn("hm?", "a", 100))
     b.decode.step()
-    shares, plain = [], b.decode.scheduler.step
-    b.decode.scheduler.step = lambda: shares.append(plain()) or shares[-1]
+    shares, plain = [], b.decode.scheduler.schedule
+    b.decode.scheduler.schedule = lambda: shares.append(plain()) or shares[-1]
     events = submit(b, again(long, 60))
     while len(events) == 1:
         before = len(answer)

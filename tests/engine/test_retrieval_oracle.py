@@ -16,7 +16,7 @@ from tests.checkpoints.families import FAMILIES
 from tests.checkpoints.tiny_qwen2_5_vl import hf_model
 from tests.checkpoints.transformers_oracle import Bench, Spoken, kept_of, random_media, worst
 from tests.engine.retrieval_reference import RetrievalJudge, Way
-from tests.engine.single_turn_reference import listening
+from tests.engine.single_turn_reference import recorded_logits
 
 ATOL = 1e-4
 QUESTIONS = [("What happens first?", 9), ("And then, what colour is it?", 6), ("Where?", 11)]
@@ -143,7 +143,7 @@ def test_mass_and_refresh_in_a_batch_in_pieces(backend, checkpoint, stock):
     prefix = b.prefix(media)
     judge = judge_of(b, stock, media, prefix)
     events, samplers = {}, {}
-    with listening() as heard:
+    with recorded_logits() as heard:
         for question, count in QUESTIONS[:2]:
             for name, (options, _) in ways.items():
                 asked = f"{question} {name}"

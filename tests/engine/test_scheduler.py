@@ -19,9 +19,9 @@ def add(scheduler, *turns):
         scheduler.add(turn, turn[0])  # the first letter is the conversation
 
 
-def admit(scheduler, rows=10, made_way=None):
-    """Admit with questions of `rows` (a number or a function); turns that must make way are appended to `made_way`."""
-    return scheduler.admit(rows if callable(rows) else lambda turn: rows, (made_way if made_way is not None else []).append)
+def admit(scheduler, rows=10, preempted=None):
+    """Admit with questions of `rows` (a number or a function); turns that must make way are appended to `preempted`."""
+    return scheduler.admit(rows if callable(rows) else lambda turn: rows, (preempted if preempted is not None else []).append)
 
 
 def test_first_come_first_served_up_to_the_batch():
@@ -52,29 +52,29 @@ def test_a_step_has_its_rows_and_no_more():
     scheduler = make(max_step_tokens=20)
     add(scheduler, "a1", "b1", "c1")
     assert admit(scheduler, {"a1": 3, "b1": 30, "c1": 40}.__getitem__) == ["a1", "b1", "c1"]
-    assert scheduler.step() == [("a1", 3), ("b1", 8), ("c1", 9)], "what the short one leaves goes to the others, equally"
-    scheduler.goes_on("a1")
-    assert scheduler.step() == [("a1", 1), ("b1", 9), ("c1", 10)]
-    assert scheduler.step() == [("a1", 1), ("b1", 9), ("c1", 10)]
-    assert scheduler.step() == [("a1", 1), ("b1", 4), ("c1", 11)]
+    assert scheduler.schedule() == [("a1", 3), ("b1", 8), ("c1", 9)], "what the short one leaves goes to the others, equally"
+    scheduler.update("a1")
+    assert scheduler.schedule() == [("a1", 1), ("b1", 9), ("c1", 10)]
+    assert scheduler.schedule() == [("a1", 1), ("b1", 9), ("c1", 10)]
+    assert scheduler.schedule() == [("a1", 1), ("b1", 4), ("c1", 11)]
 
 
 def test_decode_rows_come_first():
     scheduler = make()
     add(scheduler, "a1", "b1")
     admit(scheduler, 5)
-    assert scheduler.step() == [("a1", 5), ("b1", 5)]
-    scheduler.goes_on("b1")
+    assert scheduler.schedule() == [("a1", 5), ("b1", 5)]
+    scheduler.update("b1")
     add(scheduler, "c1")
     admit(scheduler, 5)
     scheduler.remove("a1")
-    assert scheduler.step() == [("b1", 1), ("c1", 5)]
+    assert scheduler.schedule() == [("b1", 1), ("c1", 5)]
 
 
 def test_running_turns_leave_half_of_the_rows_to_questions():
-    assert make(max_batch=32, max_step_tokens=10).num_seats == 5
-    assert make(max_batch=3, max_step_tokens=10).num_seats == 3
-    assert make(max_batch=3, max_step_tokens=1).num_seats == 1
+    assert make(max_batch=32, max_step_tokens=10).max_running == 5
+    assert make(max_batch=3, max_step_tokens=10).max_running == 3
+    assert make(max_batch=3, max_step_tokens=1).max_running == 1
 
 
 def test_a_turn_that_fails_while_being_admitted_does_not_block():
@@ -102,33 +102,33 @@ def test_the_last_in_line_makes_way_and_keeps_its_place():
     scheduler = make()
     add(scheduler, "a1", "b1", "c1", "d1")
     admit(scheduler, {"a1": 1, "b1": 1, "c1": 1, "d1": 1}.__getitem__)
-    scheduler.goes_on("a1")
+    scheduler.update("a1")
     add(scheduler, "e1", "c2")
     assert [scheduler.preempt(), scheduler.preempt()] == ["d1", "c1"]
     # c1 is in the middle of its answer: c2 waits for it although c1 does not run, and e1 for both.
     assert admit(scheduler, lambda turn: None) == []
     assert admit(scheduler, lambda turn: 0) == ["c1", "d1"]
-    assert sorted(scheduler.step()) == [("a1", 1), ("b1", 1), ("c1", 1), ("d1", 1)]
+    assert sorted(scheduler.schedule()) == [("a1", 1), ("b1", 1), ("c1", 1), ("d1", 1)]
     assert scheduler.num_preempted == 2
 
 
 def test_a_slice_that_is_over_ends_only_when_others_wait():
     scheduler = make(max_batch=2, slice_steps=3)
     add(scheduler, "a1", "b1")
-    made_way = []
+    preempted = []
     for _ in range(10):
-        admit(scheduler, 0, made_way)
-        scheduler.step()
-    assert made_way == []
+        admit(scheduler, 0, preempted)
+        scheduler.schedule()
+    assert preempted == []
     add(scheduler, "a2")
-    admit(scheduler, 0, made_way)
-    assert made_way == [], "a2 waits for its own conversation, which no seat would help"
+    admit(scheduler, 0, preempted)
+    assert preempted == [], "a2 waits for its own conversation, which no seat would help"
     add(scheduler, "c1", "d1", "e1")
-    assert admit(scheduler, 0, made_way) == ["c1", "d1"] and made_way == ["a1", "b1"]
+    assert admit(scheduler, 0, preempted) == ["c1", "d1"] and preempted == ["a1", "b1"]
     for _ in range(3):
-        assert admit(scheduler, 0, made_way) == []
-        scheduler.step()
-    assert admit(scheduler, 0, made_way) == ["e1", "a1"], "they are behind e1 now, and a2 is still behind a1"
+        assert admit(scheduler, 0, preempted) == []
+        scheduler.schedule()
+    assert admit(scheduler, 0, preempted) == ["e1", "a1"], "they are behind e1 now, and a2 is still behind a1"
 
 
 def test_a_slice_goes_on_after_a_preemption():
@@ -136,11 +136,11 @@ def test_a_slice_goes_on_after_a_preemption():
     add(scheduler, "a1", "b1")
     admit(scheduler, 0)
     for _ in range(3):
-        scheduler.step()
+        scheduler.schedule()
     assert scheduler.preempt() == "a1" and admit(scheduler, 0) == ["a1"]
-    scheduler.step()
-    made_way = []
-    assert admit(scheduler, 0, made_way) == ["b1"] and made_way == ["a1"]
+    scheduler.schedule()
+    preempted = []
+    assert admit(scheduler, 0, preempted) == ["b1"] and preempted == ["a1"]
 
 
 # ---- the promises, against random loads ------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class World:
             turn["started"] = self.num_steps
         return turn["left"]
 
-    def make_way(self, name):
+    def give_way(self, name):
         del self.held[name]
 
     def grow(self):
@@ -189,12 +189,12 @@ class World:
                     numbers = {seat.turn_id: seat.number for seat in self.scheduler._running()}
                     victim = self.scheduler.preempt()
                     assert victim == max(numbers, key=numbers.get), "the last in line makes way"
-                    self.make_way(victim)
+                    self.give_way(victim)
 
     def step(self):
         self.grow()
-        self.scheduler.admit(self.try_admit, self.make_way)
-        shares = self.scheduler.step()
+        self.scheduler.admit(self.try_admit, self.give_way)
+        shares = self.scheduler.schedule()
         self.check_rows(shares)
         self.num_steps += 1
         for name, rows in shares:
@@ -203,7 +203,7 @@ class World:
                 turn["left"] -= rows
                 turn["asked"] += 1
                 if turn["left"] == 0:
-                    self.scheduler.goes_on(name)
+                    self.scheduler.update(name)
                 continue
             turn["said"] += 1
             if turn["said"] == turn["answer"]:
@@ -215,7 +215,7 @@ class World:
         self.ended.append(self.turns.pop(name))
 
     def check_rows(self, shares):
-        budget, seats = self.scheduler.max_step_tokens, self.scheduler.num_seats
+        budget, seats = self.scheduler.max_step_tokens, self.scheduler.max_running
         assert sum(rows for _, rows in shares) <= budget and len(shares) <= seats
         assert sorted(name for name, _ in shares) == sorted(self.held), "every running turn has a share of every step"
         asking = {name: rows for name, rows in shares if self.turns[name]["left"]}

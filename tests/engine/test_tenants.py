@@ -97,7 +97,7 @@ def test_media_of_another_tenant_are_unknown(model):
 def test_nobody_has_the_evicted_media_of_another_tenant_made_again(model):
     async def scenario(pipeline):
         handle = await pipeline.prepare(picture("anna"))
-        await pipeline._on_decode(lambda engine: engine.prefixes.remove(handle.media_id))
+        await pipeline.decode.call(lambda engine: engine.prefixes.remove(handle.media_id))
         with pytest.raises(NotFound):
             await listen(pipeline, turn(handle.media_id, tenant="bert"))
         assert not await pipeline.delete_media(handle.media_id, "bert")

@@ -13,13 +13,13 @@ import torch
 from sparsevila_cluster.core.config import EngineConfig, build_config
 from sparsevila_cluster.core.errors import BadConfig
 from sparsevila_cluster.core.requests import SamplingParams, Turn
-from sparsevila_cluster.engine.cuda_graph import DecodeSteps
+from sparsevila_cluster.engine.cuda_graph import DecodeGraphs
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.loading.attention_choice import resolve_attention
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.checkpoints.transformers_oracle import Bench, random_media
-from tests.engine.single_turn_reference import listening
+from tests.engine.single_turn_reference import recorded_logits
 
 ATOL = 1e-4
 ASKED = [
@@ -71,16 +71,16 @@ def play(model, asked=ASKED, repeats=False, **fields):
         b.prefix(random_media("video", 2 + 2 * i, 56, 84, seed=i), key=f"m{i}")
     told, events, samplers, decode = Told(), {}, {}, b.decode
     if repeats:
-        decode._text_pass.steps = DecodeSteps(model, (decode.prefixes.arena, decode.conversations.arena), 4, capture=False)
-        plain = decode._text_pass.steps.step
+        decode.runner.graphs = DecodeGraphs(model, (decode.prefixes.arena, decode.conversations.arena), 4, capture=False)
+        plain = decode.runner.graphs.run
 
         def step(*args):
             told.num_repeated += 1
             return plain(*args)
 
-        decode._text_pass.steps.step = step
+        decode.runner.graphs.run = step
     waiting, num = list(asked), 0
-    with listening() as heard:
+    with recorded_logits() as heard:
         while waiting or not decode.idle:
             while waiting and (waiting[0][0] <= num or decode.idle):
                 _, media, name, question, count, options = waiting.pop(0)
@@ -102,7 +102,7 @@ def play(model, asked=ASKED, repeats=False, **fields):
         if state.extent is not None:
             told.tails[name] = [rows[: state.length].clone() for i in range(model.spec.num_layers) for rows in state.extent.rows(i)]
     told.num_preempted = decode.scheduler.num_preempted
-    told.captured = decode._text_pass.steps is not None and decode._text_pass.steps.captured
+    told.captured = decode.runner.graphs is not None and decode.runner.graphs.captured
     return told
 
 
@@ -159,7 +159,7 @@ def test_the_configuration_says_all_that_loading_needs(directory):
     config = build_config(model=str(directory), device="cpu", attention="triton", prefix_bytes=10**6, turn_bytes=10**6)
     pipeline = LocalPipeline(config)
     try:
-        assert pipeline.model.attention == "triton" and pipeline.decode._text_pass.steps is None
+        assert pipeline.model.attention == "triton" and pipeline.decode.engine.runner.graphs is None
     finally:
         asyncio.run(pipeline.close())
 

@@ -51,7 +51,7 @@ class House:
             return info["turns_running"] == info["turns_waiting"] == 0
 
         await until(idle, "turns go on for nobody")
-        await self.pipeline._on_decode(lambda engine: engine.check_integrity())
+        await self.pipeline.decode.call(lambda engine: engine.check_integrity())
 
 
 @asynccontextmanager
@@ -169,13 +169,13 @@ async def locally(pipeline: LocalPipeline, data: bytes, questions: list[str], ma
 
 def slow_down(pipeline: LocalPipeline, step_s: float = 0.01) -> None:
     """The real engine, but every step takes this much longer: there is time to leave in the middle of a turn."""
-    step = pipeline.decode.step
+    step = pipeline.decode.engine.step
 
     def slowly() -> Any:
         time.sleep(step_s)
         return step()
 
-    pipeline.decode.step = slowly
+    pipeline.decode.engine.step = slowly
 
 
 async def long_question(house: House, media_id: str, max_tokens: int = 150, **fields) -> pb.AskRequest:

@@ -1,8 +1,4 @@
-"""The text of a decode worker's conversations: enough to make each of them again elsewhere.
-
-Knows: the finished turns of each conversation, in order. Does not know: KV, engines, or who reads it. The engine's thread writes,
-others read.
-"""
+"""The text of a decode worker's conversations: enough to replay each of them on another worker."""
 
 from __future__ import annotations
 
@@ -16,26 +12,31 @@ from sparsevila_cluster.core.requests import Turn, TurnEvent, TurnRecord
 
 
 @dataclass
-class TurnNotes:
-    """What a turn that is under way has said so far; the answer that it goes on with is part of it."""
+class PendingRecord:
+    """The record of a turn that is under way: its answer so far, which begins with the one that it replays."""
 
     turn: Turn
     token_ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, turn: Turn) -> TurnNotes:
+    def of(cls, turn: Turn) -> PendingRecord:
+        """Of a turn that is submitted now."""
         return cls(turn, turn.replay.token_ids if turn.replay is not None else ())
 
-    def record(self, done: TurnEvent) -> TurnRecord:
+    def finish(self, done: TurnEvent) -> TurnRecord:
+        """The record, given the last event of the turn."""
         asked = replace(self.turn, replay=None, after=None, deadline_s=None)
         return TurnRecord(asked, self.token_ids, done.usage.brownout if done.usage is not None else 0.0)
 
 
 class ConversationJournals:
-    """Of at most `most` conversations; those that nothing was added to for longest are forgotten first."""
+    """The finished turns of at most `capacity` conversations; those that nothing was added to for longest are forgotten first.
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    The engine's thread writes, others read.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self._all: OrderedDict[str, ConversationJournal] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -53,18 +54,18 @@ class ConversationJournals:
                 self._put(replace(known, records=(*known.records, record)))
 
     def restore(self, turn: Turn, records: Sequence[TurnRecord]) -> None:
-        """The conversation of `turn` was made again from these."""
+        """The conversation of `turn` was replayed from these."""
         with self._lock:
             self._put(ConversationJournal(turn.conversation_id, turn.media_id, tuple(records), turn.tenant))
 
-    def tells(self, conversation_id: str, records: Sequence[TurnRecord]) -> bool:
+    def matches(self, conversation_id: str, records: Sequence[TurnRecord]) -> bool:
         """Whether these very turns, with these very answers, are what is known of a conversation."""
         with self._lock:
             known = self._all.get(conversation_id)
         return names(records) == names(known.records if known is not None else ())
 
-    def take_back(self, turn: Turn) -> bool:
-        """Strike out the last record of a conversation. False, and nothing happens, if it is not of this turn."""
+    def remove_last(self, turn: Turn) -> bool:
+        """Remove the last record of a conversation. False, and nothing happens, if it is not of this turn."""
         with self._lock:
             known = self._all.get(turn.conversation_id)
             if known is None or known.records[-1].turn.turn_id != turn.turn_id:
@@ -75,15 +76,17 @@ class ConversationJournals:
             return True
 
     def forget(self, conversation_id: str) -> None:
+        """Drop what is known of a conversation; unknown ones are fine."""
         with self._lock:
             self._all.pop(conversation_id, None)
 
     def _put(self, journal: ConversationJournal) -> None:
         self._all[journal.conversation_id] = journal
         self._all.move_to_end(journal.conversation_id)
-        while len(self._all) > self.most:
+        while len(self._all) > self.capacity:
             self._all.popitem(last=False)
 
     def all(self) -> tuple[ConversationJournal, ...]:
+        """Of every conversation, least recently changed first."""
         with self._lock:
             return tuple(self._all.values())

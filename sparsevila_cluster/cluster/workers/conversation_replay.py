@@ -1,7 +1,4 @@
-"""Conversations made again from their text, and turns of one conversation kept in the order in which they were asked.
-
-Knows: records, how many turns a conversation has behind it. Does not know: where records come from, media, or who asks.
-"""
+"""Conversations replayed from their text, and turns of one conversation kept in the order in which they were asked."""
 
 from __future__ import annotations
 
@@ -17,14 +14,15 @@ from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
 
 
-class InOrder:
+class KeyedLocks:
     """One holder per name at a time, first come first served. Used within one event loop."""
 
     def __init__(self) -> None:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
 
     @asynccontextmanager
-    async def of(self, name: str) -> AsyncGenerator[None, None]:
+    async def hold(self, name: str) -> AsyncGenerator[None, None]:
+        """Wait for those who asked for `name` before, then hold it."""
         lock, num = self._locks.get(name, (asyncio.Lock(), 0))
         self._locks[name] = lock, num + 1
         try:
@@ -37,10 +35,10 @@ class InOrder:
 
 
 def needs_replay(engine: DecodeEngine, journals: ConversationJournals, turn: Turn, history: Sequence[TurnRecord]) -> bool:
-    """Whether the conversation has to be made again: it is idle, and other turns are behind it than those of `history`.
+    """Whether the conversation has to be replayed: it is idle, and other turns are behind it than those of `history`.
 
-    If so, what was there of it is closed. As many turns are not enough: one that was asked here and heard by nobody may lie where
-    another one was asked elsewhere.
+    If so, what was there of it is closed. As many turns are not enough: one that was asked here and whose answer nobody read may
+    lie where another one was asked elsewhere.
     """
     asked_before = engine.turns.get(turn.turn_id)
     if asked_before is not None and asked_before.conversation.conversation_id == turn.conversation_id:
@@ -51,7 +49,7 @@ def needs_replay(engine: DecodeEngine, journals: ConversationJournals, turn: Tur
     if conversation is not None and not may_use(conversation.tenant, turn.tenant):
         return False  # not theirs to close
     num_turns = 0 if conversation is None else conversation.num_turns
-    if num_turns == len(history) and (not num_turns or journals.tells(turn.conversation_id, history)):
+    if num_turns == len(history) and (not num_turns or journals.matches(turn.conversation_id, history)):
         return False
     engine.close_conversation(turn.conversation_id)
     return bool(history)
@@ -71,8 +69,8 @@ async def replay(
     """
     try:
         for number, record in enumerate(history):
-            deadline.check(f"making conversation {turn.conversation_id!r} again")
-            again = replace(
+            deadline.check(f"replaying conversation {turn.conversation_id!r}")
+            replayed = replace(
                 record.turn,
                 turn_id=f"{turn.turn_id}/{number}",
                 conversation_id=turn.conversation_id,
@@ -83,7 +81,7 @@ async def replay(
                 after=number,
                 replay=Replay(record.token_ids, record.brownout),
             )
-            async with aclosing(run(again)) as events:
+            async with aclosing(run(replayed)) as events:
                 async for _ in events:
                     pass
     except BaseException:

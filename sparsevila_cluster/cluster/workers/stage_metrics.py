@@ -1,7 +1,4 @@
-"""What workers tell dashboards about each media prefix, each turn and their memory.
-
-Knows: which figures of a preparation and of a turn go to which metric. Does not know: where numbers go, or how work is done.
-"""
+"""Which metrics a worker records of each media prefix, each turn and its memory."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ def count(sink: MetricsSink, name: str, value: float, **labels: str) -> None:
         sink.count(name, value, **labels)
 
 
-def tell_prefill(sink: MetricsSink, ms: Mapping[str, float], prefix: MediaPrefix) -> None:
+def record_prefill(sink: MetricsSink, ms: Mapping[str, float], prefix: MediaPrefix) -> None:
     """A media prefix was made; `ms` by stage."""
     sink.count("prefills_total")
     for stage, spent_ms in ms.items():
@@ -34,7 +31,7 @@ def tell_prefill(sink: MetricsSink, ms: Mapping[str, float], prefix: MediaPrefix
     count(sink, "visual_tokens_total", prefix.num_kept, stage="kept")
 
 
-def tell_turn(sink: MetricsSink, usage: Usage, num_replayed: int) -> None:
+def record_turn(sink: MetricsSink, usage: Usage, num_replayed: int) -> None:
     """A turn ended well; the first `num_replayed` tokens of its answer were not new."""
     for stage, name in (("question", "question_seconds"), ("retrieve", "retrieval_seconds")):
         if stage in usage.ms:
@@ -48,7 +45,7 @@ def tell_turn(sink: MetricsSink, usage: Usage, num_replayed: int) -> None:
     count(sink, "tokens_total", usage.completion_tokens - num_replayed, kind="answer")
 
 
-def tell_memory(sink: MetricsSink, pool: str, num_media: int, kinds: Mapping[str, tuple[int, int]]) -> None:
+def record_memory(sink: MetricsSink, pool: str, num_media: int, kinds: Mapping[str, tuple[int, int]]) -> None:
     """`kinds`: name -> (bytes of KV in use, bytes that may be used)."""
     sink.set("media_objects", num_media, pool=pool)
     for kind, (used_bytes, budget_bytes) in kinds.items():

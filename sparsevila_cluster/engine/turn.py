@@ -1,7 +1,5 @@
 """One turn while it waits and runs: its rows, its retrieved KV, its tokens and text.
 
-Knows: what this turn needs and attends to, and what its next rows are. Does not know: other turns, the scheduler, or who listens.
-
 State of the KV, as half-open row intervals of the conversation's tail:
 
     [0, length) earlier turns   [length, written) this turn, its own until `commit`   the last token has no row yet
@@ -35,6 +33,8 @@ GROWTH_ROWS = 32
 
 
 class RunningTurn:
+    """What one turn needs, attends to and has said; the scheduler decides when it runs."""
+
     def __init__(
         self,
         turn: Turn,
@@ -62,13 +62,13 @@ class RunningTurn:
         self.num_preemptions = 0
         self._rows = 0
         self._prompt_rows = 0
-        self._words = (0, 0)
+        self._question_span = (0, 0)
         self._prepared_at: int | None = None
         self._capture: Capture | None = None
         self._packed = False
         self._body: list[Span] = []
         self._tail: list[Span] = []
-        self._preempted_ms = [0.0, 0.0]  # before and after the first token that is told
+        self._preempted_ms = [0.0, 0.0]  # before and after the first token that is sent
         self._preempted_at_s = 0.0
 
     @property
@@ -89,7 +89,7 @@ class RunningTurn:
         if self.phase != "waiting" or self._prepared_at == conversation.num_turns:
             return  # a turn that waits for room is asked again before every step
         ids, start, stop = self._model.chat.question_ids(self.turn.question, conversation.num_turns == 0, conversation.pending)
-        self.input_ids, self._words = ids, (start, stop)
+        self.input_ids, self._question_span = ids, (start, stop)
         self._prompt_rows = len(ids)
         last = conversation.next_pos + len(ids) + self.turn.sampling.max_tokens
         if last > self._model.max_position:
@@ -99,7 +99,7 @@ class RunningTurn:
             )
         self._prepared_at = conversation.num_turns
 
-    def most_room(self) -> tuple[int, int]:
+    def max_room(self) -> tuple[int, int]:
         """(rows of the tail at its longest, most rows of packed KV). The last token of an answer needs no row."""
         tail = self.conversation.length + self._prompt_rows + self.turn.sampling.max_tokens - 1
         return tail, self.retrieval.most_rows
@@ -111,15 +111,15 @@ class RunningTurn:
         rows = written + len(self.input_ids)
         if self.room is not None and rows <= self.room.tail.length:
             return self.room.tail.length, packed_rows
-        return min(rows + max(GROWTH_ROWS, written // 4), self.most_room()[0]), packed_rows
+        return min(rows + max(GROWTH_ROWS, written // 4), self.max_room()[0]), packed_rows
 
     @property
-    def short(self) -> bool:
+    def outgrown(self) -> bool:
         """Whether the room lacks rows for `input_ids`, or is not that of what was retrieved."""
         assert self.room is not None
         return self.conversation.written + len(self.input_ids) > self.room.tail.length or (bool(self.tokens) and not self._packed)
 
-    def enter(self, room: Room) -> None:
+    def admit(self, room: Room) -> None:
         """Start, or go on after a preemption."""
         self.room = room
         if self.phase == "waiting":
@@ -129,17 +129,17 @@ class RunningTurn:
             self.timeline.mark("resumed")
             away_ms = (time.perf_counter() - self._preempted_at_s) * 1e3
             self._preempted_ms[len(self.tokens) >= max(1, self.answer.num_known)] += away_ms
-        self.settle()
+        self.update_spans()
 
-    def settle(self) -> None:
-        """The room is new or another one than before: look at where it lies now, pack what has to be packed."""
+    def update_spans(self) -> None:
+        """The room is new or another one than before: find out where it lies, pack what has to be packed."""
         assert self.room is not None
         self._tail = self.room.tail.spans()
         if not self._packed:
             self._body = self.retrieval.pack(self.room.packed) if self.tokens else self.retrieval.whole()
             self._packed = bool(self.tokens)
 
-    def leave_room(self) -> None:
+    def preempt(self) -> None:
         """The room is gone: the rows that are written stay with the conversation."""
         self.room, self._packed, self._body, self._tail = None, False, [], []
         self.num_preemptions += 1
@@ -159,7 +159,7 @@ class RunningTurn:
         """How many of its next rows may share a step; 0 if it takes one row per step."""
         return len(self.input_ids) if self.phase in ("question", "replay") else 0
 
-    def speaks(self, num: int) -> bool:
+    def is_sampled(self, num: int) -> bool:
         """Whether a step with the first `num` of its next rows ends in a token that has to be sampled."""
         return num == len(self.input_ids) and len(self.tokens) >= self.answer.num_known
 
@@ -186,7 +186,7 @@ class RunningTurn:
     def _new_capture(self) -> Capture | None:
         if self.phase == "refresh":
             return self.retrieval.capture_row()
-        return self.retrieval.capture_question(self._prompt_rows, self._words)
+        return self.retrieval.capture_question(self._prompt_rows, self._question_span)
 
     def take_rows(self, num: int) -> bool:
         """The step ran: the first `num` of `input_ids` have KV now. Whether those are all."""
@@ -200,7 +200,7 @@ class RunningTurn:
         return False
 
     def retrieve(self) -> None:
-        """Choose this turn's visual KV from what its last rows looked at. Evidence is of the question's choice."""
+        """Choose this turn's visual KV from what its last rows attended to. Evidence is of the question's choice."""
         scores = self.retrieval.choose(self._capture)
         self._capture, self._packed = None, False
         if self.phase == "question" and self.turn.want_evidence:
@@ -209,10 +209,10 @@ class RunningTurn:
     # ---- tokens ------------------------------------------------------------------------------------------------------------
 
     def accept(self, token: int | None) -> None:
-        """Add what the rows that are written now tell: a sampled token, whose text is shown, or known ones."""
+        """Add what the rows that are written now predict: a sampled token, whose text is shown, or known ones."""
         answer, index = self.answer, len(self.tokens)
         if token is None:
-            answer.recall(self._rows - self._prompt_rows + 1)
+            answer.take_known(self._rows - self._prompt_rows + 1)
             if len(self.tokens) == answer.num_known:
                 self.timeline.mark("replayed")
             self._next_rows()
@@ -230,7 +230,7 @@ class RunningTurn:
             self.phase = "refresh"
             return
         stop = next((n for n in range(count + 1, known) if self.retrieval.refreshes_at(n)), known)
-        self.input_ids += self.answer.known(count, stop - 1)
+        self.input_ids += self.answer.known_tokens(count, stop - 1)
         self.phase = "replay" if len(self.input_ids) > 1 else "decode"
 
     def commit(self) -> None:
@@ -246,7 +246,7 @@ class RunningTurn:
         if self.phase != "waiting":
             self.conversation.written = self.conversation.length
 
-    def send_rest(self) -> None:
+    def send_done(self) -> None:
         """The last event, with the text that was held back."""
         self.timeline.mark("done")
         self.sink(
@@ -254,7 +254,7 @@ class RunningTurn:
                 "done",
                 self.turn.turn_id,
                 index=len(self.tokens),
-                text=self.answer.rest(),
+                text=self.answer.flush(),
                 finish_reason=self.finish_reason,
                 usage=self._usage(),
                 conversation_id=self.turn.conversation_id,
@@ -263,18 +263,18 @@ class RunningTurn:
 
     def _usage(self) -> Usage:
         kept, retrieved = self.prefix.num_kept, self.retrieval.num_retrieved
-        # A replay of one token has no rows of its own: the question's last row tells it.
-        line, replayed = self.timeline, self.answer.num_known > 1
+        # A replay of one token has no rows of its own: the question's last row predicts it.
+        times, replayed = self.timeline, self.answer.num_known > 1
         spans = {
-            "queue": line.ms("arrived", "admitted"),
-            "question": line.ms("admitted", "answered"),
-            "retrieve": line.ms("answered", "retrieved"),
-            "replay": line.ms("retrieved", "replayed") if replayed else None,
-            "ttft": line.ms("arrived", "replayed" if replayed else "answered"),
-            "total": line.ms("arrived", "done"),
+            "queue": times.ms("arrived", "admitted"),
+            "question": times.ms("admitted", "answered"),
+            "retrieve": times.ms("answered", "retrieved"),
+            "replay": times.ms("retrieved", "replayed") if replayed else None,
+            "ttft": times.ms("arrived", "replayed" if replayed else "answered"),
+            "total": times.ms("arrived", "done"),
             "preempted": sum(self._preempted_ms) if self.num_preemptions else None,
         }
-        steps = line.ms("replayed" if replayed else "retrieved", "done")
+        steps = times.ms("replayed" if replayed else "retrieved", "done")
         num_steps = len(self.tokens) - max(1, self.answer.num_known)
         if steps is not None and num_steps > 0:
             spans["step"] = (steps - self._preempted_ms[1]) / num_steps
