@@ -1,8 +1,7 @@
-"""The directory: who is there, who holds which media prefix, and the text of conversations.
+"""The directory: who is there, who holds which media prefix, and the text of conversations. Its deployment is named Registry.
 
-Knows: what workers and routers told it, and since when. Does not know: how they reach it, or what they decide from it. Nothing in
-it is the truth: workers hold prefixes and conversations, and their reports fill a directory that was lost. Everything is bounded:
-the least recently used goes first. Plain and synchronous; one thread at a time.
+Nothing in it is the truth: workers hold prefixes and conversations, and their reports fill a directory that was lost. Everything is
+bounded: the least recently used goes first. Plain and synchronous; one thread at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from sparsevila_cluster.cluster.messages import (
     ConversationJournal,
     MediaLocation,
     PrefixLocation,
+    ReportAnswer,
     WorkerReport,
-    names,
+    turn_identities,
 )
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.requests import MediaHandle, TurnRecord
@@ -26,19 +26,20 @@ from sparsevila_cluster.core.requests import MediaHandle, TurnRecord
 # Reports that a worker may miss before it counts as gone, and periods after which every worker has reported to a new directory.
 MISSED_REPORTS = 5
 SETTLE_REPORTS = 3
-# Periods for which a router's word that a worker holds a prefix stands against that worker's own report, which may be older.
+# Periods for which a router's note that a worker holds a prefix stands against that worker's own report, which may be older.
 NOTE_REPORTS = 2
 MAX_DIGESTS = 65_536
 MAX_CLAIMS = 4_096
 # Turns kept of one conversation. A longer one can not be made again elsewhere.
 MAX_TURNS = 1_024
-# Workers for which it is kept what they are to close.
-MAX_LEFT = 1_024
+# Workers for which it is kept what they are to close, and deployments for which it is kept why they do not start.
+MAX_STALE_WORKERS = 1_024
+MAX_DEPLOYMENTS = 16
 
 
 @dataclass
-class _Known:
-    """One worker as last heard of. complete: it has told everything once. noted: prefixes that a router saw arrive, and when."""
+class _WorkerEntry:
+    """One worker as last heard of. complete: it has reported everything. noted: prefixes that a router saw arrive, and when."""
 
     report: WorkerReport
     seen_s: float
@@ -61,31 +62,30 @@ class Directory:
         self.report_s = report_s
         self._clock = clock
         self._started_s = clock()
-        self._workers: dict[str, _Known] = {}
+        self._workers: dict[str, _WorkerEntry] = {}
         self._digests: LRUDict[str] = LRUDict(MAX_DIGESTS)
         self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
         self._journals: LRUDict[ConversationJournal] = LRUDict(max_conversations)
-        self._left: LRUDict[LRUDict[None]] = LRUDict(MAX_LEFT)
+        self._stale: LRUDict[LRUDict[None]] = LRUDict(MAX_STALE_WORKERS)
+        self._start_failures: LRUDict[dict[str, Any]] = LRUDict(MAX_DEPLOYMENTS)
 
     # ---- workers -----------------------------------------------------------------------------------------------------------
 
-    def report(self, report: WorkerReport) -> dict[str, Any]:
-        """Take a worker's word. {"send_all": True} asks for a report with residents and records: the sender is not known here.
-        "close": conversations that it may still hold, though they were closed, or went on elsewhere, while it was out of reach.
-        """
+    def report(self, report: WorkerReport) -> ReportAnswer:
+        """Take a worker's report, and tell it what is wanted of it."""
         now_s = self._drop_silent()
         bare = replace(report, residents=None, records=None)
-        known = self._workers.setdefault(report.worker, _Known(bare, now_s))
+        known = self._workers.setdefault(report.worker, _WorkerEntry(bare, now_s))
         known.report, known.seen_s = bare, now_s
         known.complete |= report.residents is not None and (report.pool == "prefill" or report.records is not None)
         known.noted = {k: v for k, v in known.noted.items() if now_s - v[1] < NOTE_REPORTS * self.report_s}
         if report.residents is not None:
             known.residents = {handle.media_id: handle for handle in report.residents}
-        left = self._left.pop(report.worker, ())
+        stale = self._stale.pop(report.worker, ())
         for journal in report.records or ():
-            if journal.conversation_id not in left:
+            if journal.conversation_id not in stale:
                 self._restore(journal)
-        return {"send_all": not known.complete, "close": tuple(left)}
+        return ReportAnswer(send_all=not known.complete, close=tuple(stale))
 
     def forget_worker(self, worker: str) -> bool:
         """A worker that is gone; should it report again, it is asked for everything. False if it was not known."""
@@ -99,6 +99,14 @@ class Directory:
     def is_settled(self) -> bool:
         """Whether every worker has had time to report since this directory started."""
         return self._clock() - self._started_s >= SETTLE_REPORTS * self.report_s
+
+    def note_start_failure(self, deployment: str, failure: dict[str, Any]) -> None:
+        """A replica could not start (`errors.to_failure`). The last failure of each deployment is kept."""
+        self._start_failures.put(deployment, failure)
+
+    def start_failures(self) -> dict[str, dict[str, Any]]:
+        """By deployment, why a replica of it could not start (for `errors.from_failure`)."""
+        return dict(self._start_failures)
 
     def _drop_silent(self) -> float:
         now_s = self._clock()
@@ -130,13 +138,13 @@ class Directory:
         """The handle of a prefix that is held somewhere."""
         return next((handle for known in self._workers.values() if (handle := known.handle(key)) is not None), None)
 
-    def census(self) -> tuple[MediaLocation, ...]:
+    def list_media(self) -> tuple[MediaLocation, ...]:
         """Every media and where it is."""
         self._drop_silent()
         keys = sorted(set().union(*(known.keys() for known in self._workers.values())))
         found = ((key, self.media(key)) for key in keys)
         return tuple(
-            MediaLocation(handle, _names(self.holders(key)), _names(self.copies(key)))
+            MediaLocation(handle, _worker_names(self.holders(key)), _worker_names(self.copies(key)))
             for key, handle in found
             if handle is not None
         )
@@ -146,7 +154,7 @@ class Directory:
         self._digests.put(digest, key)
 
     def note_held(self, handle: MediaHandle, workers: Sequence[str], digest: str | None = None) -> None:
-        """A router saw a prefix arrive at these workers, which may report so only later, after a request with this digest."""
+        """A router saw a prefix arrive at these workers, which report it only later. digest: of the request that asked for it."""
         for known in [self._workers[worker] for worker in workers if worker in self._workers]:
             known.noted[handle.media_id] = (handle, self._clock())
         if digest is not None:
@@ -200,7 +208,7 @@ class Directory:
         if not 0 <= number <= min(len(known.records), MAX_TURNS - 1):
             return False
         there = known.records[number] if number < len(known.records) else None
-        if there is not None and names([there]) == names([record]):
+        if there is not None and turn_identities([there]) == turn_identities([record]):
             self._journals.put(conversation_id, replace(known, num_heard=max(known.num_heard, number + 1)))
             return True
         self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record), num_heard=number + 1))
@@ -214,13 +222,13 @@ class Directory:
         """A conversation was closed. False if it is unknown."""
         return self._journals.pop(conversation_id, None) is not None
 
-    def leave(self, conversation_id: str, worker: str, successor: str = "") -> None:
-        """A conversation is at `successor` now ("": closed) and not at `worker`, which could not be told."""
-        left = self._left.use(worker) or LRUDict(self._journals.most)
-        left.put(conversation_id, None)
-        self._left.put(worker, left)
-        if successor in self._left:
-            self._left[successor].pop(conversation_id, None)
+    def mark_stale(self, conversation_id: str, worker: str, successor: str = "") -> None:
+        """A conversation is at `successor` now ("": closed); what `worker`, which could not be told, has of it is stale."""
+        stale = self._stale.use(worker) or LRUDict(self._journals.most)
+        stale.put(conversation_id, None)
+        self._stale.put(worker, stale)
+        if successor in self._stale:
+            self._stale[successor].pop(conversation_id, None)
 
     def _restore(self, journal: ConversationJournal) -> None:
         """From a worker's memory; what is longer has seen more, but takes no turn away whose end was heard."""
@@ -229,11 +237,11 @@ class Directory:
         num_heard = max(0, len(records) - 1)
         if known is not None:
             heard = known.records[: known.num_heard]
-            if len(known.records) >= len(records) or names(heard) != names(records[: known.num_heard]):
+            if len(known.records) >= len(records) or turn_identities(heard) != turn_identities(records[: known.num_heard]):
                 return
             num_heard = max(num_heard, known.num_heard)
         self._journals.put(journal.conversation_id, replace(journal, records=records, num_heard=num_heard))
 
 
-def _names(reports: tuple[WorkerReport, ...]) -> tuple[str, ...]:
+def _worker_names(reports: tuple[WorkerReport, ...]) -> tuple[str, ...]:
     return tuple(report.worker for report in reports)

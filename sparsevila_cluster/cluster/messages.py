@@ -1,15 +1,15 @@
-"""What workers say about themselves, and what the directory answers: plain data that crosses processes.
-
-Knows: the facts that placement and recovery need. Does not know: who sends them how, or what is decided from them.
-"""
+"""What workers report and the directory answers: plain data that crosses processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.requests import MediaHandle, TurnRecord
+
+PoolName = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Load:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes for prefixes that nothing lies in."""
+        """Bytes for prefixes that are not in use."""
         return max(0, self.prefix_budget_bytes - self.prefix_bytes)
 
 
@@ -47,8 +47,8 @@ class ConversationJournal:
     num_heard: int = 0
 
 
-def names(records: Sequence[TurnRecord]) -> list[tuple[str, tuple[int, ...]]]:
-    """Which turns, with which answers: equal for conversations that go on alike."""
+def turn_identities(records: Sequence[TurnRecord]) -> list[tuple[str, tuple[int, ...]]]:
+    """(id, answer's token ids) of each turn: equal for two copies of the same conversation."""
     return [(record.turn.turn_id, tuple(record.token_ids)) for record in records]
 
 
@@ -56,18 +56,30 @@ def names(records: Sequence[TurnRecord]) -> list[tuple[str, tuple[int, ...]]]:
 class WorkerReport:
     """One worker, now.
 
-    address: of its dock (a `transport.DockAddress`), to build lanes ahead; None for a worker without one. residents: every
+    address: where it receives KV, to build lanes ahead; None for a worker that receives none. residents: every
     prefix that it holds or keeps a copy of, None = as in the report before. records: every conversation that it holds, told to a
     directory that asks for everything; None otherwise.
     """
 
     worker: str
-    pool: Literal["prefill", "decode"]
+    pool: PoolName
     node: str = ""
-    address: Any = None
+    address: ReceiverAddress | None = None
     load: Load = Load()
     residents: tuple[MediaHandle, ...] | None = None
     records: tuple[ConversationJournal, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ReportAnswer:
+    """What the directory wants of a worker that reported.
+
+    send_all: a report with residents and records, for the worker is new to it. close: conversations that the worker may still
+    hold, though they were closed, or went on elsewhere, while it was out of reach.
+    """
+
+    send_all: bool
+    close: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class PrefixLocation:
 
 @dataclass(frozen=True)
 class MediaLocation:
-    """One media of the whole cluster: for people."""
+    """Which workers hold a media prefix, and which keep a host copy of it, by name."""
 
     handle: MediaHandle
     holders: tuple[str, ...]
@@ -102,6 +114,6 @@ class ClusterSnapshot:
     num_conversations: int = 0
     settled: bool = True
 
-    def of(self, pool: Literal["prefill", "decode"]) -> tuple[WorkerReport, ...]:
+    def of(self, pool: PoolName) -> tuple[WorkerReport, ...]:
         """The workers of one pool."""
         return tuple(report for report in self.workers if report.pool == pool)

@@ -1,12 +1,19 @@
-"""How one part of the cluster speaks to the workers of another: method calls and streams, by worker's name.
-
-Knows: what a call promises. Does not know: Ray, processes, or what the methods do.
-"""
+"""How one part of the cluster calls the workers of another: calls and streams by worker's name, and typed stubs over them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
+
+from sparsevila_cluster.cluster.worker_api import MethodKind, methods_of
+from sparsevila_cluster.core.errors import WorkerLost
+
+Api = TypeVar("Api")
+# Each takes the method's name and its arguments.
+Call = Callable[..., Coroutine[Any, Any, Any]]
+Stream = Callable[..., AsyncGenerator[Any, None]]
 
 
 class WorkerPool(Protocol):
@@ -27,3 +34,30 @@ class WorkerPool(Protocol):
         `within_s` bounds the whole stream. Raises as `call` does, also between two items.
         """
         ...
+
+
+def stub(api: Callable[..., Api], call: Call, stream: Stream) -> Api:
+    """An object with the methods of the protocol `api`, which `call(method, *args)` and `stream(method, *args)` carry."""
+    return cast(Api, _Stub(methods_of(api), call, stream))
+
+
+def pool_stub(api: Callable[..., Api], pool: WorkerPool, worker: str | None, within_s: float) -> Api:
+    """`api` of one worker of a pool. Every method also raises what the pool's `call` and `stream` raise."""
+    return stub(api, partial(pool.call, worker, within_s=within_s), partial(pool.stream, worker, within_s=within_s))
+
+
+class _Stub:
+    def __init__(self, methods: dict[str, MethodKind], call: Call, stream: Stream):
+        self._methods, self._stream = methods, stream
+        self._carriers: dict[MethodKind, Callable[..., Any]] = {"call": call, "work": self._work, "stream": stream}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in self._methods:
+            raise AttributeError(name)
+        return partial(self._carriers[self._methods[name]], name)
+
+    async def _work(self, method: str, *args: Any) -> Any:
+        async with aclosing(self._stream(method, *args)) as items:
+            async for item in items:
+                return item
+        raise WorkerLost(f"{method} ended without a result")

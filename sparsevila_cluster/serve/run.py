@@ -198,7 +198,7 @@ def _leave(config: ClusterConfig) -> None:
     handle, grace_s = serve.get_deployment_handle(ROUTER, app_name=config.name), config.drain_timeout_s
 
     async def leave() -> None:
-        await handle.broadcast("call", None, "leave", (grace_s,)).results_async(timeout_s=grace_s + GRACE_S)
+        await handle.broadcast("call", None, "drain", (grace_s,)).results_async(timeout_s=grace_s + GRACE_S)
 
     try:
         asyncio.run(leave())

@@ -116,8 +116,8 @@ class Town:
             try:
                 report = await process.ask("worker", "report", full)
                 answer = await self.registry.call(None, "report", report, within_s=1.0)
-                full = answer["send_all"]
-                for conversation_id in answer["close"]:
+                full = answer.send_all
+                for conversation_id in answer.close:
                     await process.ask("worker", "close_conversation", conversation_id)
             except SparseVilaError:
                 full = True

@@ -1,9 +1,10 @@
-"""A worker that does on demand what workers do wrong, behind a real clerk in a real replica."""
+"""A worker that does on demand what workers do wrong, behind a real `RpcServer` in a real replica."""
 
 import asyncio
 import os
 import signal
 import time
+from typing import Protocol
 
 from ray import serve
 
@@ -12,7 +13,25 @@ from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
 from sparsevila_cluster.core.errors import NotFound, QueueFull
 
 
-class Clumsy:
+class FaultyApi(Protocol):
+    async def who(self): ...
+
+    async def weigh(self, blob, /): ...
+
+    async def refuse(self): ...
+
+    async def stumble(self): ...
+
+    async def sleep(self, seconds, /): ...
+
+    async def freeze(self): ...
+
+    async def read_log(self): ...
+
+    def count(self, num, pause_s=0.0, then=None, /): ...
+
+
+class FaultyWorker:
     """One of a kind per replica; `log` tells what became of calls."""
 
     def __init__(self, name):
@@ -62,11 +81,11 @@ class Clumsy:
             raise
 
     def secret(self):
-        return "not in the table"
+        return "not in the protocol"
 
 
-class ClumsyReplica(RpcServer):
+class FaultyReplica(RpcServer):
     def __init__(self):
         stay_on_loopback()
         name = serve.get_replica_context().replica_id.unique_id
-        super().__init__(name, Clumsy(name), "who weigh refuse stumble sleep freeze read_log".split(), ["count"], beat_s=0.2)
+        super().__init__(name, FaultyWorker(name), FaultyApi, beat_s=0.2)

@@ -32,9 +32,9 @@ class Cluster:
         self.config = build_cluster_config(router=router, **fields)
         self.lanes, self.clock, self.sink = {}, Clock(), Tally()
         self.prefill, self.decode = LocalPool({}), LocalPool({})
-        self.registry = LocalPool({})
+        self.directory_pool = LocalPool({})
         self.routers = []
-        self.start_registry()
+        self.start_directory()
         for i in range(num_prefill):
             self.add_prefill(f"p{i}")
         for i in range(num_decode):
@@ -44,10 +44,10 @@ class Cluster:
 
     @property
     def directory(self):
-        return self.registry.workers["registry"]
+        return self.directory_pool.workers["directory"]
 
-    def start_registry(self):
-        self.registry.workers["registry"] = Directory(1.0, clock=self.clock)
+    def start_directory(self):
+        self.directory_pool.workers["directory"] = Directory(1.0, clock=self.clock)
 
     def add_prefill(self, name):
         self.prefill.workers[name] = ScriptedPrefill(name, self.lanes)
@@ -65,11 +65,11 @@ class Cluster:
         """Every worker that lives reports, and again in full if it is asked to."""
         for pool in (self.prefill, self.decode):
             for worker in pool.workers.values():
-                if self.directory.report(worker.report(False))["send_all"]:
+                if self.directory.report(worker.report(False)).send_all:
                     self.directory.report(worker.report(True))
 
     def router(self, name="router"):
-        self.routers.append(ClusterPipeline(self.config, self.prefill, self.decode, self.registry, self.sink, name))
+        self.routers.append(ClusterPipeline(self.config, self.prefill, self.decode, self.directory_pool, self.sink, name))
         return self.routers[-1]
 
     @property
@@ -86,15 +86,15 @@ class Cluster:
     async def settled(self):
         """Nothing is under way, and nothing is left of what was."""
         for _ in range(200):
-            if not any(len(router._fleet.errands) for router in self.routers):
+            if not any(len(router._clients.background) for router in self.routers):
                 break
             await asyncio.sleep(0.01)
         assert not any(worker.reserved for worker in self.decodes), "a reservation was left behind"
         assert not any(worker.running for worker in self.decodes), "a turn runs for nobody"
         assert not any(worker.num_making for worker in self.prefill.workers.values()), "media are made for nobody"
         for router in self.routers:
-            assert not router._fleet.under_way and not router._turns and not router._means.replication._running
-        if "registry" in self.registry.workers:
+            assert not router._clients.num_under_way and not router._turns and not router._replicator._running
+        if "directory" in self.directory_pool.workers:
             assert not self.directory._claims, "a claim was left behind"
 
 

@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from dataclasses import replace
 
-from sparsevila_cluster.cluster.messages import ConversationJournal, Load, WorkerReport, names
+from sparsevila_cluster.cluster.messages import ConversationJournal, Load, WorkerReport, turn_identities
 from sparsevila_cluster.core.errors import BadMedia, BadRequest, Cancelled, LaneLost, NotFound, QueueFull
 from sparsevila_cluster.core.requests import FinishReason, MediaHandle, TurnEvent, TurnRecord, Usage
 
@@ -170,7 +170,7 @@ class ScriptedDecode:
             raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
         if chat and chat[0].turn.media_id != turn.media_id:
             raise BadRequest(f"conversation {turn.conversation_id!r} is about another media")
-        if history is not None and (len(chat) != turn.after or names(chat) != names(history)):
+        if history is not None and (len(chat) != turn.after or turn_identities(chat) != turn_identities(history)):
             chat = self.chats[turn.conversation_id] = list(history)
             self.num_replayed += bool(history)
         if turn.after is not None and len(chat) != turn.after:

@@ -144,8 +144,8 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             (lane,) = json.loads(json.dumps(await prefill.info()))["lanes"]
             assert (lane["direction"], lane["peer"], lane["kind"]) == ("out", decode.name, "inproc")
             directory = Directory()
-            assert directory.report(report)["send_all"] and not directory.report(full)["send_all"]
-            assert not directory.report(prefill.report(True))["send_all"]
+            assert directory.report(report).send_all and not directory.report(full).send_all
+            assert not directory.report(prefill.report(True)).send_all
             assert [one.worker for one in directory.holders(handle.media_id)] == [decode.name]
             assert [one.worker for one in directory.copies(handle.media_id)] == [prefill.name]
             assert directory.history("c").records == full.records[0].records

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from sparsevila_cluster.cluster.directory import MAX_TURNS, MISSED_REPORTS, NOTE_REPORTS, SETTLE_REPORTS, Directory
+from sparsevila_cluster.cluster.directory import MAX_DEPLOYMENTS, MAX_TURNS, MISSED_REPORTS, NOTE_REPORTS, SETTLE_REPORTS, Directory
 from sparsevila_cluster.cluster.messages import ConversationJournal, Load, WorkerReport
+from sparsevila_cluster.core.errors import BadCheckpoint, QueueFull, from_failure, to_failure
 from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnRecord
 
 
@@ -33,14 +34,14 @@ def handle(key, tenant=""):
 
 def report(worker, pool="decode", keys=None, records=(), **load):
     residents = None if keys is None else tuple(handle(key) for key in keys)
-    return WorkerReport(worker, pool, address=f"dock of {worker}", load=Load(**load), residents=residents, records=records)
+    return WorkerReport(worker, pool, address=f"address of {worker}", load=Load(**load), residents=residents, records=records)
 
 
 def said(number, *token_ids, conversation="c"):
     return TurnRecord(Turn(f"t{number}", conversation, "m", f"question {number}?"), token_ids)
 
 
-def names(reports):
+def worker_names(reports):
     return sorted(one.worker for one in reports)
 
 
@@ -49,12 +50,14 @@ def test_it_knows_who_holds_what_and_with_which_load(directory):
     directory.report(report("d1", keys=["m"]))
     directory.report(report("p0", "prefill", keys=["m"], records=None))
     found = directory.find(None, "m")
-    assert names(found.holders) == ["d0", "d1"] and names(found.copies) == ["p0"] and found.handle == handle("m")
+    assert worker_names(found.holders) == ["d0", "d1"] and worker_names(found.copies) == ["p0"] and found.handle == handle("m")
     assert {one.worker: one.load.num_running for one in found.holders} == {"d0": 2, "d1": 0}
     assert all(one.residents is None and one.records is None for one in found.holders), "the answer carries what nobody asked"
-    assert names(directory.holders("n")) == ["d0"] and directory.find(None, "unknown").handle is None
-    assert names(directory.snapshot().of("decode")) == ["d0", "d1"] and names(directory.snapshot().of("prefill")) == ["p0"]
-    assert [(one.handle.media_id, one.holders, one.copies) for one in directory.census()] == [
+    assert worker_names(directory.holders("n")) == ["d0"] and directory.find(None, "unknown").handle is None
+    assert worker_names(directory.snapshot().of("decode")) == ["d0", "d1"] and worker_names(directory.snapshot().of("prefill")) == [
+        "p0"
+    ]
+    assert [(one.handle.media_id, one.holders, one.copies) for one in directory.list_media()] == [
         ("m", ("d0", "d1"), ("p0",)),
         ("n", ("d0",), ()),
     ]
@@ -62,27 +65,27 @@ def test_it_knows_who_holds_what_and_with_which_load(directory):
 
 def test_an_unchanged_report_keeps_residents_and_a_new_list_replaces_them(directory):
     directory.report(report("d0", keys=["m"]))
-    assert directory.report(report("d0", num_waiting=5))["send_all"] is False
+    assert directory.report(report("d0", num_waiting=5)).send_all is False
     assert directory.find(None, "m").holders[0].load.num_waiting == 5
     directory.report(report("d0", keys=["n"]))
-    assert directory.holders("m") == () and names(directory.holders("n")) == ["d0"]
+    assert directory.holders("m") == () and worker_names(directory.holders("n")) == ["d0"]
 
 
 def test_a_stranger_is_asked_for_everything_until_it_told_everything(directory):
-    assert directory.report(report("d0", records=None))["send_all"] is True
-    assert directory.report(report("d0", records=None))["send_all"] is True
-    assert directory.report(report("d0", keys=["m"], records=None))["send_all"] is True, "its conversations are not known yet"
-    assert directory.report(report("d0", keys=["m"], records=()))["send_all"] is False
-    assert directory.report(report("p0", "prefill", keys=[], records=None))["send_all"] is False
+    assert directory.report(report("d0", records=None)).send_all is True
+    assert directory.report(report("d0", records=None)).send_all is True
+    assert directory.report(report("d0", keys=["m"], records=None)).send_all is True, "its conversations are not known yet"
+    assert directory.report(report("d0", keys=["m"], records=())).send_all is False
+    assert directory.report(report("p0", "prefill", keys=[], records=None)).send_all is False
 
 
 def test_silent_workers_are_dropped_and_asked_again_when_they_come_back(directory, clock):
     directory.report(report("d0", keys=["m"]))
     clock.now_s += MISSED_REPORTS
-    assert names(directory.find(None, "m").holders) == ["d0"]
+    assert worker_names(directory.find(None, "m").holders) == ["d0"]
     clock.now_s += 0.1
     assert directory.find(None, "m").holders == () and directory.snapshot().workers == ()
-    assert directory.report(report("d0", records=None))["send_all"] is True
+    assert directory.report(report("d0", records=None)).send_all is True
 
 
 def test_a_worker_that_died_is_forgotten_at_once(directory):
@@ -91,12 +94,12 @@ def test_a_worker_that_died_is_forgotten_at_once(directory):
     assert directory.holders("m") == ()
 
 
-def test_a_routers_word_stands_until_the_worker_had_time_to_say_so_itself(directory, clock):
+def test_what_a_router_noted_stands_until_the_worker_had_time_to_report_it(directory, clock):
     directory.report(report("d0", keys=[]))
     directory.note_held(handle("m"), ("d0", "stranger"), "digest")
     assert directory.find("digest", None).key == "m"
     directory.report(report("d0", keys=[]))  # was on its way before the prefix arrived
-    assert names(directory.holders("m")) == ["d0"] and directory.media("m") == handle("m")
+    assert worker_names(directory.holders("m")) == ["d0"] and directory.media("m") == handle("m")
     clock.now_s += NOTE_REPORTS
     directory.report(report("d0", keys=[]))
     assert directory.holders("m") == ()
@@ -106,7 +109,7 @@ def test_digests_lead_to_keys_until_the_media_is_dropped(directory):
     directory.report(report("d0", keys=["m"]))
     assert directory.find("digest", None).key is None
     directory.note_digest("digest", "m")
-    assert names(directory.find("digest", None).holders) == ["d0"]
+    assert worker_names(directory.find("digest", None).holders) == ["d0"]
     assert directory.drop_media("m") and not directory.drop_media("m")
     assert directory.find("digest", None).key is None and directory.find(None, "m").holders == ()
 
@@ -183,13 +186,26 @@ def test_a_conversation_is_kept_up_to_a_bound(directory):
 
 def test_a_worker_that_comes_back_is_told_which_conversations_it_has_no_more(directory):
     directory.report(report("d0"))
-    directory.leave("c", "d0", "d1")
-    directory.leave("closed", "d0")
-    directory.leave("b", "d1", "d0")
-    directory.leave("b", "d0", "d1")
-    directory.leave("b", "d1", "d0")  # it is back where it was
+    directory.mark_stale("c", "d0", "d1")
+    directory.mark_stale("closed", "d0")
+    directory.mark_stale("b", "d1", "d0")
+    directory.mark_stale("b", "d0", "d1")
+    directory.mark_stale("b", "d1", "d0")  # it is back where it was
     stale = tuple(ConversationJournal(name, "m", (said(0, 1),)) for name in ("c", "closed", "kept"))
-    assert directory.report(report("d0", records=stale))["close"] == ("c", "closed")
-    assert directory.report(report("d0"))["close"] == ()
-    assert directory.report(report("d1"))["close"] == ("b",)
+    assert directory.report(report("d0", records=stale)).close == ("c", "closed")
+    assert directory.report(report("d0")).close == ()
+    assert directory.report(report("d1")).close == ("b",)
     assert directory.history("closed") is None and directory.history("kept") is not None
+
+
+def test_it_keeps_the_last_reason_why_a_deployment_does_not_start(directory):
+    assert directory.start_failures() == {}
+    for message in ("first", "last"):
+        directory.note_start_failure("Decode", to_failure(BadCheckpoint(message)))
+    for number in range(MAX_DEPLOYMENTS - 1):
+        directory.note_start_failure(f"other {number}", to_failure(QueueFull("full")))
+    failures = directory.start_failures()
+    assert len(failures) == MAX_DEPLOYMENTS and str(from_failure(failures["Decode"])) == "last"
+    assert isinstance(from_failure(failures["Decode"]), BadCheckpoint)
+    directory.note_start_failure("one more", to_failure(QueueFull("full")))
+    assert "Decode" not in directory.start_failures()

@@ -15,7 +15,7 @@ from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, NotFound, QueueFull, WorkerLost
 from sparsevila_cluster.serve.local_ray import own_ray
-from tests.cluster.ray_workers import ClumsyReplica
+from tests.cluster.ray_workers import FaultyReplica
 from tests.structure import ROOT
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ SILENCE_S = 1.5
 @pytest.fixture(scope="module")
 def handle():
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"  # what replicas import
-    deployment = serve.deployment(ClumsyReplica, name="Clumsy", num_replicas=2).options(
+    deployment = serve.deployment(FaultyReplica, name="Faulty", num_replicas=2).options(
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=1,
@@ -35,7 +35,7 @@ def handle():
         request_router_config=PIN_ROUTER,
     )
     with own_ray(ClusterConfig()) as folder:
-        yield serve.run(deployment.bind(), name="clumsy", route_prefix=None)
+        yield serve.run(deployment.bind(), name="faulty", route_prefix=None)
     assert not folder.exists()
     assert "ray" not in " ".join(line for line in children())
 
@@ -45,16 +45,16 @@ def children():
     return [line for line in done.stdout.splitlines() if not line.startswith("ps ")]
 
 
-def play(handle, scene):
-    """Run `scene(pool, {worker: process})` in an event loop of its own, with both replicas there."""
+def run_with_replicas(handle, scenario):
+    """Run `scenario(pool, {worker: process})` in an event loop of its own, with both replicas there."""
 
     async def run():
-        return await scene(RayWorkerPool(handle, SILENCE_S), await cast(handle))
+        return await scenario(RayWorkerPool(handle, SILENCE_S), await replicas_of(handle))
 
     return asyncio.run(run())
 
 
-async def cast(handle, num=2, within_s=60):
+async def replicas_of(handle, num=2, within_s=60):
     """{worker: process} of all replicas, once there are `num`."""
     until_s = time.monotonic() + within_s
     while time.monotonic() < until_s:
@@ -69,10 +69,10 @@ async def replaced(handle, victim, within_s=60):
     """Wait until another replica has taken the place of `victim`."""
     until_s = time.monotonic() + within_s
     while time.monotonic() < until_s:
-        replicas = serve.status().applications["clumsy"].deployments["Clumsy"].replica_states
+        replicas = serve.status().applications["faulty"].deployments["Faulty"].replica_states
         if replicas.get("RUNNING") == 2 and len(replicas) == 1:
             with contextlib.suppress(Exception):  # the broadcast may still count on the victim
-                if victim not in await cast(handle, within_s=1):
+                if victim not in await replicas_of(handle, within_s=1):
                     return
         await asyncio.sleep(0.2)
     raise AssertionError(f"{victim} was not replaced within {within_s} s")
@@ -91,7 +91,7 @@ async def seen(pool, worker, entry, within_s=5.0):
 
 
 def test_a_pinned_call_reaches_the_worker_it_names(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         for name, process in workers.items():
             answers = await asyncio.gather(*(pool.call(name, "who", within_s=5) for _ in range(20)))
             assert answers == [(name, process)] * 20
@@ -100,18 +100,18 @@ def test_a_pinned_call_reaches_the_worker_it_names(handle):
         with pytest.raises(WorkerLost, match="worker nobody is gone"):
             await collect(pool, "nobody", 3)
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)
 
 
 def test_errors_arrive_as_what_they_were(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         with pytest.raises(QueueFull, match="no room") as full:
             await pool.call(None, "refuse", within_s=5)
         assert full.value.retry_after_s == 7.5
         with pytest.raises(Internal, match="RuntimeError: a bug"):
             await pool.call(None, "stumble", within_s=5)
         for method in ("secret", "__init__", "log"):
-            with pytest.raises(Internal, match=f"answers no '{method}'"):
+            with pytest.raises(Internal, match=f"has no method '{method}'"):
                 await pool.call(None, method, within_s=5)
         items = []
         with pytest.raises(NotFound, match="no more"):
@@ -121,29 +121,29 @@ def test_errors_arrive_as_what_they_were(handle):
         with pytest.raises(Internal, match="RuntimeError: a bug"):
             await collect(pool, None, 3, 0.0, "stumble")
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)
 
 
 def test_a_stream_arrives_in_order_and_may_be_silent_while_its_worker_lives(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         assert await collect(pool, None, 2000) == list(range(2000))
         # Every pause is longer than the silence that counts as death: beats bridge it.
         assert await collect(pool, None, 2, SILENCE_S * 1.4) == [0, 1]
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)
 
 
 def test_a_message_over_serves_own_limit_arrives(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         assert await pool.call(None, "weigh", os.urandom(20 << 20), within_s=20) == 20 << 20
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)
 
 
 def test_leaving_ends_the_work_in_the_worker(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         worker = next(iter(workers))
-        with pytest.raises(DeadlineExceeded, match=f"sleep of worker {worker} of Clumsy took longer than 0.2 s"):
+        with pytest.raises(DeadlineExceeded, match=f"sleep of worker {worker} of Faulty took longer than 0.2 s"):
             await pool.call(worker, "sleep", 30, within_s=0.2)
         await seen(pool, worker, "sleep cancelled")
         async with contextlib.aclosing(pool.stream(worker, "count", 1000, 0.02, within_s=20)) as stream:
@@ -162,11 +162,11 @@ def test_leaving_ends_the_work_in_the_worker(handle):
             await collect(pool, worker, 1000, 0.02, within_s=0.5)
         assert time.monotonic() - start_s < 1.4
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)
 
 
 def test_a_killed_worker_is_lost_at_once_and_others_go_on(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         (victim, process), (other, _) = workers.items()
         stream = asyncio.create_task(collect(pool, victim, 1000, 0.02))
         call = asyncio.create_task(pool.call(victim, "sleep", 30, within_s=30))
@@ -186,11 +186,11 @@ def test_a_killed_worker_is_lost_at_once_and_others_go_on(handle):
         assert took_s < 2.0
         await replaced(handle, victim)  # Serve starts another one, under another name
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)
 
 
 def test_a_stopped_worker_is_lost_after_a_silence(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         victim, process = next(iter(workers.items()))
         stream = asyncio.create_task(collect(pool, victim, 10_000, 0.02, within_s=60))
         await asyncio.sleep(0.3)
@@ -206,14 +206,14 @@ def test_a_stopped_worker_is_lost_after_a_silence(handle):
         assert (await collect(pool, None, 3, within_s=30)) == [0, 1, 2]
         await replaced(handle, victim)  # its health checks failed, and another one took its place
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)
 
 
 def test_everything_listens_on_loopback_only(handle):
-    async def scene(pool, workers):
+    async def scenario(pool, workers):
         done = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True)
         ours = [line for line in done.stdout.splitlines() if any(f"pid={process}," in line for process in workers.values())]
         assert len(ours) >= len(workers), done.stdout
         assert all(line.split()[3].startswith(("127.0.0.1:", "[::ffff:127.0.0.1]:")) for line in ours), ours
 
-    play(handle, scene)
+    run_with_replicas(handle, scenario)

@@ -15,10 +15,10 @@ def test_turns_go_straight_to_the_worker_of_the_conversation():
         await cluster.settled()
         wanted, name = conversation(key, QUESTIONS, NUM), ""
         for i, question in enumerate(QUESTIONS):
-            registry, prefill = len(cluster.registry.calls), len(cluster.prefill.calls)
+            directory, prefill = len(cluster.directory_pool.calls), len(cluster.prefill.calls)
             answer, name = await ask(router, key, question, name)
             assert answer.token_ids == wanted[i]
-            asked = [method for _, method in cluster.registry.calls[registry:]]
+            asked = [method for _, method in cluster.directory_pool.calls[directory:]]
             assert asked == (["find", "open_conversation", "record"] if i == 0 else ["record"])
             assert len(cluster.prefill.calls) == prefill
             assert ConversationToken.parse(name) == ConversationToken(

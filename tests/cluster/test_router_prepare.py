@@ -59,6 +59,9 @@ def test_callers_at_the_same_time_share_one_prefill(num_routers):
         for worker in cluster.prefill.workers.values():
             worker.lever.hold("encode")
         tasks = [asyncio.create_task(routers[i % num_routers].prepare(video(prune_keep=[None, 0.25][i % 2]))) for i in range(8)]
+        # Every router has named the media, in both ways of asking for it, and wants to have it made.
+        while cluster.prefill.num("key_of") < 2 * num_routers or cluster.directory_pool.num("claim") < num_routers:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         assert cluster.prefill.num("make") == 1
         for worker in cluster.prefill.workers.values():
@@ -107,7 +110,7 @@ FIRST_AT = {  # where the first attempt fails, how, and how often the media is e
     "maker gone at the end": ("prefill", "send", WorkerLost("gone"), 2),
     "lane lost": ("prefill", "send", LaneLost("broke"), 1),
     "bytes lost": ("prefill", "send", DataLoss("flipped"), 1),
-    "no room at the landing": ("prefill", "send", QueueFull("full"), 1),
+    "no room at the receiver": ("prefill", "send", QueueFull("full"), 1),
     "lane of another version": ("prefill", "send", Incompatible("other"), 1),
     "lane too slow": ("prefill", "send", DeadlineExceeded("slow"), 1),
 }
@@ -234,11 +237,11 @@ def test_whoever_gives_up_frees_both_sides(point, how):
 
         def progress(stage, done, total):
             if how == "progress":
-                raise Unavailable("the door is closed")
+                raise Unavailable("the server is closed")
 
         if how == "progress":
             maker.lever.free(point)
-            with pytest.raises(Unavailable, match="door"):
+            with pytest.raises(Unavailable, match="server"):
                 await router.prepare(video(), progress)
         else:
             task = asyncio.create_task(router.prepare(video(deadline_s=0.2 if how == "deadline" else None), progress))

@@ -257,9 +257,9 @@ def finish_unheard(worker, key, name, question="never heard?"):
     return asked
 
 
-def lose_registry(cluster):
+def lose_directory(cluster):
     """It comes back empty, and everybody who lives has reported to it."""
-    cluster.start_registry()
+    cluster.start_directory()
     cluster.report()
     cluster.clock.now_s += SETTLE_REPORTS
 
@@ -271,7 +271,7 @@ def test_a_turn_that_ended_when_its_client_had_left_is_no_part_of_the_conversati
         _, name = await ask(router, key, QUESTIONS[0])
         finish_unheard(cluster.decode.workers[home(cluster, key)], key, name)
         if lost:
-            lose_registry(cluster)
+            lose_directory(cluster)
         router = router if routers == 1 else cluster.router("other")
         for number in (1, 2):
             answer, name = await ask(router, key, QUESTIONS[number], name)
@@ -287,7 +287,7 @@ def test_it_is_what_its_client_comes_back_for():
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
         asked = finish_unheard(cluster.decode.workers[home(cluster, key)], key, name, QUESTIONS[1])
-        lose_registry(cluster)
+        lose_directory(cluster)
         events = await listen(router, replace(asked, conversation_id=name))
         checked(events, key, 1)
 
@@ -296,7 +296,7 @@ def test_it_is_what_its_client_comes_back_for():
 
 def test_a_turn_that_nobody_heard_does_not_stand_in_for_one_that_was():
     """One worker finishes a turn for nobody while it is out of reach, another one the turn that the client asked instead; then the
-    registry is lost, and with the second worker the only memory of what was said."""
+    directory is lost, and with the second worker the only memory of what was said."""
 
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
@@ -307,7 +307,7 @@ def test_a_turn_that_nobody_heard_does_not_stand_in_for_one_that_was():
         cluster.decode.go_on(first.name)
         finish_unheard(first, key, name)
         cluster.kill(ConversationToken.parse(name).worker)
-        lose_registry(cluster)
+        lose_directory(cluster)
         with pytest.raises(NotFound, match="text of conversation"):
             await ask(router, key, QUESTIONS[2], name)
 

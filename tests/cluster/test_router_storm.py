@@ -1,4 +1,4 @@
-"""Clients, workers and the registry come and go at random: right answers or typed errors, and nothing left over."""
+"""Clients, workers and the directory come and go at random: right answers or typed errors, and nothing left over."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ from tests.cluster.scripted_workers import Lever, conversation
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed, monkeypatch):
-    """Clients ask, leave and come back while workers and the registry die and are replaced: right answers or typed errors."""
+    """Clients ask, leave and come back while workers and the directory die and are replaced: right answers or typed errors."""
 
     async def main():
         rng = random.Random(seed)
@@ -51,8 +51,8 @@ def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed, monkeypatch):
                         cluster.kill(rng.choice(list(cluster.prefill.workers)))
                         cluster.add_prefill(f"p{number}")
                     elif what < 0.9:
-                        cluster.registry.kill("registry")
-                        cluster.start_registry()
+                        cluster.directory_pool.kill("directory")
+                        cluster.start_directory()
                     number += 1
                     cluster.clock.now_s += 0.2
                     cluster.report()

@@ -27,21 +27,21 @@ class Whole:
         self.config, self.prefills, self.decodes = config, prefills, decodes
         self.prefill = LocalPool({worker.name: worker for worker in prefills})
         self.decode = LocalPool({worker.name: worker for worker in decodes})
-        self.registry = LocalPool({"registry": Directory(config.report_s)})
+        self.directory_pool = LocalPool({"directory": Directory(config.report_s)})
         self.sink, self.routers = Tally(), []
 
     @property
     def directory(self):
-        return self.registry.workers["registry"]
+        return self.directory_pool.workers["directory"]
 
     def router(self, name="router"):
-        self.routers.append(ClusterPipeline(self.config, self.prefill, self.decode, self.registry, self.sink, name))
+        self.routers.append(ClusterPipeline(self.config, self.prefill, self.decode, self.directory_pool, self.sink, name))
         return self.routers[-1]
 
     async def report(self):
         while True:
             for worker in (*self.prefill.workers.values(), *self.decode.workers.values()):
-                if "registry" in self.registry.workers and self.directory.report(worker.report(False))["send_all"]:
+                if "directory" in self.directory_pool.workers and self.directory.report(worker.report(False)).send_all:
                     self.directory.report(worker.report(True))
             await asyncio.sleep(self.config.report_s)
 
@@ -234,15 +234,15 @@ def test_a_client_that_left_is_answered_as_if_its_turn_had_never_been(checkpoint
     run(scenario, checkpoint, endless)
 
 
-def test_the_registry_may_come_back_empty(checkpoint, endless, clips, local):
+def test_the_directory_may_come_back_empty(checkpoint, endless, clips, local):
     async def scenario(cluster):
         router, (key, wanted) = cluster.router("a"), local[0]
         await router.prepare(request_of(clips[0]))
         _, name = await ask(router, key, 0)
-        cluster.registry.kill("registry")
+        cluster.directory_pool.kill("directory")
         answer, name = await ask(router, key, 1, name)
         same(answer, wanted[1])
-        cluster.registry.workers["registry"] = Directory(cluster.config.report_s)
+        cluster.directory_pool.workers["directory"] = Directory(cluster.config.report_s)
         other = cluster.router("b")
         answer, _ = await ask(other, key, 2, name)
         same(answer, wanted[2])

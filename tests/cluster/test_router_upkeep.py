@@ -17,7 +17,7 @@ def test_a_hot_prefix_is_sent_to_another_worker_in_the_background():
         first = cluster.decode.workers[home(cluster, key)]
         first.lever.hold("token 2")
         running = [asyncio.create_task(ask(router, key, f"{i}?")) for i in range(3)]
-        while len(router._fleet.errands) or len(first.running) < 3:
+        while len(router._clients.background) or len(first.running) < 3:
             await asyncio.sleep(0.01)
         assert all(key in worker.residents for worker in cluster.decodes) and cluster.num_encoded == 1
         _, name = await ask(router, key, "somewhere else?")
@@ -67,9 +67,9 @@ def test_it_is_ready_when_both_pools_are():
         cluster.add_prefill("p2")
         cluster.report()
         assert await router.ready()
-        cluster.registry.kill("registry")
+        cluster.directory_pool.kill("directory")
         assert not await router.ready()
-        cluster.start_registry()
+        cluster.start_directory()
         cluster.report()
         assert await router.ready()
         await router.close()
@@ -100,7 +100,7 @@ def test_a_worker_that_died_is_forgotten_by_every_router():
         lost = home(cluster, key)
         cluster.kill(lost)
         with pytest.raises(WorkerLost):
-            await router._fleet.call("decode", lost, "info", caller=router._short_call())
+            await router._clients.decode(lost, router._short_call()).info()
         await cluster.settled()
         assert lost not in {one.worker for one in cluster.directory.snapshot().workers}
         answer, _ = await ask(cluster.router("other"), key, QUESTIONS[0], sampling=SamplingParams(max_tokens=NUM))

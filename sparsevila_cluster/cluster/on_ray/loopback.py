@@ -1,9 +1,7 @@
 """Keeps a replica's port on the loopback interface when its node is there.
 
-Knows: the one place where Serve binds the port between replicas. Does not know: what passes through it.
-
 Serve listens on every interface, whatever the address of the node, and unpickles what it receives. On a node of one machine's own
-cluster nobody else has business there.
+cluster nobody else is to reach it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from ray.serve._private import replica
 
 
 def node_address() -> str:
-    """The address of this process's node as Ray was told it. `ray.util` would look which way the world is, and answer with that."""
+    """The address of this process's node as Ray was told it. `ray.util` would answer with that of the route to the internet."""
     here = ray.get_runtime_context().get_node_id()
     return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
 
@@ -28,9 +26,9 @@ def stay_on_loopback() -> bool:
         return False
     bind = replica.add_port_to_grpc_server
 
-    def bind_at_home(server: Any, address: str) -> int:
+    def bind_on_loopback(server: Any, address: str) -> int:
         port: int = bind(server, f"{host}:{address.rpartition(':')[2]}")
         return port
 
-    replica.add_port_to_grpc_server = bind_at_home
+    replica.add_port_to_grpc_server = bind_on_loopback
     return True

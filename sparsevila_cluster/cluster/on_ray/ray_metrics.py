@@ -1,7 +1,7 @@
-"""A `Sink` that hands every number to Ray, which shows it to Prometheus as `ray_sparsevila_<name>`.
+"""A `MetricsSink` that hands every number to Ray, which exports it to Prometheus as `ray_sparsevila_<name>`.
 
-Knows: Ray's metric classes. Does not know: what is counted. A family is made when it is first used, once per process; inside a
-replica Serve adds its own labels (application, deployment, replica).
+A family is made when it is first used, once per process; inside a replica Serve adds its own labels (application, deployment,
+replica).
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ KINDS = {"counter": metrics.Counter, "gauge": metrics.Gauge, "histogram": metric
 
 
 class RayMetricsSink:
-    """See `metrics.Sink`. Safe from any thread."""
+    """See `MetricsSink`. Safe from any thread."""
 
     def count(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
         key_of(name, "counter", labels)
         if value > 0:  # Ray refuses to count nothing
             _family(name).inc(value, tags=labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
         key_of(name, "gauge", labels)
         _family(name).set(value, tags=labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add a sample to a histogram."""
         key_of(name, "histogram", labels)
         _family(name).observe(value, tags=labels)
 

@@ -1,7 +1,4 @@
-"""The courier of the `objectstore` transport: Ray's object store, and calls to the dock of a decode worker.
-
-Knows: object references and how to reach a replica from another thread. Does not know: what the messages and arrays mean.
-"""
+"""The object store of the `objectstore` transport: Ray's, and calls to a decode worker from the threads of a sender."""
 
 from __future__ import annotations
 
@@ -12,13 +9,15 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, RayError
 
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
+from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi
+from sparsevila_cluster.cluster.worker_pool import pool_stub
 from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import DeadlineExceeded, QueueFull, WorkerLost
 
 
 class RayObjectStore:
-    """What `transport.Courier` promises. `decode` hands references on (`by_reference`), in the event loop that this is made in."""
+    """A `transport.ObjectStore`. `decode` hands references on (`by_reference`), in the event loop that this is made in."""
 
     def __init__(self, decode: RayWorkerPool):
         self._decode = decode
@@ -43,12 +42,11 @@ class RayObjectStore:
     def exchange(
         self, dock: ReceiverAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float
     ) -> list[tuple[str, Any]]:
-        """What that dock replies. Raises WorkerLost, DeadlineExceeded."""
-        call = self._decode.call(dock.worker, "exchange", lane_id, messages, wait_s, within_s=wait_s + GRACE_S)
-        replies = asyncio.run_coroutine_threadsafe(call, self._loop)
+        """What the receiver there replies. Raises WorkerLost, DeadlineExceeded."""
+        receiver = pool_stub(DecodeWorkerApi, self._decode, dock.worker, wait_s + GRACE_S)
+        replies = asyncio.run_coroutine_threadsafe(receiver.exchange(lane_id, messages, wait_s), self._loop)
         try:
-            answer: list[tuple[str, Any]] = replies.result(wait_s + 2 * GRACE_S)
+            return replies.result(wait_s + 2 * GRACE_S)
         except TimeoutError as error:
             replies.cancel()
             raise DeadlineExceeded(f"worker {dock.worker} did not answer within {wait_s + 2 * GRACE_S:g} s") from error
-        return answer

@@ -1,11 +1,10 @@
-"""A `Pool` over the replicas of one Serve deployment: method calls and streams, by worker's name.
+"""A `WorkerPool` over the replicas of one Serve deployment: method calls and streams, by worker's name.
 
-Knows: Serve handles, the envelopes that a `Clerk` answers in, and every way in which Ray tells that a replica is gone. Does not
-know: what the methods do. A worker's name is the id of its replica, which is never used again.
+A worker's name is the id of its replica, which is never used again. Replicas answer in the envelopes of `RpcServer`.
 
 Errors of methods come as values, so that no exception crosses Ray. One call is one message there and one back: the request names
 its addressee, and a replica that is not meant says so. (Choosing first and dispatching then, as Serve offers it, costs 3 ms more.)
-A stream says at once that it has arrived, and beats while its worker has nothing to say: silence means that the worker is lost.
+A stream sends a beat when it has arrived and whenever its worker has nothing to send: silence means that the worker is lost.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class RayWorkerPool:
         self._silence_s = silence_s
 
     async def call(self, worker: str | None, method: str, *args: Any, within_s: float) -> Any:
-        """See `Pool.call`."""
+        """See `WorkerPool.call`."""
         who, answered = self._name(worker), False
         response = _at(self._calls, worker).remote(worker, method, args)
         try:
@@ -54,7 +53,7 @@ class RayWorkerPool:
         return item
 
     async def stream(self, worker: str | None, method: str, *args: Any, within_s: float) -> AsyncGenerator[Any, None]:
-        """See `Pool.stream`. Raises WorkerLost also when nothing is heard of the worker for `silence_s`."""
+        """See `WorkerPool.stream`. Raises WorkerLost also when nothing is heard of the worker for `silence_s`."""
         who, until_s = self._name(worker), time.perf_counter() + within_s
         response: Any = _at(self._streams, worker).remote(worker, method, args)
         last: tuple[str, Any] | None = None
@@ -81,7 +80,7 @@ class RayWorkerPool:
             if not over:
                 response.cancel()
         if last is None:
-            raise WorkerLost(f"{who} ended in mid-sentence")
+            raise WorkerLost(f"{who} ended a stream of {method} without its end")
         if last[0] == "failure":
             raise from_failure(last[1])
 
@@ -94,7 +93,7 @@ def _at(handle: DeploymentHandle, worker: str | None) -> DeploymentHandle:
 
 
 async def _ray(answer: Awaitable[Any], who: str) -> Any:
-    """`answer`, with what Ray says of replicas in our words."""
+    """`answer`, with Ray's errors about replicas as ours."""
     try:
         return await answer
     except asyncio.CancelledError:
@@ -107,11 +106,11 @@ async def _ray(answer: Awaitable[Any], who: str) -> Any:
     except GONE as error:
         raise WorkerLost(f"{who} is gone ({type(error).__name__})") from error
     except BackPressureError as error:
-        raise QueueFull(f"{who} has too many calls in line") from error
+        raise QueueFull(f"{who} has too many waiting calls") from error
     except (RayError, RayServeException) as error:
         raise Internal(f"{who}: {type(error).__name__}: {error}") from error
     except Exception as error:
-        # Serve lets the errors of its connections through as they are. This floor does not speak gRPC: names must do.
+        # Serve lets the errors of its gRPC connections through as they are; only gateway/grpc and client import grpc.
         code = str(getattr(getattr(error, "code", lambda: None)(), "name", ""))
         if code in ("UNAVAILABLE", "CANCELLED", "UNKNOWN"):
             raise WorkerLost(f"{who} is gone ({code})") from error

@@ -1,6 +1,6 @@
 """Which replica gets a request: the one that its session names, or the less busy of two.
 
-Knows: Serve's replicas by id. Does not know: what they do. Serve imports the class by name in every process that holds a handle.
+Serve imports the class by name in every process that holds a handle.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ class PinRouter(RequestRouter):
     """
 
     def initialize_state(self, **given: Any) -> None:
+        """Serve's constructor of a router."""
         self._suspects: set[Any] = set()
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
+        """One rank of replicas to try, the named one alone if it is there."""
         session = ""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
@@ -32,7 +34,7 @@ class PinRouter(RequestRouter):
         named = [replica for replica in candidate_replicas if PIN + replica.replica_id.unique_id == session]
         chosen = named or random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         for replica in chosen:
-            self._spare_a_probe(replica.replica_id)
+            self._assume_idle(replica.replica_id)
         return [chosen] if chosen else []
 
     def on_replica_actor_unavailable(self, replica_id: Any) -> None:
@@ -40,10 +42,10 @@ class PinRouter(RequestRouter):
         self._suspects.add(replica_id)
         super().on_replica_actor_unavailable(replica_id)
 
-    def _spare_a_probe(self, replica_id: Any) -> None:
+    def _assume_idle(self, replica_id: Any) -> None:
         """Serve asks a replica for its queue when it has not heard of it for 10 s, and gives up after 0.1 s on a busy machine.
 
-        Our replicas take every call, so an idle one is taken at its word.
+        Our replicas take every call, so one that was not heard of is taken for idle.
         """
         if self.replica_queue_len_cache.get(replica_id) is not None:
             self._suspects.discard(replica_id)

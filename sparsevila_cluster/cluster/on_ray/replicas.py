@@ -1,7 +1,6 @@
-"""What Serve runs: one worker, or the registry, behind a clerk.
+"""What Serve runs: one worker, or the directory, behind an `RpcServer`.
 
-Knows: the life of a replica under Serve, and what may be asked of each kind. Does not know: how workers do it. The workers are
-imported where they are made, so that building the application, and the registry, need no torch.
+Workers are imported where they are made: building the application, and the directory, need no torch.
 
     constructed -> worker made and warm -> ready -> reports every `report_s` -> told to stop -> `__del__` closes the worker
 Serve skips `__del__` when requests outlast the drain, and nothing runs after a kill: others must not rely on it.
@@ -10,33 +9,38 @@ Serve skips `__del__` when requests outlast the drain, and nothing runs after a 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from contextlib import suppress
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from sparsevila_cluster.cluster.directory import Directory
+from sparsevila_cluster.cluster.messages import WorkerReport
 from sparsevila_cluster.cluster.on_ray.loopback import node_address, stay_on_loopback
 from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi, DirectoryApi, PrefillWorkerApi
+from sparsevila_cluster.cluster.worker_pool import pool_stub
+from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.cluster_config import ClusterConfig
-from sparsevila_cluster.core.errors import SparseVilaError
+from sparsevila_cluster.core.errors import SparseVilaError, to_failure
 from sparsevila_cluster.core.json_logging import log_to_stderr
+
+if TYPE_CHECKING:
+    from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 
 log = logging.getLogger(__name__)
 
+# Names of deployments. Registry is the directory's.
 PREFILL, DECODE, REGISTRY, ROUTER = "Prefill", "Decode", "Registry", "Router"
-
-PREFILL_CALLS = ("drop", "info")
-PREFILL_STREAMS = ("key_of", "make", "ship")
-DECODE_CALLS = ("reserve", "release", "abort", "close_conversation", "media", "drop", "set_brownout", "info", "exchange")
-DECODE_STREAMS = ("ask", "ship")
-REGISTRY_CALLS = tuple(name for name, member in vars(Directory).items() if callable(member) and not name.startswith("_"))
+# The directory starts together with those who report to it that they cannot.
+START_FAILURE_WITHIN_S = 10.0
+STOP_WITHIN_S = 1.0
 
 
 def replica_name() -> str:
@@ -52,27 +56,54 @@ def placed(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"transport": transport})
 
 
-class RegistryReplica(RpcServer):
+@asynccontextmanager
+async def start_failures_reported(deployment: str, directory: DeploymentHandle) -> AsyncIterator[None]:
+    """Tell the directory of an error that ends the block, in which a replica of `deployment` starts."""
+    try:
+        yield
+    except SparseVilaError as error:
+        api = pool_stub(DirectoryApi, RayWorkerPool(directory), None, START_FAILURE_WITHIN_S)
+        try:
+            await api.note_start_failure(deployment, to_failure(error))
+        except SparseVilaError as unheard:
+            log.warning("the directory was not told why a replica of %s cannot start: %s", deployment, unheard)
+        raise
+
+
+class DirectoryReplica(RpcServer):
     """The directory. There is one: Serve starts it again when it dies, and the workers' reports fill it."""
 
     def __init__(self, config: ClusterConfig, verbose: bool = False):
         stay_on_loopback()
         log_to_stderr(verbose, "registry")
         directory = Directory(config.report_s, config.router.max_conversations)
-        super().__init__(replica_name(), directory, REGISTRY_CALLS, beat_s=config.transport.beat_s)
+        super().__init__(replica_name(), directory, DirectoryApi, beat_s=config.transport.beat_s)
+
+
+class HostedWorker(Protocol):
+    """What a replica itself asks of its worker."""
+
+    def report(self, full: bool, /) -> WorkerReport:
+        """How it stands; everything it holds if `full`."""
+
+    async def check(self) -> None:
+        """Raises SparseVilaError: it does not work any more."""
+
+    async def close(self) -> None:
+        """End what is under way and free everything."""
 
 
 class WorkerReplica(RpcServer):
     """What prefill and decode replicas share: reports, health, the end."""
 
-    def _open(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool) -> dict[str, Any]:
+    def _open(self, config: ClusterConfig, directory: DeploymentHandle, verbose: bool) -> dict[str, Any]:
         """Settle into this process; what every worker is made with, besides its name and configuration."""
         from sparsevila_cluster.cluster.on_ray.ray_object_store import RayObjectStore
 
         stay_on_loopback()
         log_to_stderr(verbose, replica_name())
         self._config = config
-        self._registry = RayWorkerPool(registry)
+        self._directory_pool = RayWorkerPool(directory)
         decode = serve.get_deployment_handle(DECODE, app_name=serve.get_replica_context().app_name)
         return {
             "object_store": RayObjectStore(RayWorkerPool(decode, by_reference=True)),
@@ -80,74 +111,86 @@ class WorkerReplica(RpcServer):
             "node": ray.get_runtime_context().get_node_id(),
         }
 
-    def _begin(self, worker: Any, calls: tuple[str, ...], streams: tuple[str, ...]) -> None:
-        RpcServer.__init__(self, replica_name(), worker, calls, streams, self._config.transport.beat_s)
+    def _directory(self, within_s: float | None = None) -> DirectoryApi:
+        return pool_stub(DirectoryApi, self._directory_pool, None, within_s or self._config.router.call_timeout_s)
+
+    def _begin(self, worker: HostedWorker, api: Callable[..., object]) -> None:
+        RpcServer.__init__(self, replica_name(), worker, api, self._config.transport.beat_s)
+        self._hosted = worker
         self._reporting = asyncio.create_task(self._report())
 
     async def check_health(self) -> None:
         """What Serve asks every `health_period_s`: three failures and it starts another replica instead of this one."""
-        await self.worker.check()
+        await self._hosted.check()
         if self._reporting.done():
             self._reporting.result()
 
     async def _report(self) -> None:
-        full, heard = True, True
+        full, answered = True, True
         while True:
             try:
-                report = self.worker.report(full)
-                report = await report if inspect.isawaitable(report) else report
-                answer = await self._registry.call(None, "report", report, within_s=self._config.router.call_timeout_s)
-                again, full, heard = not full and answer["send_all"], answer["send_all"], True
-                for conversation_id in answer["close"]:
-                    await self.worker.close_conversation(conversation_id)
+                answer = await self._directory().report(self._hosted.report(full))
+                again, full, answered = not full and answer.send_all, answer.send_all, True
+                for conversation_id in answer.close:
+                    await self._close_conversation(conversation_id)
             except SparseVilaError as error:
                 again, full = False, True
-                if heard:  # once, until it is there again
-                    log.warning("the registry does not answer: %s", error)
-                heard = False
+                if answered:  # once, until it is there again
+                    log.warning("the directory does not answer: %s", error)
+                answered = False
             if not again:
                 await asyncio.sleep(self._config.report_s)
+
+    async def _close_conversation(self, conversation_id: str) -> None:
+        """The worker is to forget a conversation; only decode workers have any."""
 
     async def __del__(self) -> None:
         self._reporting.cancel()
         try:
-            await self._registry.call(None, "forget_worker", self.name, within_s=1.0)
+            await self._directory(STOP_WITHIN_S).forget_worker(self.name)
         except SparseVilaError as error:
-            log.info("the registry was not told: %s", error)
-        await self.worker.close()
+            log.info("the directory was not told that worker %s stops: %s", self.name, error)
+        await self._hosted.close()
 
 
 class PrefillReplica(WorkerReplica):
     """One `PrefillWorker`."""
 
-    async def __init__(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
-        given = self._open(config, registry, verbose)
-        from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
+    async def __init__(self, config: ClusterConfig, directory: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
+        async with start_failures_reported(PREFILL, directory):
+            given = self._open(config, directory, verbose)
+            from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 
-        worker = PrefillWorker(replica_name(), placed(config), **given)
-        await worker.warm()
-        self._begin(worker, PREFILL_CALLS, PREFILL_STREAMS)
-        self._meeting = asyncio.create_task(self._meet())
+            worker = PrefillWorker(replica_name(), placed(config), **given)
+            await worker.warm()
+        self._api: PrefillWorkerApi = worker
+        self._begin(worker, PrefillWorkerApi)
+        self._building_lanes = asyncio.create_task(self._build_lanes(worker))
 
-    async def _meet(self) -> None:
+    async def _build_lanes(self, worker: PrefillWorker) -> None:
         """Build lanes to decode workers as they appear: no client waits for one to be dialled."""
-        met: set[Any] = set()
+        known: set[ReceiverAddress] = set()
         while True:
-            with suppress(SparseVilaError):  # `_report` says that the registry does not answer
-                snapshot = await self._registry.call(None, "snapshot", within_s=self._config.router.call_timeout_s)
-                docks = {one.address for one in snapshot.of("decode")}
-                await self.worker.meet(docks - met)
-                met = docks
+            with suppress(SparseVilaError):  # `_report` says that the directory does not answer
+                snapshot = await self._directory().snapshot()
+                addresses = {one.address for one in snapshot.of("decode") if one.address is not None}
+                await worker.meet(addresses - known)
+                known = addresses
             await asyncio.sleep(self._config.report_s)
 
 
 class DecodeReplica(WorkerReplica):
     """One `DecodeWorker`."""
 
-    async def __init__(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
-        given = self._open(config, registry, verbose)
-        from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
+    async def __init__(self, config: ClusterConfig, directory: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
+        async with start_failures_reported(DECODE, directory):
+            given = self._open(config, directory, verbose)
+            from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
 
-        worker = DecodeWorker(replica_name(), placed(config), **given)
-        await worker.warm()
-        self._begin(worker, DECODE_CALLS, DECODE_STREAMS)
+            worker = DecodeWorker(replica_name(), placed(config), **given)
+            await worker.warm()
+        self._api: DecodeWorkerApi = worker
+        self._begin(worker, DecodeWorkerApi)
+
+    async def _close_conversation(self, conversation_id: str) -> None:
+        await self._api.close_conversation(conversation_id)

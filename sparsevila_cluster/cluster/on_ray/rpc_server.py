@@ -1,9 +1,7 @@
-"""The clerk at whom others ask a worker: two methods for all, and a table of what may be asked.
+"""Answers the calls of other processes for one worker: two methods for all, over a table that derives from the worker's protocol.
 
-Knows: envelopes, beats, and that errors leave as values. Does not know: Ray, or what the methods do.
-
-    call:    ("value", result) or ("failure", the error as data)
-    stream:  ("beat", None) on arrival and whenever nothing is said for a while, ("value", item)*, ("end", None) or ("failure", ...)
+call:    ("value", result) or ("failure", the error as data)
+stream:  ("beat", None) on arrival and whenever there is nothing to send, ("value", item)*, ("end", None) or ("failure", ...)
 """
 
 from __future__ import annotations
@@ -11,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from sparsevila_cluster.cluster.worker_api import methods_of
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import Internal, SparseVilaError, WorkerLost, to_failure
 
@@ -24,12 +23,14 @@ END = object()
 
 
 class RpcServer:
-    """Answers for `worker`, which others know as `name`. `calls` and `streams` are the methods that may be asked for."""
+    """Answers for `worker`, which others know as `name`, what the protocol `api` has (see worker_api.py)."""
 
-    def __init__(self, name: str, worker: Any, calls: Iterable[str], streams: Iterable[str] = (), beat_s: float = 1.0):
+    def __init__(self, name: str, worker: object, api: Callable[..., object], beat_s: float = 1.0):
         self.name = name
         self.worker = worker
-        self._calls, self._streams = frozenset(calls), frozenset(streams)
+        kinds = methods_of(api)
+        self._calls = frozenset(method for method, kind in kinds.items() if kind == "call")
+        self._streams = frozenset(kinds) - self._calls
         self._beat_s = beat_s
 
     async def call(self, addressee: str | None, method: str, args: tuple[Any, ...]) -> Envelope:
@@ -38,7 +39,7 @@ class RpcServer:
             result = self._method(addressee, method, self._calls)(*args)
             return "value", await result if inspect.isawaitable(result) else result
         except Exception as error:
-            return "failure", self._told(error, method)
+            return "failure", self._failure_of(error, method)
 
     async def stream(self, addressee: str | None, method: str, args: tuple[Any, ...]) -> AsyncGenerator[Envelope, None]:
         """What a method yields, or the one result of a coroutine. Leaving early closes the one and cancels the other."""
@@ -58,7 +59,7 @@ class RpcServer:
                 yield "value", item
             yield "end", None
         except Exception as error:
-            yield "failure", self._told(error, method)
+            yield "failure", self._failure_of(error, method)
         finally:
             if pending is not None and not pending.done():
                 pending.cancel()
@@ -66,14 +67,15 @@ class RpcServer:
             if items is not None and (pending is None or pending.done()):
                 await items.aclose()
 
-    def _method(self, addressee: str | None, method: str, table: frozenset[str]) -> Any:
+    def _method(self, addressee: str | None, method: str, table: frozenset[str]) -> Callable[..., Any]:
         if addressee not in (None, self.name):
             raise WorkerLost(f"worker {addressee} is gone")
         if method not in table:
-            raise Internal(f"{type(self.worker).__name__} answers no {method!r}; legal: {', '.join(sorted(table))}")
-        return getattr(self.worker, method)
+            raise Internal(f"{type(self.worker).__name__} has no method {method!r} to call; legal: {', '.join(sorted(table))}")
+        found: Callable[..., Any] = getattr(self.worker, method)
+        return found
 
-    def _told(self, error: Exception, method: str) -> dict[str, Any]:
+    def _failure_of(self, error: Exception, method: str) -> dict[str, Any]:
         if not isinstance(error, SparseVilaError):
             log.error("%s failed", method, exc_info=error, extra={"worker": self.name})
         return to_failure(error)

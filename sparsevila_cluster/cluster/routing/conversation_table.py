@@ -1,11 +1,8 @@
 """Conversations as one router knows them: where each one is, how far it has come, and whose turn it is.
 
-Knows: the token that clients hold (`base.worker.epoch`), and that turns of one conversation come one after the other. Does not
-know: what was said (the registry keeps that), or how workers are asked. What is forgotten here is found again by the token and in
-the registry.
-
-The epoch is `moves-turns`: how often the conversation went on at another worker, and how many turns it had behind it when the token
-was given. So a router that never heard of it can tell whether a worker, or the registry, is behind what the client has seen.
+Clients hold a token, `base.worker.epoch`. The epoch is `moves-turns`: how often the conversation went on at another worker, and how
+many turns it had behind it when the token was given. By it a router that never heard of the conversation can tell whether a worker,
+or the directory, is behind what the client has seen. What is forgotten here is found again by the token and in the directory.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sparsevila_cluster.cluster.messages import names
+from sparsevila_cluster.cluster.messages import turn_identities
 from sparsevila_cluster.core.errors import BadRequest, NotFound
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.requests import Turn, TurnRecord
@@ -40,10 +37,10 @@ class ConversationToken:
 
     @classmethod
     def parse(cls, text: str) -> ConversationToken:
-        """From what a client sent. What stands behind the base is a hint and may be anything.
+        """From what a client sent. What follows the base is a hint and may be anything.
 
         Raises:
-            NotFound: no conversation was ever named so.
+            NotFound: no conversation ever had such an id.
         """
         base, _, rest = text.partition(".")
         worker, _, epoch = rest.rpartition(".")
@@ -58,8 +55,8 @@ class ConversationState:
     """Where a conversation stands. worker: where it is, "" if nowhere yet. known: it is more than what a token says. last_turn_id:
     of its last finished turn, "" if that is not known.
 
-    unrecorded: (number, record) of turns that the registry was not there to take; recording: held by who tells it. late: somebody
-    will.
+    unrecorded: (number, record) of turns that the directory has not taken yet; recording: held while it is told. late: a background
+    task goes on telling it. lock: held by the turn that runs.
     """
 
     base: str
@@ -77,9 +74,10 @@ class ConversationState:
 
     @property
     def token(self) -> str:
+        """What its client is told to go on with."""
         return str(ConversationToken(self.base, self.worker, self.moves, self.num_turns))
 
-    def moves_to(self, worker: str) -> None:
+    def move_to(self, worker: str) -> None:
         """The next turn runs there."""
         if self.worker and self.worker != worker:
             self.moves += 1
@@ -90,16 +88,16 @@ class ConversationState:
         if token.num_turns > self.num_turns:
             self.worker, self.moves, self.num_turns, self.last_turn_id = token.worker, token.moves, token.num_turns, ""
 
-    def and_unrecorded(self, records: Sequence[TurnRecord]) -> list[TurnRecord]:
-        """What the registry knows of it, with the turns that the registry was not there to take."""
-        told = list(records)
+    def with_unrecorded(self, records: Sequence[TurnRecord]) -> list[TurnRecord]:
+        """`records` of the directory, and the turns that it has not taken yet."""
+        merged = list(records)
         for number, record in self.unrecorded:
-            if number <= len(told) and names(told[number : number + 1]) != names([record]):
-                told[number:] = [record]
-        return told
+            if number <= len(merged) and turn_identities(merged[number : number + 1]) != turn_identities([record]):
+                merged[number:] = [record]
+        return merged
 
-    def leads_to(self, records: Sequence[TurnRecord]) -> bool:
-        """Whether these are the turns that were heard here, or more: as many may be others, of a worker that was out of reach."""
+    def is_covered_by(self, records: Sequence[TurnRecord]) -> bool:
+        """Whether these are the turns that ended here, or more: as many may be others, of a worker that was out of reach."""
         if len(records) < self.num_turns:
             return False
         return not self.num_turns or self.last_turn_id in ("", records[self.num_turns - 1].turn.turn_id)
@@ -113,31 +111,32 @@ class ConversationState:
 
 
 class ConversationTable:
-    """Used within one event loop. The least recently used are forgotten beyond `most`."""
+    """The conversations of one router; beyond `most` the least recently used are forgotten. Used within one event loop."""
 
     def __init__(self, most: int):
-        self._heads: LRUDict[ConversationState] = LRUDict(most)
+        self._states: LRUDict[ConversationState] = LRUDict(most)
 
     def __len__(self) -> int:
-        return len(self._heads)
+        return len(self._states)
 
     def open(self, turn: Turn) -> ConversationState:
         """A new conversation."""
-        head = ConversationState(uuid.uuid4().hex, turn.media_id, turn.tenant, known=True)
-        self._heads.put(head.base, head)
-        return head
+        state = ConversationState(uuid.uuid4().hex, turn.media_id, turn.tenant, known=True)
+        self._states.put(state.base, state)
+        return state
 
-    def head(self, token: ConversationToken) -> ConversationState:
+    def state_of(self, token: ConversationToken) -> ConversationState:
         """The conversation of a token; a guess by the token alone if it is not known here."""
-        head = self._heads.use(token.base)
-        if head is None:
-            head = ConversationState(token.base, worker=token.worker, moves=token.moves, num_turns=token.num_turns)
-            self._heads.put(head.base, head)
-        return head
+        state = self._states.use(token.base)
+        if state is None:
+            state = ConversationState(token.base, worker=token.worker, moves=token.moves, num_turns=token.num_turns)
+            self._states.put(state.base, state)
+        return state
 
     def find(self, token: ConversationToken) -> ConversationState | None:
         """The conversation of a token if it is known here."""
-        return self._heads.get(token.base)
+        return self._states.get(token.base)
 
     def forget(self, base: str) -> None:
-        self._heads.pop(base, None)
+        """A conversation was closed, or never began."""
+        self._states.pop(base, None)

@@ -1,8 +1,4 @@
-"""A preparation as the router sees it: name the media, look for it, have it made where it is nowhere.
-
-Knows: what makes two requests ask for the same, and that a media which is resident costs the prefill pool nothing. Does not know:
-how a prefix comes to a decode worker (`shipping`), or who asks.
-"""
+"""A preparation as the router does it: name the media, look for it, have it made where it is nowhere."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgpack
 
 from sparsevila_cluster.cluster.routing.placement import choose_prefill
-from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner, PrefixWanted
+from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner, PrefixRequest
 from sparsevila_cluster.cluster.routing.worker_clients import WorkerClients
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.deadline import Deadline
@@ -37,7 +33,7 @@ MAX_REMEMBERED = 256
 
 
 def digest_of(request: PrepareRequest, config: EngineConfig) -> str:
-    """BLAKE2b-256 (64 hex digits) over all that a request says and the configuration that completes it: equal digests ask for the
+    """BLAKE2b-256 (64 hex digits) over all of a request and the configuration that completes it: equal digests ask for the
     same content key. Reads the sources once.
 
     Raises:
@@ -45,65 +41,65 @@ def digest_of(request: PrepareRequest, config: EngineConfig) -> str:
     """
     fps = config.fps if request.fps is None else request.fps
     cap = config.max_frames if request.max_frames is None else request.max_frames
-    known = [identify(source, fps=fps, max_frames=cap, limits=config.limits) for source in request.sources]
-    # The cap also as it was named: one above the limit is refused, though it would sample the same frames.
-    payload = [known, cap, request.prune_keep, request.tenant, config.model_dump_json()]
+    identities = [identify(source, fps=fps, max_frames=cap, limits=config.limits) for source in request.sources]
+    # The cap also as it was given: one above the limit is refused, though it would sample the same frames.
+    payload = [identities, cap, request.prune_keep, request.tenant, config.model_dump_json()]
     return hashlib.blake2b(msgpack.packb(payload), digest_size=32).hexdigest()
 
 
 class MediaPreparer:
-    """Used within one event loop."""
+    """Makes or finds media prefixes for the callers of one router. Used within one event loop."""
 
-    def __init__(self, fleet: WorkerClients, shipping: PrefixProvisioner, sink: MetricsSink):
-        self._fleet = fleet
-        self._shipping = shipping
+    def __init__(self, clients: WorkerClients, provisioner: PrefixProvisioner, sink: MetricsSink):
+        self._clients = clients
+        self._provisioner = provisioner
         self._sink = sink
-        self._sharing = SingleFlight[MediaHandle]()
+        self._flights = SingleFlight[MediaHandle]()
         self._remembered: LRUDict[PrepareRequest] = LRUDict(MAX_REMEMBERED)
 
     def remembered(self, key: str, tenant: str) -> PrepareRequest | None:
-        """How a media was asked for, by someone whom `tenant` may share it with."""
+        """The request by which a media prefix was prepared, if `tenant` may share it."""
         request = self._remembered.use(key)
         return request if request is not None and may_use(request.tenant, tenant) else None
 
     def forget(self, key: str) -> None:
+        """A media prefix was deleted: do not make it again by itself."""
         self._remembered.pop(key, None)
 
     async def prepare(self, request: PrepareRequest, progress: Progress | None, deadline: Deadline) -> MediaHandle:
-        """Find or make it; callers of the same at the same time share. Raises as `PrefixProvisioner.bring`, without NotFound."""
-        digest = await asyncio.to_thread(digest_of, request, self._fleet.config.engine)
-        handle, shared = await self._sharing.get(digest, lambda: self._find_or_make(digest, request, progress, deadline))
+        """Find or make it; callers of the same at the same time share. Raises as `PrefixProvisioner.provide`, without NotFound."""
+        digest = await asyncio.to_thread(digest_of, request, self._clients.config.engine)
+        handle, shared = await self._flights.get(digest, lambda: self._find_or_make(digest, request, progress, deadline))
         self._remembered.put(handle.media_id, request)
         return as_reused(handle) if shared else handle
 
     async def _find_or_make(
         self, digest: str, request: PrepareRequest, progress: Progress | None, deadline: Deadline
     ) -> MediaHandle:
-        registry = self._fleet.registry
-        found = await registry.find(digest, None, deadline)
+        directory = self._clients.directory
+        found = await directory.find(digest, None, deadline)
         if found.key is None:
-            found = await registry.find(None, await self._key_of(digest, request, deadline), deadline)
+            found = await directory.find(None, await self._key_of(digest, request, deadline), deadline)
         assert found.key is not None
         if found.holders and found.handle is not None:
             self._sink.count("media_kv_hits_total")
-            noting = registry.note_held(found.handle, (), digest, deadline.remaining_s("preparing media"))
-            self._fleet.later(noting, "telling which media a request means")
+            noting = directory.note_held(found.handle, (), digest, deadline.remaining_s("preparing media"))
+            self._clients.in_background(noting, f"noting which request asks for media {found.key[:12]}")
             return as_reused(found.handle)
-        wanted = PrefixWanted(found.key, deadline, request, progress, digest)
-        _, handle = await self._shipping.bring(wanted)
+        _, handle = await self._provisioner.provide(PrefixRequest(found.key, deadline, request, progress, digest))
         return handle
 
     async def _key_of(self, digest: str, request: PrepareRequest, deadline: Deadline) -> str:
         """From whichever prefill worker answers. Raises Unavailable: none does, in `max_attempts`."""
         tried: set[str] = set()
         error: SparseVilaError | None = None
-        for _ in range(self._fleet.config.router.max_attempts):
-            worker = choose_prefill(await self._fleet.workers("prefill", deadline), self._fleet.scene(tried, digest))
+        for _ in range(self._clients.config.router.max_attempts):
+            worker = choose_prefill(await self._clients.workers("prefill", deadline), self._clients.placement(tried, digest))
             if worker is None:
                 break
             try:
-                return await self._fleet.key_of(worker, request, deadline)
+                return await self._clients.key_of(worker, request, deadline)
             except (Unavailable, QueueFull) as failure:
                 tried.add(worker)
                 error = failure
-        raise error or Unavailable("no prefill worker is there to make media")
+        raise error or Unavailable("there is no prefill worker to make media")

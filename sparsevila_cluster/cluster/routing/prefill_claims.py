@@ -1,7 +1,4 @@
-"""Who may make a media prefix: one router at a time, by a leased claim in the registry.
-
-Knows: leases, and that a router that dies stops renewing. Does not know: what is made, or how.
-"""
+"""Which router may have a media prefix made: one at a time, by a leased claim in the directory that it renews while it lives."""
 
 from __future__ import annotations
 
@@ -19,21 +16,21 @@ log = logging.getLogger(__name__)
 
 
 class PrefillClaims:
-    """`name`: the router's, to be read in the registry."""
+    """The claims of one router, which are readable in the directory by its `name`."""
 
-    def __init__(self, fleet: WorkerClients, name: str):
-        self._fleet = fleet
+    def __init__(self, clients: WorkerClients, name: str):
+        self._clients = clients
         self._name = name
 
     @asynccontextmanager
     async def of(self, key: str, deadline: Deadline) -> AsyncGenerator[bool, None]:
         """Whether this router may make the prefix now: True for the length of the block, or False after a while of waiting.
 
-        Raises Unavailable (the registry does not answer), DeadlineExceeded, Cancelled.
+        Raises Unavailable (the directory does not answer), DeadlineExceeded, Cancelled.
         """
-        registry = self._fleet.registry
-        owner, lease_s = f"{self._name}/{uuid.uuid4().hex}", self._fleet.config.transport.lease_s
-        if not await registry.claim(key, owner, lease_s, deadline):
+        directory = self._clients.directory
+        owner, lease_s = f"{self._name}/{uuid.uuid4().hex}", self._clients.config.transport.lease_s
+        if not await directory.claim(key, owner, lease_s, deadline):
             await asyncio.sleep(min(PAUSE_S, deadline.remaining_s("waiting for another router's preparation")))
             yield False
             return
@@ -42,12 +39,12 @@ class PrefillClaims:
             yield True
         finally:
             renewing.cancel()
-            self._fleet.later(registry.tell("unclaim", key, owner), "giving a claim back")
+            self._clients.in_background(directory.once().unclaim(key, owner), f"releasing the claim of media {key[:12]}")
 
     async def _renew(self, key: str, owner: str, lease_s: float) -> None:
         while True:
             await asyncio.sleep(lease_s / 3)
             try:
-                await self._fleet.registry.tell("claim", key, owner, lease_s)
+                await self._clients.directory.once().claim(key, owner, lease_s)
             except SparseVilaError as error:
-                log.info("a claim was not renewed: %s", error)
+                log.info("the claim of media %s was not renewed: %s", key[:12], error)

@@ -1,7 +1,4 @@
-"""Hot media prefixes earn more decode workers.
-
-Knows: how many turns this router runs on each prefix at each worker. Does not know: what the turns are, or how a prefix travels.
-"""
+"""Hot media prefixes are copied to more decode workers: how many turns this router runs on each decides."""
 
 from __future__ import annotations
 
@@ -19,21 +16,21 @@ from sparsevila_cluster.core.lru_dict import LRUDict
 
 log = logging.getLogger(__name__)
 
-MAX_AT_ONCE = 2
-# A prefix that stays hot because nobody has room is looked at again only after this.
-REST_S = 5.0
-MAX_RESTING = 1_024
+MAX_REPLICATIONS = 2
+# A prefix that stays hot because nobody has room is considered again only after this.
+RETRY_AFTER_S = 5.0
+MAX_RETRY_TIMES = 1_024
 
 
 class PrefixReplicator:
     """Sends copies in the background. Used within one event loop."""
 
-    def __init__(self, fleet: WorkerClients, shipping: PrefixProvisioner):
-        self._fleet = fleet
-        self._shipping = shipping
+    def __init__(self, clients: WorkerClients, provisioner: PrefixProvisioner):
+        self._clients = clients
+        self._provisioner = provisioner
         self._running: Counter[tuple[str, str]] = Counter()
-        self._going: set[str] = set()
-        self._resting: LRUDict[float] = LRUDict(MAX_RESTING)
+        self._replicating: set[str] = set()
+        self._retry_at_s: LRUDict[float] = LRUDict(MAX_RETRY_TIMES)
         self.num_replicas = 0
 
     @contextmanager
@@ -49,29 +46,34 @@ class PrefixReplicator:
                 del self._running[worker, key]
 
     def _consider(self, worker: str, key: str) -> None:
-        after = self._fleet.config.decode.replicate_after
-        if not after or self._running[worker, key] < after or key in self._going or len(self._going) >= MAX_AT_ONCE:
+        after = self._clients.config.decode.replicate_after
+        if (
+            not after
+            or self._running[worker, key] < after
+            or key in self._replicating
+            or len(self._replicating) >= MAX_REPLICATIONS
+        ):
             return
-        if time.monotonic() >= self._resting.get(key, 0.0):
-            self._going.add(key)
-            self._fleet.later(self._replicate(key, after), "replicating a hot prefix")
+        if time.monotonic() >= self._retry_at_s.get(key, 0.0):
+            self._replicating.add(key)
+            self._clients.in_background(self._replicate(key, after), f"replicating media {key[:12]}")
 
     async def _replicate(self, key: str, after: int) -> None:
-        fleet = self._fleet
-        deadline = Deadline(fleet.config.engine.prepare_timeout_s)
+        clients = self._clients
+        deadline = Deadline(clients.config.engine.prepare_timeout_s)
         try:
-            found = await fleet.registry.find(None, key, deadline)
-            decodes = await fleet.workers("decode", deadline)
+            found = await clients.directory.find(None, key, deadline)
+            decodes = await clients.workers("decode", deadline)
             holders = {one.worker for one in found.holders}
             if found.handle is None or not holders:
                 return
             running = min(self._running[holder, key] for holder in holders)
-            target = choose_replica(decodes, holders, found.handle.kv_bytes, running, after, fleet.scene())
+            target = choose_replica(decodes, holders, found.handle.kv_bytes, running, after, clients.placement())
             if target is not None:
                 report = next(one for one in decodes if one.worker == target)
-                await self._shipping.replicate(key, found.handle, report, deadline)
+                await self._provisioner.replicate(key, found.handle, report, deadline)
                 self.num_replicas += 1
-                log.info("media %s is hot: it is at %s too now", key[:12], target, extra={"at": target})
+                log.info("media %s was replicated to worker %s", key[:12], target, extra={"at": target})
         finally:
-            self._going.discard(key)
-            self._resting.put(key, time.monotonic() + REST_S)
+            self._replicating.discard(key)
+            self._retry_at_s.put(key, time.monotonic() + RETRY_AFTER_S)

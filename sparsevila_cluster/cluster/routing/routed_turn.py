@@ -1,30 +1,40 @@
-"""One turn as the router sees it: asked of the worker that has its conversation, and of another one should that be lost.
+"""One turn on the router, from its arrival to its end: on the worker that has its conversation, and on another one if that is lost.
 
-Knows: what the client was told so far, where the turn runs, and how it goes on elsewhere. Does not know: KV, lanes, or how a prefix
-comes to another worker (`shipping`).
-
-    worker of the conversation -> events | lost, or not there any more:
-        the conversation's text from the registry, its prefix to another worker from a copy, asked there with what was said
-        -> the events go on at the next token
+    a former run of it is ended -> the conversation's turns before it are over -> the conversation begins, or is located
+    -> [a worker is chosen -> events | the worker is lost, or lacks the conversation or its prefix]*
+    -> the turn is recorded -> done -> the conversation's next turn may begin
+A worker that takes the turn over gets the prefix from a copy, the conversation's text from the directory, and what the client has
+heard of the answer; the events go on at the next token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from sparsevila_cluster.cluster.routing.conversation_table import ConversationState
+from sparsevila_cluster.cluster.routing.conversation_table import ConversationState, ConversationTable, ConversationToken
 from sparsevila_cluster.cluster.routing.media_preparer import MediaPreparer
 from sparsevila_cluster.cluster.routing.placement import choose_holder
-from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner, PrefixWanted
+from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner, PrefixRequest
 from sparsevila_cluster.cluster.routing.replication import PrefixReplicator
-from sparsevila_cluster.cluster.routing.turn_recorder import write_down
+from sparsevila_cluster.cluster.routing.turn_recorder import record_turn
 from sparsevila_cluster.cluster.routing.worker_clients import PAUSE_S, WorkerClients
 from sparsevila_cluster.core.deadline import Deadline, wait_within
-from sparsevila_cluster.core.errors import BadMedia, Internal, NotFound, QueueFull, SparseVilaError, Unavailable, WorkerLost
+from sparsevila_cluster.core.errors import (
+    BadMedia,
+    BadRequest,
+    Cancelled,
+    Internal,
+    NotFound,
+    QueueFull,
+    SparseVilaError,
+    Unavailable,
+    WorkerLost,
+)
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import Replay, Turn, TurnEvent, TurnRecord
 from sparsevila_cluster.core.tenancy import may_use
@@ -36,31 +46,48 @@ log = logging.getLogger(__name__)
 class RouterParts:
     """What every turn of one router uses."""
 
-    fleet: WorkerClients
-    shipping: PrefixProvisioner
-    preparing: MediaPreparer
-    replication: PrefixReplicator
+    clients: WorkerClients
+    conversations: ConversationTable
+    provisioner: PrefixProvisioner
+    preparer: MediaPreparer
+    replicator: PrefixReplicator
     sink: MetricsSink
 
 
 class RoutedTurn:
-    """One turn under way. The caller holds the conversation's lock, if only until `let_go`."""
+    """One turn under way: `events` is its life; the other methods end it early or look at it."""
 
-    def __init__(self, means: RouterParts, turn: Turn, head: ConversationState, deadline: Deadline):
-        self._means, self._fleet = means, means.fleet
-        self.turn, self.head, self.deadline = turn, head, deadline
-        self.worker: str | None = None
-        self.ended: SparseVilaError | None = None
+    conversation: ConversationState
+
+    def __init__(self, parts: RouterParts, turn: Turn, former: RoutedTurn | None = None):
+        """former: a run of a turn with this id that is not over in this router.
+
+        Raises:
+            NotFound: no conversation ever had such an id. BadRequest: the id is in use for a turn of another conversation.
+        """
+        self._parts, self._clients = parts, parts.clients
+        self._token = ConversationToken.parse(turn.conversation_id) if turn.conversation_id else None
+        if former is not None and (self._token is None or self._token.base != former.conversation.base):
+            raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
+        self._former = former
+        self.turn = _with_seed(turn)
+        self.conversation = parts.conversations.open(turn) if self._token is None else parts.conversations.state_of(self._token)
+        config = parts.clients.config
+        self._deadline = Deadline(config.engine.turn_timeout_s if turn.deadline_s is None else turn.deadline_s)
+        self._num_attempts = config.router.max_attempts
+        self._worker: str | None = None  # where it runs now
+        self._ended: SparseVilaError | None = None
         self._holds_lock = False
+        self._is_named = self._token is not None  # whether the client can name the conversation
         self._history: tuple[TurnRecord, ...] | None = None
-        self._said = list(turn.replay.token_ids) if turn.replay is not None else []
+        self._begun_at: int | None = None  # turns before this one, once a worker has begun it
+        self._token_ids = list(turn.replay.token_ids) if turn.replay is not None else []
         self._brownout = turn.replay.brownout if turn.replay is not None else 0.0
         self._lost: set[str] = set()
         self._lacking: set[str] = set()
         self._recovering = False
-        self._begun_at: int | None = None  # turns before this one, once a worker has begun it
 
-    # ---- the outside's view ------------------------------------------------------------------------------------------------
+    # ---- its life ----------------------------------------------------------------------------------------------------------
 
     async def events(self) -> AsyncGenerator[TurnEvent, None]:
         """The events of the turn, `done` last. Leaving the iteration early aborts it where it runs.
@@ -68,130 +95,239 @@ class RoutedTurn:
         Raises:
             What the worker raises of the turn itself. Unavailable, NotFound: it can go on nowhere. DeadlineExceeded, Cancelled.
         """
-        told: set[str] = set()
-        for attempt in range(1, self._fleet.config.router.max_attempts + 1):
+        try:
+            await self._take_over()
+            await self._lock()
+            await self._locate()
+            async with aclosing(self._attempts()) as events:
+                async for event in events:
+                    self._is_named = True
+                    yield event
+        finally:
+            self._leave()
+
+    async def _attempts(self) -> AsyncGenerator[TurnEvent, None]:
+        """The events of the turn from as many workers as it takes."""
+        sent: set[str] = set()
+        for attempt in range(1, self._num_attempts + 1):
             self._check()
-            worker = await self._place()
+            worker = await self._choose_worker()
             try:
                 async with aclosing(self._run(worker)) as events:
                     async for event in events:
                         self._check()
-                        if self._begun_at is None and event.kind != "accepted":
-                            self._begun_at = self.head.num_turns
-                        if event.kind == "token":
-                            self._add(event)
-                        elif event.kind == "accepted":
-                            self.head.known = True
-                        elif event.kind == "done":
-                            await self._finish(event)
-                        if event.kind == "token" or event.kind not in told:
-                            told.add(event.kind)
-                            yield replace(event, conversation_id=self.head.token) if event.kind in ("accepted", "done") else event
-                if "done" in told:
+                        await self._note(event)
+                        if event.kind == "token" or event.kind not in sent:
+                            sent.add(event.kind)
+                            with_token = event.kind in ("accepted", "done")
+                            yield replace(event, conversation_id=self.conversation.token) if with_token else event
+                if "done" in sent:
                     return
-                raise WorkerLost(f"worker {worker} ended a turn in mid-answer")
+                raise WorkerLost(f"worker {worker} ended turn {self.turn.turn_id} without its last event")
             except SparseVilaError as error:
-                self.worker = None
-                if "done" in told:
-                    return  # a worker that dies with its last word has said it
-                if attempt == self._fleet.config.router.max_attempts or not await self._goes_on(worker, error):
+                self._worker = None
+                if "done" in sent:
+                    return
+                if attempt == self._num_attempts or not await self._may_retry(worker, error):
                     raise
                 extra = {"turn_id": self.turn.turn_id, "at": worker}
                 level = logging.WARNING if worker in self._lost else logging.INFO
-                log.log(level, "a turn is asked again after %d tokens: %s", len(self._said), error, extra=extra)
+                message = "turn %s is asked again after %d tokens: %s"
+                log.log(level, message, self.turn.turn_id, len(self._token_ids), error, extra=extra)
 
-    async def resolve(self) -> None:
-        """Find out where a conversation stands of which more is needed than its token says: what it is about, or what was said.
+    def uses(self, media_id: str) -> bool:
+        """Whether it runs on this media prefix now."""
+        return self._worker is not None and self.conversation.media_id == media_id
+
+    async def abort(self, deadline: Deadline) -> bool:
+        """End it wherever it is; its conversation stays as it was before it. False if it is over there."""
+        if self._worker is None:  # waiting, or between two workers
+            self.end(Cancelled(f"turn {self.turn.turn_id} was aborted"))
+            return True
+        return await self._clients.abort_turn(self.turn.turn_id, [self._worker], deadline)
+
+    def end(self, error: SparseVilaError) -> None:
+        """Send no more of this turn; its stream ends with `error`."""
+        self._ended = self._ended or error
+
+    # ---- arrival and departure ---------------------------------------------------------------------------------------------
+
+    async def _take_over(self) -> None:
+        """Abort a former run that may go on for a client that is gone."""
+        turn_id, former, self._former = self.turn.turn_id, self._former, None
+        workers: list[str] = []
+        if former is not None:
+            former.end(Cancelled(f"turn {turn_id} was taken up again"))
+            workers = [former._worker] if former._worker is not None else []
+        elif self.turn.replay is not None:
+            workers = [one.worker for one in await self._clients.workers("decode", self._deadline)]
+        elif not self.conversation.known and self.conversation.worker:  # of another router, which may have lost it at once
+            workers = [self.conversation.worker]
+        if workers:
+            await self._clients.abort_turn(turn_id, workers, self._deadline)
+        if former is not None:
+            former._unlock()
+
+    async def _lock(self) -> None:
+        """Wait for the conversation's turns before this one. Raises DeadlineExceeded."""
+        what = f"waiting for the turns before turn {self.turn.turn_id}"
+        await wait_within(self.conversation.lock.acquire(), self._deadline.remaining_s(what), what)
+        self._holds_lock = True
+
+    def _unlock(self) -> None:
+        """Let the conversation's next turn begin. Harmless when repeated."""
+        if self._holds_lock:
+            self._holds_lock = False
+            self.conversation.lock.release()
+
+    async def _locate(self) -> None:
+        """Begin the conversation, or find out where it stands as far as that is needed.
 
         Raises:
             NotFound: it is unknown, another tenant's, or its text is lost. BadRequest: it is about another media. Unavailable.
         """
-        known = self.head.known
-        self._history = await self._read_history()
-        if not known:
-            decodes = await self._fleet.workers("decode", self.deadline)
-            if self.head.worker not in {one.worker for one in decodes}:
-                self._lost.add(self.head.worker)
+        conversation, turn, clients = self.conversation, self.turn, self._clients
+        if self._token is None:
+            self._history = ()
+            opening = clients.directory.once().open_conversation(conversation.base, conversation.media_id, conversation.tenant)
+            clients.in_background(opening, "opening a conversation", turn_id=turn.turn_id)
+            return conversation.check(turn)
+        conversation.catch_up(self._token)
+        was_known = conversation.known
+        enough = was_known or conversation.num_turns and conversation.worker and turn.media_id
+        if not enough or turn.replay is not None or conversation.last_turn_id == turn.turn_id:
+            self._history = await self._read_history()
+            decodes = () if was_known else await clients.workers("decode", self._deadline)
+            if not was_known and conversation.worker not in {one.worker for one in decodes}:
+                self._lost.add(conversation.worker)
+        elif not was_known:
+            # The token names its worker, which knows better what the conversation is about and whose it is.
+            conversation.media_id, conversation.tenant = turn.media_id, turn.tenant
+        conversation.check(turn)
 
-    def suppose(self) -> None:
-        """The token says enough to ask its worker, which knows better what the conversation is about and whose it is."""
-        self.head.media_id, self.head.tenant = self.turn.media_id, self.turn.tenant
+    def _leave(self) -> None:
+        """The turn is over, or its client is gone."""
+        self._unlock()
+        self._deadline.cancel()
+        conversation = self.conversation
+        if not self._is_named and conversation.worker:
+            self._clients.in_background(self._close_unnamed(), "closing a conversation", turn_id=self.turn.turn_id)
+        if not conversation.known or not conversation.num_turns and not conversation.worker:
+            self._parts.conversations.forget(conversation.base)
 
-    def begin(self) -> None:
-        """The conversation begins with this turn."""
-        self._history = ()
-        head = self.head
-        opening = self._fleet.registry.tell("open_conversation", head.base, head.media_id, head.tenant)
-        self._fleet.later(opening, "opening a conversation", turn_id=self.turn.turn_id)
+    async def _close_unnamed(self) -> None:
+        """Close a conversation that a worker has begun, but of which no client was told."""
+        base, clients = self.conversation.base, self._clients
+        self._parts.conversations.forget(base)
+        deadline = Deadline(2 * clients.config.router.call_timeout_s)
+        await clients.close_conversation(base, self.conversation.worker, True, deadline)
+        await clients.directory.once().forget_conversation(base)
 
-    async def lock(self) -> None:
-        """Wait for the conversation's turns before this one. Raises DeadlineExceeded."""
-        what = f"waiting for the turns before turn {self.turn.turn_id}"
-        await wait_within(self.head.lock.acquire(), self.deadline.remaining_s(what), what)
-        self._holds_lock = True
+    # ---- where it runs -----------------------------------------------------------------------------------------------------
 
-    def let_go(self) -> None:
-        """Let the conversation's next turn begin. Harmless when repeated."""
-        if self._holds_lock:
-            self._holds_lock = False
-            self.head.lock.release()
-
-    def end(self, error: SparseVilaError) -> None:
-        """Nothing more is told of this turn; its stream ends with `error`."""
-        self.ended = self.ended or error
-
-    # ---- where -------------------------------------------------------------------------------------------------------------
-
-    async def _place(self) -> str:
-        """A worker that has the prefix as far as anybody knows. Where the conversation is not, its history goes along."""
-        head = self.head
-        if head.worker and head.worker not in self._lost | self._lacking:
-            return head.worker
-        found = await self._fleet.registry.where(head.media_id, self.deadline)
+    async def _choose_worker(self) -> str:
+        """A worker that has the prefix as far as is known. Where the conversation is not, its history goes along."""
+        conversation = self.conversation
+        if conversation.worker and conversation.worker not in self._lost | self._lacking:
+            return conversation.worker
+        found = await self._clients.directory.locate(conversation.media_id, self._deadline)
         if found.handle is not None and not may_use(found.handle.tenant, self.turn.tenant):
-            raise NotFound(f"media {head.media_id!r} is not resident; prepare it first")
+            raise NotFound(f"media {conversation.media_id!r} is not resident; prepare it first")
         if self._history is None:
             self._history = await self._read_history()
         holders = [one for one in found.holders if one.worker not in self._lacking]
-        worker = choose_holder(holders, self._fleet.scene(self._lost, head.base))
-        return worker if worker is not None else await self._bring()
+        worker = choose_holder(holders, self._clients.placement(self._lost, conversation.base))
+        return worker if worker is not None else await self._provide_prefix()
 
-    async def _bring(self) -> str:
-        key = self.head.media_id
-        request = self._means.preparing.remembered(key, self.turn.tenant)
+    async def _provide_prefix(self) -> str:
+        """A worker where the prefix has been made resident."""
+        key, parts = self.conversation.media_id, self._parts
+        source = parts.preparer.remembered(key, self.turn.tenant)
         lost, lacking = frozenset(self._lost), frozenset(self._lacking)
-        wanted = PrefixWanted(key, self.deadline, request, again=True, lost=lost, lacking=lacking)
         try:
-            worker, _ = await self._means.shipping.bring(wanted)
+            worker, _ = await parts.provisioner.provide(
+                PrefixRequest(key, self._deadline, source, again=True, lost=lost, lacking=lacking)
+            )
         except BadMedia as error:
-            raise Unavailable(f"media {key!r} is lost with its worker, and its source can not be read again: {error}") from error
+            raise Unavailable(f"media {key!r} is lost with its worker, and its source cannot be read again: {error}") from error
         self._lacking.discard(worker)
         return worker
 
+    async def _run(self, worker: str) -> AsyncGenerator[TurnEvent, None]:
+        """The events of one attempt, after those that the client has."""
+        conversation, clients = self.conversation, self._clients
+        turn = replace(
+            self.turn,
+            conversation_id=conversation.base,
+            media_id=conversation.media_id,
+            deadline_s=self._deadline.remaining_s(f"turn {self.turn.turn_id}"),
+            after=conversation.num_turns,
+            replay=Replay(tuple(self._token_ids), self._brownout) if self._token_ids else None,
+        )
+        self._worker = worker
+        if conversation.worker not in ("", worker):
+            moving = clients.directory.once().mark_stale(conversation.base, conversation.worker, worker)
+            clients.in_background(moving, "moving a conversation", turn_id=turn.turn_id)
+        conversation.move_to(worker)
+        with clients.busy(worker), self._parts.replicator.turn(worker, conversation.media_id):
+            async with aclosing(clients.decode(worker, self._deadline).ask(turn, self._history)) as batches:
+                async for batch in batches:
+                    for event in batch:
+                        yield event
+
+    # ---- what was heard ----------------------------------------------------------------------------------------------------
+
+    async def _note(self, event: TurnEvent) -> None:
+        """Keep what another worker would need to go on after this event; record the turn when it is done."""
+        if self._begun_at is None and event.kind != "accepted":
+            self._begun_at = self.conversation.num_turns
+        if event.kind == "accepted":
+            self.conversation.known = True
+        elif event.kind == "token":
+            if event.index != len(self._token_ids):
+                raise Internal(f"turn {self.turn.turn_id}: token {event.index} came instead of token {len(self._token_ids)}")
+            self._token_ids += event.token_ids
+            self._brownout = event.brownout
+        elif event.kind == "done":
+            await self._record(event)
+
+    async def _record(self, done: TurnEvent) -> None:
+        """The turn is part of its conversation now: record it before the client may ask the next one."""
+        conversation = self.conversation
+        base, media_id = conversation.base, conversation.media_id
+        asked = replace(self.turn, conversation_id=base, media_id=media_id, deadline_s=None, after=None, replay=None)
+        brownout = done.usage.brownout if done.usage is not None else self._brownout
+        number, conversation.num_turns = conversation.num_turns, conversation.num_turns + 1
+        conversation.last_turn_id = self.turn.turn_id
+        if self._recovering:
+            self._parts.sink.count("turns_recovered_total")
+        record = TurnRecord(asked, tuple(self._token_ids), brownout)
+        await record_turn(self._clients, conversation, number, record, self._deadline)
+
     async def _read_history(self) -> tuple[TurnRecord, ...]:
-        """The finished turns before this one. What its client has seen finished is waited for: a router may be about to tell it.
+        """The finished turns before this one. What its client has seen finished is waited for: another router may still record it.
 
         Raises:
             NotFound: unknown, another tenant's, or lost. BadRequest: about another media. Unavailable, DeadlineExceeded, Cancelled.
         """
-        head, turn = self.head, self.turn
-        patience = Deadline(self._fleet.config.router.call_timeout_s)
+        conversation, turn, clients = self.conversation, self.turn, self._clients
+        patience = Deadline(clients.config.router.call_timeout_s)
         while True:
-            journal = await self._fleet.registry.journal(head.base, self.deadline)
-            records = head.and_unrecorded(journal.records if journal is not None else ())
-            if head.leads_to(records):
+            journal = await clients.directory.journal(conversation.base, self._deadline)
+            records = conversation.with_unrecorded(journal.records if journal is not None else ())
+            if conversation.is_covered_by(records):
                 break
-            if not patience.left_s and journal is None and not head.known:
+            if not patience.left_s and journal is None and not conversation.known:
                 raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
             if not patience.left_s:
-                raise NotFound(f"the text of conversation {head.token!r} is lost, and the worker that held it")
-            await asyncio.sleep(min(PAUSE_S, self.deadline.remaining_s("waiting for the text of a conversation")))
-        if journal is None and not head.known:
+                raise NotFound(f"the text of conversation {conversation.token!r} is lost, and the worker that held it")
+            await asyncio.sleep(min(PAUSE_S, self._deadline.remaining_s("waiting for the text of a conversation")))
+        if journal is None and not conversation.known:
             raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
-        if journal is not None and not head.known:
-            head.media_id, head.tenant, head.known = journal.media_id, journal.tenant, True
-            head.check(turn)
-        num_heard = max(head.num_turns, journal.num_heard if journal is not None else 0)
+        if journal is not None and not conversation.known:
+            conversation.media_id, conversation.tenant, conversation.known = journal.media_id, journal.tenant, True
+            conversation.check(turn)
+        num_heard = max(conversation.num_turns, journal.num_heard if journal is not None else 0)
         # What a worker remembers beyond was never heard by anybody, but for this very turn.
         begun_at = num_heard if self._begun_at is None else self._begun_at
         own = any(record.turn.turn_id == turn.turn_id for record in records[begun_at : begun_at + 1])
@@ -199,84 +335,55 @@ class RoutedTurn:
         if records and records[-1].turn.turn_id == turn.turn_id:
             # It was finished, but its client did not hear all of it: it is made once more, the same.
             self._brownout = records.pop().brownout
-        head.num_turns, head.last_turn_id = len(records), records[-1].turn.turn_id if records else ""
+        conversation.num_turns, conversation.last_turn_id = len(records), records[-1].turn.turn_id if records else ""
         return tuple(records)
 
-    # ---- one attempt -------------------------------------------------------------------------------------------------------
-
-    async def _run(self, worker: str) -> AsyncGenerator[TurnEvent, None]:
-        """The events of one attempt, behind what was said before it."""
-        head, fleet = self.head, self._fleet
-        turn = replace(
-            self.turn,
-            conversation_id=head.base,
-            media_id=head.media_id,
-            deadline_s=self.deadline.remaining_s(f"turn {self.turn.turn_id}"),
-            after=head.num_turns,
-            replay=Replay(tuple(self._said), self._brownout) if self._said else None,
-        )
-        self.worker = worker
-        if head.worker not in ("", worker):
-            fleet.later(fleet.registry.tell("leave", head.base, head.worker, worker), "moving a conversation", turn_id=turn.turn_id)
-        head.moves_to(worker)
-        with fleet.busy(worker), self._means.replication.turn(worker, head.media_id):
-            async with aclosing(fleet.stream("decode", worker, "ask", turn, self._history, deadline=self.deadline)) as batches:
-                async for batch in batches:
-                    for event in batch:
-                        yield event
-
-    def _add(self, event: TurnEvent) -> None:
-        if event.index != len(self._said):
-            raise Internal(f"token {event.index} of turn {self.turn.turn_id} came where token {len(self._said)} was due")
-        self._said += event.token_ids
-        self._brownout = event.brownout
-
-    async def _finish(self, done: TurnEvent) -> None:
-        """The turn is part of its conversation from here on: write it down before the client may ask the next one."""
-        head = self.head
-        asked = replace(self.turn, conversation_id=head.base, media_id=head.media_id, deadline_s=None, after=None, replay=None)
-        brownout = done.usage.brownout if done.usage is not None else self._brownout
-        record = TurnRecord(asked, tuple(self._said), brownout)
-        number, head.num_turns = head.num_turns, head.num_turns + 1
-        head.last_turn_id = self.turn.turn_id
-        if self._recovering:
-            self._means.sink.count("turns_recovered_total")
-        await write_down(self._fleet, head, number, record, self.deadline)
-
-    # ---- when it fails -----------------------------------------------------------------------------------------------------
+    # ---- when an attempt fails ---------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        if self.ended is not None:
-            raise self.ended
-        self.deadline.check(f"turn {self.turn.turn_id}")
+        if self._ended is not None:
+            raise self._ended
+        self._deadline.check(f"turn {self.turn.turn_id}")
 
-    async def _goes_on(self, worker: str, error: SparseVilaError) -> bool:
-        """Whether another attempt may do what this one did not, and what has to be different then."""
-        if self.ended is not None:
+    async def _may_retry(self, worker: str, error: SparseVilaError) -> bool:
+        """Whether another attempt may do what this one did not; notes what has to be different then."""
+        if self._ended is not None:
             return False
         if isinstance(error, NotFound):
-            return await self._was_forgotten(worker)
+            await self._note_lacking(worker)
+            return True
         if isinstance(error, Unavailable):
             self._lost.add(worker)
             self._recovering = True
             if not isinstance(error, WorkerLost):
-                self._fleet.failed(worker, error)
-            # It may be alive, out of reach for a moment: nobody listens to what it says there any more.
-            self._fleet.tell_later("decode", worker, "abort", self.turn.turn_id, turn_id=self.turn.turn_id)
+                self._clients.failed(worker, error)
+            # It may be alive, out of reach for a moment, and run the turn for nobody.
+            turn_id, soon = self.turn.turn_id, Deadline(self._clients.config.router.call_timeout_s)
+            aborting = self._clients.decode(worker, soon, trips_breaker=False).abort(turn_id)
+            self._clients.in_background(aborting, f"aborting a turn at worker {worker}", turn_id=turn_id)
             return True
-        if isinstance(error, QueueFull) and self._history == () and not self._said:
+        if isinstance(error, QueueFull) and self._history == () and not self._token_ids:
             # Nothing ties a conversation that begins to this worker, where another one has its prefix too.
             self._lost.add(worker)
-            found = await self._fleet.registry.where(self.head.media_id, self.deadline)
-            return bool({one.worker for one in found.holders} - self._lost - self._lacking)
+            return bool(await self._holders() - self._lost - self._lacking)
         return False
 
-    async def _was_forgotten(self, worker: str) -> bool:
-        """The worker has not got the conversation as it was, or not its prefix."""
+    async def _note_lacking(self, worker: str) -> None:
+        """The worker has not got the conversation as it was, for which its history helps, or not its prefix."""
         if self._history is None:
             self._history = await self._read_history()
-            found = await self._fleet.registry.where(self.head.media_id, self.deadline)
-            if worker in {one.worker for one in found.holders}:
-                return True
+            if worker in await self._holders():
+                return
         self._lacking.add(worker)
-        return True
+
+    async def _holders(self) -> set[str]:
+        found = await self._clients.directory.locate(self.conversation.media_id, self._deadline)
+        return {one.worker for one in found.holders}
+
+
+def _with_seed(turn: Turn) -> Turn:
+    """The turn with a seed, made from its id, if it samples without one: whoever takes it over goes on with the same draws."""
+    if turn.sampling.temperature == 0.0 or turn.sampling.seed is not None:
+        return turn
+    digest = hashlib.blake2b(turn.turn_id.encode(), digest_size=8).digest()
+    return replace(turn, sampling=replace(turn.sampling, seed=int.from_bytes(digest) >> 1))

@@ -1,8 +1,4 @@
-"""Finished turns on their way into the registry, in order, at once or late.
-
-Knows: that the registry may be away, that a turn must not wait for it, and that each record needs those before it. Does not know:
-what was said, or what records are for.
-"""
+"""Finished turns on their way into the directory, in order, at once or late: no turn waits long for a directory that is away."""
 
 from __future__ import annotations
 
@@ -17,48 +13,50 @@ from sparsevila_cluster.core.requests import TurnRecord
 
 log = logging.getLogger(__name__)
 
-# Writing down a finished turn is not worth more of a client's time: the decode worker keeps it too.
+# Recording a finished turn is not worth more of a client's time: the decode worker keeps it too.
 WITHIN_S = 1.0
 LATE_S = 120.0
 MAX_UNRECORDED = 64
 
 
-async def write_down(fleet: WorkerClients, head: ConversationState, number: int, record: TurnRecord, deadline: Deadline) -> None:
-    """Turn `number` of a conversation is over. What the registry does not take within WITHIN_S is told later, in the background."""
+async def record_turn(
+    clients: WorkerClients, conversation: ConversationState, number: int, record: TurnRecord, deadline: Deadline
+) -> None:
+    """Turn `number` of a conversation is over. A directory that does not take it within WITHIN_S gets it later."""
     turn_id = record.turn.turn_id
-    head.unrecorded.append((number, record))
-    del head.unrecorded[:-MAX_UNRECORDED]
+    conversation.unrecorded.append((number, record))
+    del conversation.unrecorded[:-MAX_UNRECORDED]
     try:
-        if fleet.registry.away:
-            raise WorkerLost("the registry was away just now")
+        if clients.directory.away:
+            raise WorkerLost("the directory did not answer just now")
         within_s = min(WITHIN_S, deadline.remaining_s("recording a turn"))
-        await wait_within(_tell(fleet, head), within_s, "recording a turn")
+        await wait_within(_record(clients, conversation), within_s, "recording a turn")
     except SparseVilaError as error:
-        log.warning("a turn is not in the registry yet: %s", error, extra={"turn_id": turn_id})
-        if not head.late:
-            head.late = True
-            fleet.later(_tell_late(fleet, head), "recording turns", turn_id=turn_id)
+        log.warning("turn %s is not in the directory yet: %s", turn_id, error, extra={"turn_id": turn_id})
+        if not conversation.late:
+            conversation.late = True
+            clients.in_background(_record_late(clients, conversation), "recording turns", turn_id=turn_id)
 
 
-async def _tell(fleet: WorkerClients, head: ConversationState) -> None:
-    async with head.recording:
-        while head.unrecorded:
-            first = head.unrecorded[0]
-            if not await fleet.registry.record(head.base, head.media_id, *first, WITHIN_S):
-                raise Unavailable("the registry has not heard of the turns before it yet")
-            if head.unrecorded and head.unrecorded[0] is first:
-                del head.unrecorded[0]
+async def _record(clients: WorkerClients, conversation: ConversationState) -> None:
+    async with conversation.recording:
+        while conversation.unrecorded:
+            first = conversation.unrecorded[0]
+            if not await clients.directory.record(conversation.base, conversation.media_id, *first, WITHIN_S):
+                raise Unavailable("the directory has not got the turns before it yet")
+            if conversation.unrecorded and conversation.unrecorded[0] is first:
+                del conversation.unrecorded[0]
 
 
-async def _tell_late(fleet: WorkerClients, head: ConversationState) -> None:
+async def _record_late(clients: WorkerClients, conversation: ConversationState) -> None:
     deadline, pause_s = Deadline(LATE_S), 0.1
     try:
-        while head.unrecorded:
+        while conversation.unrecorded:
             await asyncio.sleep(min(pause_s, deadline.remaining_s("recording turns")))
             pause_s = min(2 * pause_s, 1.0)
             try:
-                await _tell(fleet, head)
+                await _record(clients, conversation)
             except (Unavailable, DeadlineExceeded) as error:
-                log.info("the registry is still away: %s", error)
+                log.info("conversation %s is not recorded yet: %s", conversation.base, error)
     finally:
-        head.late = False
+        conversation.late = False

@@ -1,8 +1,4 @@
-"""The workers as one router sees them: how to call them, who failed just now, and what it has under way at each.
-
-Knows: pools, the breaker, the registry, and which failures are a worker's and not the caller's. Does not know: what is asked of
-them, or why.
-"""
+"""The workers as one router calls them: typed stubs with deadlines, who failed just now, and what runs at each."""
 
 from __future__ import annotations
 
@@ -10,15 +6,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, TypeVar
 
-from sparsevila_cluster.cluster.messages import WorkerReport
+from sparsevila_cluster.cluster.messages import PoolName, WorkerReport
 from sparsevila_cluster.cluster.routing.directory_client import DirectoryClient
 from sparsevila_cluster.cluster.routing.placement import CircuitBreaker, PlacementContext
-from sparsevila_cluster.cluster.worker_pool import WorkerPool
+from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi, PrefillWorkerApi, WorkerApi
+from sparsevila_cluster.cluster.worker_pool import WorkerPool, stub
 from sparsevila_cluster.core.background_tasks import BackgroundTasks
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import Deadline
@@ -27,50 +25,66 @@ from sparsevila_cluster.core.requests import PrepareRequest
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["prefill", "decode"]
+Api = TypeVar("Api")
 PAUSE_S = 0.1
+# A turn that is taken up again waits this long until its former run is aborted.
+ABORT_WITHIN_S = 2.0
 
 
 class WorkerClients:
-    """Both pools and the registry. Create and use it within one event loop."""
+    """Both pools and the directory. Create and use it within one event loop."""
 
-    def __init__(self, config: ClusterConfig, prefill: WorkerPool, decode: WorkerPool, registry: WorkerPool):
+    def __init__(self, config: ClusterConfig, prefill: WorkerPool, decode: WorkerPool, directory: WorkerPool):
         self.config = config
-        self.pools: dict[Kind, WorkerPool] = {"prefill": prefill, "decode": decode}
-        self.registry = DirectoryClient(registry, config.router.call_timeout_s)
+        self._pools: dict[PoolName, WorkerPool] = {"prefill": prefill, "decode": decode}
+        self.directory = DirectoryClient(directory, config.router.call_timeout_s)
         self.breaker = CircuitBreaker()
-        self.under_way: Counter[str] = Counter()
-        self.errands = BackgroundTasks()
+        self.num_under_way: Counter[str] = Counter()
+        self.background = BackgroundTasks()
 
-    def scene(self, tried: Collection[str] = (), about: str = "") -> PlacementContext:
-        """What placement may know now."""
-        return PlacementContext(self.under_way, self.breaker.cooling(time.monotonic()), tried, about)
+    def placement(self, excluded: Collection[str] = (), subject: str = "") -> PlacementContext:
+        """What placement may use now."""
+        return PlacementContext(self.num_under_way, self.breaker.cooling_down(time.monotonic()), excluded, subject)
 
     @contextmanager
     def busy(self, worker: str) -> Iterator[None]:
         """Something runs at `worker` for the length of the block."""
-        self.under_way[worker] += 1
+        self.num_under_way[worker] += 1
         try:
             yield
         finally:
-            self.under_way[worker] -= 1
-            if not self.under_way[worker]:
-                del self.under_way[worker]
+            self.num_under_way[worker] -= 1
+            if not self.num_under_way[worker]:
+                del self.num_under_way[worker]
 
-    # ---- calls -------------------------------------------------------------------------------------------------------------
+    # ---- stubs -------------------------------------------------------------------------------------------------------------
 
-    async def call(self, kind: Kind, worker: str, method: str, *args: Any, deadline: Deadline) -> Any:
-        """A method of one worker that takes milliseconds, within the caller's time and `call_timeout_s`.
+    def prefill(self, worker: str, deadline: Deadline) -> PrefillWorkerApi:
+        """A prefill worker, called as `at` says."""
+        return self._stub(PrefillWorkerApi, "prefill", worker, deadline)
 
-        Raises:
-            WorkerLost, also for a worker that does not answer within `call_timeout_s`. Whatever the method raises.
+    def decode(self, worker: str, deadline: Deadline, trips_breaker: bool = True) -> DecodeWorkerApi:
+        """A decode worker, called as `at` says. trips_breaker: whether calls that fail count against it."""
+        return self._stub(DecodeWorkerApi, "decode", worker, deadline, trips_breaker)
+
+    def at(self, one: WorkerReport, deadline: Deadline) -> WorkerApi:
+        """A worker of either pool.
+
+        Short calls end within the caller's time and `call_timeout_s`, long ones and streams within the caller's time. Each raises
+        WorkerLost, also for a worker that does not answer in time or falls silent, besides what the method raises.
         """
+        return self._stub(WorkerApi, one.pool, one.worker, deadline)
+
+    def _stub(self, api: Callable[..., Api], pool: PoolName, worker: str, deadline: Deadline, trips_breaker: bool = True) -> Api:
+        call = self._call if trips_breaker else self._call_once
+        return stub(api, partial(call, pool, worker, deadline), partial(self._stream, pool, worker, deadline))
+
+    async def _call(self, pool: PoolName, worker: str, deadline: Deadline, method: str, *args: Any) -> Any:
         left_s = deadline.remaining_s(f"{method} of {worker}")
-        most_s = self.config.router.call_timeout_s
         try:
-            result = await self.pools[kind].call(worker, method, *args, within_s=min(left_s, most_s))
+            result = await self._call_once(pool, worker, deadline, method, *args)
         except DeadlineExceeded as error:
-            if left_s <= most_s:
+            if left_s <= self.config.router.call_timeout_s:
                 raise
             self.failed(worker, WorkerLost(str(error)))
             raise WorkerLost(f"worker {worker} did not answer: {error}") from error
@@ -82,28 +96,14 @@ class WorkerClients:
         self.breaker.succeeded(worker)
         return result
 
-    async def work(self, kind: Kind, worker: str, method: str, *args: Any, deadline: Deadline) -> Any:
-        """A method of one worker that may take as long as the caller has: a stream of one item, which tells whether it lives.
+    async def _call_once(self, pool: PoolName, worker: str, deadline: Deadline, method: str, *args: Any) -> Any:
+        within_s = min(deadline.remaining_s(f"{method} of {worker}"), self.config.router.call_timeout_s)
+        return await self._pools[pool].call(worker, method, *args, within_s=within_s)
 
-        Raises:
-            WorkerLost, also for a worker that has fallen silent. Whatever the method raises.
-        """
-        async with aclosing(self.stream(kind, worker, method, *args, deadline=deadline)) as items:
-            async for item in items:
-                return item
-        raise WorkerLost(f"worker {worker} ended {method} without a word")
-
-    async def key_of(self, worker: str, request: PrepareRequest, deadline: Deadline) -> str:
-        """The content key of what a request asks for, from one prefill worker, which reads the sources once."""
-        request = replace(request, deadline_s=deadline.remaining_s(f"key_of of {worker}"))
-        key: str = await self.work("prefill", worker, "key_of", request, deadline=deadline)
-        return key
-
-    async def stream(self, kind: Kind, worker: str, method: str, *args: Any, deadline: Deadline) -> AsyncGenerator[Any, None]:
-        """What a method of one worker yields. Raises as the pool's `stream`."""
+    async def _stream(self, pool: PoolName, worker: str, deadline: Deadline, method: str, *args: Any) -> AsyncGenerator[Any, None]:
         within_s = deadline.remaining_s(f"{method} of {worker}")
         try:
-            async with aclosing(self.pools[kind].stream(worker, method, *args, within_s=within_s)) as items:
+            async with aclosing(self._pools[pool].stream(worker, method, *args, within_s=within_s)) as items:
                 async for item in items:
                     self.breaker.succeeded(worker)
                     yield item
@@ -116,27 +116,43 @@ class WorkerClients:
         log.warning("worker %s failed: %s", worker, error, extra={"at": worker})
         self.breaker.failed(worker, time.monotonic())
         if isinstance(error, WorkerLost):
-            self.later(self.registry.tell("forget_worker", worker), f"forgetting {worker}")
+            self.in_background(self.directory.once().forget_worker(worker), f"forgetting worker {worker}")
 
-    def later(self, work: Any, what: str, **extra: str) -> None:
-        """Have a call made that nobody waits for."""
-        self.errands.run(work, what, **extra)
+    def in_background(self, call: Coroutine[Any, Any, Any], what: str, **extra: str) -> None:
+        """Have a call made that nobody waits for. extra: fields of the log record should it fail."""
+        self.background.run(call, what, **extra)
 
-    def tell_later(self, kind: Kind, worker: str, method: str, *args: Any, **extra: str) -> None:
-        """Call a method of one worker that nobody waits for. A worker that is gone has nothing left to be told."""
-        call = self.pools[kind].call(worker, method, *args, within_s=self.config.router.call_timeout_s)
-        self.errands.run(call, f"{method} of {worker}", **extra)
+    # ---- calls that several use --------------------------------------------------------------------------------------------
 
-    # ---- who is there ------------------------------------------------------------------------------------------------------
+    async def workers(self, pool: PoolName, deadline: Deadline) -> tuple[WorkerReport, ...]:
+        """The workers of a pool that report. None is an answer only after every worker has had time to report.
 
-    async def workers(self, kind: Kind, deadline: Deadline) -> tuple[WorkerReport, ...]:
-        """The workers of a pool that report. That there are none is believed only when they had time to.
-
-        Raises Unavailable (the registry does not answer), DeadlineExceeded, Cancelled.
+        Raises Unavailable (the directory does not answer), DeadlineExceeded, Cancelled.
         """
         while True:
-            snapshot = await self.registry.snapshot(deadline)
+            snapshot = await self.directory.snapshot(deadline)
             self.breaker.forget({one.worker for one in snapshot.workers}, time.monotonic())
-            if snapshot.of(kind) or snapshot.settled:
-                return snapshot.of(kind)
-            await asyncio.sleep(min(PAUSE_S, deadline.remaining_s(f"waiting for {kind} workers")))
+            if snapshot.of(pool) or snapshot.settled:
+                return snapshot.of(pool)
+            await asyncio.sleep(min(PAUSE_S, deadline.remaining_s(f"waiting for {pool} workers")))
+
+    async def key_of(self, worker: str, request: PrepareRequest, deadline: Deadline) -> str:
+        """The content key of what a request asks for, from one prefill worker, which reads the sources once."""
+        request = replace(request, deadline_s=deadline.remaining_s(f"key_of of {worker}"))
+        return await self.prefill(worker, deadline).key_of(request)
+
+    async def abort_turn(self, turn_id: str, workers: Collection[str], deadline: Deadline) -> bool:
+        """Whether any of these decode workers ran the turn. Those that do not answer soon have lost it."""
+        soon = Deadline(min(ABORT_WITHIN_S, deadline.remaining_s(f"turn {turn_id}")))
+        calls = (self.decode(worker, soon, trips_breaker=False).abort(turn_id) for worker in workers)
+        return any(answer is True for answer in await asyncio.gather(*calls, return_exceptions=True))
+
+    async def close_conversation(self, base: str, worker: str, is_present: bool, deadline: Deadline) -> bool:
+        """Whether a decode worker had the conversation. One that is out of reach is told when it reports again."""
+        try:
+            if is_present:
+                return await self.decode(worker, deadline).close_conversation(base)
+        except Unavailable as error:
+            log.info("conversation %s was not closed at worker %s: %s", base, worker, error)
+        await self.directory.once().mark_stale(base, worker, "")
+        return False

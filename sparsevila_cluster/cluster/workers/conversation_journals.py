@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sparsevila_cluster.cluster.messages import ConversationJournal, names
+from sparsevila_cluster.cluster.messages import ConversationJournal, turn_identities
 from sparsevila_cluster.core.requests import Turn, TurnEvent, TurnRecord
 
 
@@ -62,7 +62,7 @@ class ConversationJournals:
         """Whether these very turns, with these very answers, are what is known of a conversation."""
         with self._lock:
             known = self._all.get(conversation_id)
-        return names(records) == names(known.records if known is not None else ())
+        return turn_identities(records) == turn_identities(known.records if known is not None else ())
 
     def remove_last(self, turn: Turn) -> bool:
         """Remove the last record of a conversation. False, and nothing happens, if it is not of this turn."""
