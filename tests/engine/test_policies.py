@@ -1,4 +1,4 @@
-"""Pruning and retrieval policies, and sampling. Knows the definitions; does not know models."""
+"""Pruning and retrieval policies, and sampling."""
 
 import math
 
