@@ -25,7 +25,7 @@ def test_turns_are_matched_by_their_ids_and_answers():
     journals = ConversationJournals(8)
     journals.add(0, record(0))
     assert journals.matches("c", [record(0)]) and journals.matches("unknown", [])
-    assert not journals.matches("c", []) and not journals.matches("c", [record(1)]) and not journals.matches("c", [record(0), record(1)])
+    assert not any(journals.matches("c", other) for other in ([], [record(1)], [record(0), record(1)]))
     assert not journals.matches("c", [replace(record(0), token_ids=(7,))])
     journals.restore(record(0).turn, [record(5), record(6)])
     assert journals.matches("c", [record(5), record(6)])
