@@ -1,10 +1,10 @@
 """How fast the engines are: dense, sparse, and transformers' `generate` on the same weights. `python -m benchmarks.engine`.
 
-    mid-size random checkpoint, 16, 64 and 256 frames   lives: media in memory -> prefix -> question -> answer -> second question
+    mid-size random checkpoint, 16, 64 and 256 frames   sessions: media in memory -> prefix -> question -> answer -> second question
     demo model, one of its own videos                   steps: batches of 1, 4 and 8 conversations, each on a prefix of its own
     mid-size, 512 frames from a file                    memory: the most that a process of its own held (`benchmarks.longvideo`)
     two films of ten minutes (`benchmarks.seeking`)     64 frames of each, by decoding every frame and by seeking
-    random text model of 0.9 B (`benchmarks.lib.w4_decode`)        steps on bfloat16 weights and on the same in 4 bits, where there is AVX-512
+    random text model of 0.9 B (`lib.w4_decode`)        steps on bfloat16 weights and in 4 bits, where there is AVX-512
 
 Variants take turns within a round; a time is the median over rounds, a figure the ratio of two medians. `hf` is given the pixels
 that our preprocessing makes, and its end to end includes that. `dense` is this package with everything kept, so that dense/sparse
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import longvideo, seeking
 from benchmarks.lib import device_clock, machine, w4_decode
-from benchmarks.lib.engine_contest import Contest, Plan
+from benchmarks.lib.engine_comparison import EngineComparison, Plan
 from benchmarks.lib.flop_counts import TextShape
 from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint, make_media
 from benchmarks.lib.report import Report, progress
@@ -44,14 +44,14 @@ W4_TOY_GROUP = 32
 QUICK = Plan(
     frames=(16, 64),
     num_tokens=16,
-    lives=Patience(least=1, most=3, budget_s=10.0),
+    sessions=Patience(least=1, most=3, budget_s=10.0),
     encodes=Patience(least=2, most=5, budget_s=6.0),
     rounds=5,
     long_frames=0,
 )
 # How the small model is measured: what is short can be repeated.
 OFTEN: dict[str, Any] = {
-    "lives": Patience(least=9, most=31, budget_s=10.0),
+    "sessions": Patience(least=9, most=31, budget_s=10.0),
     "encodes": Patience(least=9, most=31, budget_s=5.0),
     "rounds": 16,
     "block": 8,
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
         report = Report("engine", machine.card(ceilings), quiet=options.json)
         report.show_card()
         ledger = Ledger()
-        contest = Contest(ledger, report.say, say)
+        comparison = EngineComparison(ledger, report.say, say)
         say("mid-size checkpoint")
         directory = make_checkpoint(options.cache, recipe)
         model = load_model(directory, device="cpu")
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
         todo = longvideo.cases(plan.long_frames, recipe.frame_px) if plan.long_frames else ()
         long_rows = longvideo.measure(directory, todo, options.threads, say, report.say)
         videos = [make_media(frames, recipe.frame_px) for frames in plan.frames]
-        contest.measure(MID, directory, model, videos, plan, hf_batches=(1,))
+        comparison.measure(MID, directory, model, videos, plan, hf_batches=(1,))
         directory = EngineConfig(model=options.model).model_dir
         demo_frames = None
         if directory.is_dir():
@@ -130,10 +130,10 @@ def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Plan] | None = No
             video = demo_media()
             demo_frames = len(video.frames)
             demo_plan = plan if toy else replace(plan, **OFTEN)
-            contest.measure(DEMO, directory, model, [video], demo_plan, hf_batches=demo_plan.batches)
+            comparison.measure(DEMO, directory, model, [video], demo_plan, hf_batches=demo_plan.batches)
         else:
             report.say(f"{DEMO}: no checkpoint at {directory}")
-        seeking.measure(ledger, options.cache, seeking.TOY if toy else seeking.FILMS, plan.lives, say)
+        seeking.measure(ledger, options.cache, seeking.TOY if toy else seeking.FILMS, plan.sessions, say)
         if w4_decode.usable():
             w4_decode.measure(ledger, say, *((recipe, W4_TOY_GROUP, 1) if toy else ()))
             say("ceilings of this machine in bfloat16")

@@ -161,7 +161,7 @@ class StagePeaks:
 
 def prepare(case: Case, directory: Path, video: Path) -> dict[str, Any]:
     """The row of one case, measured in this process."""
-    from benchmarks.lib.engine_subject import VARIANTS
+    from benchmarks.lib.engine_pair import VARIANTS
     from sparsevila_cluster.api.video_qa import VideoQA
 
     peaks = StagePeaks()

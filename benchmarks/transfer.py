@@ -115,10 +115,10 @@ class Watched:
         self._near, self._ticket = near, ticket
         self.shipment: Any = None
 
-    def begins(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
+    def on_start(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
         self.shipment = self._near.begin(prefix, bounds, self._ticket)
 
-    def wrote(self, layer: int, start: int, stop: int) -> None:
+    def on_rows(self, layer: int, start: int, stop: int) -> None:
         self.shipment.wrote(layer, start, stop)
 
 

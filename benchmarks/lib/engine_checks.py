@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lib.engine_subject import Stand, endless
+from benchmarks.lib.engine_pair import EnginePair, endless
 from benchmarks.lib.limit_check import Check, Skipped
 from benchmarks.lib.midsize_checkpoint import Recipe, make_media
 from benchmarks.lib.ops.op_case import error_of, random
@@ -69,13 +69,13 @@ def _answers(model: Model, variant: str, graphs: str) -> list[tuple[int, ...]]:
     """Tokens of one conversation, then of a batch that steps together."""
     video = make_media(4, RECIPE.frame_px)
     with endless(model):
-        stand = Stand(model, variant, 128, 1 + BATCH, decode_graphs=graphs)
-        life = stand.live(video, NUM_TOKENS)
-        told = [life.tokens]
-        stand.fill(life.prefix, BATCH, NUM_TOKENS)
-        turns = list(stand.decode.turns.values())
+        pair = EnginePair(model, variant, 128, 1 + BATCH, decode_graphs=graphs)
+        session = pair.run_session(video, NUM_TOKENS)
+        told = [session.tokens]
+        pair.fill(session.prefix, BATCH, NUM_TOKENS)
+        turns = list(pair.decode.turns.values())
         for _ in range(NUM_TOKENS // 2):
-            stand.decode.step()
+            pair.decode.step()
         told += [tuple(turn.answer.tokens) for turn in turns]
     return told
 

@@ -1,4 +1,4 @@
-"""The engines on a GPU, with random weights of Qwen2.5-VL-7B's shape made on the device. `python -m benchmarks.lib.gpu_engine`.
+"""The engines on a GPU, with random weights of Qwen2.5-VL-7B's shape made on it. `python -m benchmarks.lib.gpu_engine`.
 
     bfloat16 and AWQ (4 bits, groups of 128)   x   64 and 256 frames of 364 x 364   x   dense and sparse (0.25 / 0.10)
         encode, prune, prefill, question, retrieve;  steps of 1, 4 and 16 conversations
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.lib import device_clock
-from benchmarks.lib.engine_contest import Contest, Plan
-from benchmarks.lib.engine_subject import Stand, endless, time_round
+from benchmarks.lib.engine_comparison import EngineComparison, Plan
+from benchmarks.lib.engine_pair import EnginePair, endless, time_round
 from benchmarks.lib.flop_counts import four_bit_width
 from benchmarks.lib.machine import Ceilings
 from benchmarks.lib.midsize_checkpoint import Recipe, make_media
@@ -58,7 +58,7 @@ FULL = Setting(
     128,
     "bfloat16",
     Plan(
-        frames=(64, 256), batches=(1, 4, 16), encode_frames=256, num_tokens=16, lives=Patience(least=2, most=4, budget_s=10.0),
+        frames=(64, 256), batches=(1, 4, 16), encode_frames=256, num_tokens=16, sessions=Patience(least=2, most=4, budget_s=10.0),
         encodes=Patience(least=2, most=5, budget_s=4.0), rounds=8, block=4, long_frames=0,
     ),
 )  # fmt: skip
@@ -69,7 +69,8 @@ TOY = Setting(
     ),
     32,
     "float32",
-    Plan(frames=(4, 8), batches=(1, 3), encode_frames=8, num_tokens=4, lives=ONCE, encodes=ONCE, rounds=1, block=2, long_frames=0),
+    Plan(frames=(4, 8), batches=(1, 3), encode_frames=8, num_tokens=4, sessions=ONCE, encodes=ONCE, rounds=1, block=2,
+         long_frames=0),
 )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ class Run:
         self.setting, self.device, self.tell = setting, target, tell
         self.ledger = Ledger()
         self._stop_at_s = stop_at_s
-        self._contest = Contest(self.ledger, tell, lambda text: None)
+        self._contest = EngineComparison(self.ledger, tell, lambda text: None)
 
     @property
     def out_of_time(self) -> bool:
@@ -98,7 +99,7 @@ class Run:
         self.tell(f"{name}: {model.weight_bytes / 1e9:.2f} GB of weights, made in {took_s:.1f} s")
         return model
 
-    def contest(self, name: str, model: Model, frames: int) -> None:
+    def comparison(self, name: str, model: Model, frames: int) -> None:
         """Lives and steps of one model on one video."""
         video = make_media(frames, self.setting.recipe.frame_px)
         self._contest.measure(name, None, model, [video], self.setting.plan, matrix_width=self._matrix_width(name))
@@ -113,17 +114,17 @@ class Run:
             if loading:
                 model = self.load(f"{name}, {switch}", folder, **loading)
             with endless(model):
-                stand = Stand(model, "dense", rows, 1 + batches[-1], self._matrix_width(name), **knobs)
-                prefix, _ = stand.prepare(video)
+                pair = EnginePair(model, "dense", rows, 1 + batches[-1], self._matrix_width(name), **knobs)
+                prefix, _ = pair.prepare(video)
                 for batch in batches:
-                    stand.fill(prefix, batch, plan.rounds * (plan.block + 1) + 4)
+                    pair.fill(prefix, batch, plan.rounds * (plan.block + 1) + 4)
                     times = {switch: Times()}
                     for _ in range(plan.rounds):
-                        time_round({switch: stand}, times, plan.block)
-                    work = stand.shape.step(batch, prefix.length)
+                        time_round({switch: pair}, times, plan.block)
+                    work = pair.shape.step(batch, prefix.length)
                     self.ledger.add(name, frames, "step", switch, times[switch], batch=batch, work=work)
-                    stand.forget(keep=prefix)
-            del stand, prefix
+                    pair.forget(keep=prefix)
+            del pair, prefix
             self.clean()
 
     def clean(self) -> None:
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = {name: run.load(name, Path(folder)) for name in (BF16, AWQ)}
         parts: list[Callable[[], None]] = []
         for frames in setting.plan.frames:
-            parts += [partial(run.contest, name, model, frames) for name, model in models.items()]
+            parts += [partial(run.comparison, name, model, frames) for name, model in models.items()]
         parts.append(partial(run.switches, BF16, models[BF16], setting.plan.frames[0], Path(folder)))
         for number, part in enumerate(parts):
             if run.out_of_time:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.lib import machine
-from benchmarks.lib.engine_subject import Stand, endless, time_round
+from benchmarks.lib.engine_pair import EnginePair, endless, time_round
 from benchmarks.lib.flop_counts import four_bit_width
 from benchmarks.lib.midsize_checkpoint import Recipe, make_media
 from benchmarks.lib.random_weights import RandomCheckpoint
@@ -49,7 +49,7 @@ def measure(
 ) -> None:
     """Steps of both forms, in turns, into `ledger`."""
     video = make_media(FRAMES, recipe.frame_px)
-    stands: dict[str, Stand] = {}
+    pairs: dict[str, EnginePair] = {}
     prefixes: dict[str, MediaPrefix] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for form, group in (("bfloat16", 0), ("w4", group_size)):
@@ -58,20 +58,20 @@ def measure(
             ledger.rows.append({"model": NAME, "frames": FRAMES, "batch": 0, "stage": "weights", "variant": form, **loaded})
             stack.enter_context(endless(model))
             rows, width = model.family.patchify(video).num_tokens + 64, four_bit_width(group) if group else 0.0
-            stands[form] = Stand(model, "dense", rows, 1 + BATCHES[-1], width)
-            prefixes[form], _ = stands[form].prepare(video)
+            pairs[form] = EnginePair(model, "dense", rows, 1 + BATCHES[-1], width)
+            prefixes[form], _ = pairs[form].prepare(video)
         for batch in BATCHES:
             say(f"{NAME}: steps of a batch of {batch}")
             num_tokens = rounds * (BLOCK + 1)
-            times = {form: Times() for form in stands}
-            for form, stand in stands.items():
-                stand.fill(prefixes[form], batch, num_tokens + 4)
+            times = {form: Times() for form in pairs}
+            for form, pair in pairs.items():
+                pair.fill(prefixes[form], batch, num_tokens + 4)
             for _ in range(rounds):
-                time_round(stands, times, BLOCK)
-            for form, stand in stands.items():
-                work = stand.shape.step(batch, prefixes[form].length + num_tokens // 2)
+                time_round(pairs, times, BLOCK)
+            for form, pair in pairs.items():
+                work = pair.shape.step(batch, prefixes[form].length + num_tokens // 2)
                 ledger.add(NAME, FRAMES, "step", form, times[form], batch=batch, work=work)
-                stand.forget(keep=prefixes[form])
+                pair.forget(keep=prefixes[form])
 
 
 def figure(ledger: Ledger, by: str = "ms") -> dict[str, float]:

@@ -87,7 +87,7 @@ class TurnRetrieval:
     # ---- scores ------------------------------------------------------------------------------------------------------------
 
     def capture_question(self, num_rows: int, question_span: tuple[int, int]) -> Capture | None:
-        """What to keep from the attention of a question of `num_rows`, whose own words are the rows [question_span)."""
+        """What to keep from the attention of a question of `num_rows`, whose own tokens are the rows [question_span)."""
         if not (self._policy.needs_scores or self._want_evidence):
             return None
         rows = {"all": (0, num_rows), "question": question_span, "last": (num_rows - 1, num_rows)}[self._sparsity.retrieve_rows]

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import engine
-from benchmarks.lib import engine_contest, hf_peer, machine, midsize_checkpoint, report, stopwatch, w4_decode
-from benchmarks.lib.engine_subject import Stand, endless, time_round
+from benchmarks.lib import engine_comparison, hf_peer, machine, midsize_checkpoint, report, stopwatch, w4_decode
+from benchmarks.lib.engine_pair import EnginePair, endless, time_round
 from benchmarks.lib.flop_counts import TextShape, Work, encode_work
 from benchmarks.lib.timing_table import Ledger
 from sparsevila_cluster.models import load_model
@@ -191,19 +191,19 @@ def test_generate_pauses_for_others(monkeypatch):
 def test_stands_fill_step_and_forget(model):
     video = midsize_checkpoint.make_media(4, TOY.frame_px)
     with endless(model):
-        stands = {variant: Stand(model, variant, 80, 4) for variant in ("dense", "sparse")}
-        lives = {variant: stand.live(video, 5) for variant, stand in stands.items()}
-        assert [lives[v].prefix.num_kept for v in stands] == [50, 12]
-        assert len(lives["dense"].tokens) == 5 and min(lives["dense"].ms.values()) > 0
-        times = {variant: stopwatch.Times() for variant in stands}
-        for variant, stand in stands.items():
-            stand.fill(lives[variant].prefix, 3, 20)
-            assert len({turn.prefix.extent.start for turn in stand.decode.turns.values()}) == 3
-        time_round(stands, times, 2)
-        for variant, stand in stands.items():
-            stand.forget(keep=lives[variant].prefix)
-            assert stand.decode.idle and len(stand.decode.prefixes) == 1
-    assert [times[v].num for v in stands] == [2, 2] and model.chat.eos_ids
+        pairs = {variant: EnginePair(model, variant, 80, 4) for variant in ("dense", "sparse")}
+        sessions = {variant: pair.run_session(video, 5) for variant, pair in pairs.items()}
+        assert [sessions[v].prefix.num_kept for v in pairs] == [50, 12]
+        assert len(sessions["dense"].tokens) == 5 and min(sessions["dense"].ms.values()) > 0
+        times = {variant: stopwatch.Times() for variant in pairs}
+        for variant, pair in pairs.items():
+            pair.fill(sessions[variant].prefix, 3, 20)
+            assert len({turn.prefix.extent.start for turn in pair.decode.turns.values()}) == 3
+        time_round(pairs, times, 2)
+        for variant, pair in pairs.items():
+            pair.forget(keep=sessions[variant].prefix)
+            assert pair.decode.idle and len(pair.decode.prefixes) == 1
+    assert [times[v].num for v in pairs] == [2, 2] and model.chat.eos_ids
 
 
 def test_ledger_compares():
@@ -248,7 +248,7 @@ def last_line(text):
 def test_engine_measures_both_models(cache, toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "measure_ceilings", lambda: machine.Ceilings(10.0, 10.0, 10.0))
     once = stopwatch.Patience(1, 1)
-    plan = engine_contest.Plan((4, 64), (1, 8), num_tokens=4, lives=once, encodes=once, rounds=1, block=2, long_frames=0)
+    plan = engine_comparison.Plan((4, 64), (1, 8), num_tokens=4, sessions=once, encodes=once, rounds=1, block=2, long_frames=0)
     argv = ["--cache", str(cache), "--model", str(toy), "--threads", "1", "--save", str(tmp_path)]
     engine.main(argv, (TOY, plan))
     shown = capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_engine_measures_both_models(cache, toy, tmp_path, capsys, monkeypatch):
 def test_engine_without_a_demo_model(cache, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "measure_ceilings", lambda: machine.Ceilings(10.0, 10.0, 10.0))
     once = stopwatch.Patience(1, 1)
-    plan = engine_contest.Plan(batches=(1,), num_tokens=2, lives=once, encodes=once, rounds=1, block=1, long_frames=0)
+    plan = engine_comparison.Plan(batches=(1,), num_tokens=2, sessions=once, encodes=once, rounds=1, block=1, long_frames=0)
     engine.main(["--cache", str(cache), "--model", str(tmp_path / "none"), "--frames", "4", "--json"], (TOY, plan))
     shown = capsys.readouterr().out
     assert shown.count("\n") == 1 and set(last_line(shown)["figures"]) == {"seek_speedup", "seek_speedup_long_gop"} | W4_FIGURES

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import engine, longvideo
 from benchmarks.lib import machine, stopwatch
-from benchmarks.lib.engine_contest import Plan
+from benchmarks.lib.engine_comparison import Plan
 from benchmarks.lib.midsize_checkpoint import make_checkpoint
 from benchmarks.longvideo import Case
 from sparsevila_cluster import VideoQA
@@ -102,7 +102,7 @@ def test_the_engine_benchmark_measures_it_too(cache, toy, tmp_path, capsys, monk
     rows = [row | {"variant": variant} for variant in ("sparse", "dense")]
     monkeypatch.setattr(longvideo, "measure", lambda directory, cases, *_: asked.extend(cases) or rows)
     once = stopwatch.Patience(1, 1)
-    plan = Plan((4,), (1,), num_tokens=2, lives=once, encodes=once, rounds=1, block=1, long_frames=512)
+    plan = Plan((4,), (1,), num_tokens=2, sessions=once, encodes=once, rounds=1, block=1, long_frames=512)
     engine.main(["--cache", str(cache), "--model", str(tmp_path / "none"), "--threads", "1"], (TOY, plan))
     shown = capsys.readouterr().out
     document = last_line(shown)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.lib.engine_subject import Stand, endless
+from benchmarks.lib.engine_pair import EnginePair, endless
 from benchmarks.lib.flop_counts import TextShape, four_bit_width
 from benchmarks.lib.gpu_engine import TOY
 from benchmarks.lib.midsize_checkpoint import make_media
@@ -46,8 +46,8 @@ def test_they_load_and_answer(checkpoints):
     for group, checkpoint in checkpoints.items():
         model = load_model(checkpoint, device="cpu", dtype="float32")
         with endless(model):
-            life = Stand(model, "sparse", 80, 1).live(make_media(4, RECIPE.frame_px), 5)
-        assert len(life.tokens) == 5, group
+            session = EnginePair(model, "sparse", 80, 1).run_session(make_media(4, RECIPE.frame_px), 5)
+        assert len(session.tokens) == 5, group
 
 
 def test_the_large_one_has_the_published_sizes(tmp_path):

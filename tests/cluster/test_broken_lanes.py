@@ -8,7 +8,7 @@ import pytest
 from sparsevila_cluster.core.errors import LaneLost, NotFound, QueueFull, SparseVilaError
 from sparsevila_cluster.transport import TransferTicket
 from tests.cluster import worker_fixtures
-from tests.cluster.worker_fixtures import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
+from tests.cluster.worker_fixtures import Gate, answer, made, prepared, request_of, settled, ticket_for, turn_of, until
 
 
 def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypatch):
@@ -85,10 +85,10 @@ def test_a_transfer_that_is_given_up_over_there_leaves_the_copy(checkpoint, clip
 def test_what_the_other_end_refuses_is_told_and_the_copy_stays(checkpoint, clips):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
-            size = (await landed(prefill, decode, request_of(clips[1])))[0].kv_bytes
+            size = (await prepared(prefill, decode, request_of(clips[1])))[0].kv_bytes
         config = worker_fixtures.config_of(checkpoint, engine={"prefix_bytes": int(size * 1.5)})
         async with worker_fixtures.workers(config) as ([prefill], [decode]):
-            first, _ = await landed(prefill, decode, request_of(clips[1]))
+            first, _ = await prepared(prefill, decode, request_of(clips[1]))
             await decode.async_engine.hold(first.media_id)
             key = await prefill.key_of(request_of(clips[0]))
             with pytest.raises(QueueFull):

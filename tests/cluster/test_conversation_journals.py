@@ -1,4 +1,4 @@
-"""Journals: what a decode worker writes down of its conversations, and strikes out again."""
+"""Journals: what a decode worker records of its conversations, and removes again."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ def record(number, conversation="c"):
     return TurnRecord(Turn(f"{conversation}-{number}", conversation, "m", "what is it?"), (number,))
 
 
-def test_a_conversation_whose_beginning_was_forgotten_is_not_told_of():
+def test_a_conversation_whose_beginning_was_forgotten_is_not_listed():
     """Its later turns would stand where the first ones were."""
     journals = ConversationJournals(1)
     journals.add(0, record(0))
@@ -21,22 +21,22 @@ def test_a_conversation_whose_beginning_was_forgotten_is_not_told_of():
     assert not journals.all()
 
 
-def test_it_tells_turns_by_their_names_and_answers():
+def test_turns_are_matched_by_their_ids_and_answers():
     journals = ConversationJournals(8)
     journals.add(0, record(0))
-    assert journals.tells("c", [record(0)]) and journals.tells("unknown", [])
-    assert not journals.tells("c", []) and not journals.tells("c", [record(1)]) and not journals.tells("c", [record(0), record(1)])
-    assert not journals.tells("c", [replace(record(0), token_ids=(7,))])
+    assert journals.matches("c", [record(0)]) and journals.matches("unknown", [])
+    assert not any(journals.matches("c", other) for other in ([], [record(1)], [record(0), record(1)]))
+    assert not journals.matches("c", [replace(record(0), token_ids=(7,))])
     journals.restore(record(0).turn, [record(5), record(6)])
-    assert journals.tells("c", [record(5), record(6)])
+    assert journals.matches("c", [record(5), record(6)])
 
 
-def test_a_turn_whose_end_nobody_heard_is_struck_out_if_it_is_the_last_one():
+def test_a_turn_whose_end_nobody_heard_is_removed_if_it_is_the_last_one():
     journals = ConversationJournals(8)
     first, second = record(0), record(1)
     journals.add(0, first)
     journals.add(1, second)
-    assert not journals.take_back(first.turn) and not journals.take_back(record(0, "unknown").turn)
-    assert journals.take_back(second.turn) and not journals.take_back(second.turn)
+    assert not journals.remove_last(first.turn) and not journals.remove_last(record(0, "unknown").turn)
+    assert journals.remove_last(second.turn) and not journals.remove_last(second.turn)
     assert journals.all()[0].records == (first,)
-    assert journals.take_back(first.turn) and not len(journals)
+    assert journals.remove_last(first.turn) and not len(journals)

@@ -8,7 +8,7 @@ import pytest
 from sparsevila_cluster.core.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound
 from sparsevila_cluster.core.requests import Replay
 from tests.cluster import worker_fixtures
-from tests.cluster.worker_fixtures import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of, until
+from tests.cluster.worker_fixtures import QUESTIONS, answer, events_of, prepared, request_of, tokens_of, turn_of, until
 
 
 def test_a_lost_conversation_is_made_again_and_goes_on_alike(checkpoint, clips):
@@ -16,7 +16,7 @@ def test_a_lost_conversation_is_made_again_and_goes_on_alike(checkpoint, clips):
 
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
-            handle, _ = await landed(prefill, one, request_of(clips[0]))
+            handle, _ = await prepared(prefill, one, request_of(clips[0]))
             key = handle.media_id
             await prefill.ship(key, await worker_fixtures.ticket_for(two, key))
             wanted = [await answer(one, turn_of(key, question, max_tokens=12)) for question in QUESTIONS]
@@ -51,7 +51,7 @@ def test_a_lost_conversation_is_made_again_and_goes_on_alike(checkpoint, clips):
 def test_turns_of_one_conversation_are_served_in_the_order_in_which_they_were_asked(checkpoint, clips):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
-            handle, _ = await landed(prefill, one, request_of(clips[0]))
+            handle, _ = await prepared(prefill, one, request_of(clips[0]))
             key = handle.media_id
             await prefill.ship(key, await worker_fixtures.ticket_for(two, key))
             wanted = [await answer(one, turn_of(key, question)) for question in QUESTIONS]
@@ -69,7 +69,7 @@ def test_a_turn_never_starts_behind_one_that_its_asker_gave_up(checkpoint, clips
 
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             key = handle.media_id
             wanted = await answer(decode, turn_of(key, QUESTIONS[1], "d"))
             given_up = asyncio.ensure_future(answer(decode, turn_of(key, max_tokens=60)))
@@ -91,7 +91,7 @@ def test_a_conversation_with_as_many_turns_but_others_is_made_again(checkpoint, 
             [prefill],
             [one, two],
         ):
-            handle, _ = await landed(prefill, one, request_of(clips[0]))
+            handle, _ = await prepared(prefill, one, request_of(clips[0]))
             key = handle.media_id
             await prefill.ship(key, await worker_fixtures.ticket_for(two, key))
             wanted = [await answer(one, turn_of(key, question)) for question in QUESTIONS[:2]]
@@ -107,7 +107,7 @@ def test_a_conversation_with_as_many_turns_but_others_is_made_again(checkpoint, 
 def test_a_replay_that_is_cut_leaves_nothing_behind(checkpoint, clips, endless):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             key = handle.media_id
             wanted = [await answer(decode, turn_of(key, question)) for question in QUESTIONS[:2]]
             records = decode.report(full=True).records[0].records
@@ -134,7 +134,7 @@ def test_a_turn_that_is_asked_again_takes_the_place_of_the_one_before(checkpoint
 
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             turn = turn_of(handle.media_id, max_tokens=40)
             wanted = await answer(decode, replace(turn, conversation_id="d"))
             stream = decode.ask(turn)
@@ -151,7 +151,7 @@ def test_a_turn_that_is_asked_again_takes_the_place_of_the_one_before(checkpoint
 def test_another_tenants_conversation_is_not_closed_by_a_history(checkpoint, clips):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0], tenant="a"))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0], tenant="a"))
             key = handle.media_id
             await answer(decode, turn_of(key, tenant="a"))
             for history in (None, (), decode.report(full=True).records[0].records * 2):

@@ -24,13 +24,13 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.engine.async_engine import queue_pressure
 from tests.cluster import worker_fixtures
-from tests.cluster.worker_fixtures import answer, events_of, landed, request_of, turn_of, until
+from tests.cluster.worker_fixtures import answer, events_of, prepared, request_of, turn_of, until
 
 
 def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, clips, endless):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             stream = decode.ask(turn_of(handle.media_id, max_tokens=60))
             first = await anext(stream)
             if first[-1].kind == "accepted":
@@ -49,7 +49,7 @@ def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, 
 def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endless):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             before = decode.engine.conversations.arena.used_bytes
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
             await anext(stream)
@@ -80,7 +80,7 @@ def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endles
 def test_a_refused_turn_does_not_end_another_one_of_its_name(checkpoint, clips, endless):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             turn = turn_of(handle.media_id, max_tokens=100)
             first = asyncio.ensure_future(answer(decode, turn))
             await until(lambda: turn.turn_id in decode.engine.turns)
@@ -97,12 +97,12 @@ def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, cli
     async def main():
         probe = worker_fixtures.config_of(checkpoint)
         async with worker_fixtures.workers(probe, model=endless) as ([prefill], [decode]):
-            size = (await landed(prefill, decode, request_of(clips[0])))[0].kv_bytes
+            size = (await prepared(prefill, decode, request_of(clips[0])))[0].kv_bytes
         config = worker_fixtures.config_of(checkpoint, engine={"prefix_bytes": int(size * 1.5)})
         async with worker_fixtures.workers(config, model=endless) as ([prefill], [decode]):
             with pytest.raises(TooLarge, match="prefix_bytes"):
                 await decode.reserve("t", "k", 2 * size, 5.0)
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             assert await decode.reserve("idle", "k", size, 5.0)  # an idle prefix makes way
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
             await anext(stream)
@@ -124,7 +124,7 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             assert decode.report(False).residents == () and decode.report(False).residents is None
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             report = decode.report(False)
             (told,) = report.residents
             assert (told.media_id, told.kv_bytes) == (handle.media_id, handle.kv_bytes) and report.records is None
@@ -162,7 +162,7 @@ def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clips, endless):
     async def main():
         config = worker_fixtures.config_of(checkpoint, engine={"max_batch": 1, "max_waiting": 4}, decode={"brownout_at": 0.25})
         async with worker_fixtures.workers(config, model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             turns = [turn_of(handle.media_id, conversation=str(i), max_tokens=40) for i in range(4)]
             asking = [asyncio.ensure_future(events_of(decode.ask(turn))) for turn in turns]
             usages = [(await one)[0][-1].usage for one in asking]
@@ -233,7 +233,7 @@ def test_closing_does_not_wait_for_an_engine_that_is_stuck(checkpoint):
 def test_closing_ends_turns_and_frees_everything(checkpoint, clips, endless):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             await answer(decode, turn_of(handle.media_id, conversation="idle"))
             stream = decode.ask(turn_of(handle.media_id, max_tokens=2000))
             await anext(stream)
@@ -252,7 +252,7 @@ def test_closing_ends_turns_and_frees_everything(checkpoint, clips, endless):
 def test_an_engine_error_ends_one_batch_and_not_the_worker(checkpoint, clips, endless, monkeypatch):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             wanted = await answer(decode, turn_of(handle.media_id, conversation="a"))
             with monkeypatch.context() as broken:
                 broken.setattr(decode.engine, "_forward", lambda batch: torch.empty(0).mean(5))

@@ -19,7 +19,7 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.transport import TransferTicket
 from tests.cluster import worker_fixtures
-from tests.cluster.worker_fixtures import Gate, answer, landed, made, request_of, settled, ticket_for, turn_of, until
+from tests.cluster.worker_fixtures import Gate, answer, made, prepared, request_of, settled, ticket_for, turn_of, until
 
 KINDS = ("inproc", "gloo")
 
@@ -92,7 +92,7 @@ def test_leaving_ends_the_prefill_at_its_next_report(checkpoint, clips, stage):
             await settled(decode)
             if prefill.num_prefills == 0:
                 nothing_is_left(prefill, decode)
-            handle, _ = await landed(prefill, decode, request_of(clips[0]))
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
             assert await answer(decode, turn_of(handle.media_id)) and prefill.num_prefills <= 2
 
     asyncio.run(main())
@@ -138,25 +138,25 @@ def test_media_that_cannot_be_used_and_copies_that_do_not_fit(checkpoint, clips,
                     await made(prefill, request, "k", ticket)
             await settled(prefill)
             nothing_is_left(prefill, decode)
-            size = (await landed(prefill, decode, request_of(clips[0])))[0].kv_bytes
+            size = (await prepared(prefill, decode, request_of(clips[0])))[0].kv_bytes
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, prefill={"copy_bytes": size // 2})) as (
             [prefill],
             [decode],
         ):
             with pytest.raises(TooLarge, match="a prefill worker keeps"):
-                await landed(prefill, decode, request_of(clips[0]))
+                await prepared(prefill, decode, request_of(clips[0]))
             nothing_is_left(prefill, decode)
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint, prefill={"copy_bytes": int(size * 1.5)})) as (
             [prefill],
             [decode],
         ):
-            one, _ = await landed(prefill, decode, request_of(clips[0]))
+            one, _ = await prepared(prefill, decode, request_of(clips[0]))
             assert prefill.copies.hold(one.media_id) and not await prefill.drop(one.media_id)
             with pytest.raises(QueueFull, match="being made or sent"):
-                await landed(prefill, decode, request_of(clips[1]))
+                await prepared(prefill, decode, request_of(clips[1]))
             prefill.copies.release(one.media_id)
             assert prefill.report(False).residents is not None and prefill.report(False).residents is None
-            two, _ = await landed(prefill, decode, request_of(clips[1]))
+            two, _ = await prepared(prefill, decode, request_of(clips[1]))
             report = prefill.report(False)
             assert [handle.media_id for handle in report.residents] == [two.media_id] and report.address is None
             assert report.load.prefix_bytes == two.kv_bytes
@@ -170,7 +170,7 @@ def test_rows_computed_elsewhere_are_copied_to_the_host_as_they_become_final(che
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
             prefill.staging = HostCopies(prefill.model.spec, 2**20)
-            handle, _ = await landed(prefill, one, request_of(clips[0]))
+            handle, _ = await prepared(prefill, one, request_of(clips[0]))
             assert prefill.staging.used_bytes == 0 and prefill.copies.used_bytes == handle.kv_bytes
             await prefill.ship(handle.media_id, await ticket_for(two, handle.media_id))
             rows = [worker_fixtures.rows_of(decode.engine.prefixes.get(handle.media_id)) for decode in (one, two)]
@@ -193,11 +193,11 @@ def test_a_prefill_that_says_nothing_fails_the_check_and_keys_do_not_wait_for_it
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
             await gate.wait()
             assert await prefill.key_of(request_of(clips[1])) != key
-            waiting = asyncio.ensure_future(landed(prefill, decode, request_of(clips[1])))
+            waiting = asyncio.ensure_future(prepared(prefill, decode, request_of(clips[1])))
             await until(lambda: prefill.report(False).load.num_waiting == 1)
             assert prefill.report(False).load.num_running == 1
             with pytest.raises(QueueFull, match="the limit is 1"):
-                await landed(prefill, decode, request_of(clips[0], max_frames=3))
+                await prepared(prefill, decode, request_of(clips[0], max_frames=3))
             monkeypatch.setattr(prefill.async_engine, "_last_report_s", time.perf_counter() - 6)
             with pytest.raises(Internal, match="no progress"):
                 await prefill.check()
@@ -218,7 +218,7 @@ def test_closing_in_mid_prefill_frees_everything(checkpoint, clips, monkeypatch)
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
-            waiting = asyncio.ensure_future(landed(prefill, decode, request_of(clips[1])))
+            waiting = asyncio.ensure_future(prepared(prefill, decode, request_of(clips[1])))
             await gate.wait()
             closing = asyncio.ensure_future(prefill.close())
             await asyncio.sleep(0.05)

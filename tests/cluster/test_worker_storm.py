@@ -48,7 +48,7 @@ def test_a_storm_leaves_right_answers_and_no_byte(checkpoint, wanted, kind):
         try:
             await made(prefill, request, key, ticket)
         finally:
-            if rng.random() < 0.7:  # the rest is left to the lease, or has landed
+            if rng.random() < 0.7:  # the rest is left to the lease, or has prepared
                 await decode.release(ticket.transfer_id)
         if rng.random() < 0.3:
             await decode.ship(key, await ticket_for(other, key, lease_s=5.0, deadline_s=10.0))
@@ -89,7 +89,7 @@ def test_a_storm_leaves_right_answers_and_no_byte(checkpoint, wanted, kind):
             assert prefill.copies.used_bytes == 0
             # And all of them are well: the next caller is served.
             request, question = next(iter(answers))
-            handle, _ = await worker_fixtures.landed(prefill, decodes[0], request)
+            handle, _ = await worker_fixtures.prepared(prefill, decodes[0], request)
             events, _ = await events_of(decodes[0].ask(turn_of(handle.media_id, question)))
             assert tokens_of(events) == answers[request, question]
 

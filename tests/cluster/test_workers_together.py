@@ -11,13 +11,13 @@ from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import DECODE_PARTS, PREFILL_PARTS
 from tests.checkpoints.families import FAMILIES
 from tests.cluster import worker_fixtures
-from tests.cluster.worker_fixtures import QUESTIONS, answer, events_of, landed, request_of, tokens_of, turn_of
+from tests.cluster.worker_fixtures import QUESTIONS, answer, events_of, prepared, request_of, tokens_of, turn_of
 
 KINDS = ("inproc", "gloo", "objectstore")
 
 
 def given_for(kind):
-    return {"object_store": worker_fixtures.Store()} if kind == "objectstore" else {}
+    return {"object_store": worker_fixtures.LocalObjectStore()} if kind == "objectstore" else {}
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def test_a_prefix_lands_bit_equal_and_is_answered_from(checkpoint, clips, local,
             assert prefill.model.parts == PREFILL_PARTS and prefill.model.text.head_weight is None
             assert decode.model.parts == DECODE_PARTS
             for clip, (handle, rows, answers) in zip(clips, local, strict=True):
-                got, report = await landed(prefill, decode, request_of(clip))
+                got, report = await prepared(prefill, decode, request_of(clip))
                 assert got.media_id == handle.media_id and not got.reused and set(got.ms) == {*handle.ms, "transfer"}
                 assert (got.kv_bytes, got.visual_tokens_kept) == (handle.kv_bytes, handle.visual_tokens_kept)
                 assert report["kind"] == kind and report["num_bytes"] >= handle.kv_bytes and report["attempts"] == 1
@@ -73,7 +73,7 @@ def test_a_copy_and_a_resident_prefix_are_shipped_without_a_prefill(checkpoint, 
             [prefill],
             decodes,
         ):
-            await landed(prefill, decodes[0], request_of(clips[0]))
+            await prepared(prefill, decodes[0], request_of(clips[0]))
             await prefill.ship(key, await worker_fixtures.ticket_for(decodes[1], key, num_bytes=handle.kv_bytes))
             await decodes[1].ship(key, await worker_fixtures.ticket_for(decodes[2], key, num_bytes=handle.kv_bytes))
             # Who asks for it to be made once more gets the copy.
@@ -99,7 +99,7 @@ def test_int8_on_the_wire_is_close_and_smaller(checkpoint, clips, local):
             [prefill],
             [decode],
         ):
-            handle, report = await landed(prefill, decode, request_of(clips[0]))
+            handle, report = await prepared(prefill, decode, request_of(clips[0]))
             assert handle.media_id != plain.media_id and handle.kv_bytes == plain.kv_bytes
             assert report["num_bytes"] < 0.5 * handle.kv_bytes
             kept, landed_rows = (
@@ -128,7 +128,7 @@ def test_other_families_are_served_by_workers_with_only_their_parts(family, tmp_
             await decode.warm()
             request = request_of(clips[0])
             handle = await pipeline.prepare(request)
-            assert (await landed(prefill, decode, request))[0].media_id == handle.media_id
+            assert (await prepared(prefill, decode, request))[0].media_id == handle.media_id
             for question in QUESTIONS[:2]:
                 events = [event async for event in pipeline.ask(turn_of(handle.media_id, question))]
                 assert await answer(decode, turn_of(handle.media_id, question)) == tokens_of(events)
@@ -141,7 +141,7 @@ def test_many_at_once_get_their_own_answers(checkpoint, clips, local):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), prefill=2, decode=2) as (prefills, decodes):
             pairs = [(prefill, decode, clip) for prefill, clip in zip(prefills, clips, strict=True) for decode in decodes]
-            await asyncio.gather(*(landed(prefill, decode, request_of(clip)) for prefill, decode, clip in pairs))
+            await asyncio.gather(*(prepared(prefill, decode, request_of(clip)) for prefill, decode, clip in pairs))
             assert [prefill.num_prefills for prefill in prefills] == [1, 1]
 
             async def talk(decode, handle, answers, name):
@@ -159,7 +159,7 @@ def test_an_answer_is_told_as_the_local_pipeline_tells_it(checkpoint, clips, loc
 
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
-            await landed(prefill, decode, request_of(clips[0]))
+            await prepared(prefill, decode, request_of(clips[0]))
             events, _ = await events_of(decode.ask(turn_of(handle.media_id, want_evidence=True)))
             assert [event.kind for event in events[:1]] == ["accepted"] and events[-1].kind == "done"
             told = Answer.from_events(events)

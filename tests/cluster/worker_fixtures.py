@@ -58,21 +58,21 @@ def config_of(checkpoint, kind="inproc", engine=None, transport=None, **fields):
     )  # fmt: skip
 
 
-class SharedGuard(DecoderSandbox):
+class SharedSandbox(DecoderSandbox):
     """One process that decodes for every worker of every test: starting one takes longer than most tests."""
 
     def close(self):
         pass
 
 
-GUARD = SharedGuard()
+SANDBOX = SharedSandbox()
 
 
-class Store:
-    """A courier within one event loop: what is put lies in a dict, docks are called through their workers' coroutines."""
+class LocalObjectStore:
+    """An object store within one event loop: what is put lies in a dict, receivers are called through their workers' coroutines."""
 
     def __init__(self):
-        self.loop, self.objects, self.docks = asyncio.get_running_loop(), {}, {}
+        self.loop, self.objects, self.receivers = asyncio.get_running_loop(), {}, {}
 
     def put(self, array):
         token = uuid.uuid4().hex
@@ -82,8 +82,8 @@ class Store:
     def get(self, token, within_s):
         return self.objects.pop(token)
 
-    def exchange(self, dock, lane_id, messages, wait_s):
-        call = self.docks[dock.worker].exchange(lane_id, messages, wait_s)
+    def exchange(self, receiver, lane_id, messages, wait_s):
+        call = self.receivers[receiver.worker].exchange(lane_id, messages, wait_s)
         return asyncio.run_coroutine_threadsafe(call, self.loop).result(wait_s + 10)
 
 
@@ -92,10 +92,10 @@ async def workers(config, prefill=1, decode=1, **given):
     """(prefill workers, decode workers), closed at the end; then nothing of theirs may be left in an arena."""
     made = [PrefillWorker(f"prefill-{i}", config, sink=Tally(), **given) for i in range(prefill)]
     for worker in made:
-        worker.engine.sandbox = GUARD
+        worker.engine.sandbox = SANDBOX
     held = [DecodeWorker(f"decode-{i}", config, sink=Tally(), **given) for i in range(decode)]
     if "object_store" in given:
-        given["object_store"].docks = {worker.name: worker for worker in held}
+        given["object_store"].receivers = {worker.name: worker for worker in held}
     try:
         yield made, held
         for worker in held:
@@ -143,7 +143,7 @@ async def made(prefill, request, key, ticket):
     return handle, report, progress
 
 
-async def landed(prefill, decode, request):
+async def prepared(prefill, decode, request):
     """Prepare media the way a router does: reserve, then make."""
     key = await prefill.key_of(request)
     handle, report, _ = await made(prefill, request, key, await ticket_for(decode, key))

@@ -1,4 +1,4 @@
-"""What a storm asks: turns drawn at random. Knows every wish that a turn may have; knows no engine."""
+"""What a storm asks: turns drawn at random, with every option that a turn may have."""
 
 from __future__ import annotations
 

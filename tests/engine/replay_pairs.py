@@ -1,7 +1,4 @@
-"""An answer, and the same one cut and replayed: how to make both, and what must be equal.
-
-Knows: one conversation in an engine of its own, turn by turn. Does not know: crowds, pressure, or what a test damages.
-"""
+"""An answer, and the same one cut and replayed: how to make both, and what must be equal."""
 
 from dataclasses import replace
 

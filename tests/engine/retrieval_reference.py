@@ -1,4 +1,4 @@
-"""The judge for every way of retrieving: rows, normalisation, budgets by mass, refreshes. Knows the definitions in plain words.
+"""The reference for every way of retrieving: rows, normalisation, budgets by mass, refreshes.
 
 It takes nothing about retrieval from the engine: it finds the question's words in the decoded tokens, reads eager attention
 weights, ranks and cuts in float64 itself. A refresh is judged as the turn that it is: a question of one row, which is the decode

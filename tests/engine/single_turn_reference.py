@@ -1,4 +1,4 @@
-"""The slow, obvious run of a turn: alone, in an engine that has room for everything. Knows how to compare; knows no storms.
+"""The slow, obvious run of a turn: alone, in an engine that has room for everything.
 
 Two runs of one turn agree in tokens, text and every logit up to float error. Where they do not, the run alone tells whether the
 decision hung on a float: two scores at the cut of a retrieval, or two tokens (sampling ranks them all), closer than rounding. Such

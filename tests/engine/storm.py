@@ -1,7 +1,6 @@
 """A storm over the decode engine: `python -m tests.engine.storm --operations 10000 --seed 0`, or `make storm`.
 
-Knows runs, which are storms of a few hundred operations with limits of their own, and how to report them. Does not know what
-an operation does. The same seed blows the same storm.
+It is made of runs: a few hundred operations each, with limits of their own. The same seed gives the same storm.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One run of a storm: random operations on a decode engine with tiny random budgets, and what must hold after each of them.
 
-Knows every operation of the engine: integrity of both arenas, bounded waiting, errors only where they were asked for, every
-finished answer as in a run alone (see mirror), and at the end everything given back, to the byte. Does not know what the answers
-mean.
+Checked are the integrity of both arenas, bounded waiting, errors only where they were asked for, every finished answer against
+the same turn alone (see single_turn_reference), and at the end that everything is given back, to the byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pruning and retrieval policies, and sampling. Knows the definitions; does not know models."""
+"""Pruning and retrieval policies, and sampling."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from sparsevila_cluster.core.config import SparsityConfig
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import SamplingParams, Turn, kept_count
-from sparsevila_cluster.engine.sampling import Sampler, choose
+from sparsevila_cluster.engine.sampling import Sampler, sample
 from sparsevila_cluster.pruning import build_pruning
 from sparsevila_cluster.retrieval import Budget, budget_of, build_retrieval
 
@@ -128,7 +128,7 @@ def test_keeping_everything_is_dense(name):
 
 def test_greedy_and_degenerate_sampling():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 4.9]])
-    assert choose(logits, [Sampler(SamplingParams()), Sampler(SamplingParams(temperature=1.0, top_k=1))]) == [1, 0]
+    assert sample(logits, [Sampler(SamplingParams()), Sampler(SamplingParams(temperature=1.0, top_k=1))]) == [1, 0]
     assert Sampler(SamplingParams(temperature=2.0, top_p=1e-6, seed=1)).draw(logits[1]) == 0
 
 
@@ -137,7 +137,7 @@ def test_a_seed_gives_the_same_stream_whatever_is_beside_it():
     params = SamplingParams(temperature=1.0, seed=7)
     alone, batched, neighbour = Sampler(params), Sampler(params), Sampler(SamplingParams(temperature=1.3, seed=9))
     one = [alone.draw(row) for row in logits]
-    two = [choose(torch.stack([row, row]), [neighbour, batched])[1] for row in logits]
+    two = [sample(torch.stack([row, row]), [neighbour, batched])[1] for row in logits]
     assert one == two and len(set(one)) > 3
 
 

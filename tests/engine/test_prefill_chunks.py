@@ -1,6 +1,6 @@
 """A media prefix prefilled in chunks of any size is the one that transformers makes in one pass over the whole prompt.
 
-Knows: random prompts with runs of visual rows, and a stock text model as the reference. Does not know: vision, files, turns.
+Prompts are random, with runs of visual rows; the reference is a stock text model.
 """
 
 from itertools import pairwise

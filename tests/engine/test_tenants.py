@@ -158,47 +158,47 @@ def test_a_lost_conversation_does_not_cost_a_preparation(model):
     with_pipeline(model, scenario)
 
 
-# ---- watching a prefill ----------------------------------------------------------------------------------------------------
+# ---- observing a prefill ---------------------------------------------------------------------------------------------------
 
 
 class Copier:
-    """Takes every piece at the moment when it is told of it."""
+    """Takes every piece at the moment when it is written."""
 
     def __init__(self):
-        self.told, self.kv, self.prefix = [], {}, None
+        self.calls, self.kv, self.prefix = [], {}, None
 
-    def begins(self, prefix, bounds):
-        assert not self.told
-        self.prefix, self.told = prefix, [tuple(bounds)]
+    def on_start(self, prefix, bounds):
+        assert not self.calls
+        self.prefix, self.calls = prefix, [tuple(bounds)]
 
-    def wrote(self, layer, start, stop):
-        self.told.append((layer, start, stop))
+    def on_rows(self, layer, start, stop):
+        self.calls.append((layer, start, stop))
         for which, rows in enumerate(self.prefix.extent.rows(layer)):
             self.kv[layer, which, start] = rows[start:stop].clone()
 
 
-def make(b, watch):
+def make(b, observer):
     preparation = Preparation(picture("anna"))
     media = random_media("video", 4, 56, 84, seed=3)
-    return b.prefill.prefill(preparation, [media], "m", b.decode.prefixes.reserve, watch)
+    return b.prefill.prefill(preparation, [media], "m", b.decode.prefixes.reserve, observer)
 
 
-def test_who_watches_has_the_whole_prefix_in_pieces(model):
-    b, watch = bench(model, prefill_chunk=7), Copier()
-    prefix = make(b, watch)
+def test_an_observer_has_the_whole_prefix_in_pieces(model):
+    b, observer = bench(model, prefill_chunk=7), Copier()
+    prefix = make(b, observer)
     bounds = chunk_bounds(prefix.length, 7)
     layers = range(model.spec.num_layers)
     pieces = [(layer, a, z) for a, z in zip(bounds, bounds[1:], strict=False) for layer in layers]
-    assert watch.told == [tuple(bounds), *pieces] and len(bounds) > 3
-    assert watch.prefix is prefix and prefix.tenant == "anna"
-    for (layer, which, start), piece in watch.kv.items():
-        assert (prefix.extent.rows(layer)[which][start : start + len(piece)] == piece).all(), "a piece changed after it was told"
+    assert observer.calls == [tuple(bounds), *pieces] and len(bounds) > 3
+    assert observer.prefix is prefix and prefix.tenant == "anna"
+    for (layer, which, start), piece in observer.kv.items():
+        assert (prefix.extent.rows(layer)[which][start : start + len(piece)] == piece).all(), "a piece changed after it was written"
 
 
-@pytest.mark.parametrize("when", ["begins", "wrote"])
-def test_who_watches_may_end_it(when, model):
-    b, watch = bench(model, prefill_chunk=7), Copier()
-    setattr(watch, when, lambda *args: 1 / 0)
+@pytest.mark.parametrize("when", ["on_start", "on_rows"])
+def test_an_observer_may_end_the_prefill(when, model):
+    b, observer = bench(model, prefill_chunk=7), Copier()
+    setattr(observer, when, lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        make(b, watch)
+        make(b, observer)
     assert b.prefill.num_prefills == 0

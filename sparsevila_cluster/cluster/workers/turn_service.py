@@ -89,7 +89,7 @@ class TurnService:
         sink(event)
 
     def _drop_last(self, engine: DecodeEngine, turn: Turn) -> None:
-        """A turn was over when its asker left without having heard so: the conversation goes on as if it had never been."""
+        """The caller left without having read the end of a turn that is over: the conversation goes on as if it had never been."""
         if not engine.conversations.busy(turn.conversation_id) and self._journals.remove_last(turn):
             engine.close_conversation(turn.conversation_id)
 

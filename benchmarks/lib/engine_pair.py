@@ -48,13 +48,13 @@ def endless(model: Model) -> Iterator[None]:
         model.chat.eos_ids = ends
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for what a GPU still has to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class _Settled(Timeline):
+class _DeviceTimeline(Timeline):
     """A timeline whose moments are those of the device."""
 
     def __init__(self, device: torch.device):
@@ -62,12 +62,12 @@ class _Settled(Timeline):
         self._device = device
 
     def mark(self, name: str, at_s: float | None = None) -> None:
-        settle(self._device)
+        synchronize(self._device)
         super().mark(name, at_s)
 
 
 @dataclass(frozen=True)
-class Life:
+class Session:
     """One media and two turns on it: milliseconds by stage, the answer's tokens, and what was kept."""
 
     ms: dict[str, float]
@@ -76,7 +76,7 @@ class Life:
     usage: Usage
 
 
-class Stand:
+class EnginePair:
     """A prefill engine and a decode engine of one variant, with room for `num_prefixes` of `prefix_rows` rows.
 
     matrix_width: bytes per weight of the text layers' matrices, 0 for those of the model's dtype; `knobs` are further fields of the
@@ -106,7 +106,7 @@ class Stand:
 
     def prepare(self, media: Media) -> tuple[MediaPrefix, dict[str, float]]:
         """A published media prefix, and the milliseconds of its stages."""
-        preparation = Preparation(PrepareRequest((MediaSource(b""),)), timeline=_Settled(self.model.device))
+        preparation = Preparation(PrepareRequest((MediaSource(b""),)), timeline=_DeviceTimeline(self.model.device))
         prefix = self.prefill.prefill(preparation, [media], next(self._names), self.decode.prefixes.reserve)
         return self.decode.prefixes.publish(prefix), preparation.stage_ms()
 
@@ -130,8 +130,8 @@ class Stand:
         whole = Answer.from_events(told)
         return whole.usage, whole.token_ids
 
-    def live(self, media: Media, num_tokens: int) -> Life:
-        """From frames in memory to a whole answer, then a second question. What earlier lives left behind is dropped first."""
+    def run_session(self, media: Media, num_tokens: int) -> Session:
+        """From frames in memory to a whole answer, then a second question. What earlier sessions left behind is dropped first."""
         self.forget()
         prefix, ms = self.prepare(media)
         conversation = next(self._names)
@@ -149,7 +149,7 @@ class Stand:
             "first token, turn 2": again.ms["ttft"],
             "end to end": media_ms + usage.ms["total"],
         }
-        return Life(told, tokens, prefix, usage)
+        return Session(told, tokens, prefix, usage)
 
     def fill(self, prefix: MediaPrefix, batch: int, num_tokens: int) -> None:
         """`batch` conversations on copies of `prefix`, their questions prefilled, ready to step."""
@@ -178,25 +178,25 @@ class Stand:
 
     # ---- what the stages must do -------------------------------------------------------------------------------------------
 
-    def work(self, life: Life) -> dict[str, Work]:
-        """Per stage of the text decoder, for the prefix and question of `life`."""
-        length = life.prefix.length
-        rows = life.usage.prompt_tokens - length
+    def work(self, session: Session) -> dict[str, Work]:
+        """Per stage of the text decoder, for the prefix and question of `session`."""
+        length = session.prefix.length
+        rows = session.usage.prompt_tokens - length
         work = {"prefill": self.shape.prefill(length), "question": self.shape.question(rows, length)}
         work["prune+prefill"] = work["prefill"]
         return work
 
-    def step_work(self, life: Life, batch: int, num_tokens: int) -> Work:
+    def step_work(self, session: Session, batch: int, num_tokens: int) -> Work:
         """One step over `batch` such turns, halfway through an answer of `num_tokens`."""
-        prefix, usage = life.prefix, life.usage
+        prefix, usage = session.prefix, session.usage
         packed = prefix.length - prefix.num_kept + usage.visual_tokens_retrieved
         tail = usage.prompt_tokens - prefix.length + num_tokens // 2
         return self.shape.step(batch, packed + tail)
 
 
-def time_round(stands: dict[str, Stand], times: dict[str, Times], block: int) -> None:
-    """`block` timed steps of each filled stand. The step before them warms the processor's caches and is left out."""
-    for name, stand in stands.items():
-        stand.decode.step()
+def time_round(pairs: dict[str, EnginePair], times: dict[str, Times], block: int) -> None:
+    """`block` timed steps of each filled pair. The step before them warms the processor's caches and is left out."""
+    for name, pair in pairs.items():
+        pair.decode.step()
         for _ in range(block):
-            times[name].add(once_ms(stand.decode.step))
+            times[name].add(once_ms(pair.decode.step))

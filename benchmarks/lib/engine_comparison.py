@@ -1,4 +1,7 @@
-"""Dense, sparse and `generate` on one model: which stages are timed, in which order, how often."""
+"""Dense, sparse and `generate` on one model: which stages are timed, in which order, how often.
+
+A session is the way from media to the answer of a second question; a step is one of a batch. Variants take turns.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.lib import machine
-from benchmarks.lib.engine_subject import QUESTION, VARIANTS, Life, Stand, endless, settle, time_round
+from benchmarks.lib.engine_pair import QUESTION, VARIANTS, EnginePair, Session, endless, synchronize, time_round
 from benchmarks.lib.flop_counts import encode_work
 from benchmarks.lib.hf_peer import Peer
 from benchmarks.lib.stopwatch import Patience, Times, in_turns
@@ -32,14 +35,14 @@ class Plan:
     hf_frames: int = 64
     encode_frames: int = 64
     num_tokens: int = 32
-    lives: Patience = Patience(least=2, most=5, budget_s=150.0)
+    sessions: Patience = Patience(least=2, most=5, budget_s=150.0)
     encodes: Patience = Patience(least=5, most=15, budget_s=25.0)
     rounds: int = 10
     block: int = 2
     long_frames: int = 512
 
 
-class Contest:
+class EngineComparison:
     """Measures one model after another into one ledger. `tell` is for the reader of the report, `say` for who waits for it."""
 
     def __init__(self, ledger: Ledger, tell: Callable[[str], None], say: Callable[[str], None]):
@@ -56,7 +59,7 @@ class Contest:
         matrix_width: float = 0.0,
     ) -> None:
         """Everything about one model. directory: of its checkpoint, for `generate`; None leaves that out. `hf_batches`: batch sizes
-        in which `generate` is asked for steps. matrix_width: see `Stand`.
+        in which `generate` is asked for steps. matrix_width: see `EnginePair`.
         """
         self.say(f"{name}: loading")
         peer = None if directory is None else Peer(directory, model)
@@ -68,11 +71,11 @@ class Contest:
                 with_peer = peer if frames <= plan.hf_frames else None
                 room = self._room(model, video, plan)
                 num = 1 + max(room, default=0)
-                stands = {variant: Stand(model, variant, rows, num, matrix_width) for variant, rows in self._rows(model, video)}
-                lives = self._lives(name, stands, video, plan, with_peer)
+                pairs = {variant: EnginePair(model, variant, rows, num, matrix_width) for variant, rows in self._rows(model, video)}
+                sessions = self._sessions(name, pairs, video, plan, with_peer)
                 for batch in room:
-                    self._steps(name, stands, lives, video, batch, plan, with_peer if batch in hf_batches else None)
-                self._memory(name, frames, stands, lives)
+                    self._steps(name, pairs, sessions, video, batch, plan, with_peer if batch in hf_batches else None)
+                self._memory(name, frames, pairs, sessions)
 
     # ---- one video ---------------------------------------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class Contest:
 
         def encode(capture: bool) -> None:
             family.encode([inputs], capture=capture)
-            settle(model.device)
+            synchronize(model.device)
 
         works = {
             "patchify": lambda: family.patchify(video),
@@ -115,15 +118,15 @@ class Contest:
         share = statistics.median(1 - without / with_salience for with_salience, without in pairs)
         self.ledger.add(name, frames, "encode", "with salience", times["with salience"], salience_share=round(share, 4))
 
-    def _lives(self, name: str, stands: dict[str, Stand], video: Media, plan: Plan, peer: Peer | None) -> dict[str, Life]:
+    def _sessions(self, name: str, pairs: dict[str, EnginePair], video: Media, plan: Plan, peer: Peer | None) -> dict[str, Session]:
         frames = len(video.frames)
         times: dict[tuple[str, str], Times] = {}
-        lives: dict[str, Life] = {}
-        for number in plan.lives.rounds():
-            for variant, stand in stands.items():
+        sessions: dict[str, Session] = {}
+        for number in plan.sessions.rounds():
+            for variant, pair in pairs.items():
                 self.say(f"{name}, {frames} frames: round {number + 1}, {variant}")
-                life = lives[variant] = stand.live(video, plan.num_tokens)
-                for stage, ms in life.ms.items():
+                session = sessions[variant] = pair.run_session(video, plan.num_tokens)
+                for stage, ms in session.ms.items():
                     times.setdefault((stage, variant), Times()).add(ms)
             if peer is not None:
                 self.say(f"{name}, {frames} frames: round {number + 1}, generate")
@@ -131,39 +134,46 @@ class Contest:
                 for stage, ms in (("first token, cold", made.first_ms), ("end to end", made.total_ms)):
                     times.setdefault((stage, "hf"), Times()).add(ms)
         for (stage, variant), found in times.items():
-            work = stands[variant].work(lives[variant]) if variant in stands else {}
-            more = {"equal_tokens": equal_tokens(lives["dense"].tokens, made.tokens)} if variant == "hf" else {}
+            work = pairs[variant].work(sessions[variant]) if variant in pairs else {}
+            more = {"equal_tokens": equal_tokens(sessions["dense"].tokens, made.tokens)} if variant == "hf" else {}
             self.ledger.add(name, frames, stage, variant, found, work=work.get(stage), **more)
         if peer is not None:
-            same = equal_tokens(lives["dense"].tokens, made.tokens)
+            same = equal_tokens(sessions["dense"].tokens, made.tokens)
             self.tell(f"{name}, {frames} frames: {same} of {plan.num_tokens} dense tokens equal generate's")
-        return lives
+        return sessions
 
     def _steps(
-        self, name: str, stands: dict[str, Stand], lives: dict[str, Life], video: Media, batch: int, plan: Plan, peer: Peer | None
+        self,
+        name: str,
+        pairs: dict[str, EnginePair],
+        sessions: dict[str, Session],
+        video: Media,
+        batch: int,
+        plan: Plan,
+        peer: Peer | None,
     ) -> None:
         """One decode step over `batch` conversations; between `generate`'s own tokens where there is a peer."""
         frames, rounds, block = len(video.frames), plan.rounds, plan.block
         self.say(f"{name}, {frames} frames: steps of a batch of {batch}")
         num_steps = rounds * (block + 1)
-        times = {variant: Times() for variant in stands}
-        for variant, stand in stands.items():
-            stand.fill(lives[variant].prefix, batch, num_steps + 4)
+        times = {variant: Times() for variant in pairs}
+        for variant, pair in pairs.items():
+            pair.fill(sessions[variant].prefix, batch, num_steps + 4)
         if peer is None:
             for _ in range(rounds):
-                time_round(stands, times, block)
+                time_round(pairs, times, block)
         else:
             inputs = peer.inputs(video, QUESTION, batch)
-            times["hf"] = peer.generate(inputs, num_steps + 1, lambda: time_round(stands, times, block), block).steps
+            times["hf"] = peer.generate(inputs, num_steps + 1, lambda: time_round(pairs, times, block), block).steps
         for variant, found in times.items():
-            work = stands[variant].step_work(lives[variant], batch, num_steps) if variant in stands else None
+            work = pairs[variant].step_work(sessions[variant], batch, num_steps) if variant in pairs else None
             self.ledger.add(name, frames, "step", variant, found, batch=batch, work=work)
-        for variant, stand in stands.items():
-            stand.forget(keep=lives[variant].prefix)
+        for variant, pair in pairs.items():
+            pair.forget(keep=sessions[variant].prefix)
 
-    def _memory(self, name: str, frames: int, stands: dict[str, Stand], lives: dict[str, Life]) -> None:
-        for variant, life in lives.items():
-            row_bytes, device = stands[variant].model.spec.bytes_per_token, stands[variant].model.device
+    def _memory(self, name: str, frames: int, pairs: dict[str, EnginePair], sessions: dict[str, Session]) -> None:
+        for variant, session in sessions.items():
+            row_bytes, device = pairs[variant].model.spec.bytes_per_token, pairs[variant].model.device
             on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
             self.ledger.rows.append(
                 {
@@ -171,11 +181,12 @@ class Contest:
                     "frames": frames,
                     "stage": "memory",
                     "variant": variant,
-                    "visual_tokens": life.usage.visual_tokens,
-                    "kept": life.usage.visual_tokens_kept,
-                    "retrieved": life.usage.visual_tokens_retrieved,
-                    "prefix_bytes": life.prefix.kv_bytes,
-                    "attended_bytes": (life.prefix.length - life.prefix.num_kept + life.usage.visual_tokens_retrieved) * row_bytes,
+                    "visual_tokens": session.usage.visual_tokens,
+                    "kept": session.usage.visual_tokens_kept,
+                    "retrieved": session.usage.visual_tokens_retrieved,
+                    "prefix_bytes": session.prefix.kv_bytes,
+                    "attended_bytes": (session.prefix.length - session.prefix.num_kept + session.usage.visual_tokens_retrieved)
+                    * row_bytes,
                     "peak_rss_bytes": machine.peak_rss_bytes(),
                     **on_device,
                 }
