@@ -27,7 +27,7 @@ import torch
 from benchmarks.lib import cluster_overhead, cpu_time, machine
 from benchmarks.lib.goodput import KINDS, Slo, rounded
 from benchmarks.lib.load_clients import DENSE, SPARSE
-from benchmarks.lib.load_levels import Level, Loads, Outcome, make_films
+from benchmarks.lib.load_levels import Level, LoadRunner, Outcome, make_videos
 from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint
 from benchmarks.lib.report import Report, progress
 from benchmarks.lib.stopwatch import Patience
@@ -57,7 +57,7 @@ class Plan:
         Level(8, 1, share=0.5),
         Level(8, 1, share=0.9),
     )
-    pace: cluster_overhead.Pace = cluster_overhead.Pace()
+    overhead: cluster_overhead.OverheadPlan = cluster_overhead.OverheadPlan()
     slo_scale: float = 3.0
     limit_s: float = 900.0
     decodes: int = 2
@@ -67,7 +67,7 @@ QUICK = Plan(
     frames=16,
     num_tokens=12,
     levels=(Level(4, 2, clients=1), Level(6, 1, clients=4), Level(5, 1, share=0.7)),
-    pace=cluster_overhead.Pace(
+    overhead=cluster_overhead.OverheadPlan(
         num_tokens=12,
         alone=Patience(least=2, most=5, budget_s=12.0),
         crowded=Patience(least=1, most=2, budget_s=8.0),
@@ -76,15 +76,15 @@ QUICK = Plan(
 
 
 async def measure(
-    target: str, config: ClusterConfig, films: Sequence[Path], plan: Plan, say: Callable[[str], None]
+    target: str, config: ClusterConfig, videos: Sequence[Path], plan: Plan, say: Callable[[str], None]
 ) -> tuple[cluster_overhead.Overhead, list[Outcome]]:
-    known, new = films[: plan.num_known], films[plan.num_known :]
-    loads = Loads(target, known, new, plan.num_turns, plan.num_tokens, plan.limit_s)
+    known, new = videos[: plan.num_known], videos[plan.num_known :]
+    loads = LoadRunner(target, known, new, plan.num_turns, plan.num_tokens, plan.limit_s)
     say("prepare the known videos")
     await loads.prepare()
-    cost = await cluster_overhead.measure(target, config, known, plan.pace, say)
+    cost = await cluster_overhead.measure(target, config, known, plan.overhead, say)
     for level in plan.levels:
-        await loads.lay(level, say)
+        await loads.run(level, say)
     return cost, loads.outcomes
 
 
@@ -201,8 +201,8 @@ def _main(options: argparse.Namespace, recipe: Recipe, plan: Plan) -> None:
         report.show_card()
         say("mid-size checkpoint")
         directory = make_checkpoint(options.cache, recipe)
-        num_films = plan.num_known + sum(level.num_new for level in plan.levels)
-        films = make_films(Path(folder), num_films, plan.frames, recipe.frame_px, say)
+        num_videos = plan.num_known + sum(level.num_new for level in plan.levels)
+        videos = make_videos(Path(folder), num_videos, plan.frames, recipe.frame_px, say)
         config = build_cluster_config(
             engine={"model": str(directory), "device": "cpu", "max_frames": plan.frames},
             transport={"kind": "gloo"},
@@ -212,7 +212,7 @@ def _main(options: argparse.Namespace, recipe: Recipe, plan: Plan) -> None:
         with serving(config, lambda stage, done, total: say(stage)) as target:
             ready_s = time.perf_counter() - start_s
             neighbours, ours_s, began_s = machine.Neighbours(), cpu_time.cluster_cpu_s(), time.perf_counter()
-            cost, outcomes = asyncio.run(measure(target, config, films, plan, say))
+            cost, outcomes = asyncio.run(measure(target, config, videos, plan, say))
             ours = (cpu_time.cluster_cpu_s() - ours_s) / (time.perf_counter() - began_s)
             busy = neighbours.cores()  # the cluster's are not of this process either
             say("end the cluster")

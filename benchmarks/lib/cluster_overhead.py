@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.lib import cpu_time
-from benchmarks.lib.goodput import Heard, paired_ms, percentile, rounded, spread_of
+from benchmarks.lib.goodput import TurnTimes, paired_ms, percentile, rounded, spread_of
 from benchmarks.lib.grpc_echo import echoing
-from benchmarks.lib.load_clients import SPARSE, Ear, Guest, guest
+from benchmarks.lib.load_clients import SPARSE, LoadClient, TurnListener, connected_client
 from benchmarks.lib.stopwatch import Patience
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import wait_within
@@ -34,7 +34,7 @@ PLAIN_STREAMS = 8
 
 
 @dataclass(frozen=True)
-class Pace:
+class OverheadPlan:
     """How long to measure. crowd: conversations at once; limit_s: for all of it."""
 
     num_tokens: int = 24
@@ -49,7 +49,7 @@ class Pace:
 class Overhead:
     """What was heard, by way. pairs: (through the cluster, from the engine) of the same question, one soon after the other."""
 
-    pairs: list[tuple[Heard, Heard]] = field(default_factory=list)
+    pairs: list[tuple[TurnTimes, TurnTimes]] = field(default_factory=list)
     plain: list[tuple[float, float]] = field(default_factory=list)
     crowd_tokens_per_s: dict[str, list[float]] = field(default_factory=lambda: {CLUSTER: [], ENGINE: []})
     cpu_s: dict[str, float] = field(default_factory=dict)
@@ -96,17 +96,19 @@ def _spreads(times: dict[str, list[float]]) -> dict[str, float | None]:
     return {f"{name}_{p}_ms": rounded(value) for name, both in found.items() for p, value in zip(("p50", "p95"), both, strict=True)}
 
 
-class Rivals:
+class ClusterAndEngine:
     """The cluster and the engine, each with the same media."""
 
-    def __init__(self, guests: Sequence[Guest], pipeline: LocalPipeline, media: dict[str, list[MediaHandle]], num_tokens: int):
-        self._guests, self._pipeline, self._media = guests, pipeline, media
+    def __init__(
+        self, clients: Sequence[LoadClient], pipeline: LocalPipeline, media: dict[str, list[MediaHandle]], num_tokens: int
+    ):
+        self._clients, self._pipeline, self._media = clients, pipeline, media
         self._options = SPARSE.options(num_tokens)
 
-    def ear(self, way: str, number: int = 0) -> Ear:
+    def listener(self, way: str, number: int = 0) -> TurnListener:
         """A new conversation of client `number`."""
         media = self._media[way][number % len(self._media[way])]
-        return Ear(self._guests[number].ask if way == CLUSTER else self._pipeline.ask, media.media_id, self._options)
+        return TurnListener(self._clients[number].ask if way == CLUSTER else self._pipeline.ask, media.media_id, self._options)
 
     async def threads(self, num: int) -> None:
         """How many the engine's steps use: it is said in the thread that they run in."""
@@ -114,56 +116,62 @@ class Rivals:
 
 
 @asynccontextmanager
-async def rivals(target: str, config: ClusterConfig, films: Sequence[Path], pace: Pace) -> AsyncIterator[Rivals]:
+async def cluster_and_engine(
+    target: str, config: ClusterConfig, videos: Sequence[Path], overhead: OverheadPlan
+) -> AsyncIterator[ClusterAndEngine]:
     async with AsyncExitStack() as stack:
-        guests = [await stack.enter_async_context(guest(target)) for _ in range(pace.crowd)]
+        clients = [await stack.enter_async_context(connected_client(target)) for _ in range(overhead.crowd)]
         pipeline = LocalPipeline(config.engine)
         stack.push_async_callback(pipeline.close)
         media: dict[str, list[MediaHandle]] = {CLUSTER: [], ENGINE: []}
-        for film in films:
-            media[CLUSTER].append(await guests[0].client.prepare(film))
-            media[ENGINE].append(await pipeline.prepare(PrepareRequest((MediaSource(str(film)),))))
-        for one in guests:  # connected before anything is measured
+        for video in videos:
+            media[CLUSTER].append(await clients[0].client.prepare(video))
+            media[ENGINE].append(await pipeline.prepare(PrepareRequest((MediaSource(str(video)),))))
+        for one in clients:  # connected before anything is measured
             await one.client.media(media[CLUSTER][0].media_id)
-        yield Rivals(guests, pipeline, media, pace.num_tokens)
+        yield ClusterAndEngine(clients, pipeline, media, overhead.num_tokens)
 
 
-async def measure(target: str, config: ClusterConfig, films: Sequence[Path], pace: Pace, say: Callable[[str], None]) -> Overhead:
-    """All of it. films: prepared already, or about to be. Raises DeadlineExceeded."""
-    return await wait_within(_measure(target, config, films, pace, say), pace.limit_s, "measuring the overhead")
+async def measure(
+    target: str, config: ClusterConfig, videos: Sequence[Path], overhead: OverheadPlan, say: Callable[[str], None]
+) -> Overhead:
+    """All of it. videos: prepared already, or about to be. Raises DeadlineExceeded."""
+    return await wait_within(_measure(target, config, videos, overhead, say), overhead.limit_s, "measuring the overhead")
 
 
-async def _measure(target: str, config: ClusterConfig, films: Sequence[Path], pace: Pace, say: Callable[[str], None]) -> Overhead:
+async def _measure(
+    target: str, config: ClusterConfig, videos: Sequence[Path], overhead: OverheadPlan, say: Callable[[str], None]
+) -> Overhead:
     found = Overhead()
     say("load the engine")
-    async with rivals(target, config, films, pace) as both, echoing() as echo:
+    async with cluster_and_engine(target, config, videos, overhead) as both, echoing() as echo:
         await both.threads(config.decode.threads)
         num_bytes = message_bytes((await _converse(both, CLUSTER, 1))[0])
         await _converse(both, ENGINE, 1)
-        for number in pace.alone.rounds():
+        for number in overhead.alone.rounds():
             say(f"one conversation at a time: round {number + 1}")
             ways = (CLUSTER, ENGINE) if number % 2 else (ENGINE, CLUSTER)
-            heard = {way: await _converse(both, way, pace.num_turns) for way in ways}
+            heard = {way: await _converse(both, way, overhead.num_turns) for way in ways}
             found.pairs += zip(heard[CLUSTER], heard[ENGINE], strict=True)
             for _ in range(PLAIN_STREAMS):
-                found.plain.append(await echo.listen(pace.num_tokens, num_bytes, REQUEST_BYTES))
+                found.plain.append(await echo.listen(overhead.num_tokens, num_bytes, REQUEST_BYTES))
         await both.threads(config.decode.threads * config.decode.replicas)
-        for number in pace.crowded.rounds():
-            say(f"{pace.crowd} conversations at once: round {number + 1}")
+        for number in overhead.crowded.rounds():
+            say(f"{overhead.crowd} conversations at once: round {number + 1}")
             for way in (CLUSTER, ENGINE) if number % 2 else (ENGINE, CLUSTER):
-                await _crowd(both, way, pace.crowd, found)
+                await _crowd(both, way, overhead.crowd, found)
     return found
 
 
-async def _converse(both: Rivals, way: str, num_turns: int) -> list[Heard]:
-    ear = both.ear(way)
-    return [await ear.listen("later" if number else "warm") for number in range(num_turns)]
+async def _converse(both: ClusterAndEngine, way: str, num_turns: int) -> list[TurnTimes]:
+    listener = both.listener(way)
+    return [await listener.listen("later" if number else "warm") for number in range(num_turns)]
 
 
-async def _crowd(both: Rivals, way: str, num: int, found: Overhead) -> None:
+async def _crowd(both: ClusterAndEngine, way: str, num: int, found: Overhead) -> None:
     """One turn of each of `num` conversations, at once."""
     before, start_s = cpu_time.cpu_s(), time.perf_counter()
-    heard = await asyncio.gather(*(both.ear(way, number).listen("warm") for number in range(num)))
+    heard = await asyncio.gather(*(both.listener(way, number).listen("warm") for number in range(num)))
     elapsed_s = time.perf_counter() - start_s
     num_tokens = sum(len(one.token_ids) for one in heard)
     found.crowd_tokens_per_s[way].append(num_tokens / elapsed_s)
@@ -173,7 +181,7 @@ async def _crowd(both: Rivals, way: str, num: int, found: Overhead) -> None:
         found.num_crowd_tokens += num_tokens
 
 
-def message_bytes(heard: Heard) -> int:
+def message_bytes(heard: TurnTimes) -> int:
     """Of a message that tells one token of this answer, on average."""
     ids = heard.token_ids
     events = [TurnEvent("token", "t", index=i, token_ids=(token,), text="ab") for i, token in enumerate(ids)]

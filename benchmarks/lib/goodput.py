@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
-class Heard:
+class TurnTimes:
     """One turn as its client heard it. tpot_ms: between two tokens, on average; None for an answer of one. error: what ended it."""
 
     kind: Kind
@@ -52,7 +52,7 @@ class Slo:
     tpot_ms: float
 
     @classmethod
-    def of(cls, turns: Sequence[Heard], scale: float) -> Slo:
+    def of(cls, turns: Sequence[TurnTimes], scale: float) -> Slo:
         """`scale` times the medians of these turns; a kind that is not among them is not limited."""
         done = [turn for turn in turns if not turn.error]
         ttfts = {kind: [turn.ttft_ms for turn in done if turn.kind == kind] for kind in KINDS}
@@ -62,7 +62,7 @@ class Slo:
             scale * percentile(gaps, 50) if gaps else float("inf"),
         )
 
-    def is_met(self, turn: Heard) -> bool:
+    def is_met(self, turn: TurnTimes) -> bool:
         """A turn that failed is not good."""
         in_time = turn.ttft_ms <= self.ttft_ms.get(turn.kind, float("inf"))
         return not turn.error and in_time and (turn.tpot_ms is None or turn.tpot_ms <= self.tpot_ms)
@@ -72,7 +72,7 @@ class Slo:
 class Run:
     """One load: its turns, and the seconds from its first start to its last end."""
 
-    turns: tuple[Heard, ...]
+    turns: tuple[TurnTimes, ...]
     elapsed_s: float
 
     @property

@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 METHOD = "/benchmarks.Echo/Stream"
-ASKED = struct.Struct("<II")
+REQUEST = struct.Struct("<II")
 START_S, STREAM_S, STOP_S = 60.0, 60.0, 10.0
 
 
@@ -30,13 +30,13 @@ class Echo:
 
     async def listen(self, num_messages: int, num_bytes: int, request_bytes: int) -> tuple[float, float]:
         """(ms to the first message, ms from one message to the next on average) of a stream that is read as it comes."""
-        came_s = []
-        request = ASKED.pack(num_messages, num_bytes).ljust(request_bytes, b".")
+        arrived_s = []
+        request = REQUEST.pack(num_messages, num_bytes).ljust(request_bytes, b".")
         start_s = time.perf_counter()
         replies = self._stream(request, timeout=STREAM_S)
         while await replies.read() is not grpc.aio.EOF:
-            came_s.append(time.perf_counter())
-        return (came_s[0] - start_s) * 1e3, (came_s[-1] - came_s[0]) / max(1, len(came_s) - 1) * 1e3
+            arrived_s.append(time.perf_counter())
+        return (arrived_s[0] - start_s) * 1e3, (arrived_s[-1] - arrived_s[0]) / max(1, len(arrived_s) - 1) * 1e3
 
 
 @asynccontextmanager
@@ -51,7 +51,7 @@ async def echoing() -> AsyncIterator[Echo]:
             port = int(await process.stdout.readline())
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             echo = Echo(channel)
-            await echo.listen(1, 1, ASKED.size)
+            await echo.listen(1, 1, REQUEST.size)
             yield echo
     finally:
         process.stdin.close()
@@ -64,7 +64,7 @@ async def echoing() -> AsyncIterator[Echo]:
 
 
 async def _stream(request: bytes, context: Any) -> None:
-    num_messages, num_bytes = ASKED.unpack_from(request)
+    num_messages, num_bytes = REQUEST.unpack_from(request)
     for _ in range(num_messages):
         await context.write(b"." * num_bytes)
 

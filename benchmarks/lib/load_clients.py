@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.goodput import Heard, Kind, Run
+from benchmarks.lib.goodput import Kind, Run, TurnTimes
 from sparsevila_cluster.client import AsyncClient, Upload
 from sparsevila_cluster.client.connection import Connection
 from sparsevila_cluster.client.turn_stream import TurnStream
@@ -52,16 +52,16 @@ DENSE = Variant("dense", {"prune_keep": 1.0}, {"retrieve_keep": 1.0})
 
 
 @dataclass(frozen=True)
-class Visit:
+class ConversationPlan:
     """One client's conversation. at_s: when it begins, in an open loop."""
 
-    film: Path
+    video: Path
     num_turns: int
     at_s: float = 0.0
 
 
 @dataclass(frozen=True)
-class Guest:
+class LoadClient:
     """One client, connected."""
 
     connection: Connection
@@ -77,13 +77,13 @@ class Guest:
 
 
 @asynccontextmanager
-async def guest(target: str) -> AsyncIterator[Guest]:
+async def connected_client(target: str) -> AsyncIterator[LoadClient]:
     connection = Connection(target, None, None)
     async with AsyncClient(connection, None) as client:
-        yield Guest(connection, client)
+        yield LoadClient(connection, client)
 
 
-class Ear:
+class TurnListener:
     """What is heard of a conversation: a turn for each call of `listen`."""
 
     def __init__(self, ask: Callable[[Turn], AsyncGenerator[TurnEvent, None]], media_id: str, options: dict[str, Any]):
@@ -91,75 +91,75 @@ class Ear:
         self._ask, self._media_id, self._options = ask, media_id, options
         self._num_turns = 0
 
-    async def listen(self, kind: Kind, since_s: float | None = None) -> Heard:
+    async def listen(self, kind: Kind, since_s: float | None = None) -> TurnTimes:
         """The next question's answer. since_s: what its first token is counted from, if not from now. Raises what `ask` raises."""
         question = QUESTIONS[self._num_turns % len(QUESTIONS)]
         turn = to_turn(self.conversation_id, self._media_id, question, self._options)  # type: ignore[arg-type]
         self._num_turns += 1
-        came_s: list[float] = []
+        arrived_s: list[float] = []
         tokens: list[int] = []
         start_s = time.perf_counter() if since_s is None else since_s
         async with aclosing(self._ask(turn)) as events:
             async for event in events:
                 self.conversation_id = event.conversation_id or self.conversation_id
                 if event.kind == "token":
-                    came_s += [time.perf_counter()] * len(event.token_ids)
+                    arrived_s += [time.perf_counter()] * len(event.token_ids)
                     tokens += event.token_ids
         end_s = time.perf_counter()
-        gap_ms = (came_s[-1] - came_s[0]) / (len(came_s) - 1) * 1e3 if len(came_s) > 1 else None
-        ttft_s = (came_s[0] if came_s else end_s) - start_s
-        return Heard(kind, ttft_s * 1e3, gap_ms, (end_s - start_s) * 1e3, tuple(tokens))
+        gap_ms = (arrived_s[-1] - arrived_s[0]) / (len(arrived_s) - 1) * 1e3 if len(arrived_s) > 1 else None
+        ttft_s = (arrived_s[0] if arrived_s else end_s) - start_s
+        return TurnTimes(kind, ttft_s * 1e3, gap_ms, (end_s - start_s) * 1e3, tuple(tokens))
 
 
-async def hold(one: Guest, upload: Upload, visit: Visit, variant: Variant, num_tokens: int) -> list[Heard]:
+async def converse(one: LoadClient, upload: Upload, plan: ConversationPlan, variant: Variant, num_tokens: int) -> list[TurnTimes]:
     """A conversation: media prepared, or found, then questions. It ends with the first error."""
-    heard: list[Heard] = []
+    heard: list[TurnTimes] = []
     kind: Kind = "warm"
     start_s = time.perf_counter()
     try:
         media = await one.client.prepare(upload, timeout_s=PREPARE_S, **variant.prepare)
         kind = "warm" if media.reused else "cold"
-        ear = Ear(one.ask, media.media_id, variant.options(num_tokens))
-        for number in range(visit.num_turns):
-            heard.append(await (ear.listen("later") if number else ear.listen(kind, start_s)))
-        await one.leave(media, ear.conversation_id)
+        listener = TurnListener(one.ask, media.media_id, variant.options(num_tokens))
+        for number in range(plan.num_turns):
+            heard.append(await (listener.listen("later") if number else listener.listen(kind, start_s)))
+        await one.leave(media, listener.conversation_id)
     except SparseVilaError as error:
-        heard.append(Heard("later" if heard else kind, error=type(error).__name__))
+        heard.append(TurnTimes("later" if heard else kind, error=type(error).__name__))
     return heard
 
 
-async def closed_loop(target: str, visits: Sequence[Visit], concurrency: int, variant: Variant, num_tokens: int) -> Run:
+async def closed_loop(target: str, plans: Sequence[ConversationPlan], concurrency: int, variant: Variant, num_tokens: int) -> Run:
     """`concurrency` conversations at a time, until all are held."""
-    waiting = list(reversed(range(len(visits))))
+    waiting = list(reversed(range(len(plans))))
 
-    async def client(guests: Sequence[tuple[Guest, Upload]], heard: list[Heard]) -> None:
+    async def client(clients: Sequence[tuple[LoadClient, Upload]], heard: list[TurnTimes]) -> None:
         while waiting:
             number = waiting.pop()
-            heard += await hold(*guests[number], visits[number], variant, num_tokens)
+            heard += await converse(*clients[number], plans[number], variant, num_tokens)
 
-    return await _run(target, visits, [client] * concurrency)
+    return await _run(target, plans, [client] * concurrency)
 
 
-async def open_loop(target: str, visits: Sequence[Visit], variant: Variant, num_tokens: int) -> Run:
+async def open_loop(target: str, plans: Sequence[ConversationPlan], variant: Variant, num_tokens: int) -> Run:
     """Every conversation begins when its time has come."""
 
     def client(number: int) -> Any:
-        async def come(guests: Sequence[tuple[Guest, Upload]], heard: list[Heard]) -> None:
-            await asyncio.sleep(visits[number].at_s)
-            heard += await hold(*guests[number], visits[number], variant, num_tokens)
+        async def come(clients: Sequence[tuple[LoadClient, Upload]], heard: list[TurnTimes]) -> None:
+            await asyncio.sleep(plans[number].at_s)
+            heard += await converse(*clients[number], plans[number], variant, num_tokens)
 
         return come
 
-    return await _run(target, visits, [client(number) for number in range(len(visits))])
+    return await _run(target, plans, [client(number) for number in range(len(plans))])
 
 
-async def _run(target: str, visits: Sequence[Visit], clients: Sequence[Any]) -> Run:
+async def _run(target: str, plans: Sequence[ConversationPlan], workloads: Sequence[Any]) -> Run:
     async with AsyncExitStack() as stack:
-        guests = []
-        for visit in visits:
-            one = await stack.enter_async_context(guest(target))
-            guests.append((one, await one.client.upload(visit.film, timeout_s=CALL_S)))
-        heard: list[Heard] = []
+        clients = []
+        for plan in plans:
+            one = await stack.enter_async_context(connected_client(target))
+            clients.append((one, await one.client.upload(plan.video, timeout_s=CALL_S)))
+        heard: list[TurnTimes] = []
         start_s = time.perf_counter()
-        await asyncio.gather(*(client(guests, heard) for client in clients))
+        await asyncio.gather(*(workload(clients, heard) for workload in workloads))
         return Run(tuple(heard), time.perf_counter() - start_s)

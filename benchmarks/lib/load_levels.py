@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.lib.goodput import Run, poisson
-from benchmarks.lib.load_clients import DENSE, PREPARE_S, SPARSE, Variant, Visit, closed_loop, guest, open_loop
+from benchmarks.lib.load_clients import (
+    DENSE,
+    PREPARE_S,
+    SPARSE,
+    ConversationPlan,
+    Variant,
+    closed_loop,
+    connected_client,
+    open_loop,
+)
 from benchmarks.lib.midsize_checkpoint import FPS, make_media
 from sparsevila_cluster.core.deadline import wait_within
 from sparsevila_cluster.demo.drawing import write_mp4
@@ -43,25 +52,27 @@ class Outcome:
     lane_bytes: int
 
 
-def make_films(folder: Path, num: int, num_frames: int, frame_px: int, say: Callable[[str], None]) -> list[Path]:
+def make_videos(folder: Path, num: int, num_frames: int, frame_px: int, say: Callable[[str], None]) -> list[Path]:
     """Videos of different content."""
-    films = [folder / f"film-{number}.mp4" for number in range(num)]
-    for number, film in enumerate(films):
-        say(f"film {number + 1} of {num}")
-        write_mp4(make_media(num_frames, frame_px, seed=number).frames, film, fps=round(FPS), crf=30)
-    return films
+    videos = [folder / f"video-{number}.mp4" for number in range(num)]
+    for number, video in enumerate(videos):
+        say(f"video {number + 1} of {num}")
+        write_mp4(make_media(num_frames, frame_px, seed=number).frames, video, fps=round(FPS), crf=30)
+    return videos
 
 
-def plan_visits(level: Level, known: Sequence[Path], new: Sequence[Path], num_turns: int, seed: int) -> list[Visit]:
+def plan_conversations(
+    level: Level, known: Sequence[Path], new: Sequence[Path], num_turns: int, seed: int
+) -> list[ConversationPlan]:
     """The conversations of a level, in order: those about new videos evenly among those about known ones, drawn at random."""
     rng = random.Random(seed)
-    films = [known[rng.randrange(len(known))] for _ in range(level.num)]
-    for number, film in enumerate(new):
-        films[number * level.num // len(new)] = film
-    return [Visit(film, num_turns) for film in films]
+    videos = [known[rng.randrange(len(known))] for _ in range(level.num)]
+    for number, video in enumerate(new):
+        videos[number * level.num // len(new)] = video
+    return [ConversationPlan(video, num_turns) for video in videos]
 
 
-class Loads:
+class LoadRunner:
     """Lays loads on the cluster at `target`. known: videos to prepare before the first load; new: for one conversation each;
     limit_s: for one load.
     """
@@ -73,30 +84,30 @@ class Loads:
 
     async def prepare(self) -> None:
         """Have the known videos there, as both configurations want them."""
-        async with guest(self._target) as one:
-            for film in self._known:
+        async with connected_client(self._target) as one:
+            for video in self._known:
                 for variant in VARIANTS:
-                    await one.client.prepare(film, timeout_s=PREPARE_S, **variant.prepare)
+                    await one.client.prepare(video, timeout_s=PREPARE_S, **variant.prepare)
 
-    async def lay(self, level: Level, say: Callable[[str], None]) -> None:
+    async def run(self, level: Level, say: Callable[[str], None]) -> None:
         """One load, on both configurations in turn. Raises DeadlineExceeded."""
         number = len(self.outcomes)
         new, self._new = self._new[: level.num_new], self._new[level.num_new :]
-        visits = plan_visits(level, self._known, new, self._num_turns, seed=number)
+        plans = plan_conversations(level, self._known, new, self._num_turns, seed=number)
         if level.share:
             arrivals = poisson(level.share * self.best_per_s(), level.num, seed=number)
-            visits = [replace(visit, at_s=at_s) for visit, at_s in zip(visits, arrivals, strict=True)]
+            plans = [replace(plan, at_s=at_s) for plan, at_s in zip(plans, arrivals, strict=True)]
         for variant in VARIANTS if number % 4 else VARIANTS[::-1]:
             say(f"{level.name}: {variant.name}")
             before = await counts(self._target)
-            run = await wait_within(self._run(level, visits, variant), self._limit_s, f"the load {level.name!r}")
+            run = await wait_within(self._run(level, plans, variant), self._limit_s, f"the load {level.name!r}")
             after = await counts(self._target)
             self.outcomes.append(Outcome(level, variant.name, run, *(b - a for a, b in zip(before, after, strict=True))))
 
-    async def _run(self, level: Level, visits: Sequence[Visit], variant: Variant) -> Run:
+    async def _run(self, level: Level, plans: Sequence[ConversationPlan], variant: Variant) -> Run:
         if level.clients:
-            return await closed_loop(self._target, visits, level.clients, variant, self._num_tokens)
-        return await open_loop(self._target, visits, variant, self._num_tokens)
+            return await closed_loop(self._target, plans, level.clients, variant, self._num_tokens)
+        return await open_loop(self._target, plans, variant, self._num_tokens)
 
     def best_per_s(self) -> float:
         """Conversations per second of the best closed loop on the sparse configuration so far."""
@@ -106,7 +117,7 @@ class Loads:
 
 async def counts(target: str) -> tuple[int, int]:
     """What the cluster has done so far: media prefixes made, bytes of KV that arrived over lanes."""
-    async with guest(target) as one:
+    async with connected_client(target) as one:
         pools = (await one.client.info())["details"]["pools"]
     prefills = sum(worker["info"]["prefills"] for worker in pools["prefill"])
     return prefills, sum(worker["info"]["dock"]["bytes_landed"] for worker in pools["decode"])

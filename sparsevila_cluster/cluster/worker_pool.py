@@ -36,8 +36,11 @@ class WorkerPool(Protocol):
         ...
 
 
-def stub(api: Callable[..., Api], call: Call, stream: Stream) -> Api:
-    """An object with the methods of the protocol `api`, which `call(method, *args)` and `stream(method, *args)` carry."""
+def stub(api: Callable[..., Api], call: Call, stream: Stream | None = None) -> Api:
+    """An object with the methods of the protocol `api`, which `call(method, *args)` and `stream(method, *args)` carry.
+
+    stream: None for a protocol without streams and long-running methods.
+    """
     return cast(Api, _Stub(methods_of(api), call, stream))
 
 
@@ -47,17 +50,20 @@ def pool_stub(api: Callable[..., Api], pool: WorkerPool, worker: str | None, wit
 
 
 class _Stub:
-    def __init__(self, methods: dict[str, MethodKind], call: Call, stream: Stream):
-        self._methods, self._stream = methods, stream
-        self._carriers: dict[MethodKind, Callable[..., Any]] = {"call": call, "work": self._work, "stream": stream}
+    def __init__(self, methods: dict[str, MethodKind], call: Call, stream: Stream | None):
+        self._methods = methods
+        self._carriers: dict[MethodKind, Callable[..., Any]] = {"call": call}
+        if stream is not None:
+            self._carriers |= {"work": partial(_only_item, stream), "stream": stream}
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in self._methods:
             raise AttributeError(name)
         return partial(self._carriers[self._methods[name]], name)
 
-    async def _work(self, method: str, *args: Any) -> Any:
-        async with aclosing(self._stream(method, *args)) as items:
-            async for item in items:
-                return item
-        raise WorkerLost(f"{method} ended without a result")
+
+async def _only_item(stream: Stream, method: str, *args: Any) -> Any:
+    async with aclosing(stream(method, *args)) as items:
+        async for item in items:
+            return item
+    raise WorkerLost(f"{method} ended without a result")

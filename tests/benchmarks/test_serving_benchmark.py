@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.lib import cluster_overhead, cpu_time, goodput, load_clients, load_levels
-from benchmarks.lib.goodput import Heard, Run, Slo
+from benchmarks.lib.goodput import Run, Slo, TurnTimes
 from benchmarks.lib.grpc_echo import echoing
-from benchmarks.lib.load_clients import DENSE, SPARSE, Visit
+from benchmarks.lib.load_clients import DENSE, SPARSE, ConversationPlan
 from benchmarks.lib.load_levels import Level, Outcome
 from benchmarks.lib.midsize_checkpoint import Recipe
 from benchmarks.lib.stopwatch import Patience
@@ -53,7 +53,7 @@ def test_percentiles():
 
 
 def heard(kind="later", ttft_ms=10.0, tpot_ms=1.0, error="", num_tokens=4):
-    return Heard(kind, ttft_ms, tpot_ms, ttft_ms + 3.0, tuple(range(num_tokens)), error)
+    return TurnTimes(kind, ttft_ms, tpot_ms, ttft_ms + 3.0, tuple(range(num_tokens)), error)
 
 
 def test_an_slo_is_a_multiple_of_medians_by_kind():
@@ -134,10 +134,10 @@ def test_figures_are_of_the_best_load_and_of_one_client():
 
 
 def test_conversations_about_new_videos_stand_evenly_among_the_others():
-    visits = load_levels.plan_visits(Level(8, 2, clients=2), ["a", "b"], ["x", "y"], 3, seed=1)
-    films = [visit.film for visit in visits]
-    assert films[0] == "x" and films[4] == "y" and {films[i] for i in (1, 2, 3, 5, 6, 7)} == {"a", "b"}
-    assert visits == load_levels.plan_visits(Level(8, 2, clients=2), ["a", "b"], ["x", "y"], 3, seed=1)
+    plans = load_levels.plan_conversations(Level(8, 2, clients=2), ["a", "b"], ["x", "y"], 3, seed=1)
+    videos = [plan.video for plan in plans]
+    assert videos[0] == "x" and videos[4] == "y" and {videos[i] for i in (1, 2, 3, 5, 6, 7)} == {"a", "b"}
+    assert plans == load_levels.plan_conversations(Level(8, 2, clients=2), ["a", "b"], ["x", "y"], 3, seed=1)
     for plan in (serving.Plan(), serving.QUICK):
         assert all(level.num_new < level.num for level in plan.levels) and plan.levels[0].clients == 1
 
@@ -155,8 +155,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("films")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
     paths = [folder / f"{seed}.mp4" for seed in range(3)]
     for seed, path in enumerate(paths):
         path.write_bytes(clip(seed))
@@ -173,10 +173,10 @@ def at_a_door(checkpoint, work):
     return asyncio.run(main())
 
 
-def test_a_closed_loop_hears_cold_warm_and_later_turns(checkpoint, films):
+def test_a_closed_loop_hears_cold_warm_and_later_turns(checkpoint, videos):
     async def work(house):
-        visits = [Visit(film, 2) for film in (films[0], films[0], films[1], films[0], films[1])]
-        run = await load_clients.closed_loop(house.address, visits, 1, SPARSE, num_tokens=5)
+        plans = [ConversationPlan(video, 2) for video in (videos[0], videos[0], videos[1], videos[0], videos[1])]
+        run = await load_clients.closed_loop(house.address, plans, 1, SPARSE, num_tokens=5)
         info = await house.pipeline.info()
         assert info["conversations"] == 0, "conversations are closed when they are over"
         return run
@@ -189,11 +189,11 @@ def test_a_closed_loop_hears_cold_warm_and_later_turns(checkpoint, films):
     assert run.elapsed_s * 1e3 >= sum(turn.e2e_ms for turn in run.turns), "one client at a time"
 
 
-def test_an_open_loop_waits_for_nobody(checkpoint, films):
+def test_an_open_loop_waits_for_nobody(checkpoint, videos):
     async def work(house):
-        visits = [Visit(films[0], 1, at_s) for at_s in (0.0, 0.3, 0.31)]
+        plans = [ConversationPlan(videos[0], 1, at_s) for at_s in (0.0, 0.3, 0.31)]
         start_s = time.perf_counter()
-        run = await load_clients.open_loop(house.address, visits, SPARSE, num_tokens=3)
+        run = await load_clients.open_loop(house.address, plans, SPARSE, num_tokens=3)
         return run, time.perf_counter() - start_s
 
     run, elapsed_s = at_a_door(checkpoint, work)
@@ -201,23 +201,25 @@ def test_an_open_loop_waits_for_nobody(checkpoint, films):
     assert [turn.kind for turn in run.turns].count("cold") == 1
 
 
-def test_a_conversation_ends_with_its_error_and_others_go_on(checkpoint, films, tmp_path):
+def test_a_conversation_ends_with_its_error_and_others_go_on(checkpoint, videos, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video at all" * 100)
 
     async def work(house):
-        return await load_clients.closed_loop(house.address, [Visit(broken, 2), Visit(films[0], 2)], 2, SPARSE, num_tokens=3)
+        return await load_clients.closed_loop(
+            house.address, [ConversationPlan(broken, 2), ConversationPlan(videos[0], 2)], 2, SPARSE, num_tokens=3
+        )
 
     run = at_a_door(checkpoint, work)
     assert sorted(turn.error for turn in run.turns) == ["", "", "BadMedia"] and run.num_failed == 1
 
 
-def test_dense_clients_keep_everything(checkpoint, films):
+def test_dense_clients_keep_everything(checkpoint, videos):
     async def work(house):
-        async with load_clients.guest(house.address) as one:
+        async with load_clients.connected_client(house.address) as one:
             told = []
             for variant in (SPARSE, DENSE):
-                media = await one.client.prepare(films[0], **variant.prepare)
+                media = await one.client.prepare(videos[0], **variant.prepare)
                 chat = one.client.conversation(media)
                 told.append((media, (await chat.ask("What?", **variant.options(2))).usage))
         return told
@@ -258,7 +260,7 @@ def test_the_cluster_is_measured(tmp_path_factory, tmp_path, capsys):
         num_tokens=6,
         num_turns=2,
         levels=(Level(2, 1, clients=1), Level(4, 1, clients=2), Level(3, 1, share=0.9)),
-        pace=cluster_overhead.Pace(num_tokens=6, alone=twice, crowd=4, crowded=twice, limit_s=60.0),
+        overhead=cluster_overhead.OverheadPlan(num_tokens=6, alone=twice, crowd=4, crowded=twice, limit_s=60.0),
         limit_s=60.0,
         decodes=1,
     )

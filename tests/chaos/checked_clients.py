@@ -1,7 +1,4 @@
-"""Clients of a cluster, and what they must hear: the tokens of one process that nothing ever happened to.
-
-Knows: questions, right answers, and how long an answer was interrupted. Does not know: workers or faults.
-"""
+"""Clients of a cluster that check what they hear: it must be the tokens of one process that nothing ever happened to."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ DEADLINE_S = 30.0
 
 
 @dataclass(frozen=True)
-class Film:
+class CheckedClip:
     """A clip, its content key, and the tokens of the answers to all questions, asked one after the other."""
 
     path: Path
@@ -46,7 +43,7 @@ def turn_of(media_id: str, question: str, conversation_id: str, deadline_s: floa
     return Turn(uuid.uuid4().hex, conversation_id, media_id, question, sampling, deadline_s=deadline_s)
 
 
-async def film_of(path: Path, config: ClusterConfig) -> Film:
+async def checked_clip(path: Path, config: ClusterConfig) -> CheckedClip:
     """What a local pipeline makes of a clip."""
     pipeline = LocalPipeline(config.engine)
     try:
@@ -55,23 +52,23 @@ async def film_of(path: Path, config: ClusterConfig) -> Film:
         for question in QUESTIONS:
             turn = turn_of(handle.media_id, question, "truth")
             answers.append(tuple([token async for event in pipeline.ask(turn) for token in event.token_ids]))
-        return Film(path, handle.media_id, tuple(answers))
+        return CheckedClip(path, handle.media_id, tuple(answers))
     finally:
         await pipeline.close()
 
 
 class Client:
-    """One conversation about one film. Asks its questions in order, and asserts that every answer is the right one."""
+    """One conversation about one clip. Asks its questions in order, and asserts that every answer is the right one."""
 
-    def __init__(self, pipeline: Pipeline, film: Film):
-        self.pipeline, self.film = pipeline, film
+    def __init__(self, pipeline: Pipeline, clip: CheckedClip):
+        self.pipeline, self.clip = pipeline, clip
         self.conversation_id = ""
         self.num_answers = 0
         self.heard_s: list[float] = []
-        self.trail: list[str] = []
+        self.history: list[str] = []
 
     def next_turn(self, deadline_s: float = DEADLINE_S) -> Turn:
-        return turn_of(self.film.media_id, QUESTIONS[self.num_answers], self.conversation_id, deadline_s)
+        return turn_of(self.clip.media_id, QUESTIONS[self.num_answers], self.conversation_id, deadline_s)
 
     async def ask(
         self, turn: Turn | None = None, heard: Callable[[int], None] = lambda index: None, leave_at: int | None = None
@@ -81,21 +78,21 @@ class Client:
         Raises what the pipeline raises.
         """
         turn = turn or self.next_turn()
-        due, tokens, ended = self.film.answers[self.num_answers], list[int](), False
+        due, tokens, ended = self.clip.answers[self.num_answers], list[int](), False
         self.heard_s = []
-        self.trail.append(f"{turn.turn_id[:6]} at {self.num_answers}")
+        self.history.append(f"{turn.turn_id[:6]} at {self.num_answers}")
         async with aclosing(self.pipeline.ask(turn)) as events:
             async for event in events:
                 self.heard_s.append(time.monotonic())
                 if event.kind == "accepted":
                     self.conversation_id = event.conversation_id
                 if event.kind == "token":
-                    assert event.index == len(tokens), f"token {event.index} came where {len(tokens)} was due"
+                    assert event.index == len(tokens), f"token {event.index} came instead of {len(tokens)}"
                     tokens += event.token_ids
-                    assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}: {self.trail}"
+                    assert tuple(tokens) == due[: len(tokens)], f"a wrong token: {tokens}, not {due}: {self.history}"
                     heard(event.index)
                     if event.index == leave_at:
-                        self.trail.append(f"left at {leave_at}")
+                        self.history.append(f"left at {leave_at}")
                         return
                 if event.kind == "done":
                     self.conversation_id, ended = event.conversation_id, True
@@ -109,14 +106,14 @@ class Client:
 
     def forget(self) -> None:
         """The next question begins a new conversation."""
-        self.conversation_id, self.num_answers, self.trail = "", 0, []
+        self.conversation_id, self.num_answers, self.history = "", 0, []
 
 
-class Neighbour:
-    """Somebody who keeps asking about another film, conversation after conversation, and must not notice anything."""
+class Bystander:
+    """A client that keeps asking about another clip, conversation after conversation, and must not notice anything."""
 
-    def __init__(self, pipeline: Pipeline, film: Film):
-        self._client = Client(pipeline, film)
+    def __init__(self, pipeline: Pipeline, clip: CheckedClip):
+        self._client = Client(pipeline, clip)
         self._over = False
         self._left: list[str] = []
         self.num_answers = 0
@@ -137,7 +134,7 @@ class Neighbour:
             await self._client.pipeline.close_conversation(conversation_id)
 
     async def _close(self) -> None:
-        """Without the registry a conversation cannot be closed: later, then."""
+        """Without the directory a conversation cannot be closed: later, then."""
         conversation_id = self._client.conversation_id
         try:
             await self._client.close()
@@ -146,12 +143,12 @@ class Neighbour:
             self._client.forget()
 
     async def hears_more(self, num: int = 1) -> None:
-        """Wait for `num` more answers. Raises what the neighbour met with."""
+        """Wait for `num` more answers. Raises what the bystander was told."""
         due = self.num_answers + num
         while self.num_answers < due:
             if self._task.done():
                 self._task.result()
-                raise AssertionError("the neighbour stopped asking")
+                raise AssertionError("the bystander stopped asking")
             await asyncio.sleep(0.01)
 
     async def leaves(self) -> None:
@@ -163,7 +160,7 @@ class Neighbour:
         self._task.cancel()
 
 
-async def typed(work: asyncio.Task[None]) -> SparseVilaError | None:
+async def error_of(work: asyncio.Task[None]) -> SparseVilaError | None:
     """The error of ours that a task ended with, None if it went well. Anything else is raised."""
     try:
         await work

@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from tests.chaos.checked_clients import film_of
+from tests.chaos.checked_clients import checked_clip
 from tests.chaos.kill_points import LATER
-from tests.chaos.process_cluster import Town, config_of
-from tests.chaos.worker_processes import Zygote
+from tests.chaos.process_cluster import ProcessCluster, config_of
+from tests.chaos.worker_processes import WorkerForker
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.cluster.worker_fixtures import write_clip
 
-TOLD: list[tuple[str, str]] = []
+NOTES: list[tuple[str, str]] = []
 
 
 @pytest.fixture(scope="session")
@@ -22,34 +22,34 @@ def runner():
 
 @pytest.fixture(scope="session")
 def world(runner, tmp_path_factory):
-    """(town, the film of the client that is hit, the film of the neighbours)."""
+    """(cluster, the clip of the client that is hit, the clip of the bystanders)."""
     folder = tmp_path_factory.mktemp("chaos")
     checkpoint = make_qwen2_5_vl(folder / "tiny", seed=0)
-    zygote = Zygote(checkpoint, folder)
+    forker = WorkerForker(checkpoint, folder)
     try:
 
         async def build():
-            town = Town(zygote, config_of(checkpoint))
-            films = [await film_of(write_clip(folder / f"{seed}.mp4", seed=seed), town.config) for seed in range(2)]
-            assert films[0].answers != films[1].answers and len(films[0].answers[1]) > LATER, "too few tokens to see a wrong one"
-            return town, *films
+            cluster = ProcessCluster(forker, config_of(checkpoint))
+            clips = [await checked_clip(write_clip(folder / f"{seed}.mp4", seed=seed), cluster.config) for seed in range(2)]
+            assert clips[0].answers != clips[1].answers and len(clips[0].answers[1]) > LATER, "too few tokens to see a wrong one"
+            return cluster, *clips
 
         made = runner.run(build())
         yield made
         runner.run(made[0].close())
     finally:
-        zygote.close()
+        forker.close()
 
 
 @pytest.fixture
-def tell():
+def note():
     """Notes a line for the table that is printed at the end."""
-    return lambda case, what: TOLD.append((case, what))
+    return lambda case, what: NOTES.append((case, what))
 
 
 def pytest_terminal_summary(terminalreporter):
-    width = max((len(case) for case, _ in TOLD), default=0)
-    if TOLD:
+    width = max((len(case) for case, _ in NOTES), default=0)
+    if NOTES:
         terminalreporter.section("recovery")
-    for case, what in TOLD:
+    for case, what in NOTES:
         terminalreporter.write_line(f"{case:{width}}  {what}")

@@ -1,7 +1,4 @@
-"""What every case begins and ends with: a whole cluster, neighbours who must not notice, and every byte back in the end.
-
-Knows: how to set a scene and how to clear it. Does not know: what goes wrong in between.
-"""
+"""What every case begins and ends with: a whole cluster, bystanders who must not notice, and every byte back in the end."""
 
 from __future__ import annotations
 
@@ -12,109 +9,109 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.chaos.checked_clients import Client, Film, Neighbour, typed
-from tests.chaos.process_cluster import Town
+from tests.chaos.checked_clients import Bystander, CheckedClip, Client, error_of
+from tests.chaos.process_cluster import ProcessCluster
 from tests.chaos.worker_processes import Process
 
 
-class Scene:
-    """One case on its way. `client` is the one that is hit."""
+class KillCase:
+    """One case under way. `client` is the one whose worker is hit."""
 
-    def __init__(self, town: Town, film: Film, other: Film):
-        self.town, self.film, self.other = town, film, other
-        self.client = Client(town.pipeline, film)
-        self.neighbours: list[Neighbour] = []
+    def __init__(self, cluster: ProcessCluster, clip: CheckedClip, other: CheckedClip):
+        self.cluster, self.clip, self.other = cluster, clip, other
+        self.client = Client(cluster.pipeline, clip)
+        self.bystanders: list[Bystander] = []
         self.hit_s = 0.0
 
     @property
     def num_prefills(self) -> int:
-        """How often the client's film was made."""
-        return self.town.zygote.num_prefills(self.film.media_id)
+        """How often the client's clip was encoded."""
+        return self.cluster.forker.num_prefills(self.clip.media_id)
 
     async def prepare(self) -> None:
-        handle = await self.town.pipeline.prepare(self.film.request)
-        assert handle.media_id == self.film.media_id
+        handle = await self.cluster.pipeline.prepare(self.clip.request)
+        assert handle.media_id == self.clip.media_id
 
-    async def hit(self, token: Path, number: int) -> Process:
+    async def caught(self, token: Path, number: int) -> Process:
         """Wait for the trap."""
-        process = await self.town.caught(token, number)
+        process = await self.cluster.caught(token, number)
         self.hit_s = time.monotonic()
         return process
 
-    async def strike(self, process: Process, number: int) -> None:
+    async def send_signal(self, process: Process, number: int) -> None:
         """A signal without a trap: nothing in particular is under way."""
         process.signal(number)
-        await process.fallen(number)
+        await process.wait_for_signal(number)
         self.hit_s = time.monotonic()
 
     def holder(self, kind: str) -> Process:
-        """The worker that has the client's film, as the registry knows it."""
-        directory = self.town.registry.directory
+        """The worker that has the client's clip, as the directory knows it."""
+        directory = self.cluster.directory_pool.directory
         assert directory is not None
-        found = directory.find(None, self.film.media_id)
+        found = directory.find(None, self.clip.media_id)
         reports = found.holders if kind == "decode" else found.copies
-        return self.town.pools[kind].processes[reports[0].worker]
+        return self.cluster.pools[kind].processes[reports[0].worker]
 
     async def delete(self) -> None:
-        await _forget(self.town, self.film)
+        await _forget(self.cluster, self.clip)
 
-    async def neighbours_leave(self) -> None:
+    async def bystanders_leave(self) -> None:
         """Of cases that leave them nobody to ask."""
-        await asyncio.gather(*(one.leaves() for one in self.neighbours))
-        self.neighbours = []
+        await asyncio.gather(*(one.leaves() for one in self.bystanders))
+        self.bystanders = []
 
-    async def neighbours_go_on(self) -> None:
-        await asyncio.gather(*(one.hears_more(2) for one in self.neighbours))
+    async def bystanders_go_on(self) -> None:
+        await asyncio.gather(*(one.hears_more(2) for one in self.bystanders))
 
 
 @asynccontextmanager
-async def scene(town: Town, film: Film, other: Film) -> AsyncGenerator[Scene, None]:
-    """Two neighbours ask about `other` all the time; in the end nothing but the prefix of `other` may take a byte anywhere."""
-    await town.fill()
-    await _forget(town, film)
-    await town.pipeline.prepare(other.request)
-    await town.until(lambda: _is_reported(town, other), "a report of the neighbours' film")
-    made = Scene(town, film, other)
-    made.neighbours = [Neighbour(town.pipeline, other) for _ in range(2)]
+async def kill_case(cluster: ProcessCluster, clip: CheckedClip, other: CheckedClip) -> AsyncGenerator[KillCase, None]:
+    """Two bystanders ask about `other` all the time; in the end nothing but the prefix of `other` may take a byte anywhere."""
+    await cluster.fill()
+    await _forget(cluster, clip)
+    await cluster.pipeline.prepare(other.request)
+    await cluster.until(lambda: _is_reported(cluster, other), "a report of the bystanders' clip")
+    case = KillCase(cluster, clip, other)
+    case.bystanders = [Bystander(cluster.pipeline, other) for _ in range(2)]
     try:
-        await asyncio.gather(*(one.hears_more() for one in made.neighbours))
-        yield made
-        await made.neighbours_go_on()
-        for process in town.processes:
+        await asyncio.gather(*(one.hears_more() for one in case.bystanders))
+        yield case
+        await case.bystanders_go_on()
+        for process in cluster.processes:
             if process.stopped:
                 process.signal(signal.SIGCONT)
-        await town.disarm()
-        await made.neighbours_go_on()
-        await made.client.close()
-        await made.neighbours_leave()
-        await _forget(town, film)
-        await town.rests({other.media_id})
+        await cluster.disarm()
+        await case.bystanders_go_on()
+        await case.client.close()
+        await case.bystanders_leave()
+        await _forget(cluster, clip)
+        await cluster.wait_until_idle({other.media_id})
     finally:
-        for neighbour in made.neighbours:
-            neighbour.drop()
-        if town.registry.directory is None:
-            town.registry.come_back()
-        if made.client.conversation_id:  # of a case that failed; the next one begins with empty hands
-            await typed(asyncio.ensure_future(made.client.close()))
-        for process in town.processes:
+        for bystander in case.bystanders:
+            bystander.drop()
+        if cluster.directory_pool.directory is None:
+            cluster.directory_pool.come_back()
+        if case.client.conversation_id:  # of a case that failed
+            await error_of(asyncio.ensure_future(case.client.close()))
+        for process in cluster.processes:
             if process.stopped:
                 process.signal(signal.SIGCONT)
 
 
-def _is_reported(town: Town, film: Film) -> bool:
-    directory = town.registry.directory
-    return directory is not None and any(one.load.prefix_bytes for one in directory.holders(film.media_id))
+def _is_reported(cluster: ProcessCluster, clip: CheckedClip) -> bool:
+    directory = cluster.directory_pool.directory
+    return directory is not None and any(one.load.prefix_bytes for one in directory.holders(clip.media_id))
 
 
-async def _forget(town: Town, film: Film, within_s: float = 10.0) -> None:
-    """Delete a film everywhere, also on workers that come back with it."""
+async def _forget(cluster: ProcessCluster, clip: CheckedClip, within_s: float = 10.0) -> None:
+    """Delete a clip everywhere, also on workers that come back with it."""
     until_s = time.monotonic() + within_s
     while True:
-        alive = {one.name for one in town.processes if one.lives}
-        held = [name for name, books in (await town.ledgers()).items() if film.media_id in books["media"]]
-        if not held and alive <= town.registered:
+        alive = {one.name for one in cluster.processes if one.lives}
+        held = [name for name, memory in (await cluster.memory_of_all()).items() if clip.media_id in memory["media"]]
+        if not held and alive <= cluster.reported:
             return
-        assert time.monotonic() < until_s, f"{film.media_id[:12]} cannot be deleted at {held}: {await town.ledgers()}"
-        if alive <= town.registered:
-            await town.pipeline.delete_media(film.media_id)
+        assert time.monotonic() < until_s, f"{clip.media_id[:12]} cannot be deleted at {held}: {await cluster.memory_of_all()}"
+        if alive <= cluster.reported:
+            await cluster.pipeline.delete_media(clip.media_id)
         await asyncio.sleep(0.02)

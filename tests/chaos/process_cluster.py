@@ -1,7 +1,4 @@
-"""A whole cluster of real worker processes, with the router and the registry in the test's own process.
-
-Knows: how workers come and go, their reports, and what must be free again when nothing is under way. Does not know: cases.
-"""
+"""A whole cluster of real worker processes, with the router and the directory in the test's own process."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import asyncio
 import itertools
 import signal
 import time
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from sparsevila_cluster.cluster.routing.router import ClusterPipeline
 from sparsevila_cluster.core.cluster_config import build_cluster_config
 from sparsevila_cluster.core.errors import SparseVilaError, WorkerLost
 from sparsevila_cluster.core.metrics import Tally
-from tests.chaos.worker_processes import Process, ProcessPool, Zygote
+from tests.chaos.worker_processes import Process, ProcessPool, WorkerForker
 
 SILENCE_S = 1.2
 LEASE_S = 3.0
@@ -43,8 +41,8 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Registry:
-    """`Pool` of the one directory. `away`: it is lost, until `comes_back` with nothing in it."""
+class LocalDirectoryPool:
+    """`WorkerPool` of the one directory, which can be lost and comes back empty."""
 
     def __init__(self, report_s: float):
         self._report_s = report_s
@@ -59,22 +57,25 @@ class Registry:
     async def call(self, worker: str | None, method: str, *args: Any, within_s: float) -> Any:
         await asyncio.sleep(0)
         if self.directory is None:
-            raise WorkerLost("the registry is gone")
+            raise WorkerLost("the directory is gone")
         return getattr(self.directory, method)(*args)
 
+    def stream(self, worker: str | None, method: str, *args: Any, within_s: float) -> AsyncGenerator[Any, None]:
+        raise AssertionError("the directory has no streams")
 
-class Town:
-    def __init__(self, zygote: Zygote, fields: dict[str, Any]):
-        self.zygote, self.fields = zygote, fields
+
+class ProcessCluster:
+    def __init__(self, forker: WorkerForker, fields: dict[str, Any]):
+        self.forker, self.fields = forker, fields
         self.config = build_cluster_config(**fields)
         self.pools = {"prefill": ProcessPool(SILENCE_S), "decode": ProcessPool(SILENCE_S)}
-        self.registry = Registry(self.config.report_s)
+        self.directory_pool = LocalDirectoryPool(self.config.report_s)
         self.sink = Tally()
         self.pipeline = ClusterPipeline(
             self.config,
             self.pools["prefill"],
             self.pools["decode"],
-            self.registry,
+            self.directory_pool,
             self.sink,  # type: ignore[arg-type]
         )
         self._numbers = itertools.count()
@@ -88,34 +89,34 @@ class Town:
         return [process for pool in self.pools.values() for process in pool.processes.values()]
 
     async def fill(self, prefill: int = 2, decode: int = 2) -> None:
-        """Replace what is missing, and wait until the registry knows everybody who is there."""
+        """Replace what is missing, and wait until the directory knows everybody who is there."""
         for kind, num in (("prefill", prefill), ("decode", decode)):
             for name in [name for name, one in self.pools[kind].processes.items() if not one.lives]:
-                await self.bury(name)
+                await self.remove(name)
             for _ in range(num - len(self.pools[kind].processes)):
                 await self.spawn(kind)
-        await self.until(lambda: self.registered == {one.name for one in self.processes}, "a report of everybody")
+        await self.until(lambda: self.reported == {one.name for one in self.processes}, "a report of everybody")
 
     @property
-    def registered(self) -> set[str]:
-        directory = self.registry.directory
+    def reported(self) -> set[str]:
+        directory = self.directory_pool.directory
         return set() if directory is None else {one.worker for one in directory.snapshot().workers}
 
     async def spawn(self, kind: str, name: str = "", port: int = 0) -> Process:
         name = name or f"{kind}-{next(self._numbers)}"
-        process = self.zygote.spawn(kind, name, self.fields, port)
+        process = self.forker.spawn(kind, name, self.fields, port)
         await process.connect()
         self.pools[kind].processes[name] = process
         self._reports[name] = asyncio.ensure_future(self._report(process))
         return process
 
     async def _report(self, process: Process) -> None:
-        """What a replica does by itself: tell the registry, all of it if asked."""
+        """What a replica does by itself: report to the directory, everything if asked."""
         full = True
         while process.lives:
             try:
-                report = await process.ask("worker", "report", full)
-                answer = await self.registry.call(None, "report", report, within_s=1.0)
+                report = await process.ask("host", "report", full)
+                answer = await self.directory_pool.call(None, "report", report, within_s=1.0)
                 full = answer.send_all
                 for conversation_id in answer.close:
                     await process.ask("worker", "close_conversation", conversation_id)
@@ -123,13 +124,13 @@ class Town:
                 full = True
             await asyncio.sleep(self.config.report_s)
 
-    async def bury(self, name: str) -> None:
+    async def remove(self, name: str) -> None:
         """Take a worker that is dead, or to be killed now, out of its pool."""
         pool = next(pool for pool in self.pools.values() if name in pool.processes)
         process = pool.processes.pop(name)
         if process.lives:
             process.signal(signal.SIGKILL)
-            await process.fallen(signal.SIGKILL)
+            await process.wait_for_signal(signal.SIGKILL)
         self._reports.pop(name).cancel()
         await process.close()
 
@@ -137,17 +138,17 @@ class Town:
 
     async def arm(self, kind: str, place: str, number: int, mark: str) -> Path:
         """Set a trap in every worker of a pool; the token says who was caught."""
-        token = self.zygote.folder / f"trap-{next(self._traps)}"
+        token = self.forker.folder / f"trap-{next(self._traps)}"
         processes = [one for one in self.pools[kind].processes.values() if one.lives]
         await asyncio.gather(*(one.ask("host", "arm", place, number, mark, str(token)) for one in processes))
         return token
 
     async def caught(self, token: Path, number: int, within_s: float = 20.0) -> Process:
-        """Wait until somebody is in the trap, and dead or stopped."""
-        await self.until(lambda: token.exists() and bool(token.read_text()), "somebody in the trap", within_s)
+        """Wait until a worker is in the trap, and dead or stopped."""
+        await self.until(lambda: token.exists() and bool(token.read_text()), "a worker in the trap", within_s)
         name = token.read_text()
         process = next(one for one in self.processes if one.name == name)
-        await process.fallen(number)
+        await process.wait_for_signal(number)
         return process
 
     async def disarm(self) -> None:
@@ -155,24 +156,24 @@ class Town:
 
     # ---- at rest -----------------------------------------------------------------------------------------------------------
 
-    async def ledgers(self) -> dict[str, dict[str, Any]]:
-        """The books of every worker that can answer."""
+    async def memory_of_all(self) -> dict[str, dict[str, Any]]:
+        """The memory of every worker that can answer."""
         awake = [one for one in self.processes if one.lives and not one.stopped]
-        told = await asyncio.gather(*(one.ask("host", "ledger") for one in awake))
-        return {one.name: books for one, books in zip(awake, told, strict=True)}
+        answers = await asyncio.gather(*(one.ask("host", "memory") for one in awake))
+        return {one.name: memory for one, memory in zip(awake, answers, strict=True)}
 
-    async def rests(self, media: set[str], within_s: float = LEASE_S + SLACK_S) -> None:
+    async def wait_until_idle(self, media: set[str], within_s: float = LEASE_S + SLACK_S) -> None:
         """Wait until every byte is back: no turn, no conversation, no transfer, no media but these. AssertionError: it is not."""
 
-        def free(books: dict[str, Any]) -> bool:
-            return books["at_rest"] and books["turn_bytes"] == 0 and set(books["media"]) <= media
+        def free(memory: dict[str, Any]) -> bool:
+            return memory["is_idle"] and memory["turn_bytes"] == 0 and set(memory["media"]) <= media
 
         until_s = time.monotonic() + within_s
         while True:
-            ledgers = await self.ledgers()
-            if all(free(books) for books in ledgers.values()):
+            memory_of_all = await self.memory_of_all()
+            if all(free(memory) for memory in memory_of_all.values()):
                 return
-            held = {name: books for name, books in ledgers.items() if not free(books)}
+            held = {name: memory for name, memory in memory_of_all.items() if not free(memory)}
             assert time.monotonic() < until_s, f"bytes are not back after {within_s:g} s: {held}"
             await asyncio.sleep(0.02)
 

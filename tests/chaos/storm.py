@@ -1,7 +1,7 @@
 """A storm over a cluster of real processes: `python -m tests.chaos.storm --operations 3000 --seed 0`.
 
-Knows: clients that ask, leave, hurry, prepare and delete; weather that kills, stops and resumes workers and loses the registry. The
-schedule is the seed's; how it meets the clients is up to the machine, and every answer must be right in any case.
+Clients ask, leave, hurry, prepare and delete while workers are killed, stopped and resumed and the directory is lost. The schedule
+is the seed's; how it meets the clients is up to the machine, and every answer must be right in any case.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
-from tests.chaos.checked_clients import QUESTIONS, Client, Film, film_of
-from tests.chaos.process_cluster import Town
+from tests.chaos.checked_clients import QUESTIONS, CheckedClip, Client, checked_clip
+from tests.chaos.process_cluster import ProcessCluster
 
 NUM_CLIENTS = 3
 DEADLINE_S = 20.0
-LATE_S = 2.0  # of a client that was told later than its deadline
-# What a client may be told in such weather. Anything else, an Internal above all, is a bug.
+GRACE_S = 2.0  # of a client that was told later than its deadline
+# What a client may be told in such a storm. Anything else, an Internal above all, is a bug.
 LEGAL = (Unavailable, DeadlineExceeded, NotFound, QueueFull)
 # One fault every so many operations.
-CALM = 12
+OPERATIONS_PER_FAULT = 12
 
 
-class Walker:
+class StormClient:
     """A client that does what comes to its mind, and knows what it must hear."""
 
     def __init__(self, storm: Storm, rng: random.Random):
         self._storm, self._rng = storm, rng
-        self._client = Client(storm.town.pipeline, rng.choice(storm.films))
+        self._client = Client(storm.cluster.pipeline, rng.choice(storm.clips))
 
-    async def walk(self) -> None:
-        while self._storm.takes_one():
+    async def run(self) -> None:
+        while self._storm.take_operation():
             operation = self._rng.choices(("ask", "leave", "hurry", "prepare", "delete", "close"), (60, 15, 10, 8, 3, 4))[0]
-            begun_s, told = time.monotonic(), self._storm.told
+            begun_s, outcomes = time.monotonic(), self._storm.outcomes
             try:
                 await getattr(self, f"_{operation}")()
-                told[operation] += 1
+                outcomes[operation] += 1
             except LEGAL as error:
-                told[f"{operation}: {type(error).__name__}"] += 1
+                outcomes[f"{operation}: {type(error).__name__}"] += 1
                 if isinstance(error, NotFound):
-                    await self._again()
-                await self._anew()
+                    await self._prepare_again()
+                await self._begin_conversation()
             late_s = time.monotonic() - begun_s - DEADLINE_S
-            assert late_s < LATE_S, f"{operation} told its client {late_s:.1f} s after its deadline"
+            assert late_s < GRACE_S, f"{operation} told its client {late_s:.1f} s after its deadline"
 
     async def _ask(self, deadline_s: float = DEADLINE_S, leave_at: int | None = None) -> None:
         client = self._client
         if client.num_answers == len(QUESTIONS):
-            await self._anew()
+            await self._begin_conversation()
         try:
             await client.ask(client.next_turn(deadline_s), leave_at=leave_at)
         finally:
@@ -69,90 +69,90 @@ class Walker:
         await self._ask(deadline_s=self._rng.choice((0.005, 0.02, 0.05, 0.3)))
 
     async def _prepare(self) -> None:
-        film = self._rng.choice(self._storm.films)
-        handle = await self._storm.town.pipeline.prepare(film.request)
-        assert handle.media_id == film.media_id
+        clip = self._rng.choice(self._storm.clips)
+        handle = await self._storm.cluster.pipeline.prepare(clip.request)
+        assert handle.media_id == clip.media_id
 
     async def _delete(self) -> None:
-        await self._storm.town.pipeline.delete_media(self._rng.choice(self._storm.films).media_id)
+        await self._storm.cluster.pipeline.delete_media(self._rng.choice(self._storm.clips).media_id)
 
     async def _close(self) -> None:
-        await self._anew()
+        await self._begin_conversation()
 
-    async def _again(self) -> None:
-        """The film was deleted by somebody."""
+    async def _prepare_again(self) -> None:
+        """The clip was deleted by another client."""
         try:
-            await self._storm.town.pipeline.prepare(self._client.film.request)
+            await self._storm.cluster.pipeline.prepare(self._client.clip.request)
         except LEGAL as error:
-            self._storm.told[f"prepare: {type(error).__name__}"] += 1
+            self._storm.outcomes[f"prepare: {type(error).__name__}"] += 1
 
-    async def _anew(self) -> None:
-        """Another conversation, maybe about another film. What could not be closed is closed in the end."""
+    async def _begin_conversation(self) -> None:
+        """Another conversation, maybe about another clip. What could not be closed is closed in the end."""
         client, conversation_id = self._client, self._client.conversation_id
         client.forget()
-        client.film = self._rng.choice(self._storm.films)
+        client.clip = self._rng.choice(self._storm.clips)
         if conversation_id and self._rng.random() < 0.7:
             try:
-                await self._storm.town.pipeline.close_conversation(conversation_id)
+                await self._storm.cluster.pipeline.close_conversation(conversation_id)
             except LEGAL as error:
-                self._storm.told[f"close: {type(error).__name__}"] += 1
+                self._storm.outcomes[f"close: {type(error).__name__}"] += 1
 
 
 class Storm:
-    def __init__(self, town: Town, films: Sequence[Film], seed: int, report: Callable[[], None] = lambda: None):
-        self.town, self.films = town, films
-        self.told: Counter[str] = Counter()
+    def __init__(self, cluster: ProcessCluster, clips: Sequence[CheckedClip], seed: int, report: Callable[[], None] = lambda: None):
+        self.cluster, self.clips = cluster, clips
+        self.outcomes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.conversations: set[str] = set()
         self._rng = random.Random(seed)
         self._report = report
         self._left = 0
-        self._news = asyncio.Event()
+        self._fault_is_due = asyncio.Event()
         self._repairs: set[asyncio.Task[None]] = set()
 
-    def takes_one(self) -> bool:
+    def take_operation(self) -> bool:
         if self._left <= 0:
             return False
         self._left -= 1
-        if self._left % CALM == 0:
-            self._news.set()
+        if self._left % OPERATIONS_PER_FAULT == 0:
+            self._fault_is_due.set()
         self._report()
         return True
 
-    async def blow(self, num_operations: int) -> Counter[str]:
+    async def run(self, num_operations: int) -> Counter[str]:
         """All of it. Raises AssertionError: a wrong token, a client told too late, an error that must not be, bytes not back."""
-        town, self._left = self.town, num_operations
-        await town.fill()
-        for film in self.films:
-            await town.pipeline.prepare(film.request)
-        walkers = [asyncio.ensure_future(Walker(self, random.Random(self._rng.random())).walk()) for _ in range(NUM_CLIENTS)]
-        weather = asyncio.ensure_future(self._weather())
+        cluster, self._left = self.cluster, num_operations
+        await cluster.fill()
+        for clip in self.clips:
+            await cluster.pipeline.prepare(clip.request)
+        clients = [asyncio.ensure_future(StormClient(self, random.Random(self._rng.random())).run()) for _ in range(NUM_CLIENTS)]
+        faults_task = asyncio.ensure_future(self._inject_faults())
         try:
-            await asyncio.gather(*walkers)
+            await asyncio.gather(*clients)
         finally:
-            for task in (*walkers, weather):
+            for task in (*clients, faults_task):
                 task.cancel()
-            await asyncio.gather(*walkers, weather, return_exceptions=True)
+            await asyncio.gather(*clients, faults_task, return_exceptions=True)
             await asyncio.gather(*self._repairs)
         await self._clear()
-        return self.told + self.faults
+        return self.outcomes + self.faults
 
-    async def _weather(self) -> None:
+    async def _inject_faults(self) -> None:
         while True:
-            await self._news.wait()
-            self._news.clear()
-            kind = self._rng.choices(("kill", "stop", "registry"), (50, 40, 10))[0]
+            await self._fault_is_due.wait()
+            self._fault_is_due.clear()
+            kind = self._rng.choices(("kill", "stop", "directory"), (50, 40, 10))[0]
             chosen, delay_s = self._rng.random(), self._rng.choice((0.0, 0.3, 1.0, 2.5))
-            up = [one for one in self.town.processes if one.lives and not one.stopped]
-            if kind == "registry" and not self._repairs:
-                self.town.registry.lose()
-                self._repair(self._found_again(min(delay_s, 1.0)))
-            elif kind != "registry" and len(up) > 1 and self.town.registry.directory is not None:
+            up = [one for one in self.cluster.processes if one.lives and not one.stopped]
+            if kind == "directory" and not self._repairs:
+                self.cluster.directory_pool.lose()
+                self._repair(self._restart_directory(min(delay_s, 1.0)))
+            elif kind != "directory" and len(up) > 1 and self.cluster.directory_pool.directory is not None:
                 process = up[int(chosen * len(up))]
                 number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
                 process.signal(number)
-                await process.fallen(number)
-                self._repair(self._replaced(process, number, delay_s))
+                await process.wait_for_signal(number)
+                self._repair(self._restart_worker(process, number, delay_s))
             else:
                 continue
             self.faults[kind] += 1
@@ -162,59 +162,59 @@ class Storm:
         self._repairs.add(task)
         task.add_done_callback(self._repairs.discard)
 
-    async def _found_again(self, delay_s: float) -> None:
+    async def _restart_directory(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        self.town.registry.come_back()
-        # Whoever falls before everybody has reported takes along what nobody else knows.
-        await asyncio.sleep(5 * self.town.config.report_s)
+        self.cluster.directory_pool.come_back()
+        # What only one worker knows is lost with it until all have reported.
+        await asyncio.sleep(5 * self.cluster.config.report_s)
 
-    async def _replaced(self, process, number: int, delay_s: float) -> None:
+    async def _restart_worker(self, process, number: int, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         if number == signal.SIGSTOP:
             process.signal(signal.SIGCONT)
             return
-        await self.town.bury(process.name)
-        await self.town.spawn(process.kind)
+        await self.cluster.remove(process.name)
+        await self.cluster.spawn(process.kind)
 
     async def _clear(self) -> None:
-        """Everybody is back, every conversation closed, every film deleted: nothing may take a byte any more."""
-        town = self.town
-        await town.fill()
-        await asyncio.sleep(5 * town.config.report_s)
+        """All workers are back, every conversation closed, every clip deleted: nothing may take a byte any more."""
+        cluster = self.cluster
+        await cluster.fill()
+        await asyncio.sleep(5 * cluster.config.report_s)
         for conversation_id in self.conversations - {""}:
-            await town.pipeline.close_conversation(conversation_id)
+            await cluster.pipeline.close_conversation(conversation_id)
         until_s = time.monotonic() + 20.0
-        while any(books["media"] for books in (await town.ledgers()).values()):
-            assert time.monotonic() < until_s, f"films cannot be deleted: {await town.ledgers()}"
-            for film in self.films:
-                await town.pipeline.delete_media(film.media_id)
-            await asyncio.sleep(2 * town.config.report_s)
-        await town.rests(set())
+        while any(memory["media"] for memory in (await cluster.memory_of_all()).values()):
+            assert time.monotonic() < until_s, f"clips cannot be deleted: {await cluster.memory_of_all()}"
+            for clip in self.clips:
+                await cluster.pipeline.delete_media(clip.media_id)
+            await asyncio.sleep(2 * cluster.config.report_s)
+        await cluster.wait_until_idle(set())
 
 
 async def run(num_operations: int, seed: int, report: Callable[[], None]) -> Counter[str]:
     from tests.chaos.process_cluster import config_of
-    from tests.chaos.worker_processes import Zygote
+    from tests.chaos.worker_processes import WorkerForker
     from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
     from tests.cluster.worker_fixtures import write_clip
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = make_qwen2_5_vl(folder / "tiny", seed=0)
-        zygote = Zygote(checkpoint, folder)
+        forker = WorkerForker(checkpoint, folder)
         try:
-            town = Town(zygote, config_of(checkpoint))
-            films = [await film_of(write_clip(folder / f"{i}.mp4", seed=i), town.config) for i in range(3)]
-            told = await Storm(town, films, seed, report).blow(num_operations)
-            told["prefills"] = zygote.num_prefills()
-            await town.close()
-            return told
+            cluster = ProcessCluster(forker, config_of(checkpoint))
+            clips = [await checked_clip(write_clip(folder / f"{i}.mp4", seed=i), cluster.config) for i in range(3)]
+            counts = await Storm(cluster, clips, seed, report).run(num_operations)
+            counts["prefills"] = forker.num_prefills()
+            await cluster.close()
+            return counts
         except BaseException:
             for log in sorted(folder.glob("*.log")):
                 print(f"== {log.name}\n{log.read_text()[-1500:]}", file=sys.stderr)
             raise
         finally:
-            zygote.close()
+            forker.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,12 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("storm", total=options.operations)
         try:
-            told = asyncio.run(run(options.operations, options.seed, lambda: bar.advance(task)))
+            counts = asyncio.run(run(options.operations, options.seed, lambda: bar.advance(task)))
         except (AssertionError, SparseVilaError) as error:
             Console(stderr=True).print_exception()
             print(f"storm FAILED: seed {options.seed}: {type(error).__name__}: {error}")
             return 1
-    text = ", ".join(f"{name} {num}" for name, num in sorted(told.items()))
+    text = ", ".join(f"{name} {num}" for name, num in sorted(counts.items()))
     print(f"storm ok: seed {options.seed}, {options.operations} operations in {time.perf_counter() - started_s:.0f} s: {text}")
     return 0
 

@@ -5,12 +5,12 @@ from tests.chaos.storm import Storm
 NUM_OPERATIONS = 300
 
 
-def test_a_storm_leaves_no_wrong_token_and_no_byte_behind(runner, world, tell):
-    town, *films = world
+def test_a_storm_leaves_no_wrong_token_and_no_byte_behind(runner, world, note):
+    cluster, *clips = world
 
     async def main():
-        told = await Storm(town, films, seed=1).blow(NUM_OPERATIONS)
+        told = await Storm(cluster, clips, seed=1).run(NUM_OPERATIONS)
         assert told["ask"] > NUM_OPERATIONS // 10 and told["kill"] and told["stop"]
-        tell(f"storm of {NUM_OPERATIONS}", ", ".join(f"{name} {num}" for name, num in sorted(told.items())))
+        note(f"storm of {NUM_OPERATIONS}", ", ".join(f"{name} {num}" for name, num in sorted(told.items())))
 
     runner.run(main())

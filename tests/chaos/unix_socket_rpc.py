@@ -1,7 +1,4 @@
-"""Frames of pickled values over a Unix socket: how a test and a worker's process speak to each other.
-
-Knows: frames. Does not know: calls or workers.
-"""
+"""Frames of pickled values over a Unix socket: how a test and a worker's process speak to each other."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`python -m tests.chaos.worker_forker CHECKPOINT`: imports everything once, then forks a worker for every line on its standard input.
+"""`python -m tests.chaos.worker_forker CHECKPOINT`: imports everything once, then forks a worker for every line of its stdin.
 
-Knows: that a process with one thread may fork. Does not know: what workers do. A worker that is killed is replaced in a blink.
+A process with one thread may fork, so a worker that is killed is replaced at once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _become(serve: Any, model: Any, job: dict[str, Any]) -> int:
 
 
 def _listen_at(port: int) -> None:
-    """Have the first dock of this process listen on `port`, as a worker that is restarted on its old address."""
+    """Have the first receiver of this process listen on `port`, as a worker that is restarted on its old address."""
     stock = socket.create_server
 
     def server(address: tuple[str, int], **options: Any) -> socket.socket:

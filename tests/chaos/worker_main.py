@@ -1,7 +1,4 @@
-"""One prefill or decode worker in this process, which answers over a Unix socket until SIGTERM.
-
-Knows: the clerk's envelopes, traps, and the books of a worker: what it holds, byte by byte. Does not know: tests.
-"""
+"""One prefill or decode worker in this process, which answers over a Unix socket until SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,9 +6,11 @@ import asyncio
 import faulthandler
 import os
 import signal
-from typing import Any
+from typing import Any, Protocol
 
+from sparsevila_cluster.cluster.messages import WorkerReport
 from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi, PrefillWorkerApi
 from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
 from sparsevila_cluster.cluster.workers.prefill_job import PrefillJob
 from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
@@ -21,13 +20,19 @@ from sparsevila_cluster.models.adapter import Model
 from tests.chaos.kill_points import PLACES, set_trap
 from tests.chaos.unix_socket_rpc import LIMIT_BYTES, receive, send
 
-CALLS = {
-    "prefill": ("drop", "info", "report", "check"),
-    "decode": (
-        "reserve", "release", "abort", "close_conversation", "media", "drop", "set_brownout", "info", "report", "check",
-    ),
-}  # fmt: skip
-STREAMS = {"prefill": ("key_of", "make", "ship"), "decode": ("ask", "ship")}
+APIS = {"prefill": PrefillWorkerApi, "decode": DecodeWorkerApi}
+
+
+class HostApi(Protocol):
+    """What a test asks beside what routers ask."""
+
+    async def report(self, full: bool, /) -> WorkerReport: ...
+
+    async def arm(self, place: str, number: int, mark: str, token: str, /) -> None: ...
+
+    async def disarm(self) -> None: ...
+
+    async def memory(self) -> dict[str, Any]: ...
 
 
 class CountedPrefillWorker(PrefillWorker):
@@ -43,11 +48,14 @@ class CountedPrefillWorker(PrefillWorker):
 
 
 class Host:
-    """What a test may ask beside the worker's own methods."""
+    """See `HostApi`."""
 
     def __init__(self, kind: str, worker: PrefillWorker | DecodeWorker):
         self.kind, self.worker = kind, worker
         self._traps: list[Any] = []
+
+    def report(self, full: bool) -> WorkerReport:
+        return self.worker.report(full)
 
     def arm(self, place: str, number: int, mark: str, token: str) -> None:
         self._traps.append(set_trap(self.worker.name, PLACES[self.kind, place], number, mark, token))
@@ -56,8 +64,8 @@ class Host:
         while self._traps:
             self._traps.pop()()
 
-    async def ledger(self) -> dict[str, Any]:
-        """Bytes by owner. `at_rest`: nothing is under way, and every slot has exactly one owner."""
+    async def memory(self) -> dict[str, Any]:
+        """Bytes by owner. `is_idle`: nothing is under way, and every slot has exactly one owner."""
         worker = self.worker
         if isinstance(worker, PrefillWorker):
             kept = worker.copies.all()
@@ -84,8 +92,8 @@ class Host:
 
             if not books["busy"]:
                 await worker.async_engine.call(lambda engine: engine.check_integrity())
-        books["at_rest"] = not books["busy"] and not books["in_flight"] and books["used_bytes"] == books["owned_bytes"]
-        if books["at_rest"]:
+        books["is_idle"] = not books["busy"] and not books["in_flight"] and books["used_bytes"] == books["owned_bytes"]
+        if books["is_idle"]:
             check()
         return books
 
@@ -111,16 +119,16 @@ async def serve(kind: str, name: str, path: str, config: ClusterConfig, model: M
     worker = made(name, config, model=model)
     await worker.warm()
     host = Host(kind, worker)
-    clerks = {
-        "worker": RpcServer(name, worker, CALLS[kind], STREAMS[kind], config.transport.beat_s),
-        "host": RpcServer(name, host, ("arm", "disarm", "ledger")),
+    servers = {
+        "worker": RpcServer(name, worker, APIS[kind], config.transport.beat_s),
+        "host": RpcServer(name, host, HostApi),
     }
 
     async def work(writer: asyncio.StreamWriter, number: int, whom: str, method: str, args: tuple[Any, ...]) -> None:
         if whom != "stream":
-            send(writer, (number, await clerks[whom].call(name, method, args)))
+            send(writer, (number, await servers[whom].call(name, method, args)))
             return
-        envelopes = clerks["worker"].stream(name, method, args)
+        envelopes = servers["worker"].stream(name, method, args)
         try:
             async for envelope in envelopes:
                 send(writer, (number, envelope))

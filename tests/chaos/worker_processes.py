@@ -1,7 +1,6 @@
 """Workers in processes of their own, spoken to over Unix sockets: what dies here dies as a real process does.
 
-Knows: signals, calls and streams over a socket, and when the other side counts as gone. Does not know: what workers do. The pool
-has the interface of `cluster.pool.Pool`, so that a router runs over it without noticing.
+`ProcessPool` is a `WorkerPool`, so that a router runs over it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ START_S = 60.0
 LOST = ("lost", None)
 
 
-class Zygote:
+class WorkerForker:
     """The process that forks workers."""
 
     def __init__(self, checkpoint: Path, folder: Path):
@@ -42,7 +41,7 @@ class Zygote:
     def _read(self, name: str) -> int:
         assert self._popen.stdout is not None
         line = self._popen.stdout.readline()
-        assert line, "the zygote is gone"
+        assert line, "the forker is gone"
         return int(json.loads(line)[name])
 
     def spawn(self, kind: str, name: str, config: dict[str, Any], port: int = 0) -> Process:
@@ -87,8 +86,8 @@ class Process:
                 reader, self._writer = await asyncio.open_unix_connection(str(self.path), limit=LIMIT_BYTES)
                 break
             except OSError:
-                assert self.lives, f"{self.name} died at once: {self.words()}"
-                assert time.monotonic() < until_s, f"{self.name} did not start: {self.words()}"
+                assert self.lives, f"{self.name} died at once: {self.log_tail()}"
+                assert time.monotonic() < until_s, f"{self.name} did not start: {self.log_tail()}"
                 await asyncio.sleep(0.01)
         self._reading = asyncio.ensure_future(self._read(reader))
 
@@ -106,7 +105,7 @@ class Process:
     async def envelopes(
         self, whom: str, method: str, args: tuple[Any, ...], within_s: float, silence_s: float
     ) -> AsyncGenerator[tuple[str, Any], None]:
-        """What a clerk answers. Raises WorkerLost: gone, or silent for `silence_s`. DeadlineExceeded."""
+        """What an `RpcServer` answers. Raises WorkerLost: gone, or silent for `silence_s`. DeadlineExceeded."""
         number = next(self._numbers)
         queue: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._answers[number] = queue
@@ -153,14 +152,14 @@ class Process:
     def signal(self, number: int) -> None:
         signal.pidfd_send_signal(self._pidfd, number)
 
-    async def fallen(self, number: int, within_s: float = 10.0) -> None:
+    async def wait_for_signal(self, number: int, within_s: float = 10.0) -> None:
         """Wait until a signal has done what it does."""
         until_s = time.monotonic() + within_s
         while self.lives if number == signal.SIGKILL else not self.stopped:
-            assert time.monotonic() < until_s, f"{self.name} did not mind signal {number}"
+            assert time.monotonic() < until_s, f"{self.name} did not react to signal {number}"
             await asyncio.sleep(0.002)
 
-    def words(self) -> str:
+    def log_tail(self) -> str:
         return self.log.read_text()[-3000:] if self.log.exists() else ""
 
     async def close(self, within_s: float = 30.0) -> None:
@@ -171,14 +170,14 @@ class Process:
             ended = await asyncio.to_thread(select.select, [self._pidfd], [], [], within_s)
             if not ended[0]:
                 self.signal(signal.SIGKILL)
-                raise AssertionError(f"{self.name} did not end: {self.words()}")
+                raise AssertionError(f"{self.name} did not end: {self.log_tail()}")
         if self._reading is not None:
             self._reading.cancel()
         os.close(self._pidfd)
 
 
 class ProcessPool:
-    """The workers of one kind: `cluster.pool.Pool` over their sockets. `silence_s`: of a stream that has lost its worker."""
+    """The workers of one kind: a `WorkerPool` over their sockets. `silence_s`: of a stream that has lost its worker."""
 
     def __init__(self, silence_s: float):
         self.processes: dict[str, Process] = {}

@@ -37,6 +37,7 @@ class ShippingApi(Protocol):
 class Worker:
     def __init__(self):
         self.ended = ""
+        self.enough = asyncio.Event()
 
     def read_ended(self):
         return self.ended
@@ -45,7 +46,7 @@ class Worker:
         if not key:
             raise NotFound("no copy")
         try:
-            await asyncio.sleep(0.1 if key == "quick" else 30)
+            await self.enough.wait()
             self.ended = "done"
         except asyncio.CancelledError:
             self.ended = "cancelled"
@@ -62,9 +63,13 @@ class Worker:
 
 def test_it_beats_until_the_one_result_is_there():
     async def main():
-        server = RpcServer("w", Worker(), ShippingApi, beat_s=0.02)
-        envelopes = [envelope async for envelope in server.stream("w", "ship", ("quick",))]
-        assert envelopes.count(("beat", None)) >= 3 and envelopes[-2:] == [("value", "QUICK"), ("end", None)]
+        worker, envelopes = Worker(), []
+        server = RpcServer("w", worker, ShippingApi, beat_s=0.02)
+        async for envelope in server.stream("w", "ship", ("quick",)):
+            envelopes.append(envelope)
+            if envelopes.count(("beat", None)) == 3:
+                worker.enough.set()
+        assert envelopes[:3] == [("beat", None)] * 3 and envelopes[-2:] == [("value", "QUICK"), ("end", None)]
         envelopes = [envelope async for envelope in server.stream("w", "ship", ("",))]
         assert envelopes[-1] == ("failure", {"error": "NotFound", "message": "no copy"})
 
@@ -93,7 +98,9 @@ def test_a_call_of_what_is_no_call_of_the_protocol_is_refused(method):
 
 def test_a_stub_has_the_methods_of_its_protocol_and_no_others():
     async def main():
-        worker = pool_stub(ShippingApi, LocalPool({"w": Worker()}), "w", 5.0)
+        served = Worker()
+        served.enough.set()
+        worker = pool_stub(ShippingApi, LocalPool({"w": served}), "w", 5.0)
         assert await worker.ship("quick") == "QUICK" and await worker.read_ended() == "done"
         assert [i async for i in worker.count(3)] == [0, 1, 2]
         with pytest.raises(NotFound):

@@ -46,8 +46,7 @@ class DirectoryClient:
 
     def _patient(self, deadline: Deadline) -> DirectoryApi:
         """The directory, asked again while it restarts. Calls raise Unavailable, DeadlineExceeded, Cancelled."""
-        call = partial(self._call, deadline)
-        return stub(DirectoryApi, call, self._pool.stream)
+        return stub(DirectoryApi, partial(self._call, deadline))
 
     # ---- questions ---------------------------------------------------------------------------------------------------------
 
