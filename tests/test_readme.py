@@ -145,14 +145,14 @@ def test_configuration_is_legal():
 @asynccontextmanager
 async def local_door():
     """The target of a door over the bundled model."""
-    from sparsevila_cluster.core.cluster_config import DoorConfig
+    from sparsevila_cluster.core.cluster_config import GatewayConfig
     from sparsevila_cluster.core.config import EngineConfig
     from sparsevila_cluster.engine.local_pipeline import LocalPipeline
     from sparsevila_cluster.gateway import GrpcServer
 
     config = EngineConfig()
     pipeline = LocalPipeline(config)
-    door = GrpcServer(pipeline, DoorConfig(port=0), config)
+    door = GrpcServer(pipeline, GatewayConfig(port=0), config)
     try:
         await door.start()
         yield f"localhost:{door.port}"

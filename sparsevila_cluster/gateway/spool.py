@@ -1,7 +1,7 @@
 """Bytes that clients sent, as files: uploads until they expire, everything else as long as a preparation needs it.
 
-Knows: a folder, its quota, who owns which file, and when a file may go. Does not know: gRPC, or what the bytes are. All state that
-others need is in the folder (owner, id and kind in the names, age in the times), so that several routers may share one.
+All state that others need is in the folder (owner, id and kind in the names, age in the times), so that several routers may share
+one.
 
     <folder>/<digest of the owner>/<upload id>.<kind>     a whole upload
     <folder>/<digest of the owner>/<id>.part              one that still arrives, or bytes of one preparation
@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadConfig, Internal, NotFound, QueueFull, TooLarge, Unavailable
 from sparsevila_cluster.core.metrics import MetricsSink
 
@@ -49,7 +49,7 @@ class Upload:
 class Spool:
     """Threads may share it. What it has written is deleted when it is closed; a folder of its own, too."""
 
-    def __init__(self, config: DoorConfig, max_bytes: int, sink: MetricsSink):
+    def __init__(self, config: GatewayConfig, max_bytes: int, sink: MetricsSink):
         """max_bytes: of one file. Raises BadConfig: the configured folder cannot be used."""
         self._quota_bytes, self._ttl_s, self._max_bytes, self._sink = config.spool_bytes, config.upload_ttl_s, max_bytes, sink
         self._shared = config.spool_dir is not None
@@ -165,6 +165,7 @@ class Spool:
 
     @property
     def ttl_s(self) -> float:
+        """How long an upload that nobody uses is kept, in seconds."""
         return self._ttl_s
 
     def _find(self, owner: str, upload_id: str) -> Path:
@@ -222,6 +223,7 @@ class SpoolPart:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes written so far, 0 once it is closed."""
         return self._file.tell() if not self._file.closed else 0
 
     def write(self, data: bytes) -> None:
