@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     config = _read_options(args)
-    from sparsevila_cluster.serve.run import serve_cluster
+    from sparsevila_cluster.serve.serve_cluster import serve_cluster
 
     serve_cluster(config, args.address, args.verbose)
     return OK

@@ -34,6 +34,8 @@ MAX_CLAIMS = 4_096
 MAX_TURNS = 1_024
 # Workers for which it is kept what they are to close.
 MAX_LEFT = 1_024
+# Deployments for which it is kept why they do not start.
+MAX_DEPLOYMENTS = 16
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Directory:
         self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
         self._journals: LRUDict[ConversationJournal] = LRUDict(max_conversations)
         self._left: LRUDict[LRUDict[None]] = LRUDict(MAX_LEFT)
+        self._start_failures: LRUDict[dict[str, Any]] = LRUDict(MAX_DEPLOYMENTS)
 
     # ---- workers -----------------------------------------------------------------------------------------------------------
 
@@ -99,6 +102,14 @@ class Directory:
     def is_settled(self) -> bool:
         """Whether every worker has had time to report since this directory started."""
         return self._clock() - self._started_s >= SETTLE_REPORTS * self.report_s
+
+    def note_start_failure(self, deployment: str, failure: dict[str, Any]) -> None:
+        """A replica could not start (`errors.to_failure`). The last failure of each deployment is kept."""
+        self._start_failures.put(deployment, failure)
+
+    def start_failures(self) -> dict[str, dict[str, Any]]:
+        """By deployment, why a replica of it could not start (for `errors.from_failure`)."""
+        return dict(self._start_failures)
 
     def _drop_silent(self) -> float:
         now_s = self._clock()

@@ -1,9 +1,8 @@
-"""The application that Serve runs: registry, prefill and decode workers, and routers with a door each.
+"""The application that Serve runs: registry, prefill and decode workers, and routers with a gRPC server each.
 
-Knows: which deployments there are and how Serve is to treat them. Does not know: how Ray is started, or what workers do.
-`serve run sparsevila_cluster.serve.application:build config=cluster.yaml` and the `args:` of a Serve file end in `build`.
+`serve run sparsevila_cluster.app:build config=cluster.yaml` and the `args:` of a Serve file end in `build`.
 
-    Router (door + ClusterPipeline) --> Prefill, Decode --> Registry
+    Router (GrpcServer + ClusterPipeline) --> Prefill, Decode --> Registry
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from sparsevila_cluster.cluster.on_ray.replicas import (
     PrefillReplica,
     RegistryReplica,
     replica_name,
+    start_failures_reported,
 )
 from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
 from sparsevila_cluster.core.cluster_config import ClusterConfig, PoolConfig, cluster_config_of, load_cluster_config
@@ -34,7 +34,7 @@ from sparsevila_cluster.core.errors import BadConfig, Unavailable
 from sparsevila_cluster.core.json_logging import log_to_stderr
 from sparsevila_cluster.serve.local_ray import REPLICA_ENV
 
-# Whom to refuse is for engines and doors to say, which know their queues.
+# Engines and the gateway refuse calls, for they know their queues.
 MAX_CALLS = 100_000
 # Constructors that fail again and again: a model that cannot be loaded does not get better.
 MAX_START_ATTEMPTS = 3
@@ -64,9 +64,9 @@ def application(config: ClusterConfig, env: dict[str, str], verbose: bool = Fals
         _deployment(kind, name, config, pool.replicas, _worker(pool, env), verbose).bind(config, registry, verbose)
         for kind, name, pool in ((PrefillReplica, PREFILL, config.prefill), (DecodeReplica, DECODE, config.decode))
     ]
-    router = config.router
-    door = _deployment(RouterReplica, ROUTER, config, router.replicas, _actor(router.num_cpus, env), verbose)
-    return door.bind(config, *pools, registry, verbose)
+    routers = _actor(config.router.num_cpus, env)
+    router = _deployment(RouterReplica, ROUTER, config, config.router.replicas, routers, verbose)
+    return router.bind(config, *pools, registry, verbose)
 
 
 def _deployment(
@@ -99,7 +99,7 @@ def _actor(num_cpus: float, env: dict[str, str]) -> dict[str, Any]:
 
 
 class RouterReplica(RpcServer):
-    """One router: a `ClusterPipeline` and the door in front of it, which listens by itself. Serve watches over both."""
+    """One router: a `ClusterPipeline` and the gRPC server in front of it, which listens by itself."""
 
     async def __init__(  # type: ignore[misc]
         self,
@@ -111,31 +111,39 @@ class RouterReplica(RpcServer):
     ):
         stay_on_loopback()
         log_to_stderr(verbose, replica_name())
-        from sparsevila_cluster.cluster.routing.router import ClusterPipeline
-        from sparsevila_cluster.gateway import GrpcServer
+        async with start_failures_reported(ROUTER, registry):
+            from sparsevila_cluster.cluster.routing.router import ClusterPipeline
+            from sparsevila_cluster.gateway.grpc import GrpcServer
+            from sparsevila_cluster.gateway.service import VideoQAService
 
-        sink, silence_s = RayMetricsSink(), config.transport.silence_s
-        pools = [RayWorkerPool(handle, silence_s) for handle in (prefill, decode, registry)]
-        self._pipeline = ClusterPipeline(config, pools[0], pools[1], pools[2], sink, replica_name())
-        self._door = GrpcServer(self._pipeline, config.door, config.engine, sink)
-        self._leaving = False
-        super().__init__(replica_name(), self, ("state", "leave"))
-        await self._door.start()
+            sink, silence_s = RayMetricsSink(), config.transport.silence_s
+            pools = [RayWorkerPool(handle, silence_s) for handle in (prefill, decode, registry)]
+            self._pipeline = ClusterPipeline(config, pools[0], pools[1], pools[2], sink, replica_name())
+            self._service = VideoQAService(self._pipeline, config.door, config.engine, sink)
+            self._server = GrpcServer(self._service, config.door)
+            self._is_draining = False
+            super().__init__(replica_name(), self, ("state", "drain"))
+            try:
+                await self._server.start()
+            except BaseException:
+                await self._service.close()
+                raise
 
     async def state(self) -> dict[str, Any]:
-        """{"port": of the door, "ready": whether clients can be served}."""
-        return {"port": self._door.port, "ready": await self._pipeline.ready()}
+        """{"port": of the gRPC server, "ready": whether clients can be served}."""
+        return {"port": self._server.port, "ready": await self._pipeline.ready()}
 
-    async def leave(self, grace_s: float) -> None:
+    async def drain(self, grace_s: float) -> None:
         """Take no more calls, and let those in progress finish for `grace_s`."""
-        self._leaving = True
-        await self._door.stop(grace_s)
+        self._is_draining = True
+        await self._server.stop(grace_s)
+        await self._service.close()
 
     async def check_health(self) -> None:
-        """What Serve asks every `health_period_s`. Raises Unavailable: the door does not listen."""
-        if not (self._door.healthy or self._leaving):
-            raise Unavailable("the door does not listen any more")
+        """What Serve asks every `health_period_s`. Raises Unavailable: the gRPC server does not listen."""
+        if not (self._server.healthy or self._is_draining):
+            raise Unavailable("the gRPC server does not listen any more")
 
     async def __del__(self) -> None:
-        await self.leave(0.0)
+        await self.drain(0.0)
         await self._pipeline.close()

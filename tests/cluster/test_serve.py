@@ -19,7 +19,7 @@ from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
-from tests.cluster.serve_process import Served
+from tests.cluster.serve_process import ServeProcess
 from tests.structure import ROOT
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def metrics_port():
 def served(tmp_path_factory, metrics_port):
     folder = tmp_path_factory.mktemp("served")
     (folder / "cluster.yaml").write_text(f"metrics_port: {metrics_port}\n")
-    served = Served(folder, "--config", "cluster.yaml", "--port", "0")
+    served = ServeProcess(folder, "--config", "cluster.yaml", "--port", "0")
     try:
         served.wait()
         yield served

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
@@ -25,12 +26,15 @@ from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
 from sparsevila_cluster.core.cluster_config import ClusterConfig
-from sparsevila_cluster.core.errors import SparseVilaError
+from sparsevila_cluster.core.errors import SparseVilaError, to_failure
 from sparsevila_cluster.core.json_logging import log_to_stderr
 
 log = logging.getLogger(__name__)
 
 PREFILL, DECODE, REGISTRY, ROUTER = "Prefill", "Decode", "Registry", "Router"
+
+# The directory starts together with those who report to it that they cannot.
+START_FAILURE_WITHIN_S = 10.0
 
 PREFILL_CALLS = ("drop", "info")
 PREFILL_STREAMS = ("key_of", "make", "ship")
@@ -50,6 +54,20 @@ def placed(config: ClusterConfig) -> ClusterConfig:
         return config
     transport = config.transport.model_copy(update={"host": node_address()})
     return config.model_copy(update={"transport": transport})
+
+
+@asynccontextmanager
+async def start_failures_reported(deployment: str, directory: DeploymentHandle) -> AsyncIterator[None]:
+    """Tell the directory of an error that ends the block, in which a replica of `deployment` starts."""
+    try:
+        yield
+    except SparseVilaError as error:
+        failure = to_failure(error)
+        try:
+            await RayWorkerPool(directory).call(None, "note_start_failure", deployment, failure, within_s=START_FAILURE_WITHIN_S)
+        except SparseVilaError as unheard:
+            log.warning("the directory was not told why a replica of %s cannot start: %s", deployment, unheard)
+        raise
 
 
 class RegistryReplica(RpcServer):
@@ -121,11 +139,12 @@ class PrefillReplica(WorkerReplica):
     """One `PrefillWorker`."""
 
     async def __init__(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
-        given = self._open(config, registry, verbose)
-        from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
+        async with start_failures_reported(PREFILL, registry):
+            given = self._open(config, registry, verbose)
+            from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 
-        worker = PrefillWorker(replica_name(), placed(config), **given)
-        await worker.warm()
+            worker = PrefillWorker(replica_name(), placed(config), **given)
+            await worker.warm()
         self._begin(worker, PREFILL_CALLS, PREFILL_STREAMS)
         self._meeting = asyncio.create_task(self._meet())
 
@@ -145,9 +164,10 @@ class DecodeReplica(WorkerReplica):
     """One `DecodeWorker`."""
 
     async def __init__(self, config: ClusterConfig, registry: DeploymentHandle, verbose: bool = False):  # type: ignore[misc]
-        given = self._open(config, registry, verbose)
-        from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
+        async with start_failures_reported(DECODE, registry):
+            given = self._open(config, registry, verbose)
+            from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
 
-        worker = DecodeWorker(replica_name(), placed(config), **given)
-        await worker.warm()
+            worker = DecodeWorker(replica_name(), placed(config), **given)
+            await worker.warm()
         self._begin(worker, DECODE_CALLS, DECODE_STREAMS)
