@@ -148,16 +148,20 @@ async def local_door():
     from sparsevila_cluster.core.cluster_config import GatewayConfig
     from sparsevila_cluster.core.config import EngineConfig
     from sparsevila_cluster.engine.local_pipeline import LocalPipeline
-    from sparsevila_cluster.gateway import GrpcServer
+    from sparsevila_cluster.gateway.grpc import GrpcServer
+    from sparsevila_cluster.gateway.service import VideoQAService
 
     config = EngineConfig()
     pipeline = LocalPipeline(config)
-    door = GrpcServer(pipeline, GatewayConfig(port=0), config)
+    gateway = GatewayConfig(port=0)
+    service = VideoQAService(pipeline, gateway, config)
+    server = GrpcServer(service, gateway)
     try:
-        await door.start()
-        yield f"localhost:{door.port}"
+        await server.start()
+        yield f"localhost:{server.port}"
     finally:
-        await door.stop(0.0)
+        await server.stop(0.0)
+        await service.close()
         await pipeline.close()
 
 

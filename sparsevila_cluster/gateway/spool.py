@@ -82,7 +82,7 @@ class Spool:
         with self._lock:
             if self._closed:
                 raise Unavailable("the spool is closed")
-            path = self._home(owner) / f"{uuid.uuid4().hex}.part"
+            path = self._owner_folder(owner) / f"{uuid.uuid4().hex}.part"
             try:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 part = SpoolPart(self, path)
@@ -106,7 +106,7 @@ class Spool:
             yield path, path.suffix[1:]
         finally:
             with self._lock:
-                self._let_go(path)
+                self._release(path)
 
     def sweep(self) -> None:
         """Delete what has expired and is not in use, also what a router that is gone left in a shared folder."""
@@ -143,7 +143,7 @@ class Spool:
                         retry_after_s=min(10.0, self._ttl_s),
                     )
             self._sizes[path] = size
-            self._tell()
+            self._report_bytes()
 
     def keep(self, path: Path, kind: str) -> str:
         """Make a finished part a whole upload; returns its id."""
@@ -171,18 +171,18 @@ class Spool:
     def _find(self, owner: str, upload_id: str) -> Path:
         if _ID.fullmatch(upload_id):
             for kind in KINDS:
-                path = self._home(owner) / f"{upload_id}.{kind}"
+                path = self._owner_folder(owner) / f"{upload_id}.{kind}"
                 if path.is_file() and (self._held[path] or not self._is_old(path)):
                     os.utime(path)
                     return path
         raise NotFound(f"no upload {upload_id[:40]!r}: it is unknown, or expired after upload_ttl_s = {self._ttl_s:g} s")
 
-    def _let_go(self, path: Path) -> None:
+    def _release(self, path: Path) -> None:
         self._held[path] -= 1
         if self._held[path] <= 0:
             del self._held[path]
 
-    def _home(self, owner: str) -> Path:
+    def _owner_folder(self, owner: str) -> Path:
         return self._folder / hashlib.blake2b(owner.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def _is_old(self, path: Path) -> bool:
@@ -195,7 +195,7 @@ class Spool:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         self._sizes.pop(path, None)
-        self._tell()
+        self._report_bytes()
 
     def _used(self) -> int:
         """Bytes of this spool and of all others in the same folder."""
@@ -207,7 +207,7 @@ class Spool:
     def _files(self) -> list[Path]:
         return [path for path in self._folder.glob("*/*") if _ID.fullmatch(path.stem) and path.suffix[1:] in (*KINDS, "part")]
 
-    def _tell(self) -> None:
+    def _report_bytes(self) -> None:
         self._sink.set("spool_bytes", sum(self._sizes.values()))
 
 
