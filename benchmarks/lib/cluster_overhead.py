@@ -185,5 +185,5 @@ def message_bytes(heard: TurnTimes) -> int:
     """Of a message that tells one token of this answer, on average."""
     ids = heard.token_ids
     events = [TurnEvent("token", "t", index=i, token_ids=(token,), text="ab") for i, token in enumerate(ids)]
-    sizes = [to_event(one, turn_id="", num_tokens=0).ByteSize() for one in events]
+    sizes = [to_event(one, num_tokens=0).ByteSize() for one in events]
     return round(sum(sizes) / max(1, len(sizes)))

@@ -28,7 +28,7 @@ from sparsevila_cluster.cli.options import (
 from sparsevila_cluster.cli.server_tables import show_info
 from sparsevila_cluster.cli.turn_printer import hold_turns
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.progress_line import ProgressLine
 from sparsevila_cluster.core.requests import MediaHandle
@@ -65,7 +65,7 @@ def add_to(commands: Any) -> None:
 
 def _add_action(actions: Any, name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     action: argparse.ArgumentParser = actions.add_parser(name, allow_abbrev=False, help=help)
-    door = DoorConfig()
+    door = GatewayConfig()
     server = action.add_argument_group("server")
     server.add_argument(
         "--target", default=f"{door.host}:{door.port}", metavar="HOST:PORT", help="where the server listens (%(default)s)"

@@ -9,12 +9,12 @@ import argparse
 from typing import Any
 
 from sparsevila_cluster.cli.options import OK
-from sparsevila_cluster.core.cluster_config import ClusterConfig, DoorConfig, build_cluster_config, load_cluster_config
+from sparsevila_cluster.core.cluster_config import ClusterConfig, GatewayConfig, build_cluster_config, load_cluster_config
 
 
 def add_to(commands: Any) -> None:
     """The parser of `serve`."""
-    door = DoorConfig.model_fields
+    door = GatewayConfig.model_fields
     serve = commands.add_parser("serve", allow_abbrev=False, help="answer over gRPC, with pools of workers")
     serve.add_argument("--config", metavar="FILE", help="YAML file of a cluster (the bundled model on this machine)")
     serve.add_argument("--address", help="a Ray cluster that is there, as auto or HOST:PORT (one of its own)")
@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     config = _read_options(args)
-    from sparsevila_cluster.serve.run import serve_cluster
+    from sparsevila_cluster.serve.serve_cluster import serve_cluster
 
     serve_cluster(config, args.address, args.verbose)
     return OK

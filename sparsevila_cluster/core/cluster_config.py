@@ -71,8 +71,8 @@ class RouterConfig(FrozenConfig):
     max_conversations: int = Field(10_000, ge=1, description="Conversations whose text is kept for recovery.")
 
 
-class DoorConfig(FrozenConfig):
-    """The gRPC door."""
+class GatewayConfig(FrozenConfig):
+    """What clients reach: address, keys, TLS, limits and uploads."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8600, ge=0, le=65535, description="Port; 0 takes a free one.")
@@ -92,7 +92,7 @@ class DoorConfig(FrozenConfig):
     file_root: str | None = Field(None, description="Folder below which clients may name files. None: nowhere.")
 
     @model_validator(mode="after")
-    def _whole_tls(self) -> DoorConfig:
+    def _whole_tls(self) -> GatewayConfig:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
@@ -109,7 +109,7 @@ class ClusterConfig(FrozenConfig):
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig(replicas=2)
     router: RouterConfig = RouterConfig()
-    door: DoorConfig = DoorConfig()
+    door: GatewayConfig = GatewayConfig()
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of Ray's metrics where `serve` starts Ray itself; 0 takes a free one."
     )

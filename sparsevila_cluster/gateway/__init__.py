@@ -1,5 +1,1 @@
-"""Doors: how clients of one protocol reach a `Pipeline`."""
-
-from sparsevila_cluster.gateway.grpc.grpc_server import GrpcServer
-
-__all__ = ["GrpcServer"]
+"""What clients reach: one service over a `Pipeline`, and a translation of it for each protocol."""

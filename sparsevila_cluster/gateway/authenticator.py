@@ -1,16 +1,13 @@
-"""Who calls: API keys, tenants, and the names that one tenant's things have inside.
-
-Knows: the configured keys and what a tenant may share. Does not know: methods, media or turns. Without keys everybody is one guest.
-"""
+"""Who calls: API keys, tenants, and the ids that one owner's turns have in the pipeline."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadRequest, Unauthenticated
 
 MAX_ID_CHARS = 200
@@ -18,42 +15,41 @@ MAX_ID_CHARS = 200
 
 @dataclass(frozen=True)
 class Principal:
-    """A caller.
+    """A caller. Without configured keys everybody is the same one.
 
-    owner: whose uploads and turns these are; tenant: who alone may use the media that are prepared, "" = everybody; apart: whether
-    others call here, too, so that turn ids get the owner in front: clients choose them, and two may choose alike. Conversations
+    owner: whose uploads and turns these are. tenant: who alone may use the media that are prepared, "" = everybody. shared: whether
+    others call here, too; then turn ids get the owner in front, since clients choose them and two may choose alike. Conversations
     get their ids from the pipeline, which keeps tenants apart.
     """
 
     owner: str = ""
     tenant: str = ""
-    apart: bool = False
+    shared: bool = False
 
-    def inside(self, name: str) -> str:
+    def pipeline_turn_id(self, turn_id: str) -> str:
         """The turn id that the pipeline knows, from the one that the client knows."""
-        return f"{quote(self.owner, safe='')}/{name}" if self.apart else name
-
-    def outside(self, name: str) -> str:
-        """The turn id that the client knows, from the one that the pipeline knows."""
-        return name.removeprefix(f"{quote(self.owner, safe='')}/") if self.apart else name
+        return f"{quote(self.owner, safe='')}/{turn_id}" if self.shared else turn_id
 
 
 class Authenticator:
     """The configured API keys."""
 
-    def __init__(self, config: DoorConfig):
+    def __init__(self, config: GatewayConfig):
         self._public = config.public_media
         # Looked up by digest, so that the time it takes says nothing about the keys that exist.
         self._owners = {_digest(key): owner for key, owner in config.api_keys.items()}
 
-    def admit(self, metadata: Iterable[tuple[str, str | bytes]]) -> Principal:
-        """Who calls, by `authorization: Bearer KEY`. Raises Unauthenticated: no key, several, or one that nobody has."""
+    def authenticate(self, authorization: Sequence[str | bytes]) -> Principal:
+        """Who calls, by every `authorization` header that was sent.
+
+        Raises:
+            Unauthenticated: no `Bearer KEY`, several, or a key that is not configured.
+        """
         if not self._owners:
             return Principal()
-        given = [value for name, value in metadata if name == "authorization"]
-        if len(given) != 1 or not isinstance(given[0], str):
-            raise Unauthenticated(f"metadata must hold one 'authorization: Bearer KEY', got {len(given)}")
-        scheme, _, key = given[0].partition(" ")
+        if len(authorization) != 1 or not isinstance(authorization[0], str):
+            raise Unauthenticated(f"metadata must hold one 'authorization: Bearer KEY', got {len(authorization)}")
+        scheme, _, key = authorization[0].partition(" ")
         owner = self._owners.get(_digest(key.strip()))
         if scheme.lower() != "bearer" or owner is None:
             raise Unauthenticated("the API key in 'authorization: Bearer KEY' is not known here")

@@ -1,7 +1,4 @@
-"""What a client names as media, as sources that a pipeline can read: uploads, inline bytes, URLs, files.
-
-Knows: which of them are allowed, and how long their bytes must stay. Does not know: how media is decoded.
-"""
+"""Media as a client names it, made readable for a pipeline: uploads, inline bytes, URLs, files below the root."""
 
 from __future__ import annotations
 
@@ -10,20 +7,27 @@ import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.config import MediaLimits
 from sparsevila_cluster.core.deadline import wait_within
-from sparsevila_cluster.core.errors import BadMedia, BadRequest, PermissionDenied, SparseVilaError, TooLarge
+from sparsevila_cluster.core.errors import (
+    BadMedia,
+    BadRequest,
+    PermissionDenied,
+    SparseVilaError,
+    TooLarge,
+    from_failure,
+    to_failure,
+)
 from sparsevila_cluster.core.requests import MediaSource
-from sparsevila_cluster.gateway.grpc.call_interceptor import Call
-from sparsevila_cluster.gateway.grpc.status_codes import renamed
+from sparsevila_cluster.gateway.call import Call
 from sparsevila_cluster.gateway.spool import KINDS, Spool, SpoolPart, Upload
 from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
 from sparsevila_cluster.media.media_source import read_data_url
-from sparsevila_cluster.pb import video_qa_pb2 as pb
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,25 +38,45 @@ CHUNK_WAIT_S = 60.0
 FILE_THREADS = 2
 
 
+@dataclass(frozen=True)
+class MediaChunk:
+    """A piece of an upload, at most MAX_CHUNK_BYTES. kind: "video", "image" or "auto", of the first piece only."""
+
+    data: bytes
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class MediaReference:
+    """Media as a client names it, in one of four ways. kind: "video", "image" or "auto"; "" = as uploaded, else "auto"."""
+
+    upload_id: str | None = None
+    inline: bytes | None = None
+    url: str | None = None
+    file: str | None = None
+    kind: str = ""
+
+
 class MediaSources:
     """Opens what clients name. `close` ends its threads; files that are being written are the spool's to delete."""
 
-    def __init__(self, config: DoorConfig, limits: MediaLimits, spool: Spool, fetcher: UrlFetcher):
+    def __init__(self, config: GatewayConfig, limits: MediaLimits, spool: Spool, fetcher: UrlFetcher):
         self._config, self._limits, self._spool, self._fetcher = config, limits, spool, fetcher
         # Hashing and writing a chunk takes milliseconds, in which an event loop would tell no tokens.
         self._threads = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="spool")
 
     def close(self) -> None:
+        """Waits for what its threads have begun."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    async def receive(self, chunks: AsyncIterator[Any], call: Call) -> Upload:
-        """A file in chunks. One that does not arrive whole is deleted.
+    async def receive(self, call: Call, chunks: AsyncIterator[MediaChunk]) -> Upload:
+        """A file in chunks, whose iteration ends only behind the whole file. One that does not arrive whole is deleted.
 
         Raises:
             BadRequest: an empty file, a chunk above MAX_CHUNK_BYTES, an unknown kind. TooLarge. QueueFull: over the quota.
-            DeadlineExceeded: the client pauses for too long.
+            DeadlineExceeded: the client pauses for too long. Whatever the iteration raises.
         """
-        part, kind, first = self._spool.begin(call.guest.owner), "auto", True
+        part, kind, first = self._spool.begin(call.principal.owner), "auto", True
         arriving = aiter(chunks)
         try:
             while True:
@@ -61,20 +85,19 @@ class MediaSources:
                 if chunk is None:
                     break
                 if first:
-                    kind, first = chunk_kind(chunk.kind), False
+                    kind, first = media_kind(chunk.kind), False
                 if len(chunk.data) > MAX_CHUNK_BYTES:
                     raise BadRequest(f"a chunk may hold at most {MAX_CHUNK_BYTES} bytes, got {len(chunk.data)}")
                 await self._in_thread(part.write, chunk.data)
             if part.num_bytes == 0:
                 raise BadRequest("the upload is empty; media need at least one byte")
-            await call.confirm()
             return part.keep(kind)
         except BaseException:
             part.discard()
             raise
 
     @asynccontextmanager
-    async def opened(self, named: Sequence[pb.MediaSource], call: Call) -> AsyncIterator[tuple[MediaSource, ...]]:
+    async def opened(self, call: Call, named: Sequence[MediaReference]) -> AsyncIterator[tuple[MediaSource, ...]]:
         """The sources for the length of an `async with` block; errors from inside it tell the client's names, not ours.
 
         Raises:
@@ -85,23 +108,23 @@ class MediaSources:
         names: dict[str, str] = {}
         async with AsyncExitStack() as stack:
             try:
-                yield tuple([await self._open(source, call, stack, names) for source in named])
+                yield tuple([await self._open(call, reference, stack, names) for reference in named])
             except SparseVilaError as error:
                 raise renamed(error, names) from error
 
-    async def _open(self, named: pb.MediaSource, call: Call, stack: AsyncExitStack, names: dict[str, str]) -> MediaSource:
-        which, kind = named.WhichOneof("source"), chunk_kind(named.kind)
-        if which == "upload_id":
-            path, uploaded_as = stack.enter_context(self._spool.hold(call.guest.owner, named.upload_id))
+    async def _open(self, call: Call, named: MediaReference, stack: AsyncExitStack, names: dict[str, str]) -> MediaSource:
+        kind = media_kind(named.kind)
+        if named.upload_id is not None:
+            path, uploaded_as = stack.enter_context(self._spool.hold(call.principal.owner, named.upload_id))
             names[str(path)] = f"upload {named.upload_id!r}"
             return _source(str(path), kind if named.kind else uploaded_as)
-        if which == "inline":
+        if named.inline is not None:
             return _source(await self._keep_inline(named.inline, call, stack, names), kind)
-        if which == "url" and named.url[:5].lower() == "data:":
+        if named.url is not None and named.url[:5].lower() == "data:":
             return await self._keep_data_url(named.url, kind, call, stack, names)
-        if which == "url":
+        if named.url is not None:
             return _source(await self._keep_url(named.url, call, stack, names), kind)
-        if which == "file":
+        if named.file is not None:
             path = await self._in_thread(allowed_file, named.file, self._config.file_root)
             names[str(path)] = repr(named.file)
             return _source(str(path), kind)
@@ -136,7 +159,7 @@ class MediaSources:
         return str(part.path)
 
     def _part(self, call: Call, stack: AsyncExitStack) -> SpoolPart:
-        part = self._spool.begin(call.guest.owner)
+        part = self._spool.begin(call.principal.owner)
         stack.callback(part.discard)
         return part
 
@@ -144,8 +167,8 @@ class MediaSources:
         return await asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
 
 
-def chunk_kind(kind: str) -> str:
-    """ "video", "image" or "auto", which "" means, too. Raises BadRequest."""
+def media_kind(kind: str) -> str:
+    """One of KINDS; "" means "auto". Raises BadRequest."""
     if kind not in ("", *KINDS):
         raise BadRequest(f"kind must be 'video', 'image' or 'auto', got {kind[:40]!r}")
     return kind or "auto"
@@ -167,6 +190,16 @@ def allowed_file(named: str, root: str | None) -> Path:
     if path == top or not path.is_relative_to(top):
         raise PermissionDenied(f"{named[:200]!r} is not below the server's file root")
     return path
+
+
+def renamed(error: SparseVilaError, names: dict[str, str]) -> SparseVilaError:
+    """The same error, with every path of `names` (as it is, or quoted) called what the client calls it."""
+    message = str(error)
+    for path, name in names.items():
+        message = message.replace(repr(path), name).replace(path, name)
+    if message == str(error):
+        return error
+    return from_failure({**to_failure(error), "message": message})
 
 
 def _source(data: str, kind: str) -> MediaSource:

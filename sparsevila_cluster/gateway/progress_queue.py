@@ -1,7 +1,6 @@
-"""Reports of progress on their way from whoever works to a client who may read slowly.
+"""Reports of progress on their way from a worker thread to a client who may read slowly.
 
-Knows: the newest report of each stage. Does not know: what the stages do. ProgressQueue in between are skipped: nothing waits and
-nothing piles up.
+Only the newest report of each stage is kept: nothing waits and nothing piles up.
 """
 
 from __future__ import annotations
@@ -10,6 +9,15 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import NamedTuple
+
+
+class StageProgress(NamedTuple):
+    """`done` of `total` steps of a stage of preparing media."""
+
+    stage: str
+    done: int
+    total: int
 
 
 class ProgressQueue:
@@ -34,12 +42,12 @@ class ProgressQueue:
         self._closed = True
         self._rouse()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[str, int, int]]:
+    async def __aiter__(self) -> AsyncIterator[StageProgress]:
         while True:
             with self._lock:
                 newest, self._newest = self._newest, {}
             for stage, (done, total) in newest.items():
-                yield stage, done, total
+                yield StageProgress(stage, done, total)
             if newest:
                 continue
             if self._closed:

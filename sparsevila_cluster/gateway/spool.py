@@ -1,7 +1,7 @@
 """Bytes that clients sent, as files: uploads until they expire, everything else as long as a preparation needs it.
 
-Knows: a folder, its quota, who owns which file, and when a file may go. Does not know: gRPC, or what the bytes are. All state that
-others need is in the folder (owner, id and kind in the names, age in the times), so that several routers may share one.
+All state that others need is in the folder (owner, id and kind in the names, age in the times), so that several routers may share
+one.
 
     <folder>/<digest of the owner>/<upload id>.<kind>     a whole upload
     <folder>/<digest of the owner>/<id>.part              one that still arrives, or bytes of one preparation
@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadConfig, Internal, NotFound, QueueFull, TooLarge, Unavailable
 from sparsevila_cluster.core.metrics import MetricsSink
 
@@ -49,7 +49,7 @@ class Upload:
 class Spool:
     """Threads may share it. What it has written is deleted when it is closed; a folder of its own, too."""
 
-    def __init__(self, config: DoorConfig, max_bytes: int, sink: MetricsSink):
+    def __init__(self, config: GatewayConfig, max_bytes: int, sink: MetricsSink):
         """max_bytes: of one file. Raises BadConfig: the configured folder cannot be used."""
         self._quota_bytes, self._ttl_s, self._max_bytes, self._sink = config.spool_bytes, config.upload_ttl_s, max_bytes, sink
         self._shared = config.spool_dir is not None
@@ -82,7 +82,7 @@ class Spool:
         with self._lock:
             if self._closed:
                 raise Unavailable("the spool is closed")
-            path = self._home(owner) / f"{uuid.uuid4().hex}.part"
+            path = self._owner_folder(owner) / f"{uuid.uuid4().hex}.part"
             try:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 part = SpoolPart(self, path)
@@ -106,7 +106,7 @@ class Spool:
             yield path, path.suffix[1:]
         finally:
             with self._lock:
-                self._let_go(path)
+                self._release(path)
 
     def sweep(self) -> None:
         """Delete what has expired and is not in use, also what a router that is gone left in a shared folder."""
@@ -143,7 +143,7 @@ class Spool:
                         retry_after_s=min(10.0, self._ttl_s),
                     )
             self._sizes[path] = size
-            self._tell()
+            self._report_bytes()
 
     def keep(self, path: Path, kind: str) -> str:
         """Make a finished part a whole upload; returns its id."""
@@ -165,23 +165,24 @@ class Spool:
 
     @property
     def ttl_s(self) -> float:
+        """How long an upload that nobody uses is kept, in seconds."""
         return self._ttl_s
 
     def _find(self, owner: str, upload_id: str) -> Path:
         if _ID.fullmatch(upload_id):
             for kind in KINDS:
-                path = self._home(owner) / f"{upload_id}.{kind}"
+                path = self._owner_folder(owner) / f"{upload_id}.{kind}"
                 if path.is_file() and (self._held[path] or not self._is_old(path)):
                     os.utime(path)
                     return path
         raise NotFound(f"no upload {upload_id[:40]!r}: it is unknown, or expired after upload_ttl_s = {self._ttl_s:g} s")
 
-    def _let_go(self, path: Path) -> None:
+    def _release(self, path: Path) -> None:
         self._held[path] -= 1
         if self._held[path] <= 0:
             del self._held[path]
 
-    def _home(self, owner: str) -> Path:
+    def _owner_folder(self, owner: str) -> Path:
         return self._folder / hashlib.blake2b(owner.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def _is_old(self, path: Path) -> bool:
@@ -194,7 +195,7 @@ class Spool:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         self._sizes.pop(path, None)
-        self._tell()
+        self._report_bytes()
 
     def _used(self) -> int:
         """Bytes of this spool and of all others in the same folder."""
@@ -206,7 +207,7 @@ class Spool:
     def _files(self) -> list[Path]:
         return [path for path in self._folder.glob("*/*") if _ID.fullmatch(path.stem) and path.suffix[1:] in (*KINDS, "part")]
 
-    def _tell(self) -> None:
+    def _report_bytes(self) -> None:
         self._sink.set("spool_bytes", sum(self._sizes.values()))
 
 
@@ -222,6 +223,7 @@ class SpoolPart:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes written so far, 0 once it is closed."""
         return self._file.tell() if not self._file.closed else 0
 
     def write(self, data: bytes) -> None:

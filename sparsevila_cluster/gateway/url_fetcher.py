@@ -1,6 +1,4 @@
-"""Fetching what a stranger's URL names, without becoming the stranger's hand inside our network.
-
-Knows: https, which addresses are public, and when to stop. Does not know: media, or where the bytes go.
+"""Fetches media from https URLs of strangers, which must not reach addresses inside our network.
 
 Every hop is checked anew: scheme, host, and every address that the name resolves to. The connection goes to the very address that
 was checked (a second look-up could give another one), while TLS proves that its owner is the named host.
@@ -23,7 +21,7 @@ MAX_HOPS = 5
 MAX_HEAD_BYTES = 64 * 1024
 BLOCK_BYTES = 256 * 1024
 MAX_URL_CHARS = 4096
-# Whatever the caller's patience: a fetch ends after this.
+# Whatever the caller's deadline: a fetch ends after this.
 MAX_FETCH_S = 120.0
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]

@@ -1,6 +1,6 @@
-"""The application that Serve runs: the directory, prefill and decode workers, and routers with a gateway each.
+"""The application that Serve runs: the directory, prefill and decode workers, and routers with a gRPC server each.
 
-`serve run sparsevila_cluster.serve.application:build config=cluster.yaml` and the `args:` of a Serve file end in `build`.
+`serve run sparsevila_cluster.app:build config=cluster.yaml` and the `args:` of a Serve file end in `build`.
 
     Router (GrpcServer + ClusterPipeline) --> Prefill, Decode --> Registry (the directory)
 """
@@ -114,25 +114,32 @@ class RouterReplica(RpcServer):
         log_to_stderr(verbose, replica_name())
         async with start_failures_reported(ROUTER, directory):
             from sparsevila_cluster.cluster.routing.router import ClusterPipeline
-            from sparsevila_cluster.gateway import GrpcServer
+            from sparsevila_cluster.gateway.grpc import GrpcServer
+            from sparsevila_cluster.gateway.service import VideoQAService
 
             sink, silence_s = RayMetricsSink(), config.transport.silence_s
             pools = [RayWorkerPool(handle, silence_s) for handle in (prefill, decode, directory)]
             self._pipeline = ClusterPipeline(config, pools[0], pools[1], pools[2], sink, replica_name())
-            self._server = GrpcServer(self._pipeline, config.door, config.engine, sink)
+            self._service = VideoQAService(self._pipeline, config.door, config.engine, sink)
+            self._server = GrpcServer(self._service, config.door)
             self._is_draining = False
             api: RouterApi = self
             super().__init__(replica_name(), api, RouterApi)
-            await self._server.start()
+            try:
+                await self._server.start()
+            except BaseException:
+                await self._service.close()
+                raise
 
     async def state(self) -> dict[str, Any]:
-        """{"port": where the gateway listens, "ready": whether clients can be served}."""
+        """{"port": of the gRPC server, "ready": whether clients can be served}."""
         return {"port": self._server.port, "ready": await self._pipeline.ready()}
 
     async def drain(self, grace_s: float) -> None:
         """Take no more calls, and let those in progress finish for `grace_s`."""
         self._is_draining = True
         await self._server.stop(grace_s)
+        await self._service.close()
 
     async def check_health(self) -> None:
         """What Serve asks every `health_period_s`. Raises Unavailable: the gRPC server does not listen."""

@@ -1,7 +1,4 @@
-"""A Ray of one's own on this machine: loopback only, quiet, in a private folder, gone with the process that started it.
-
-Knows: how Ray and Serve are set up for this cluster. Does not know: what runs on them.
-"""
+"""A Ray of our own on this machine: loopback only, quiet, in a private folder, gone with the process that started it."""
 
 from __future__ import annotations
 
@@ -31,11 +28,11 @@ REPLICA_ENV = {
 }
 # Ray starts its workers at nice 15, which is for batch jobs. Replicas serve, and share the machine with their clients.
 # Without the third, Ray takes 127.0.0.1 for this machine's address in the network, and every port is open to that.
-OWN_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+LOCAL_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @contextmanager
-def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
+def local_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
     """Ray and Serve for `config` on 127.0.0.1 while the context lasts; yields the folder of its logs.
 
     What the pools ask for counts as there: workers share the processors. Ray's token authentication is on, as it is by
@@ -46,18 +43,18 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
     from ray._private import ray_constants
 
     # Only now: in this process Serve has read its settings, which must leave the routing loop apart.
-    added = {name: value for name, value in {**OWN_ENV, **REPLICA_ENV}.items() if name not in os.environ}
+    added = {name: value for name, value in {**LOCAL_ENV, **REPLICA_ENV}.items() if name not in os.environ}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # stays: Ray reads it once per process
     folder = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp" if Path("/tmp").is_dir() else None))  # short: sockets lie in it
     os.environ.update(added)
     networked, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False  # as its variable says in children
     try:
-        hush(verbose)
+        set_ray_log_level(verbose)
         pools: list[PoolConfig] = [config.prefill, config.decode]
         num_cpus = sum(pool.replicas * pool.num_cpus for pool in pools) + config.router.replicas * config.router.num_cpus
         ray.init(
             num_cpus=max(os.cpu_count() or 1, int(num_cpus + 1)),
-            resources=_sums([(pool.resources, pool.replicas) for pool in pools]),
+            resources=_total_resources(pools),
             labels=_labels(pools),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
@@ -73,7 +70,7 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             yield folder
         finally:
             try:
-                within(config.drain_timeout_s + GRACE_S, serve.shutdown)
+                call_within(config.drain_timeout_s + GRACE_S, serve.shutdown)
             finally:
                 ray.shutdown()
     finally:
@@ -83,14 +80,14 @@ def own_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def hush(verbose: bool) -> None:
-    """What Ray and Serve log in this process: everything, or what ends them."""
+def set_ray_log_level(verbose: bool) -> None:
+    """What Ray and Serve log in this process: INFO and above if `verbose`, else CRITICAL."""
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
 
 
-def within(most_s: float, call: Callable[[], object]) -> None:
-    """Wait for `call`, which Ray may never answer any more, but no longer than `most_s`. What it raises is not told."""
+def call_within(most_s: float, call: Callable[[], object]) -> None:
+    """Wait for `call`, which Ray may never answer, for at most `most_s`. What it raises is dropped."""
 
     def run() -> None:
         with suppress(Exception):
@@ -101,9 +98,9 @@ def within(most_s: float, call: Callable[[], object]) -> None:
     thread.join(most_s)
 
 
-def _sums(wishes: list[tuple[dict[str, float], int]]) -> dict[str, float]:
-    names = {name for resources, _ in wishes for name in resources}
-    return {name: sum(resources.get(name, 0.0) * num for resources, num in wishes) for name in names}
+def _total_resources(pools: list[PoolConfig]) -> dict[str, float]:
+    names = {name for pool in pools for name in pool.resources}
+    return {name: sum(pool.resources.get(name, 0.0) * pool.replicas for pool in pools) for name in names}
 
 
 def _labels(pools: list[PoolConfig]) -> dict[str, str]:
@@ -116,6 +113,6 @@ def _labels(pools: list[PoolConfig]) -> dict[str, str]:
     return labels
 
 
-def _check_gpus(wanted: float, there: float) -> None:
-    if wanted > there:
-        raise BadConfig(f"the pools ask for {wanted:g} GPUs; this machine has {there:g}")
+def _check_gpus(wanted: float, available: float) -> None:
+    if wanted > available:
+        raise BadConfig(f"the pools ask for {wanted:g} GPUs; this machine has {available:g}")

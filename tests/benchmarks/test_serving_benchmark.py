@@ -1,4 +1,4 @@
-"""The benchmark of the cluster: its arithmetic, its clients against a real door, and the whole of it on a toy model."""
+"""The benchmark of the cluster: its arithmetic, its clients against a real server, and the whole of it on a toy model."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from benchmarks.lib.load_levels import Level, Outcome
 from benchmarks.lib.midsize_checkpoint import Recipe
 from benchmarks.lib.stopwatch import Patience
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
-from tests.gateway.running_servers import clip, open_house
+from tests.gateway.running_servers import clip, running_server
 
 TOY = Recipe(
     hidden=64,
@@ -163,12 +163,12 @@ def videos(tmp_path_factory):
     return paths
 
 
-def at_a_door(checkpoint, work):
-    """`await work(house)` within a minute."""
+def with_server(checkpoint, work):
+    """`await work(served)` within a minute."""
 
     async def main():
-        async with asyncio.timeout(60), open_house(checkpoint) as house:
-            return await work(house)
+        async with asyncio.timeout(60), running_server(checkpoint) as served:
+            return await work(served)
 
     return asyncio.run(main())
 
@@ -181,7 +181,7 @@ def test_a_closed_loop_hears_cold_warm_and_later_turns(checkpoint, videos):
         assert info["conversations"] == 0, "conversations are closed when they are over"
         return run
 
-    run = at_a_door(checkpoint, work)
+    run = with_server(checkpoint, work)
     assert [turn.kind for turn in run.turns] == "cold later warm later cold later warm later warm later".split()
     assert run.num_failed == 0 and all(0 < turn.ttft_ms <= turn.e2e_ms for turn in run.turns)
     first = [turn.token_ids for turn in run.turns[::2]]
@@ -196,7 +196,7 @@ def test_an_open_loop_waits_for_nobody(checkpoint, videos):
         run = await load_clients.open_loop(house.address, plans, SPARSE, num_tokens=3)
         return run, time.perf_counter() - start_s
 
-    run, elapsed_s = at_a_door(checkpoint, work)
+    run, elapsed_s = with_server(checkpoint, work)
     assert len(run.turns) == 3 and 0.31 < run.elapsed_s <= elapsed_s
     assert [turn.kind for turn in run.turns].count("cold") == 1
 
@@ -210,7 +210,7 @@ def test_a_conversation_ends_with_its_error_and_others_go_on(checkpoint, videos,
             house.address, [ConversationPlan(broken, 2), ConversationPlan(videos[0], 2)], 2, SPARSE, num_tokens=3
         )
 
-    run = at_a_door(checkpoint, work)
+    run = with_server(checkpoint, work)
     assert sorted(turn.error for turn in run.turns) == ["", "", "BadMedia"] and run.num_failed == 1
 
 
@@ -224,7 +224,7 @@ def test_dense_clients_keep_everything(checkpoint, videos):
                 told.append((media, (await chat.ask("What?", **variant.options(2))).usage))
         return told
 
-    (sparse, few), (dense, many) = at_a_door(checkpoint, work)
+    (sparse, few), (dense, many) = with_server(checkpoint, work)
     assert dense.visual_tokens_kept == dense.visual_tokens == many.visual_tokens_retrieved
     assert sparse.visual_tokens_kept < sparse.visual_tokens and few.visual_tokens_retrieved < few.visual_tokens_kept
     assert dense.kv_bytes == dense.dense_kv_bytes

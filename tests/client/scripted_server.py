@@ -22,7 +22,7 @@ MEDIA_ID = "ab" * 32
 
 
 async def refuse(context, error: SparseVilaError):
-    """End a call as the door does: status, details, and the typed failure."""
+    """End a call as the server does: status, details, and the typed failure."""
     metadata = (("sparsevila-failure-bin", msgpack.packb(to_failure(error))),)
     await context.abort(grpc.StatusCode[error.grpc_status], str(error), trailing_metadata=metadata)
 

@@ -1,4 +1,4 @@
-"""Client, gRPC door and both engines: the same answers as without a wire between them, also when it is cut in mid-answer."""
+"""Client, gRPC server and both engines: the same answers as without a wire between them, also when it is cut in mid-answer."""
 
 import asyncio
 import json
@@ -10,11 +10,12 @@ import pytest
 from sparsevila_cluster.api.video_qa import VideoQA
 from sparsevila_cluster.cli import main as cli
 from sparsevila_cluster.client import Client
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import BadMedia, BadRequest, DeadlineExceeded, NotFound, TooLarge, Unauthenticated
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
-from sparsevila_cluster.gateway import GrpcServer
+from sparsevila_cluster.gateway.grpc import GrpcServer
+from sparsevila_cluster.gateway.service import VideoQAService
 from tests.api.test_async_video_qa import FIELDS, checkpoint, clips  # noqa: F401 (fixtures)
 from tests.client.conftest import in_thread
 from tests.client.scripted_server import Wire, connect
@@ -24,18 +25,19 @@ ASK = {"max_tokens": 24}
 
 
 @asynccontextmanager
-async def door_over(checkpoint, **door):  # noqa: F811
+async def server_over(checkpoint, **fields):  # noqa: F811
     config = build_config(model=str(checkpoint), **FIELDS)
     pipeline = LocalPipeline(config)
     pipeline.model.chat.eos_ids = frozenset()  # answers of full length
+    gateway = GatewayConfig(port=0, **fields)
+    service = VideoQAService(pipeline, gateway, config)
+    server = GrpcServer(service, gateway)
     try:
-        opened = GrpcServer(pipeline, DoorConfig(port=0, **door), config)
-        await opened.start()
-        try:
-            yield opened.port, pipeline
-        finally:
-            await opened.stop(0)
+        await server.start()
+        yield server.port, pipeline
     finally:
+        await server.stop(0)
+        await service.close()
         await pipeline.close()
 
 
@@ -69,7 +71,7 @@ def same(turns, expected_turns):
 
 
 async def test_concurrent_clients_get_the_answers_of_a_local_engine(checkpoint, clips, expected):  # noqa: F811
-    async with door_over(checkpoint) as (port, pipeline):
+    async with server_over(checkpoint) as (port, pipeline):
 
         async def visit(clip, wanted, *, streams):
             async with connect(port) as client:
@@ -105,7 +107,7 @@ def slow_down(pipeline):
 
 @pytest.mark.parametrize("num_cuts", [1, 3])
 async def test_an_answer_survives_a_cut_connection(checkpoint, clips, expected, num_cuts):  # noqa: F811
-    async with door_over(checkpoint) as (port, pipeline):
+    async with server_over(checkpoint) as (port, pipeline):
         slow_down(pipeline)
         wire = Wire(port)
         await wire.start()
@@ -124,7 +126,7 @@ async def test_an_answer_survives_a_cut_connection(checkpoint, clips, expected, 
 
 
 async def test_an_answer_goes_on_under_the_pressure_that_it_began_with(checkpoint, clips):  # noqa: F811
-    async with door_over(checkpoint) as (port, pipeline):
+    async with server_over(checkpoint) as (port, pipeline):
         slow_down(pipeline)
         wire = Wire(port)
         await wire.start()
@@ -145,7 +147,7 @@ async def test_an_answer_goes_on_under_the_pressure_that_it_began_with(checkpoin
 
 
 async def test_large_media_are_uploaded_and_found_again(checkpoint, clips, expected):  # noqa: F811
-    async with door_over(checkpoint, max_inline_bytes=100) as (port, pipeline), connect(port) as client:
+    async with server_over(checkpoint, max_inline_bytes=100) as (port, pipeline), connect(port) as client:
         stages = []
         media = await client.prepare(clips[1], progress=lambda stage, done, total: stages.append(stage))
         assert media.media_id == expected[1].media.media_id and not media.reused
@@ -161,7 +163,7 @@ async def test_large_media_are_uploaded_and_found_again(checkpoint, clips, expec
 
 
 async def test_mistakes_over_the_wire_harm_nobody(checkpoint, clips, expected):  # noqa: F811
-    async with door_over(checkpoint) as (port, pipeline), connect(port) as client:
+    async with server_over(checkpoint) as (port, pipeline), connect(port) as client:
         media = await client.prepare(clips[0])
         neighbour = asyncio.create_task(client.ask(media, QUESTIONS[0], **ASK))
         for kind, call in [
@@ -179,7 +181,7 @@ async def test_mistakes_over_the_wire_harm_nobody(checkpoint, clips, expected): 
 
 
 async def test_keys_are_asked_for(checkpoint, clips):  # noqa: F811
-    async with door_over(checkpoint, api_keys={"one": "a", "two": "b"}) as (port, _):
+    async with server_over(checkpoint, api_keys={"one": "a", "two": "b"}) as (port, _):
         for key in (None, "three"):
             async with connect(port, api_key=key) as client:
                 with pytest.raises(Unauthenticated, match=f"127.0.0.1:{port}"):
@@ -192,7 +194,7 @@ async def test_keys_are_asked_for(checkpoint, clips):  # noqa: F811
 
 
 def test_the_blocking_client_and_the_command_line(checkpoint, clips, expected, capsys):  # noqa: F811
-    with in_thread(lambda: door_over(checkpoint)) as (port, _):
+    with in_thread(lambda: server_over(checkpoint)) as (port, _):
         with Client.connect(f"127.0.0.1:{port}") as client:
             chat = client.conversation(client.prepare(clips[0]))
             for question in QUESTIONS:

@@ -13,7 +13,7 @@ from tests.structure import ROOT
 START_S = 240  # two cores, shared with whatever else runs
 
 
-class Served:
+class ServeProcess:
     """The process and, once `wait` has seen its line, its target."""
 
     def __init__(self, folder, *options):

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from sparsevila_cluster.app import build
 from sparsevila_cluster.cli import serve_command as command
 from sparsevila_cluster.core.cluster_config import ClusterConfig, cluster_config_of, load_cluster_config
 from sparsevila_cluster.core.errors import BadConfig
-from sparsevila_cluster.serve.application import build
 from tests.structure import ROOT
 
 SERVE_FILE, CLUSTER_FILE = ROOT / "deploy" / "serve.yaml", ROOT / "deploy" / "cluster.yaml"
@@ -46,7 +46,7 @@ def test_serve_takes_its_file():
     schema = ServeDeploySchema.model_validate(given)
     assert not list(unknown_keys(given, schema.model_dump()))
     (application,) = schema.applications
-    assert application.import_path == "sparsevila_cluster.serve.application:build"
+    assert application.import_path == "sparsevila_cluster.app:build"
     assert application.name == cluster_config_of(application.args).name
     assert {*deployments_of(build(application.args))} == DEPLOYMENTS
 
@@ -109,7 +109,7 @@ def test_options_override_the_file(line, place):
 
 
 def test_a_router_and_the_registry_need_no_tensors():
-    modules = "app cluster.routing.router cluster.directory cluster.on_ray.replicas gateway docks"
+    modules = "app cluster.routing.router cluster.directory cluster.on_ray.replicas gateway.grpc core.addresses"
     imports = "; ".join(f"import sparsevila_cluster.{module}" for module in modules.split())
     script = f"{imports}; import sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120).returncode == 0

@@ -14,7 +14,7 @@ from ray.serve.config import RequestRouterConfig
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, NotFound, QueueFull, WorkerLost
-from sparsevila_cluster.serve.local_ray import own_ray
+from sparsevila_cluster.serve.local_ray import local_ray
 from tests.cluster.ray_workers import FaultyReplica
 from tests.structure import ROOT
 
@@ -34,7 +34,7 @@ def handle():
         graceful_shutdown_timeout_s=2,
         request_router_config=PIN_ROUTER,
     )
-    with own_ray(ClusterConfig()) as folder:
+    with local_ray(ClusterConfig()) as folder:
         yield serve.run(deployment.bind(), name="faulty", route_prefix=None)
     assert not folder.exists()
     assert "ray" not in " ".join(line for line in children())

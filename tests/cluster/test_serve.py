@@ -19,7 +19,7 @@ from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
-from tests.cluster.serve_process import Served
+from tests.cluster.serve_process import START_S, ServeProcess
 from tests.structure import ROOT
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def metrics_port():
 def served(tmp_path_factory, metrics_port):
     folder = tmp_path_factory.mktemp("served")
     (folder / "cluster.yaml").write_text(f"metrics_port: {metrics_port}\n")
-    served = Served(folder, "--config", "cluster.yaml", "--port", "0")
+    served = ServeProcess(folder, "--config", "cluster.yaml", "--port", "0")
     try:
         served.wait()
         yield served
@@ -216,3 +216,16 @@ def test_a_signal_ends_it_and_leaves_nothing(served, films, right):
     assert served.left() == []
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", int(served.target.rpartition(":")[2]))) != 0
+
+
+def test_what_a_worker_cannot_start_from_is_told_at_once(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (tmp_path / "cluster.yaml").write_text(f"engine: {{model: {model}}}\n")
+    command = [sys.executable, "-m", "sparsevila_cluster", "serve", "--config", "cluster.yaml", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=START_S)
+    told = [line for line in done.stderr.splitlines() if "network_util.cc" not in line]
+    assert done.returncode == 2 and done.stdout == "", done
+    assert len(told) == 1 and told[0].startswith(f"error: '{model}' has no model.safetensors"), told

@@ -1,4 +1,4 @@
-"""One tiny checkpoint for all tests of the door."""
+"""One tiny checkpoint for all tests of the gateway."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Real doors over real pipelines on loopback, and generated stubs to knock with."""
+"""Real gRPC servers over real pipelines on loopback, and generated stubs that call them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import grpc
 import msgpack
 import numpy as np
 
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import from_failure
 from sparsevila_cluster.core.metrics import Tally
 from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, SamplingParams, Turn
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
-from sparsevila_cluster.gateway import GrpcServer
+from sparsevila_cluster.gateway.grpc import GrpcServer
+from sparsevila_cluster.gateway.service import VideoQAService
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
@@ -30,10 +31,11 @@ MODELS: dict[str, Any] = {}
 
 
 @dataclass
-class House:
-    """What stands behind a door, and a channel to it."""
+class RunningServer:
+    """A server, what is behind it, and a channel to it."""
 
-    door: GrpcServer
+    server: GrpcServer
+    service: VideoQAService
     pipeline: LocalPipeline
     sink: Tally
     channel: grpc.aio.Channel
@@ -41,7 +43,7 @@ class House:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.door.port}"
+        return f"127.0.0.1:{self.server.port}"
 
     async def settled(self) -> None:
         """No turn runs and every byte has an owner."""
@@ -55,31 +57,36 @@ class House:
 
 
 @asynccontextmanager
-async def open_house(checkpoint, *, engine=None, fetcher=None, pipeline=None, credentials=None, **door) -> AsyncIterator[House]:
-    """A door over a tiny pipeline; keyword arguments are fields of DoorConfig."""
+async def running_server(
+    checkpoint, *, engine=None, fetcher=None, pipeline=None, credentials=None, **fields
+) -> AsyncIterator[RunningServer]:
+    """A server over a tiny pipeline; keyword arguments are fields of GatewayConfig."""
     config, sink = build_config(model=str(checkpoint), **FIELDS | (engine or {})), Tally()
     if pipeline is None:
         if str(checkpoint) not in MODELS:
             MODELS[str(checkpoint)] = load_model(config.model_dir, device=config.device, dtype=config.dtype)
         pipeline = LocalPipeline(config, MODELS[str(checkpoint)])
-    front = GrpcServer(pipeline, DoorConfig(port=0, **door), config, sink, fetcher=fetcher)
+    gateway = GatewayConfig(port=0, **fields)
+    service = VideoQAService(pipeline, gateway, config, sink, fetcher=fetcher)
+    server = GrpcServer(service, gateway)
     try:
-        await front.start()
-        address = f"127.0.0.1:{front.port}"
+        await server.start()
+        address = f"127.0.0.1:{server.port}"
         channel = grpc.aio.insecure_channel(address) if credentials is None else grpc.aio.secure_channel(address, credentials)
         async with channel:
-            yield House(front, pipeline, sink, channel, VideoQAStub(channel))
+            yield RunningServer(server, service, pipeline, sink, channel, VideoQAStub(channel))
     finally:
-        await front.stop(0)
+        await server.stop(0)
+        await service.close()
         await pipeline.close()
 
 
-def run(checkpoint, work: Callable[[House], Awaitable[Any]], **options) -> Any:
-    """`await work(house)` within a minute."""
+def run(checkpoint, work: Callable[[RunningServer], Awaitable[Any]], **options) -> Any:
+    """`await work(served)` within a minute."""
 
     async def main() -> Any:
-        async with open_house(checkpoint, **options) as house:
-            return await work(house)
+        async with running_server(checkpoint, **options) as served:
+            return await work(served)
 
     return asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -156,7 +163,7 @@ async def streamed(stub: VideoQAStub, request: pb.AskRequest, **options) -> tupl
 
 
 async def locally(pipeline: LocalPipeline, data: bytes, questions: list[str], max_tokens: int = 8, name: str = "") -> list[Answer]:
-    """The answers of one conversation held without a door."""
+    """The answers of one conversation held without a server."""
     media = await pipeline.prepare(PrepareRequest((MediaSource(data),)))
     answers = []
     for i, question in enumerate(questions):
@@ -178,11 +185,11 @@ def slow_down(pipeline: LocalPipeline, step_s: float = 0.01) -> None:
     pipeline.decode.engine.step = slowly
 
 
-async def long_question(house: House, media_id: str, max_tokens: int = 150, **fields) -> pb.AskRequest:
+async def long_question(stub: VideoQAStub, media_id: str, max_tokens: int = 150, metadata: Any = None, **fields) -> pb.AskRequest:
     """A question that a tiny model answers with `max_tokens` tokens: random weights come upon an end now and then."""
     for i in range(50):
         request = ask(media_id, f"what is step {i}?", max_tokens)
-        if (await house.stub.Answer(request)).finish_reason == "length":
+        if (await stub.Answer(request, metadata=metadata)).finish_reason == "length":
             request.MergeFrom(pb.AskRequest(**fields))
             return request
     raise AssertionError("every answer is short")

@@ -9,10 +9,10 @@ import pytest
 
 from sparsevila_cluster.core.errors import NotFound, Unauthenticated
 from sparsevila_cluster.gateway.authenticator import Principal
-from sparsevila_cluster.gateway.grpc.servicer import _visible
+from sparsevila_cluster.gateway.service import visible_info
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
-from tests.gateway.running_servers import ask, long_question, open_house, prepare, refused, run, slow_down, streamed, upload
+from tests.gateway.running_servers import ask, long_question, prepare, refused, run, running_server, slow_down, streamed, upload
 from tests.gateway.test_health_service import SERVING, health_pb2, health_pb2_grpc
 
 KEYS = {"key-of-ann": "ann", "key-of-bob": "bob", "other-key-of-ann": "ann"}
@@ -26,8 +26,8 @@ ANN, BOB = key("key-of-ann"), key("key-of-bob")
 
 
 def test_without_a_known_key_nothing_is_done(checkpoint, clips):
-    async def work(house):
-        stub = house.stub
+    async def work(served):
+        stub = served.stub
         wrong = [(), key("nobody's"), key(""), (("authorization", "key-of-ann"),), (("authorization", "Basic key-of-ann"),)]
         wrong += [(*ANN, *BOB), (*ANN, *ANN), key("key-of-an"), key("key-of-ann key-of-ann")]
         for metadata in wrong:
@@ -40,17 +40,17 @@ def test_without_a_known_key_nothing_is_done(checkpoint, clips):
             ):
                 code, error = await refused(call)
                 assert code == "UNAUTHENTICATED" and type(error) is Unauthenticated and "key-of" not in str(error)
-        assert (await health_pb2_grpc.HealthStub(house.channel).Check(health_pb2.HealthCheckRequest())).status == SERVING
+        assert (await health_pb2_grpc.HealthStub(served.channel).Check(health_pb2.HealthCheckRequest())).status == SERVING
         for metadata in (ANN, key("other-key-of-ann"), (("authorization", "bearer  key-of-bob "),)):
             assert (await stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata)).fingerprint
-        assert house.sink.counts["requests_total", "Ask", "UNAUTHENTICATED"] == len(wrong)
+        assert served.sink.counts["requests_total", "Ask", "UNAUTHENTICATED"] == len(wrong)
 
     run(checkpoint, work, api_keys=KEYS)
 
 
 def test_one_tenants_things_are_out_of_the_others_reach(checkpoint, clips):
-    async def work(house):
-        stub = house.stub
+    async def work(served):
+        stub = served.stub
         media = await prepare(stub, clips[0], ANN)
         assert (await prepare(stub, clips[0], key("other-key-of-ann"))).reused
         theirs = await prepare(stub, clips[0], BOB)
@@ -82,41 +82,30 @@ def test_one_tenants_things_are_out_of_the_others_reach(checkpoint, clips):
                 assert chat == events[-1].done.conversation_id
                 texts.append(text)
             said[metadata], chats[metadata] = texts, chat
-        assert said[ANN] == said[BOB] and (await house.pipeline.info())["conversations"] == 2
+        assert said[ANN] == said[BOB] and (await served.pipeline.info())["conversations"] == 2
         for of in (media, theirs):
             request = ask(of.media_id, conversation_id=chats[ANN])
             assert (await refused(stub.Ask(request, metadata=BOB)))[0] == "NOT_FOUND"
 
-        request = await _long(stub, media.media_id, ANN)
-        slow_down(house.pipeline)
+        request = await long_question(stub, media.media_id, metadata=ANN, turn_id="mine")
+        slow_down(served.pipeline)
         running = aiter(stub.Ask(request, metadata=ANN))
         await anext(running)
         assert not (await stub.Abort(pb.AbortRequest(turn_id="mine"), metadata=BOB)).aborted
         assert (await stub.Abort(pb.AbortRequest(turn_id="mine"), metadata=ANN)).aborted
-        await house.settled()
+        await served.settled()
 
     run(checkpoint, work, api_keys=KEYS)
 
 
-async def _long(stub, media_id, metadata):
-    class Knock:
-        def Answer(self, request):
-            return stub.Answer(request, metadata=metadata)
-
-    class Here:
-        stub = Knock()
-
-    return await long_question(Here(), media_id, turn_id="mine")
-
-
 def test_public_media_are_shared_and_uploads_are_not(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0], ANN)
-        assert (await prepare(house.stub, clips[0], BOB)).reused
-        assert (await house.stub.Answer(ask(media.media_id), metadata=BOB)).text
-        sent = await upload(house.stub, clips[0], metadata=ANN)
+    async def work(served):
+        media = await prepare(served.stub, clips[0], ANN)
+        assert (await prepare(served.stub, clips[0], BOB)).reused
+        assert (await served.stub.Answer(ask(media.media_id), metadata=BOB)).text
+        sent = await upload(served.stub, clips[0], metadata=ANN)
         named = pb.PrepareMediaRequest(sources=[pb.MediaSource(upload_id=sent.upload_id)])
-        assert (await refused(house.stub.PrepareMedia(named, metadata=BOB)))[0] == "NOT_FOUND"
+        assert (await refused(served.stub.PrepareMedia(named, metadata=BOB)))[0] == "NOT_FOUND"
 
     run(checkpoint, work, api_keys=KEYS, public_media=True)
 
@@ -124,12 +113,9 @@ def test_public_media_are_shared_and_uploads_are_not(checkpoint, clips):
 def test_ids_of_two_owners_never_meet():
     owners = ["", "a", "a/b", "a%2Fb", "b", "ü", "a b"]
     ids = ["x", "b/x", "/x", "a/x", "%2Fx"]
-    inside = {Principal(owner, owner, True).inside(name) for owner in owners for name in ids}
+    inside = {Principal(owner, owner, True).pipeline_turn_id(name) for owner in owners for name in ids}
     assert len(inside) == len(owners) * len(ids)
-    for owner in owners:
-        guest = Principal(owner, owner, True)
-        assert all(guest.outside(guest.inside(name)) == name for name in ids)
-    assert Principal().inside("x") == "x" == Principal().outside("x")
+    assert Principal().pipeline_turn_id("x") == "x"
 
 
 def test_the_server_tells_nothing_of_other_tenants():
@@ -138,9 +124,9 @@ def test_the_server_tells_nothing_of_other_tenants():
         "by": {"x": {"tenant": "bob", "n": 1}, "y": {"n": 2}},
         "n": (1, 2),
     }
-    seen = json.dumps(_visible(info, Principal("ann", "ann", True)))
+    seen = json.dumps(visible_info(info, Principal("ann", "ann", True)))
     assert "bob" not in seen and '"1"' in seen and '"3"' in seen and '"n": 2' in seen and "[1, 2]" in seen
-    assert json.loads(json.dumps(_visible(info, Principal()))) == json.loads(json.dumps(info))
+    assert json.loads(json.dumps(visible_info(info, Principal()))) == json.loads(json.dumps(info))
 
 
 # ---- TLS ---------------------------------------------------------------------------------------------------------------------
@@ -162,23 +148,23 @@ def trusting(authority, client=None):
     return grpc.ssl_channel_credentials(root, key_file, certificate)
 
 
-async def knocks(address, credentials):
+async def info_over(address, credentials):
     channel = grpc.aio.insecure_channel(address) if credentials is None else grpc.aio.secure_channel(address, credentials)
     async with channel:
         return await VideoQAStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=5)
 
 
-def test_tls_hides_the_door_from_plain_text_and_strangers(authority, checkpoint, clips, tmp_path):
+def test_tls_refuses_plain_text_and_strangers(authority, checkpoint, clips, tmp_path):
     from tests.gateway.certificates import Authority
 
     certificate, key_file = authority.sign("server", "127.0.0.1", "localhost")
     stranger = Authority(tmp_path, "stranger")
 
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        await streamed(house.stub, ask(media.media_id))
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        await streamed(served.stub, ask(media.media_id))
         for credentials in (None, trusting(stranger)):
-            assert (await refused(knocks(house.address, credentials)))[0] == "UNAVAILABLE"
+            assert (await refused(info_over(served.address, credentials)))[0] == "UNAVAILABLE"
 
     run(checkpoint, work, tls_certificate=certificate, tls_key=key_file, credentials=trusting(authority))
 
@@ -192,10 +178,10 @@ def test_mtls_asks_clients_for_a_certificate_of_its_authority(authority, checkpo
     fields = {"tls_certificate": certificate, "tls_key": key_file, "tls_client_ca": authority.certificate, "api_keys": KEYS}
 
     async def main():
-        async with open_house(checkpoint, credentials=friend, **fields) as house:
-            assert (await house.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=ANN)).version
-            assert (await refused(house.stub.GetServerInfo(pb.GetServerInfoRequest())))[0] == "UNAUTHENTICATED"
+        async with running_server(checkpoint, credentials=friend, **fields) as served:
+            assert (await served.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=ANN)).version
+            assert (await refused(served.stub.GetServerInfo(pb.GetServerInfoRequest())))[0] == "UNAUTHENTICATED"
             for credentials in (None, trusting(authority), stranger):
-                assert (await refused(knocks(house.address, credentials)))[0] == "UNAVAILABLE"
+                assert (await refused(info_over(served.address, credentials)))[0] == "UNAVAILABLE"
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -10,6 +10,11 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from sparsevila_cluster.core.cluster_config import GatewayConfig
+from sparsevila_cluster.core.config import build_config
+from sparsevila_cluster.core.errors import BadConfig
+from sparsevila_cluster.gateway.grpc import GrpcServer
+from sparsevila_cluster.gateway.service import VideoQAService
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests import structure as rules
 from tests.gateway.running_servers import refused, run, until
@@ -20,7 +25,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-class Moody(Broken):
+class SometimesReady(Broken):
     """A pipeline whose workers come and go."""
 
     is_ready = False
@@ -34,10 +39,10 @@ def ask(name):
 
 
 def test_readiness_follows_the_pipeline_and_watchers_learn_of_changes():
-    pipeline = Moody(None)
+    pipeline = SometimesReady(None)
 
-    async def work(house):
-        stub = health_pb2_grpc.HealthStub(house.channel)
+    async def work(served):
+        stub = health_pb2_grpc.HealthStub(served.channel)
         assert (await stub.Check(ask(""))).status == SERVING
         assert (await stub.Check(ask(SERVICE))).status == NOT_SERVING
         assert (await refused(stub.Check(ask("nobody"))))[0] == "NOT_FOUND"
@@ -50,7 +55,7 @@ def test_readiness_follows_the_pipeline_and_watchers_learn_of_changes():
             assert (await asyncio.wait_for(anext(service), 5)).status == (SERVING if wanted else NOT_SERVING)
         statuses = (await stub.List(health_pb2.HealthListRequest())).statuses
         assert {name: s.status for name, s in statuses.items()} == {"": SERVING, SERVICE: SERVING}
-        stopping = asyncio.ensure_future(house.door.stop(20))
+        stopping = asyncio.ensure_future(served.server.stop(20))
         assert [s.status async for s in service] == [s.status async for s in alive] == [NOT_SERVING]
         assert [s.status async for s in nobody] == []
         await asyncio.wait_for(stopping, 5)  # those who watch do not hold it up
@@ -59,18 +64,18 @@ def test_readiness_follows_the_pipeline_and_watchers_learn_of_changes():
 
 
 def test_a_pipeline_that_cannot_say_is_not_ready(caplog):
-    async def work(house):
-        stub = health_pb2_grpc.HealthStub(house.channel)
+    async def work(served):
+        stub = health_pb2_grpc.HealthStub(served.channel)
         assert (await stub.Check(ask(SERVICE))).status == NOT_SERVING and (await stub.Check(ask(""))).status == SERVING
 
     run("tiny", work, pipeline=Broken(RuntimeError("?")))
 
 
 def test_a_local_pipeline_is_ready_until_it_is_closed(checkpoint):
-    async def work(house):
-        stub = health_pb2_grpc.HealthStub(house.channel)
+    async def work(served):
+        stub = health_pb2_grpc.HealthStub(served.channel)
         assert (await stub.Check(ask(SERVICE))).status == SERVING
-        await house.pipeline.close()
+        await served.pipeline.close()
 
         async def told():
             return (await stub.Check(ask(SERVICE))).status == NOT_SERVING
@@ -81,8 +86,8 @@ def test_a_local_pipeline_is_ready_until_it_is_closed(checkpoint):
 
 
 def test_reflection_lists_the_services_and_describes_ours():
-    async def work(house):
-        stub = reflection_pb2_grpc.ServerReflectionStub(house.channel)
+    async def work(served):
+        stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
 
         async def questions():
             yield reflection_pb2.ServerReflectionRequest(list_services="")
@@ -116,13 +121,8 @@ def test_generated_code_is_that_of_the_proto(tmp_path):
     assert pb.DESCRIPTOR.name == "sparsevila/v1/video_qa.proto"
 
 
-def test_a_door_says_when_it_cannot_listen(tmp_path):
-    async def work(house):
-        from sparsevila_cluster.core.cluster_config import DoorConfig
-        from sparsevila_cluster.core.config import build_config
-        from sparsevila_cluster.core.errors import BadConfig
-        from sparsevila_cluster.gateway import GrpcServer
-
+def test_a_server_says_when_it_cannot_listen(tmp_path):
+    async def work(served):
         (tmp_path / "file").write_text("not a folder")
         (tmp_path / "key.pem").write_text("not a key")
         (tmp_path / "pem.pem").write_text("-----BEGIN NONSENSE-----")
@@ -130,30 +130,31 @@ def test_a_door_says_when_it_cannot_listen(tmp_path):
         for fields, word in (
             ({"host": "203.0.113.7"}, "listen"),
             ({"host": "no host at all"}, "listen"),
-            ({"spool_dir": str(tmp_path / "file" / "spool")}, "spool_dir"),
             ({"tls_certificate": name["none"], "tls_key": name["none"]}, "tls_"),
             ({"tls_certificate": name["key"], "tls_key": name["key"]}, "PEM"),
             ({"tls_certificate": name["pem"], "tls_key": name["pem"]}, "TLS"),
         ):
-            door = GrpcServer(house.pipeline, DoorConfig(port=0, **fields), build_config())
+            server = GrpcServer(served.service, GatewayConfig(port=0, **fields))
             with pytest.raises(BadConfig, match=word):
-                await door.start()
-            assert not door.healthy
-            await door.stop()
+                await server.start()
+            assert not server.healthy
+            await server.stop()
+        with pytest.raises(BadConfig, match="spool_dir"):
+            VideoQAService(served.pipeline, GatewayConfig(spool_dir=str(tmp_path / "file" / "spool")), build_config())
         # several routers of one node share a port
-        beside = GrpcServer(house.pipeline, DoorConfig(port=house.door.port), build_config())
+        beside = GrpcServer(served.service, GatewayConfig(port=served.server.port))
         await beside.start()
-        assert beside.port == house.door.port
+        assert beside.port == served.server.port
         await beside.stop()
-        assert (await health_pb2_grpc.HealthStub(house.channel).Check(ask(""))).status == SERVING
+        assert (await health_pb2_grpc.HealthStub(served.channel).Check(ask(""))).status == SERVING
 
     run("tiny", work, pipeline=Broken(None))
 
 
 def test_many_connections_come_and_go():
-    async def work(house):
+    async def work(served):
         for _ in range(20):
-            async with grpc.aio.insecure_channel(house.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            async with grpc.aio.insecure_channel(served.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
                 assert (await health_pb2_grpc.HealthStub(channel).Check(ask(""))).status == SERVING
 
     run("tiny", work, pipeline=Broken(None))

@@ -1,4 +1,4 @@
-"""Clients that leave, wait too long or are too many, and a door that closes: nothing goes on for nobody."""
+"""Clients that leave, wait too long or are too many, and a server that stops: nothing goes on for nobody."""
 
 import asyncio
 import os
@@ -17,102 +17,102 @@ from tests import structure as rules
 from tests.gateway.running_servers import ask, long_question, prepare, refused, run, slow_down, streamed, until, upload
 
 
-async def turns(house):
-    info = await house.pipeline.info()
+async def turns(served):
+    info = await served.pipeline.info()
     return info["turns_running"] + info["turns_waiting"]
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 2, 20])
 def test_a_cancelled_call_frees_its_turn_and_its_conversation_is_as_before(checkpoint, clips, num_read):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        _, _, events = await streamed(house.stub, ask(media.media_id))
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
-        before, conversation_id = await house.pipeline.info(), events[-1].done.conversation_id
-        calls = [house.stub.Ask(ask(media.media_id, "go on", 100, conversation_id=conversation_id))]
-        calls += [house.stub.Ask(request) for _ in range(3)]
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        _, _, events = await streamed(served.stub, ask(media.media_id))
+        request = await long_question(served.stub, media.media_id)
+        slow_down(served.pipeline)
+        before, conversation_id = await served.pipeline.info(), events[-1].done.conversation_id
+        calls = [served.stub.Ask(ask(media.media_id, "go on", 100, conversation_id=conversation_id))]
+        calls += [served.stub.Ask(request) for _ in range(3)]
         for call in calls:
             reading = aiter(call)
             for _ in range(num_read):
                 await anext(reading)
         for call in calls:
             call.cancel()
-        await house.settled()
-        after = await house.pipeline.info()
+        await served.settled()
+        after = await served.pipeline.info()
         assert after["prefix_bytes"] == before["prefix_bytes"]
         assert after["steps"] - before["steps"] < 100
         if num_read:
-            assert house.sink.counts["requests_total", "Ask", "CANCELLED"] >= 3
-        wanted, _, _ = await streamed(house.stub, ask(media.media_id, "and?", conversation_id=conversation_id))
-        _, _, fresh = await streamed(house.stub, ask(media.media_id))
+            assert served.sink.counts["requests_total", "Ask", "CANCELLED"] >= 3
+        wanted, _, _ = await streamed(served.stub, ask(media.media_id, "and?", conversation_id=conversation_id))
+        _, _, fresh = await streamed(served.stub, ask(media.media_id))
         again = ask(media.media_id, "and?", conversation_id=fresh[-1].done.conversation_id)
-        assert (await streamed(house.stub, again))[0] == wanted
+        assert (await streamed(served.stub, again))[0] == wanted
 
     run(checkpoint, work)
 
 
 def test_a_deadline_ends_the_turn_on_both_sides(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        request = await long_question(served.stub, media.media_id)
+        slow_down(served.pipeline)
         started = time.perf_counter()
-        for method in (house.stub.Ask, house.stub.Answer):
+        for method in (served.stub.Ask, served.stub.Answer):
             assert (await refused(method(request, timeout=0.3)))[0] == "DEADLINE_EXCEEDED"
         assert time.perf_counter() - started < 5
-        await house.settled()
-        assert (await refused(house.stub.Answer(ask(media.media_id), timeout=0)))[0] == "DEADLINE_EXCEEDED"
+        await served.settled()
+        assert (await refused(served.stub.Answer(ask(media.media_id), timeout=0)))[0] == "DEADLINE_EXCEEDED"
         source = pb.PrepareMediaRequest(sources=[pb.MediaSource(inline=clips[1])])
-        assert (await refused(house.stub.PrepareMedia(source, timeout=0.0005)))[0] == "DEADLINE_EXCEEDED"
+        assert (await refused(served.stub.PrepareMedia(source, timeout=0.0005)))[0] == "DEADLINE_EXCEEDED"
 
         async def freed():
-            return house.door._spool.num_bytes == 0 and (await house.stub.GetServerInfo(pb.GetServerInfoRequest())) is not None
+            return served.service._spool.num_bytes == 0 and (await served.stub.GetServerInfo(pb.GetServerInfoRequest())) is not None
 
         await until(freed, "inline bytes stay")
-        assert (await house.stub.Answer(ask(media.media_id), timeout=30)).finish_reason == "length"
+        assert (await served.stub.Answer(ask(media.media_id), timeout=30)).finish_reason == "length"
 
     run(checkpoint, work)
 
 
 def test_a_deadline_beyond_the_servers_is_cut(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
-        code, error = await refused(house.stub.Answer(request, timeout=1000))
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        request = await long_question(served.stub, media.media_id)
+        slow_down(served.pipeline, 0.05)
+        code, error = await refused(served.stub.Answer(request, timeout=1000))
         assert code == "DEADLINE_EXCEEDED" and "took longer" in str(error)
-        await house.settled()
+        await served.settled()
 
-    run(checkpoint, work, max_deadline_s=1.2)
+    run(checkpoint, work, max_deadline_s=3)
 
 
 def test_the_engines_deadline_holds_where_a_client_names_none(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
-        code, error = await refused(house.stub.Ask(request))
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        request = await long_question(served.stub, media.media_id)
+        slow_down(served.pipeline, 0.05)
+        code, error = await refused(served.stub.Ask(request))
         assert code == "DEADLINE_EXCEEDED" and error is not None
 
-    run(checkpoint, work, engine={"turn_timeout_s": 1.2})
+    run(checkpoint, work, engine={"turn_timeout_s": 3})
 
 
 def test_abort_ends_the_stream_with_cancelled(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id, turn_id="mine")
-        slow_down(house.pipeline)
-        call = house.stub.Ask(request)
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        request = await long_question(served.stub, media.media_id, turn_id="mine")
+        slow_down(served.pipeline)
+        call = served.stub.Ask(request)
         reading = aiter(call)
         accepted = (await anext(reading)).accepted
         assert accepted.turn_id == "mine"
-        assert (await house.stub.Abort(pb.AbortRequest(turn_id="mine"))).aborted
+        assert (await served.stub.Abort(pb.AbortRequest(turn_id="mine"))).aborted
         code, error = await refused(_drained(reading))
         assert code == "CANCELLED" and type(error) is Cancelled
         closing = pb.CloseConversationRequest(conversation_id=accepted.conversation_id)
-        assert (await house.stub.CloseConversation(closing)).closed
-        await house.settled()
+        assert (await served.stub.CloseConversation(closing)).closed
+        await served.settled()
 
     run(checkpoint, work)
 
@@ -141,50 +141,50 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 def test_a_client_that_is_killed_leaves_nothing_behind(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        slow_down(house.pipeline)
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        slow_down(served.pipeline)
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(rules.ROOT), str(rules.ROOT / "kernels")))}
-        command = [sys.executable, "-c", CLIENT, house.address, media.media_id]
+        command = [sys.executable, "-c", CLIENT, served.address, media.media_id]
         client = subprocess.Popen(command, stdout=subprocess.PIPE, env=environ, cwd=rules.ROOT)
         try:
             await asyncio.to_thread(client.stdout.readline)
 
             async def arrived():
-                return house.door._spool.num_bytes == 1000
+                return served.service._spool.num_bytes == 1000
 
             await until(arrived, "the upload did not begin")
             client.send_signal(signal.SIGKILL)
 
             async def gone():
-                return house.door._spool.num_bytes == 0
+                return served.service._spool.num_bytes == 0
 
             await until(gone, "a partial upload stays")
-            await house.settled()
+            await served.settled()
         finally:
             client.kill()
             client.wait(10)
             client.stdout.close()
-        assert not list(house.door._spool._folder.glob("*/*"))
+        assert not list(served.service._spool._folder.glob("*/*"))
 
     run(checkpoint, work)
 
 
 def test_a_client_that_stands_still_is_given_up(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline, 0.2)  # half a minute for the answer
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        request = await long_question(served.stub, media.media_id)
+        slow_down(served.pipeline, 0.2)  # half a minute for the answer
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(rules.ROOT), str(rules.ROOT / "kernels")))}
-        command = [sys.executable, "-c", CLIENT.replace("why?", request.question), house.address, media.media_id]
+        command = [sys.executable, "-c", CLIENT.replace("why?", request.question), served.address, media.media_id]
         client = subprocess.Popen(command, stdout=subprocess.PIPE, env=environ, cwd=rules.ROOT)
         try:
             await asyncio.to_thread(client.stdout.readline)
-            assert await turns(house) == 1
+            assert await turns(served) == 1
             client.send_signal(signal.SIGSTOP)
             started = time.perf_counter()
-            await house.settled()
-            assert time.perf_counter() - started < 10 and house.door._spool.num_bytes == 0
+            await served.settled()
+            assert time.perf_counter() - started < 10 and served.service._spool.num_bytes == 0
         finally:
             client.kill()
             client.wait(10)
@@ -194,17 +194,17 @@ def test_a_client_that_stands_still_is_given_up(checkpoint, clips):
 
 
 def test_a_cancelled_preparation_ends_and_its_bytes_go(checkpoint, clips):
-    async def work(house):
-        call = house.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[pb.MediaSource(inline=clips[0])]))
+    async def work(served):
+        call = served.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[pb.MediaSource(inline=clips[0])]))
         await anext(aiter(call))
         call.cancel()
 
         async def gone():
-            return house.door._spool.num_bytes == 0
+            return served.service._spool.num_bytes == 0
 
         await until(gone, "bytes of a cancelled preparation stay")
-        assert (await prepare(house.stub, clips[0])).num_frames
-        await house.settled()
+        assert (await prepare(served.stub, clips[0])).num_frames
+        await served.settled()
 
     run(checkpoint, work)
 
@@ -233,15 +233,15 @@ class Endless:
 def test_a_preparation_is_cancelled_with_its_call_and_has_its_file_until_it_ends(clips):
     pipeline = Endless()
 
-    async def work(house):
-        sent = await upload(house.stub, clips[0])
+    async def work(served):
+        sent = await upload(served.stub, clips[0])
         for source in (pb.MediaSource(inline=clips[0]), pb.MediaSource(upload_id=sent.upload_id)):
-            call = house.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[source]))
+            call = served.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[source]))
             assert (await anext(aiter(call))).stage == "decode"
             call.cancel()
 
         async def gone():
-            return len(pipeline.had_file) == 2 and house.door._spool.num_bytes == len(clips[0])
+            return len(pipeline.had_file) == 2 and served.service._spool.num_bytes == len(clips[0])
 
         await until(gone, "preparations go on for nobody", 5)
         assert pipeline.had_file == [True, True]
@@ -250,15 +250,15 @@ def test_a_preparation_is_cancelled_with_its_call_and_has_its_file_until_it_ends
 
 
 def test_too_many_calls_are_told_so_and_health_still_answers(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
-        async with grpc.aio.insecure_channel(house.address, options=[("grpc.use_local_subchannel_pool", 1)]) as other:
-            calls = [aiter(house.stub.Ask(request)) for _ in range(3)]
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        request = await long_question(served.stub, media.media_id)
+        slow_down(served.pipeline)
+        async with grpc.aio.insecure_channel(served.address, options=[("grpc.use_local_subchannel_pool", 1)]) as other:
+            calls = [aiter(served.stub.Ask(request)) for _ in range(3)]
             for call in calls:
                 await anext(call)
-            code, error = await refused(type(house.stub)(other).Answer(ask(media.media_id)))
+            code, error = await refused(type(served.stub)(other).Answer(ask(media.media_id)))
             assert code == "RESOURCE_EXHAUSTED" and type(error) is QueueFull and "max_streams=3" in str(error)
             for call in calls:
                 assert (await anext(call)).HasField("token")
@@ -267,26 +267,27 @@ def test_too_many_calls_are_told_so_and_health_still_answers(checkpoint, clips):
 
 
 def test_a_stop_lets_calls_finish_within_its_grace(checkpoint, clips):
-    async def work(house):
-        media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
-        short, long = (aiter(house.stub.Ask(one)) for one in (ask(media.media_id, request.question, 20), request))
+    async def work(served):
+        media = await prepare(served.stub, clips[0])
+        request = await long_question(served.stub, media.media_id)
+        slow_down(served.pipeline)
+        short, long = (aiter(served.stub.Ask(one)) for one in (ask(media.media_id, request.question, 20), request))
         await anext(short)
         await anext(long)
-        sent = await upload(house.stub, clips[0])
-        folder = house.door._spool._folder
-        assert sent.upload_id and folder.exists() and house.door.healthy
-        stopping = asyncio.ensure_future(house.door.stop(0.6))
+        sent = await upload(served.stub, clips[0])
+        folder = served.service._spool._folder
+        assert sent.upload_id and folder.exists() and served.server.healthy
+        stopping = asyncio.ensure_future(served.server.stop(0.6))
         events = [event async for event in short]
         assert events[-1].done.num_tokens == 20
         code, _ = await refused(_drained(long))
         assert code in ("CANCELLED", "UNAVAILABLE")
         await stopping
-        assert not house.door.healthy and not folder.exists()
-        assert (await refused(house.stub.Answer(ask(media.media_id), timeout=5)))[0] in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-        await house.settled()
-        await house.door.stop()
+        await served.service.close()
+        assert not served.server.healthy and not folder.exists()
+        assert (await refused(served.stub.Answer(ask(media.media_id), timeout=5)))[0] in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+        await served.settled()
+        await served.server.stop()
 
     run(checkpoint, work, engine={"turn_timeout_s": 60})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsevila_cluster.core.cluster_config import DoorConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadConfig, NotFound, QueueFull, TooLarge, Unavailable
 from sparsevila_cluster.core.metrics import Tally
 from sparsevila_cluster.gateway.spool import Spool
@@ -23,7 +23,7 @@ from tests.gateway.running_servers import prepare, refused, run, until, upload
 
 
 def spool(max_bytes=1000, sink=None, **fields):
-    return Spool(DoorConfig(**{"spool_bytes": 1000} | fields), max_bytes, sink or Tally())
+    return Spool(GatewayConfig(**{"spool_bytes": 1000} | fields), max_bytes, sink or Tally())
 
 
 def put(into, data, owner="ann", kind="video"):
@@ -180,40 +180,40 @@ def test_discarding_while_another_thread_writes_leaves_nothing():
     held.close()
 
 
-# ---- over the door -----------------------------------------------------------------------------------------------------------
+# ---- over gRPC --------------------------------------------------------------------------------------------------------------
 
 
-def test_uploads_over_the_door_have_quota_size_and_expiry(checkpoint, clips):
+def test_uploads_over_grpc_have_quota_size_and_expiry(checkpoint, clips):
     size = len(clips[0])
 
-    async def work(house):
-        code, error = await refused(upload(house.stub, bytes(size * 3), step=1000))
+    async def work(served):
+        code, error = await refused(upload(served.stub, bytes(size * 3), step=1000))
         assert (code, type(error)) == ("RESOURCE_EXHAUSTED", TooLarge) and "spool_bytes" in str(error)
-        sent = await upload(house.stub, clips[0], step=1000, kind="video")
+        sent = await upload(served.stub, clips[0], step=1000, kind="video")
         assert sent.digest == hashlib.blake2b(clips[0], digest_size=32).hexdigest() and sent.num_bytes == size
-        code, error = await refused(upload(house.stub, clips[0], step=1000))
+        code, error = await refused(upload(served.stub, clips[0], step=1000))
         assert (code, type(error)) == ("RESOURCE_EXHAUSTED", QueueFull) and "spool_bytes" in str(error)
         source = pb.MediaSource(upload_id=sent.upload_id)
-        assert (await prepare(house.stub, source)).kind == "video"
-        assert (await prepare(house.stub, source)).reused  # an upload may be used again
+        assert (await prepare(served.stub, source)).kind == "video"
+        assert (await prepare(served.stub, source)).reused  # an upload may be used again
 
         async def expired():
-            return house.door._spool.num_bytes == 0
+            return served.service._spool.num_bytes == 0
 
         await until(expired, "an upload stays for ever")
         request = pb.PrepareMediaRequest(sources=[source])
-        code, error = await refused(house.stub.PrepareMedia(request))
+        code, error = await refused(served.stub.PrepareMedia(request))
         assert code == "NOT_FOUND" and "expired" in str(error)
-        assert (await upload(house.stub, clips[0])).upload_id != sent.upload_id
+        assert (await upload(served.stub, clips[0])).upload_id != sent.upload_id
 
     run(checkpoint, work, spool_bytes=size + size // 2, upload_ttl_s=2.0)
 
 
 def test_an_upload_that_is_no_media_is_called_by_its_name(checkpoint):
-    async def work(house):
-        sent = await upload(house.stub, b"no video at all")
+    async def work(served):
+        sent = await upload(served.stub, b"no video at all")
         code, error = await refused(
-            house.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[pb.MediaSource(upload_id=sent.upload_id)]))
+            served.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[pb.MediaSource(upload_id=sent.upload_id)]))
         )
         assert code == "INVALID_ARGUMENT" and f"upload '{sent.upload_id}'" in str(error) and "spool" not in str(error)
 
@@ -225,30 +225,30 @@ def test_an_upload_that_pauses_too_long_is_given_up(checkpoint, monkeypatch):
 
     monkeypatch.setattr(media_sources, "CHUNK_WAIT_S", 0.2)
 
-    async def work(house):
+    async def work(served):
         async def chunks():
             yield pb.MediaChunk(data=b"x")
             await asyncio.sleep(20)
 
-        code, error = await refused(house.stub.UploadMedia(chunks()))
-        assert code == "DEADLINE_EXCEEDED" and "chunk" in str(error) and house.door._spool.num_bytes == 0
+        code, error = await refused(served.stub.UploadMedia(chunks()))
+        assert code == "DEADLINE_EXCEEDED" and "chunk" in str(error) and served.service._spool.num_bytes == 0
 
     run(checkpoint, work)
 
 
 def test_an_evicted_prefix_whose_bytes_are_gone_is_not_found(checkpoint, clips):
-    async def work(house):
-        media = [await prepare(house.stub, data) for data in clips]
+    async def work(served):
+        media = [await prepare(served.stub, data) for data in clips]
         from tests.gateway.running_servers import ask
 
-        code, error = await refused(house.stub.Answer(ask(media[0].media_id)))
+        code, error = await refused(served.stub.Answer(ask(media[0].media_id)))
         assert code == "NOT_FOUND" and "prepare it again" in str(error)
-        assert (await house.stub.Answer(ask(media[2].media_id))).text is not None
+        assert (await served.stub.Answer(ask(media[2].media_id))).text is not None
 
     room = []
-    run(checkpoint, lambda house: _room(house, clips[0], room))
+    run(checkpoint, lambda served: _room(served, clips[0], room))
     run(checkpoint, work, engine={"prefix_bytes": int(room[0] * 1.5)})
 
 
-async def _room(house, clip, room):
-    room.append((await prepare(house.stub, clip)).kv_bytes)
+async def _room(served, clip, room):
+    room.append((await prepare(served.stub, clip)).kv_bytes)

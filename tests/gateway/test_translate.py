@@ -1,14 +1,10 @@
 """Evidence as heat maps, and that what a client leaves out means the default."""
 
-import pytest
-
-from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
 from sparsevila_cluster.core.requests import Replay, SamplingParams, Turn
-from sparsevila_cluster.gateway.grpc.translate import to_evidence, to_turn
+from sparsevila_cluster.gateway.grpc.translate import to_evidence, to_reference, to_turn
+from sparsevila_cluster.gateway.media_sources import MediaReference
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-
-NAMES = {"turn_id": "t", "conversation_id": "", "deadline_s": 5.0, "tenant": "ann"}
 
 
 def test_heat_is_row_by_row_and_relative_to_the_turns_hottest_cell():
@@ -31,10 +27,11 @@ def test_views_of_one_frame_are_one_map():
 
 
 def test_what_is_left_out_is_the_default_and_what_is_sent_arrives():
-    plain = to_turn(pb.AskRequest(media_id="m", question="q?"), **NAMES)
-    assert plain == Turn("t", "", "m", "q?", deadline_s=5.0, tenant="ann")
+    assert to_turn(pb.AskRequest(media_id="m", question="q?")) == Turn("", "", "m", "q?")
     sampling = {"max_tokens": 7, "temperature": 0.0, "top_p": 0.5, "top_k": 3, "seed": -1}
     request = pb.AskRequest(
+        turn_id="t",
+        conversation_id="c",
         media_id="m",
         question="q?",
         sampling=pb.Sampling(**sampling, stop=["a", "b"]),
@@ -43,8 +40,9 @@ def test_what_is_left_out_is_the_default_and_what_is_sent_arrives():
         said_token_ids=[5, 6],
         said_brownout=0.25,
     )
-    assert to_turn(request, **NAMES) == Turn(
-        "t", "", "m", "q?", SamplingParams(**sampling, stop=("a", "b")), 0.5, 0.9, 0, True, 5.0, "ann", replay=Replay((5, 6), 0.25)
+    assert to_turn(request) == Turn(
+        "t", "c", "m", "q?", SamplingParams(**sampling, stop=("a", "b")), 0.5, 0.9, 0, True, replay=Replay((5, 6), 0.25)
     )
-    with pytest.raises(BadRequest, match="media_id"):
-        to_turn(pb.AskRequest(question="q?"), **NAMES)
+    assert to_reference(pb.MediaSource(upload_id="", kind="video")) == MediaReference(upload_id="", kind="video")
+    assert to_reference(pb.MediaSource(inline=b"x")) == MediaReference(inline=b"x")
+    assert to_reference(pb.MediaSource()) == MediaReference()

@@ -59,7 +59,7 @@ def test_names_resolve_to_addresses():
         asyncio.run(resolve_name("x" * 70 + ".invalid", 1))
 
 
-class World:
+class UrlServer:
     """A TLS server for `*.example` on loopback, and a fetcher in whose eyes 127.0.0.1 is public and 127.0.0.2 is not."""
 
     def __init__(self, folder, body):
@@ -163,7 +163,7 @@ class World:
 
 def world(tmp_path, work, body=b"0123456789" * 20_000):
     async def main():
-        async with World(tmp_path, body) as there:
+        async with UrlServer(tmp_path, body) as there:
             await work(there)
 
     asyncio.run(asyncio.wait_for(main(), 60))
@@ -246,24 +246,24 @@ def test_time_is_capped_however_little_arrives(tmp_path, path):
     world(tmp_path, work)
 
 
-def test_a_url_is_prepared_through_the_door(tmp_path, checkpoint, clips):
+def test_a_url_is_prepared_over_grpc(tmp_path, checkpoint, clips):
     async def main():
-        async with World(tmp_path, clips[0]) as there:
-            from tests.gateway.running_servers import open_house
+        async with UrlServer(tmp_path, clips[0]) as there:
+            from tests.gateway.running_servers import running_server
 
-            async with open_house(checkpoint, fetcher=there.fetcher) as house:
-                media = await prepare(house.stub, pb.MediaSource(url=there.url("/chunked")))
-                assert (await prepare(house.stub, clips[0])).media_id == media.media_id
+            async with running_server(checkpoint, fetcher=there.fetcher) as served:
+                media = await prepare(served.stub, pb.MediaSource(url=there.url("/chunked")))
+                assert (await prepare(served.stub, clips[0])).media_id == media.media_id
                 for path, host, code in (
                     ("/missing", "good.example", "INVALID_ARGUMENT"),
                     ("/sized", "inside.example", "PERMISSION_DENIED"),
                     ("/slow", "good.example", "DEADLINE_EXCEEDED"),
                 ):
                     source = pb.MediaSource(url=there.url(path, host))
-                    call = house.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[source]), timeout=1.5)
+                    call = served.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[source]), timeout=1.5)
                     assert (await refused(call))[0] == code
                 await asyncio.sleep(0.1)
-                assert house.door._spool.num_bytes == 0
+                assert served.service._spool.num_bytes == 0
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -271,10 +271,10 @@ def test_a_url_is_prepared_through_the_door(tmp_path, checkpoint, clips):
 def test_a_data_url_is_media(checkpoint, clips):
     import base64
 
-    async def work(house):
+    async def work(served):
         url = "data:video/mp4;base64," + base64.b64encode(clips[0]).decode()
-        media = await prepare(house.stub, pb.MediaSource(url=url))
-        assert (await prepare(house.stub, clips[0])).media_id == media.media_id
+        media = await prepare(served.stub, pb.MediaSource(url=url))
+        assert (await prepare(served.stub, clips[0])).media_id == media.media_id
 
     run(checkpoint, work)
 

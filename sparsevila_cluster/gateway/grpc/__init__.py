@@ -1,1 +1,3 @@
-"""The gRPC server: a translation between the service and its protocol."""
+"""The service over gRPC: messages, status codes, and the server."""
+
+from sparsevila_cluster.gateway.grpc.grpc_server import GrpcServer as GrpcServer

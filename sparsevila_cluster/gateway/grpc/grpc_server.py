@@ -1,7 +1,4 @@
-"""The gRPC server: address, TLS, limits, health, reflection, and a stop that lets calls finish.
-
-Knows: how a server is set up and ended. Does not know: what its methods do (servicer.py), or what pipeline answers.
-"""
+"""The gRPC server: address, TLS, keepalive, health, reflection, and a stop that lets calls finish."""
 
 from __future__ import annotations
 
@@ -9,27 +6,19 @@ import asyncio
 import ipaddress
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sparsevila_cluster.core.cluster_config import DoorConfig
-from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadConfig
-from sparsevila_cluster.core.metrics import MetricsSink, Tally
-from sparsevila_cluster.gateway.authenticator import Authenticator
 from sparsevila_cluster.gateway.grpc.call_interceptor import SERVICE, CallInterceptor
 from sparsevila_cluster.gateway.grpc.health_service import HealthService
 from sparsevila_cluster.gateway.grpc.servicer import GrpcServicer
-from sparsevila_cluster.gateway.media_sources import MediaSources
-from sparsevila_cluster.gateway.spool import Spool
-from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
+from sparsevila_cluster.gateway.service import VideoQAService
 from sparsevila_cluster.pb.video_qa_pb2_grpc import add_VideoQAServicer_to_server
-
-if TYPE_CHECKING:
-    from sparsevila_cluster.core.protocols import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -37,36 +26,21 @@ log = logging.getLogger(__name__)
 MAX_PING_ANSWER_S = 10.0
 # What a client may do at most: pings closer together than this are taken for an attack.
 MIN_PING_GAP_S = 5.0
-SWEEP_S = 30.0
 
 
 class GrpcServer:
-    """The service on one address. Start and stop it in the event loop that the pipeline lives in; the pipeline is the caller's.
+    """The service on one address. Start and stop it in the event loop of the service, which stays the caller's.
 
-    door = GrpcServer(pipeline, config.door, config.engine)
-    await door.start()
-    ... door.port ...
-    await door.stop()
+    server = GrpcServer(service, config)
+    await server.start()
+    ... server.port ...
+    await server.stop()
     """
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        config: DoorConfig,
-        engine: EngineConfig,
-        sink: MetricsSink | None = None,
-        *,
-        fetcher: UrlFetcher | None = None,
-    ):
-        """engine: whose limits and deadlines hold where a client names none. fetcher: how https URLs are read."""
-        self._pipeline, self._config, self._engine = pipeline, config, engine
-        self._sink: MetricsSink = Tally() if sink is None else sink
-        self._fetcher = fetcher
+    def __init__(self, service: VideoQAService, config: GatewayConfig):
+        self._service, self._config = service, config
         self._server: Any = None
-        self._spool: Spool | None = None
-        self._sources: MediaSources | None = None
         self._running: asyncio.Task[bool] | None = None
-        self._sweeping: asyncio.Task[None] | None = None
         self.port = config.port
 
     @property
@@ -78,46 +52,28 @@ class GrpcServer:
         """Listen; `port` is known from here on.
 
         Raises:
-            BadConfig: an address that cannot be listened on, TLS files that cannot be used, a spool folder that cannot be written.
+            BadConfig: an address that cannot be listened on, TLS files that cannot be used.
         """
-        assert self._server is None, "a door is started once"
+        assert self._server is None, "a server is started once"
         credentials = _credentials(self._config)
         self._warn()
-        spool = self._spool = Spool(self._config, self._engine.limits.max_bytes, self._sink)
-        try:
-            sources = self._sources = MediaSources(self._config, self._engine.limits, spool, self._fetcher or UrlFetcher())
-            guard = CallInterceptor(self._config, Authenticator(self._config), self._sink)
-            self._server = grpc.aio.server(interceptors=(guard,), options=_options(self._config))
-            service = GrpcServicer(self._pipeline, self._config, self._engine, spool, sources, guard, self._sink)
-            add_VideoQAServicer_to_server(service, self._server)
-            self._health = HealthService(self._pipeline.ready)
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-            self.port = self._listen(credentials)
-            await self._server.start()
-        except BaseException:
-            await self._release()
-            raise
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(self._service),), options=_options(self._config))
+        add_VideoQAServicer_to_server(GrpcServicer(self._service), self._server)
+        self._health = HealthService(self._service.ready)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.port = self._listen(credentials)
+        await self._server.start()
         self._running = asyncio.create_task(self._server.wait_for_termination())
-        self._sweeping = asyncio.create_task(self._sweep(spool))
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Say NOT_SERVING, take no new calls, let those in progress finish for `grace_s`, cancel the rest. Idempotent."""
-        if self._running is None or self._sweeping is None:
+        if self._running is None:
             return
         self._health.leave()
         await asyncio.sleep(0)  # those who watch are told before anything is refused
         await self._server.stop(grace_s)
         await self._running
-        self._sweeping.cancel()
-        await asyncio.gather(self._sweeping, return_exceptions=True)
-        await self._release()
-
-    async def _release(self) -> None:
-        if self._sources is not None:
-            await asyncio.to_thread(self._sources.close)
-        if self._spool is not None:
-            await asyncio.to_thread(self._spool.close)
 
     def _listen(self, credentials: Any) -> int:
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
@@ -135,27 +91,18 @@ class GrpcServer:
         return int(port)
 
     def _warn(self) -> None:
-        """A door that strangers may reach should look at who comes in."""
         host, config = self._config.host, self._config
         try:
             local = ipaddress.ip_address(host).is_loopback
         except ValueError:
             local = host == "localhost"
         if not local and config.tls_certificate is None:
-            log.warning("the door listens on %s without TLS: what clients send can be read on the way", host)
+            log.warning("the gRPC server listens on %s without TLS: what clients send can be read on the way", host)
         if not local and not config.api_keys and config.tls_client_ca is None:
-            log.warning("the door listens on %s and asks for no key: whoever reaches it may use it", host)
-
-    async def _sweep(self, spool: Spool) -> None:
-        while True:
-            await asyncio.sleep(min(SWEEP_S, self._config.upload_ttl_s))
-            try:
-                await asyncio.to_thread(spool.sweep)
-            except Exception:
-                log.exception("sweeping the spool failed")
+            log.warning("the gRPC server listens on %s without API keys: whoever reaches it may use it", host)
 
 
-def _options(config: DoorConfig) -> list[tuple[str, int]]:
+def _options(config: GatewayConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 1),  # several routers on one node share the port
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -170,7 +117,7 @@ def _options(config: DoorConfig) -> list[tuple[str, int]]:
     ]
 
 
-def _credentials(config: DoorConfig) -> Any:
+def _credentials(config: GatewayConfig) -> Any:
     """TLS or mTLS, or None for neither. Raises BadConfig: a file that cannot be read."""
     if config.tls_certificate is None or config.tls_key is None:
         return None

@@ -1,7 +1,4 @@
-"""`grpc.health.v1`: "" tells whether the door is open, the service's name whether it can answer.
-
-Knows: the two names, and when they change. Does not know: what makes a pipeline ready.
-"""
+"""`grpc.health.v1`: the empty name tells whether the server takes calls, the service's name whether it can answer them."""
 
 from __future__ import annotations
 
@@ -16,45 +13,48 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sparsevila_cluster.gateway.grpc.call_interceptor import SERVICE
 
 # How soon a watcher learns of a change.
-LOOK_S = 0.2
+POLL_S = 0.2
 ANSWER_S = 2.0
 
 Status = health_pb2.HealthCheckResponse
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """ready: asked once per LOOK_S at most. No answer within ANSWER_S, or an error, counts as not ready."""
+    """ready: asked once per POLL_S at most. No answer within ANSWER_S, or an error, counts as not ready."""
 
     def __init__(self, ready: Callable[[], Awaitable[bool]]):
         self._ready = ready
         self._leaving = asyncio.Event()
-        self._known = (-LOOK_S, False)
+        self._known = (-POLL_S, False)
 
     def leave(self) -> None:
         """From now on nothing is serving. Those who watch are told, and their streams end."""
         self._leaving.set()
 
     async def Check(self, request: Any, context: Any) -> Any:
+        """The status of one service. NOT_FOUND: an unknown name."""
         status = await self._status(request.service)
         if status == Status.SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:200]!r}; there are '' and {SERVICE!r}")
         return Status(status=status)
 
     async def List(self, request: Any, context: Any) -> Any:
+        """The status of both names."""
         statuses = {name: Status(status=await self._status(name)) for name in ("", SERVICE)}
         return health_pb2.HealthListResponse(statuses=statuses)
 
     async def Watch(self, request: Any, context: Any) -> None:
-        told = None
+        """The status of one service, again after each change."""
+        sent = None
         while True:
             leaving, status = self._leaving.is_set(), await self._status(request.service)
-            if status != told:
+            if status != sent:
                 await context.write(Status(status=status))
-                told = status
+                sent = status
             if leaving:
                 return
             try:
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(POLL_S):
                     await self._leaving.wait()
             except TimeoutError:
                 continue
@@ -66,7 +66,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return int(Status.SERVING if serves and not self._leaving.is_set() else Status.NOT_SERVING)
 
     async def _is_ready(self) -> bool:
-        if time.monotonic() - self._known[0] > LOOK_S:
+        if time.monotonic() - self._known[0] > POLL_S:
             try:
                 async with asyncio.timeout(ANSWER_S):
                     ready = await self._ready()

@@ -1,58 +1,71 @@
-"""Messages of the service as requests and turns, and what comes of them as messages.
+"""Messages of the gRPC service as arguments of the service, and its results as messages.
 
-Knows: both vocabularies. Does not know: who calls, or who serves. An absent optional field becomes the dataclass's default.
+An absent optional field becomes the dataclass's default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
-from sparsevila_cluster.core.requests import (
-    Answer,
-    MediaHandle,
-    MediaSource,
-    PrepareRequest,
-    Replay,
-    SamplingParams,
-    Turn,
-    TurnEvent,
-    Usage,
-)  # fmt: skip
-from sparsevila_cluster.gateway.authenticator import check_id
+from sparsevila_cluster.core.requests import Answer, MediaHandle, Replay, SamplingParams, Turn, TurnEvent, Usage
+from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference
+from sparsevila_cluster.gateway.progress_queue import StageProgress
+from sparsevila_cluster.gateway.service import ServerInfo
+from sparsevila_cluster.gateway.spool import Upload
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 
 
-def to_prepare(message: pb.PrepareMediaRequest, sources: tuple[MediaSource, ...], deadline_s: float, tenant: str) -> PrepareRequest:
-    """Raises BadRequest: no source, or a value out of range."""
-    options = _given(message, "fps", "max_frames", "prune_keep")
-    return PrepareRequest(sources=sources, deadline_s=deadline_s, tenant=tenant, **options)
+def given(message: Any, *names: str) -> dict[str, Any]:
+    """The optional fields that were sent."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
-def to_turn(message: pb.AskRequest, *, turn_id: str, conversation_id: str, deadline_s: float, tenant: str) -> Turn:
-    """Raises BadRequest: no media, no question, or a value out of range."""
-    if any(token < 0 for token in message.said_token_ids):
-        raise BadRequest(f"said_token_ids must be >= 0, got {min(message.said_token_ids)}")
-    sampling = _given(message.sampling, "max_tokens", "temperature", "top_p", "top_k", "seed")
-    retrieval = _given(message.retrieval, "keep", "mass")
+def to_chunk(chunk: pb.MediaChunk) -> MediaChunk:
+    """A piece of an upload."""
+    return MediaChunk(chunk.data, chunk.kind)
+
+
+def to_reference(source: pb.MediaSource) -> MediaReference:
+    """Media as the client names it; none of the four ways if it names none."""
+    return MediaReference(**given(source, "upload_id", "inline", "url", "file"), kind=source.kind)
+
+
+def to_turn(message: pb.AskRequest) -> Turn:
+    """A turn under the client's ids. Raises BadRequest: no question, or a value out of range."""
+    sampling = given(message.sampling, "max_tokens", "temperature", "top_p", "top_k", "seed")
+    retrieval = given(message.retrieval, "keep", "mass")
     return Turn(
-        turn_id=turn_id,
-        conversation_id=conversation_id,
-        media_id=check_id("media_id", message.media_id, required=True),
+        turn_id=message.turn_id,
+        conversation_id=message.conversation_id,
+        media_id=message.media_id,
         question=message.question,
         sampling=SamplingParams(**sampling, stop=tuple(message.sampling.stop)),
         want_evidence=message.want_evidence,
-        deadline_s=deadline_s,
-        tenant=tenant,
         replay=Replay(tuple(message.said_token_ids), message.said_brownout) if message.said_token_ids else None,
         **{f"retrieve_{name}": value for name, value in retrieval.items()},
-        **_given(message.retrieval, "refresh_every"),
+        **given(message.retrieval, "refresh_every"),
     )
 
 
+def to_upload(upload: Upload) -> pb.MediaUpload:
+    """A kept file."""
+    return pb.MediaUpload(
+        upload_id=upload.upload_id, num_bytes=upload.num_bytes, digest=upload.digest, expires_in_s=upload.expires_in_s
+    )
+
+
+def to_status(update: StageProgress | MediaHandle) -> pb.MediaStatus:
+    """How far a preparation is; READY with its handle."""
+    if isinstance(update, MediaHandle):
+        return pb.MediaStatus(state=pb.MediaStatus.READY, media=to_media(update))
+    return pb.MediaStatus(state=pb.MediaStatus.WORKING, stage=update.stage, done=update.done, total=update.total)
+
+
 def to_media(handle: MediaHandle) -> pb.Media:
+    """A media prefix."""
     return pb.Media(
         media_id=handle.media_id,
         kind=handle.kind,
@@ -68,10 +81,10 @@ def to_media(handle: MediaHandle) -> pb.Media:
     )
 
 
-def to_event(event: TurnEvent, *, turn_id: str, num_tokens: int) -> pb.AskEvent:
-    """An event under the turn id that the client knows. num_tokens: of the whole answer, told by `done`."""
+def to_event(event: TurnEvent, num_tokens: int) -> pb.AskEvent:
+    """An event of a turn. num_tokens: of the answer so far, told by `done`."""
     if event.kind == "accepted":
-        return pb.AskEvent(accepted=pb.Accepted(turn_id=turn_id, conversation_id=event.conversation_id))
+        return pb.AskEvent(accepted=pb.Accepted(turn_id=event.turn_id, conversation_id=event.conversation_id))
     if event.kind == "token":
         token = pb.Token(index=event.index, token_ids=event.token_ids, text=event.text, brownout=event.brownout)
         return pb.AskEvent(token=token)
@@ -89,20 +102,36 @@ def to_event(event: TurnEvent, *, turn_id: str, num_tokens: int) -> pb.AskEvent:
     )
 
 
-def to_reply(answer: Answer, *, turn_id: str, conversation_id: str) -> pb.AnswerReply:
+def to_reply(events: Sequence[TurnEvent]) -> pb.AnswerReply:
+    """All events of a turn as one message."""
+    answer = Answer.from_events(events)
     return pb.AnswerReply(
         text=answer.text,
         token_ids=answer.token_ids,
         finish_reason=str(answer.finish_reason),
         evidence=to_evidence(answer.evidence),
         usage=to_usage(answer.usage),
-        turn_id=turn_id,
-        conversation_id=conversation_id,
+        turn_id=events[-1].turn_id,
+        conversation_id=events[-1].conversation_id,
     )
 
 
 def to_usage(usage: Usage) -> pb.Usage:
+    """The message has the fields of the dataclass."""
     return pb.Usage(**{name: getattr(usage, name) for name in Usage.__dataclass_fields__})
+
+
+def to_info(info: ServerInfo) -> pb.ServerInfo:
+    """The details travel as JSON."""
+    return pb.ServerInfo(
+        version=info.version,
+        model=info.model,
+        fingerprint=info.fingerprint,
+        max_message_bytes=info.max_message_bytes,
+        max_inline_bytes=info.max_inline_bytes,
+        max_upload_bytes=info.max_upload_bytes,
+        details_json=json.dumps(info.details, default=str),
+    )
 
 
 def to_evidence(evidence: Evidence) -> pb.Evidence:
@@ -124,8 +153,3 @@ def _to_frames(frames: list[FrameEvidence], most: float) -> Iterator[pb.Evidence
         yield pb.EvidenceFrame(
             media=frame.media, frame=frame.frame, time_s=frame.time_s, share=frame.share, rows=rows, cols=cols, heat=bytes(heat)
         )
-
-
-def _given(message: Any, *names: str) -> dict[str, Any]:
-    """The optional fields that were sent."""
-    return {name: getattr(message, name) for name in names if message.HasField(name)}

@@ -1,14 +1,10 @@
-"""`sparsevila serve`: the application on a Ray of its own, or on one that is there, until somebody says stop.
-
-Knows: how to start, to watch and to end it, each within a deadline. Does not know: what the application is made of.
-"""
+"""`sparsevila serve`: starts the application on a Ray of its own or a running one, watches it, and ends it on a signal."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -20,9 +16,10 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import RunTarget
+from ray.serve.schema import ApplicationStatusOverview, ReplicaState
 
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
-from sparsevila_cluster.cluster.on_ray.replicas import ROUTER
+from sparsevila_cluster.cluster.on_ray.replicas import REGISTRY, ROUTER
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import (
@@ -36,11 +33,10 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.core.progress_line import ProgressLine
 from sparsevila_cluster.serve.application import application
-from sparsevila_cluster.serve.local_ray import REPLICA_ENV, hush, own_ray, within
+from sparsevila_cluster.serve.local_ray import REPLICA_ENV, call_within, local_ray, set_ray_log_level
 
-LOOK_S = 0.2
+POLL_S = 0.2
 WATCH_S = 2.0
-OUR_ERROR = re.compile(r"sparsevila_cluster\.errors\.(\w+): (.*)")
 
 
 def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bool = False) -> None:
@@ -64,17 +60,17 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
             if not (config.engine.model_dir / "config.json").is_file():
                 raise BadCheckpoint(f"{config.engine.model!r} is no checkpoint: there is no config.json in it")
             progress.stage("start Ray", 0, 1)
-            folder = stack.enter_context(own_ray(config, verbose))
+            folder = stack.enter_context(local_ray(config, verbose))
             if config.door.spool_dir is None:  # routers share it, and it goes with the rest
-                door = config.door.model_copy(update={"spool_dir": str(folder / "spool")})
-                config = config.model_copy(update={"door": door})
+                gateway = config.door.model_copy(update={"spool_dir": str(folder / "spool")})
+                config = config.model_copy(update={"door": gateway})
         else:
             progress.stage("connect to Ray", 0, 1)
             stack.enter_context(_connected(address, verbose))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         app = application(config, {} if address is None else REPLICA_ENV, verbose)  # an own Ray hands its environment on
         serve.run_many([RunTarget(app, name=config.name, route_prefix=None)], wait_for_applications_running=False)
-        stack.callback(within, config.drain_timeout_s + GRACE_S, lambda: serve.delete(config.name))
+        stack.callback(call_within, config.drain_timeout_s + GRACE_S, lambda: serve.delete(config.name))
         port = _wait_until_ready(config, start_s + config.start_timeout_s, progress.stage)
         progress.clear()
         host = f"[{config.door.host}]" if ":" in config.door.host else config.door.host
@@ -83,7 +79,7 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
             _watch(config)
         except KeyboardInterrupt:
             with _ignoring(signal.SIGINT, signal.SIGTERM):
-                _leave(config)
+                _drain(config)
 
 
 @contextmanager
@@ -108,7 +104,7 @@ def _ignoring(*numbers: int) -> Iterator[None]:
 
 @contextmanager
 def _connected(address: str, verbose: bool) -> Iterator[None]:
-    hush(verbose)
+    set_ray_log_level(verbose)
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -121,7 +117,7 @@ def _connected(address: str, verbose: bool) -> Iterator[None]:
 
 
 def _check_port(config: ClusterConfig) -> None:
-    """Raises Unavailable. The door itself would share the port with whoever has it, if they agree to it."""
+    """Raises Unavailable. The gRPC server itself would share the port with another that allows it."""
     host, port = config.door.host, config.door.port
     if not port:
         return
@@ -135,54 +131,60 @@ def _check_port(config: ClusterConfig) -> None:
 
 
 def _wait_until_ready(config: ClusterConfig, until_s: float, report: Callable[[str, int, int], None]) -> int:
-    """The port of the door, once clients can be served."""
+    """The port that clients connect to, once they can be served."""
     num_wanted = config.prefill.replicas + config.decode.replicas + config.router.replicas + 1
-    door: dict[str, Any] = {"ready": False}
+    registry: RayWorkerPool | None = None
+    state: dict[str, Any] = {"ready": False}
     missing = "nothing has started"
-    while not door["ready"]:
+    while not state["ready"]:
         if time.perf_counter() > until_s:
             raise DeadlineExceeded(f"the cluster was not ready within {config.start_timeout_s:g} s: {missing}")
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
         status = serve.status().applications.get(config.name)
         if status is None:
             continue
-        deployments = status.deployments.items()
-        _check_failure([status.message, *(one.message for _, one in deployments)], status.status == "DEPLOY_FAILED")
-        num_running = sum(num for _, one in deployments for state, num in one.replica_states.items() if state == "RUNNING")
-        missing = ", ".join(f"{name} is {one.status.value.lower()}" for name, one in deployments if one.status != "HEALTHY")
-        report("start workers", min(num_running, num_wanted - 1), num_wanted)
+        deployments = status.deployments
+        num_running = {name: one.replica_states.get(ReplicaState.RUNNING, 0) for name, one in deployments.items()}
+        starting = [name for name, one in deployments.items() if one.status != "HEALTHY"]
+        failures: dict[str, dict[str, Any]] = {}
+        if num_running.get(REGISTRY):
+            registry = registry or _pool(config, REGISTRY)
+            failures = _ask(registry, "start_failures", config) or {}
+        _check_start(status, [failures[name] for name in starting if name in failures])
+        missing = ", ".join(f"{name} is {deployments[name].status.value.lower()}" for name in starting)
+        report("start workers", min(sum(num_running.values()), num_wanted - 1), num_wanted)
         if status.status == "RUNNING":
             missing = "the workers have not reported"
-            door = asyncio.run(_state(config))
-    return int(door["port"])
+            state = _ask(_pool(config, ROUTER), "state", config) or state
+    return int(state["port"])
 
 
-def _check_failure(messages: list[str], final: bool) -> None:
-    """Raise what a replica could not start from: at once if it is the user's to mend, else when Serve gives up."""
-    for message in messages:
-        for kind, text in OUR_ERROR.findall(message):
-            error = from_failure({"error": kind, "message": text})
-            if final or isinstance(error, UserError):
-                raise error
-    if final:
-        told = [line for message in messages for line in message.splitlines() if line.strip()]
-        raise Internal(f"the application could not be started: {told[-1].strip() if told else 'Serve does not say why'}")
+def _check_start(status: ApplicationStatusOverview, failures: list[dict[str, Any]]) -> None:
+    """Raise what a replica could not start from: at once if the user can fix it, else when Serve gives up."""
+    given_up = status.status == "DEPLOY_FAILED"
+    for error in map(from_failure, failures):
+        if given_up or isinstance(error, UserError):
+            raise error
+    if given_up:
+        messages = [status.message, *(one.message for one in status.deployments.values())]
+        lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+        raise Internal(f"the application could not be started: {lines[-1] if lines else 'Serve does not say why'}")
 
 
-async def _state(config: ClusterConfig) -> dict[str, Any]:
+def _ask(pool: RayWorkerPool, method: str, config: ClusterConfig) -> Any:
+    """What a replica answers; None if none answers: it may be gone the next moment."""
     try:
-        state: dict[str, Any] = await _routers(config).call(None, "state", within_s=config.router.call_timeout_s)
-        return state
-    except SparseVilaError:  # it runs, and may be gone the next moment
-        return {"ready": False}
+        return asyncio.run(pool.call(None, method, within_s=config.router.call_timeout_s))
+    except SparseVilaError:
+        return None
 
 
-def _routers(config: ClusterConfig) -> RayWorkerPool:
-    return RayWorkerPool(serve.get_deployment_handle(ROUTER, app_name=config.name))
+def _pool(config: ClusterConfig, deployment: str) -> RayWorkerPool:
+    return RayWorkerPool(serve.get_deployment_handle(deployment, app_name=config.name))
 
 
 def _watch(config: ClusterConfig) -> None:
-    """Return never; Serve looks after its replicas. Raises Unavailable: the application or Ray is gone."""
+    """Never returns; Serve restarts its replicas. Raises Unavailable: the application or Ray is gone."""
     while True:
         time.sleep(WATCH_S)
         try:
@@ -193,14 +195,14 @@ def _watch(config: ClusterConfig) -> None:
             raise Unavailable(f"the application {config.name!r} was deleted")
 
 
-def _leave(config: ClusterConfig) -> None:
-    """Close the doors, while the workers behind them finish what was begun."""
+def _drain(config: ClusterConfig) -> None:
+    """Let routers take no more calls and finish those in progress, while the workers run."""
     handle, grace_s = serve.get_deployment_handle(ROUTER, app_name=config.name), config.drain_timeout_s
 
-    async def leave() -> None:
+    async def drain() -> None:
         await handle.broadcast("call", None, "drain", (grace_s,)).results_async(timeout_s=grace_s + GRACE_S)
 
     try:
-        asyncio.run(leave())
-    except Exception as error:  # a door that does not close is closed with its process
-        print(f"a door did not close in time: {type(error).__name__}", file=sys.stderr)
+        asyncio.run(drain())
+    except Exception as error:  # a router that does not stop is stopped with its process
+        print(f"a router did not finish its calls within {grace_s:g} s: {type(error).__name__}", file=sys.stderr)

@@ -1,0 +1,293 @@
+"""The service behind every protocol: who may do what with a `Pipeline`, within which limits, measured, undone when clients leave.
+
+    async with service.call("Ask", authorization, client_left_s) as call:      errors leave this block as SparseVilaError
+        async for event in service.ask(call, turn): ...
+
+A protocol translates its messages to these methods' arguments, and their results and errors back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+from sparsevila_cluster.core.cluster_config import GatewayConfig
+from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.core.deadline import GRACE_S
+from sparsevila_cluster.core.errors import BadMedia, BadRequest, Internal, NotFound, QueueFull, SparseVilaError
+from sparsevila_cluster.core.lru_dict import LRUDict
+from sparsevila_cluster.core.metrics import MetricsSink, Tally
+from sparsevila_cluster.core.protocols import Pipeline
+from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent
+from sparsevila_cluster.core.tenancy import may_use
+from sparsevila_cluster.gateway.authenticator import Authenticator, Principal, check_id
+from sparsevila_cluster.gateway.call import Call
+from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference, MediaSources
+from sparsevila_cluster.gateway.progress_queue import ProgressQueue, StageProgress
+from sparsevila_cluster.gateway.spool import Spool, Upload
+from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
+
+log = logging.getLogger(__name__)
+
+# Media that was made here and not asked about yet, so that a first question counts as cold.
+MAX_FRESH = 4096
+SWEEP_S = 30.0
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What the server is and accepts. details: what the pipeline tells of itself, as far as it concerns the caller's tenant."""
+
+    version: str
+    model: str
+    fingerprint: str
+    max_message_bytes: int
+    max_inline_bytes: int
+    max_upload_bytes: int
+    details: dict[str, Any]
+
+
+class VideoQAService:
+    """The endpoints over one pipeline, which stays the caller's. Made in the event loop that it serves in; `close` ends it."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: GatewayConfig,
+        engine: EngineConfig,
+        sink: MetricsSink | None = None,
+        *,
+        fetcher: UrlFetcher | None = None,
+    ):
+        """engine: whose limits and deadlines hold where a client names none. fetcher: how https URLs are read.
+
+        Raises:
+            BadConfig: a spool folder that cannot be written.
+        """
+        self._pipeline, self._config, self._engine = pipeline, config, engine
+        self._sink: MetricsSink = Tally() if sink is None else sink
+        self._authenticator = Authenticator(config)
+        self._spool = Spool(config, engine.limits.max_bytes, self._sink)
+        self._sources = MediaSources(config, engine.limits, self._spool, fetcher or UrlFetcher())
+        self._fresh: LRUDict[None] = LRUDict(MAX_FRESH)
+        self._num_calls = 0
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    async def close(self) -> None:
+        """Delete what clients sent. To be called once no call is in progress. Idempotent."""
+        self._sweeping.cancel()
+        await asyncio.gather(self._sweeping, return_exceptions=True)
+        await asyncio.to_thread(self._sources.close)
+        await asyncio.to_thread(self._spool.close)
+
+    async def ready(self) -> bool:
+        """Whether media can be prepared and questions answered now."""
+        return await self._pipeline.ready()
+
+    @asynccontextmanager
+    async def call(
+        self, method: str, authorization: Sequence[str | bytes], client_left_s: Callable[[], float | None]
+    ) -> AsyncIterator[Call]:
+        """One call from arrival to end: counted, authenticated, measured; what goes wrong inside is logged once where it is a bug.
+
+        Args:
+            method: the endpoint's name in metrics and logs.
+            authorization: every header of this name that was sent.
+            client_left_s: seconds until the client's deadline, None without one.
+
+        Raises:
+            QueueFull: more than `max_streams` calls. Unauthenticated. Whatever SparseVilaError is raised inside; Internal for any
+            other exception.
+        """
+        code, call = "OK", None
+        self._num_calls += 1
+        try:
+            if self._num_calls > self._config.max_streams:
+                raise QueueFull(f"{self._num_calls - 1} calls are in progress; the limit is max_streams={self._config.max_streams}")
+            call = Call(self._authenticator.authenticate(authorization), client_left_s, self._config.max_deadline_s)
+            yield call
+        except asyncio.CancelledError:
+            code = "DEADLINE_EXCEEDED" if call is not None and call.is_late else "CANCELLED"
+            raise
+        except SparseVilaError as error:
+            code = error.grpc_status
+            raise
+        except Exception as error:
+            code = Internal.grpc_status
+            log.error("%s failed", method, exc_info=error)
+            raise Internal(f"{method} failed: {type(error).__name__}; the server's log has the cause") from error
+        finally:
+            self._num_calls -= 1
+            self._sink.count("requests_total", method=method, code=code)
+
+    # ---- media -------------------------------------------------------------------------------------------------------------
+
+    async def upload(self, call: Call, chunks: AsyncIterator[MediaChunk]) -> Upload:
+        """Keep a file for later preparations. `chunks` ends only behind the whole file, and raises Cancelled where it breaks.
+
+        Raises:
+            BadRequest: an empty file, a chunk too large, an unknown kind. TooLarge. QueueFull: over the quota. DeadlineExceeded.
+        """
+        return await self._sources.receive(call, chunks)
+
+    async def prepare(
+        self,
+        call: Call,
+        media: Sequence[MediaReference],
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        prune_keep: float | None = None,
+    ) -> AsyncGenerator[StageProgress | MediaHandle, None]:
+        """Make a media prefix or find it: how far it is, and the handle at the end. Leaving early cancels it.
+
+        Raises:
+            BadRequest, BadMedia, TooLarge, QueueFull, DeadlineExceeded. NotFound: an upload. PermissionDenied: a file or URL.
+            Whatever the pipeline raises.
+        """
+        async with self._sources.opened(call, media) as sources:
+            request = PrepareRequest(
+                sources=sources,
+                fps=fps,
+                max_frames=max_frames,
+                prune_keep=prune_keep,
+                deadline_s=call.left_s(self._engine.prepare_timeout_s),
+                tenant=call.principal.tenant,
+            )
+            reports = ProgressQueue()
+            preparing = asyncio.ensure_future(self._pipeline.prepare(request, reports.put))
+            preparing.add_done_callback(lambda _: reports.close())
+            try:
+                async for report in reports:
+                    yield report
+                handle = await preparing
+            finally:
+                await _end(preparing)  # what it reads stays until then
+        if not handle.reused:
+            self._fresh.put(handle.media_id, None)
+        yield handle
+
+    async def media(self, call: Call, media_id: str) -> MediaHandle:
+        """What is known of a media prefix. Raises BadRequest, DeadlineExceeded. NotFound: also where it is another tenant's."""
+        check_id("media_id", media_id, required=True)
+        return await call.wait_shortly(self._pipeline.media(media_id, call.principal.tenant), "looking for media")
+
+    async def delete_media(self, call: Call, media_id: str) -> bool:
+        """Whether there was such media of this tenant. Raises BadRequest, DeadlineExceeded."""
+        check_id("media_id", media_id, required=True)
+        return await call.wait_shortly(self._pipeline.delete_media(media_id, call.principal.tenant), "deleting media")
+
+    # ---- turns -------------------------------------------------------------------------------------------------------------
+
+    async def ask(self, call: Call, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
+        """The events of a turn, measured, `done` last. Leaving early aborts it.
+
+        turn: as the client names it; a turn id is made where it is empty, and tenant and deadline are the call's.
+
+        Raises:
+            BadRequest: an id or a token that cannot be one. NotFound: media that is unknown, or evicted without its source.
+            DeadlineExceeded. Whatever the pipeline raises. Internal: the pipeline ends without `done`.
+        """
+        check_id("turn_id", turn.turn_id)
+        check_id("conversation_id", turn.conversation_id)
+        check_id("media_id", turn.media_id, required=True)
+        if turn.replay is not None and any(token < 0 for token in turn.replay.token_ids):
+            raise BadRequest(f"said_token_ids must be >= 0, got {min(turn.replay.token_ids)}")
+        turn_id = turn.turn_id or uuid.uuid4().hex
+        inner = replace(
+            turn,
+            turn_id=call.principal.pipeline_turn_id(turn_id),
+            deadline_s=call.left_s(self._engine.turn_timeout_s),
+            tenant=call.principal.tenant,
+        )
+        labels = {"turn": "later" if turn.conversation_id else "first"}
+        media = "cold" if turn.media_id in self._fresh else "warm"
+        first_s = last_s = None
+        num_tokens = 0
+        try:
+            async with aclosing(self._pipeline.ask(inner)) as events:
+                async for event in events:
+                    if event.kind == "token":
+                        num_tokens, last_s = num_tokens + len(event.token_ids), time.perf_counter()
+                        if first_s is None:
+                            first_s = last_s
+                            self._fresh.pop(turn.media_id, None)
+                            self._sink.observe("request_ttft_seconds", first_s - call.arrived_s, media=media, **labels)
+                    if event.kind == "done":
+                        if first_s is not None and last_s is not None and num_tokens > 1:
+                            self._sink.observe("request_tpot_seconds", (last_s - first_s) / (num_tokens - 1))
+                        self._sink.observe("request_e2e_seconds", time.perf_counter() - call.arrived_s, **labels)
+                    yield event if event.turn_id == turn_id else replace(event, turn_id=turn_id)
+                    if event.kind == "done":
+                        return
+        except BadMedia as error:  # from making an evicted prefix again: the bytes that it was made of are gone
+            raise NotFound(f"media {turn.media_id!r} was evicted, and its source is gone; prepare it again") from error
+        raise Internal(f"turn {turn_id} ended without an answer")
+
+    async def abort(self, call: Call, turn_id: str) -> bool:
+        """Whether a turn of this client was under way, which ends now. Raises BadRequest, DeadlineExceeded."""
+        check_id("turn_id", turn_id, required=True)
+        return await call.wait_shortly(self._pipeline.abort(call.principal.pipeline_turn_id(turn_id)), "aborting a turn")
+
+    async def close_conversation(self, call: Call, conversation_id: str) -> bool:
+        """Whether there was such a conversation. Raises BadRequest, DeadlineExceeded."""
+        check_id("conversation_id", conversation_id, required=True)
+        return await call.wait_shortly(self._pipeline.close_conversation(conversation_id), "closing a conversation")
+
+    # ---- the server --------------------------------------------------------------------------------------------------------
+
+    async def server_info(self, call: Call) -> ServerInfo:
+        """Limits, and what the server does. Raises DeadlineExceeded."""
+        info = visible_info(await call.wait_shortly(self._pipeline.info(), "asking for info"), call.principal)
+        return ServerInfo(
+            version=_version(),
+            model=str(info.get("model", "")),
+            fingerprint=str(info.get("fingerprint", "")),
+            max_message_bytes=self._config.max_message_bytes,
+            max_inline_bytes=self._config.max_inline_bytes,
+            max_upload_bytes=min(self._engine.limits.max_bytes, self._config.spool_bytes),
+            details={**info, "door": {"calls": self._num_calls, "spool_bytes": self._spool.num_bytes}},
+        )
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(min(SWEEP_S, self._config.upload_ttl_s))
+            try:
+                await asyncio.to_thread(self._spool.sweep)
+            except Exception:
+                log.exception("deleting expired uploads failed")
+
+
+def visible_info(info: Any, principal: Principal) -> Any:
+    """What `Pipeline.info` returns, without entries of other tenants: mappings that name another `tenant`."""
+    if isinstance(info, dict):
+        return {name: visible_info(value, principal) for name, value in info.items() if not _is_foreign(value, principal)}
+    if isinstance(info, list | tuple):
+        return [visible_info(value, principal) for value in info if not _is_foreign(value, principal)]
+    return info
+
+
+def _is_foreign(info: Any, principal: Principal) -> bool:
+    return isinstance(info, dict) and principal.shared and not may_use(info.get("tenant", ""), principal.tenant)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("sparsevila-cluster")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+async def _end(work: asyncio.Future[MediaHandle]) -> None:
+    """Cancel `work` unless it is done, and wait for its end, for which it has GRACE_S."""
+    work.cancel()
+    await asyncio.wait((work,), timeout=GRACE_S)
+    if work.done() and not work.cancelled():
+        work.exception()  # whoever awaited it was told; nobody else has to be
