@@ -1,25 +1,21 @@
 """A picture of where each question looked: the sampled frames, what pruning left of them, and the retrieved patches.
 
-Knows: media and evidence as data, and how to show them so that a person understands at a glance. Does not know: engines or tensors.
-
-    title                         video.mp4: where each question looked
-    the frames with their times   [0.0 s] [1.0 s] [2.0 s] ...
-    one row per question          pruned patches dark and grey, kept ones as they are, retrieved ones yellow to red
-    legend
+title                         video.mp4: where each question looked
+the frames with their times   [0.0 s] [1.0 s] [2.0 s] ...
+one row per question          pruned patches dark and grey, kept ones as they are, retrieved ones yellow to red
+legend
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sparsevila_cluster.api.canvas import FAINT, GAP_PX, INK, NOTE_PT, TITLE_PT, WIDTH_PX, Canvas, Picture, ramp
-from sparsevila_cluster.api.frame_reader import decode_again, names_of
+from sparsevila_cluster.api.frame_reader import read_frames_again, source_names
 from sparsevila_cluster.core.errors import BadMedia, BadRequest
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
 from sparsevila_cluster.core.requests import Answer, MediaOrigin
@@ -37,20 +33,10 @@ MIN_TINT, MAX_TINT = 0.18, 0.38  # opacity: the frame must stay readable below
 PRUNED_LIGHT = 0.32
 
 
-def with_picture(footage: MediaOrigin, question: str, answer: Answer) -> Answer:
-    """`answer`, whose evidence shows itself on the frames of `footage`."""
-    draw = partial(_draw_turn, footage, question, answer.text)
-    return replace(answer, evidence=answer.evidence.drawn_by(draw))
-
-
-def draw_conversation(footage: MediaOrigin, turns: Sequence[tuple[str, Answer]]) -> Image.Image:
-    """One picture of all turns. Raises BadMedia, TooLarge, DeadlineExceeded: as `decode_again`."""
+def draw_conversation(origin: MediaOrigin, turns: Sequence[tuple[str, Answer]]) -> Image.Image:
+    """One picture of all turns. Raises BadMedia, TooLarge, DeadlineExceeded: as `read_frames_again`."""
     rows = [(question, answer.text, answer.evidence) for question, answer in turns]
-    return draw_heatmap(decode_again(footage), rows, names_of(footage))
-
-
-def _draw_turn(footage: MediaOrigin, question: str, text: str, evidence: Evidence) -> Image.Image:
-    return draw_heatmap(decode_again(footage), [(question, text, evidence)], names_of(footage))
+    return draw_heatmap(read_frames_again(origin), rows, source_names(origin))
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:

@@ -84,7 +84,7 @@ class Connection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
-        self._behind: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
         """Make the channel unless it is there. Raises Unavailable: closed. BadRequest: it belongs to another event loop."""
@@ -159,19 +159,19 @@ class Connection:
         finally:
             replies.cancel()
 
-    def leave_behind(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Do something that nobody waits for, within GRACE_S; closing waits for it. What it raises is only logged."""
+    def run_in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run `work`, at most GRACE_S, without waiting for it; `close` does. Its errors are only logged."""
         if self.closed:
             work.close()
             return
         task = asyncio.ensure_future(_quietly(work))
-        self._behind.add(task)
-        task.add_done_callback(self._behind.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
         """End what runs, and the channel. Idempotent."""
-        if self._behind and self._loop is asyncio.get_running_loop():
-            await asyncio.wait(tuple(self._behind), timeout=2 * GRACE_S)
+        if self._background and self._loop is asyncio.get_running_loop():
+            await asyncio.wait(tuple(self._background), timeout=2 * GRACE_S)
         self.closed = True
         channel, self._channel = self._channel, None
         if channel is not None:
@@ -223,6 +223,6 @@ async def _status_of(call: grpc.aio.StreamUnaryCall) -> grpc.aio.AioRpcError:
 
 async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
     try:
-        await wait_within(work, GRACE_S, "what was left behind")
+        await wait_within(work, GRACE_S, "work in the background")
     except SparseVilaError as error:
         log.info("%s", error)

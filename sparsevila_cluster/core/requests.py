@@ -181,7 +181,7 @@ class MediaOrigin:
 
 @dataclass(frozen=True, repr=False)
 class MediaHandle(Shown):
-    """A media prefix that is ready for questions. `media_id` is its content key; `footage` is known where it was prepared."""
+    """A media prefix that is ready for questions. `media_id` is its content key; `origin` is known where it was prepared."""
 
     media_id: str
     kind: str
@@ -195,7 +195,7 @@ class MediaHandle(Shown):
     reused: bool = False
     tenant: str = ""
     ms: dict[str, float] = field(default_factory=dict)
-    footage: MediaOrigin | None = field(default=None, repr=False, compare=False)
+    origin: MediaOrigin | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,8 @@ class Turn:
 class TurnEvent:
     """One event of a turn, in this order: accepted, token (many), evidence (if wanted), done.
 
-    accepted: `conversation_id`, under which the conversation goes on; done repeats it, for it may have moved meanwhile. token:
+    accepted: `conversation_id`, under which the conversation goes on; done repeats it, for it may have moved meanwhile, and a client
+    that resumes on another stream tells `accepted` again if it has. token:
     `index` of the first new token, `token_ids`, the whole characters that they completed in `text`, and the `brownout` under
     which the turn started. evidence: `evidence`. done: `finish_reason`, `usage` and the `text` held back until now, if any.
     """

@@ -98,9 +98,9 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
             visits.append(_visit(sparse, path, pick_questions(scene, seed), report))
             _show(console, sparse, visits[-1])
         heatmap = out / "heatmap.png"
-        footage = visits[0].media.footage
-        assert footage is not None, "prepared here"
-        save_picture(draw_conversation(footage, [(turn.question.text, turn.answer) for turn in visits[0].turns]), heatmap)
+        origin = visits[0].media.origin
+        assert origin is not None, "prepared here"
+        save_picture(draw_conversation(origin, [(turn.question.text, turn.answer) for turn in visits[0].turns]), heatmap)
 
         exam = []
         for number, seed in enumerate(EXAM_SEEDS):
