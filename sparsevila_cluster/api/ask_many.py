@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, Unpack, cast
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request, to_turn
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.conversation import AsyncChat
-from sparsevila_cluster.core.display import Shown
+from sparsevila_cluster.core.display import ReprMixin
 from sparsevila_cluster.core.errors import BadRequest, QueueFull, SparseVilaError
 from sparsevila_cluster.core.progress_line import ProgressLine
 from sparsevila_cluster.core.protocols import Progress
@@ -28,7 +28,7 @@ FIRST_PAUSE_S = 0.02  # before a call that found the queue full is made again; d
 
 
 @dataclass(frozen=True, repr=False)
-class Ask(Shown):
+class Ask(ReprMixin):
     """One item of `ask_many`: a conversation about one media.
 
     media: what `prepare` takes (a path, bytes, a data URL, or several of them), or a MediaHandle; questions: one, or several that
@@ -66,7 +66,7 @@ Item = Ask | tuple[Source | Sequence[Source] | MediaHandle, str | Sequence[str]]
 
 
 @dataclass(frozen=True, repr=False)
-class Asked(Shown):
+class Asked(ReprMixin):
     """The result of one item: its media, the answers that were given, and the error that ended it early, if any."""
 
     ask: Ask
@@ -96,7 +96,7 @@ class QuestionAnswerer(Protocol):
         """Make media ready for questions."""
         ...
 
-    def conversation(self, media: MediaHandle) -> AsyncChat:
+    def conversation(self, media: MediaHandle) -> AsyncChat[MediaHandle]:
         """A new conversation about prepared media."""
         ...
 

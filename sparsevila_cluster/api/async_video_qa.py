@@ -1,4 +1,4 @@
-"""`AsyncVideoQA`, for Python users in an event loop: prepare media and hold conversations about them, with an engine in this process.
+"""`AsyncVideoQA`, for Python users in an event loop: media and conversations about them, with an engine in this process.
 
 AsyncVideoQA(...) -> load (in a thread of its own) -> prepare, conversation, ask_many, from any task -> close
 """
@@ -93,7 +93,7 @@ class AsyncVideoQA:
         origin = await wait_within(asyncio.to_thread(record_origin, request, self.config), limit_s, "finding the media")
         return replace(await pipeline.prepare(request, progress), origin=origin)
 
-    def conversation(self, media: MediaHandle) -> AsyncChat:
+    def conversation(self, media: MediaHandle) -> AsyncChat[MediaHandle]:
         """A new conversation about prepared media."""
         draw = None if media.origin is None else partial(draw_conversation, media.origin)
         return AsyncChat(self, media, uuid.uuid4().hex, draw)
@@ -114,7 +114,7 @@ class AsyncVideoQA:
 
         Each of `asks` is (media, question), (media, questions) or an `Ask` with options of its own; media is what `prepare`
         takes, or a MediaHandle. The questions of one item are turns of one conversation. Equal sources are prepared once, and
-        not before there is room for them. What fails is told by `error` of its result and harms no other: `ask_many` itself
+        not before there is room for them. What fails is the `error` of its result and harms no other: `ask_many` itself
         raises only for mistakes that concern all of them.
 
         max_parallel: conversations at the same time (None: as many as the engine takes into one step). prepare: options of

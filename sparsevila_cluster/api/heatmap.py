@@ -63,23 +63,23 @@ def draw_heatmap(medias: Sequence[Media], rows: Sequence[Row], names: Sequence[s
     most_columns = min(_max_columns(media.frames.shape[1], media.frames.shape[2], num_cols) for media in medias)
     chosen = [spots[i] for i in choose_moments(shares, len(spots), most_columns)]
     tiles = [_tile(medias[media].frames[frame], len(chosen)) for media, frame in chosen]
-    page = Canvas(len(chosen), (max(tile.shape[1] for tile in tiles), max(tile.shape[0] for tile in tiles)))
+    canvas = Canvas(len(chosen), (max(tile.shape[1] for tile in tiles), max(tile.shape[0] for tile in tiles)))
 
-    page.write(f"{_title(names)}: where each question looked", TITLE_PT, INK, max_lines=1)
-    page.write(_caption(medias, len(chosen), len(spots)), NOTE_PT, FAINT)
-    page.skip(14)
-    page.tiles(tiles, [_label(medias, names, spot) for spot in chosen])
+    canvas.write(f"{_title(names)}: where each question looked", TITLE_PT, INK, max_lines=1)
+    canvas.write(_caption(medias, len(chosen), len(spots)), NOTE_PT, FAINT)
+    canvas.skip(14)
+    canvas.tiles(tiles, [_label(medias, names, spot) for spot in chosen])
     for number, ((question, answer, _), seen) in enumerate(zip(rows, merged, strict=True), 1):
-        page.rule()
+        canvas.rule()
         most = max((share for one in seen.values() for _, _, share in one.cells), default=0.0)
-        page.question(f"{number}.  {question}" if len(rows) > 1 else question, answer or "(no text)", most)
+        canvas.question(f"{number}.  {question}" if len(rows) > 1 else question, answer or "(no text)", most)
         if seen:
             shown = [seen[spot] for spot in chosen]
             shaded = [shade(picture, one, most) for picture, one in zip(tiles, shown, strict=True)]
-            page.tiles(shaded, [f"{100 * one.share:.0f} %" for one in shown], [one.share for one in shown])
-    page.rule()
-    page.legend(_legend())
-    return page.finish()
+            canvas.tiles(shaded, [f"{100 * one.share:.0f} %" for one in shown], [one.share for one in shown])
+    canvas.rule()
+    canvas.legend(_legend())
+    return canvas.finish()
 
 
 def shade(picture: Picture, evidence: FrameEvidence, most: float) -> Picture:
@@ -168,7 +168,7 @@ def _tile(frame: Picture, columns: int) -> Picture:
     """A frame as large as the columns allow, in its own shape."""
     height, width = frame.shape[:2]
     room = (WIDTH_PX - GAP_PX * (columns - 1)) / columns
-    # A single picture may be larger: nothing else competes for the page.
+    # A single picture may be larger: nothing else competes for the canvas.
     limit = MAX_TILE_PX if columns > 1 else (WIDTH_PX // 2, WIDTH_PX // 3)
     scale = min(room / width, limit[0] / width, limit[1] / height)
     size = max(8, round(width * scale)), max(8, round(height * scale))

@@ -61,7 +61,7 @@ class VideoQA(Blocking[AsyncVideoQA]):
         limit_s = self._async.prepare_limit_s(options.get("timeout_s"))
         return self._run(self._async.prepare(source, progress=progress, **options), limit_s)
 
-    def conversation(self, media: MediaHandle) -> Chat:
+    def conversation(self, media: MediaHandle) -> Chat[MediaHandle]:
         """A new conversation about prepared media."""
         return Chat(self._async.conversation(media), self._thread)
 

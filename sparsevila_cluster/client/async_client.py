@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from sparsevila_cluster.client.call_errors import RetryPolicy
 from sparsevila_cluster.client.connection import Connection, Tls, tls_of
-from sparsevila_cluster.client.media_upload import Given, MediaPayload, Progress, Upload, held_of, upload
+from sparsevila_cluster.client.media_upload import ClientSource, MediaPayload, Progress, Upload, to_local_media, upload
 from sparsevila_cluster.client.proto_messages import prepare_message, to_handle
 from sparsevila_cluster.client.turn_stream import TurnStream
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request
@@ -22,7 +22,7 @@ from sparsevila_cluster.pb import video_qa_pb2 as pb
 # Deadlines of calls that name none, when the client names none for all of them.
 PREPARE_S, TURN_S, CALL_S = 600.0, 300.0, 20.0
 # How often what the server lost is uploaded again within one preparation.
-MAX_RESENDS = 2
+MAX_REUPLOADS = 2
 
 
 class AsyncClient:
@@ -71,10 +71,10 @@ class AsyncClient:
         Raises:
             BadMedia, TooLarge, QueueFull: the server's room for uploads is taken.
         """
-        return await upload(self._connection, held_of(source), self._attempts("uploading", timeout_s), progress)
+        return await upload(self._connection, to_local_media(source), self._attempts("uploading", timeout_s), progress)
 
     async def prepare(
-        self, source: Given | Sequence[Given], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
+        self, source: ClientSource | Sequence[ClientSource], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
     ) -> MediaHandle:
         """Have a video or image prepared (a path, bytes, a data URL, an https URL, an `Upload`), or several as one.
 
@@ -85,11 +85,11 @@ class AsyncClient:
         Raises:
             BadMedia, BadRequest, TooLarge, QueueFull. NotFound: an upload that expired, and cannot be sent again.
         """
-        parcel = MediaPayload(self._connection, source, progress)
+        payload = MediaPayload(self._connection, source, progress)
         # Only the options are checked here; the server decides about the media.
-        request = to_request([f"media {i}" for i in range(len(parcel))], options)
+        request = to_request([f"media {i}" for i in range(len(payload))], options)
         attempts = self._attempts("preparing media", request.deadline_s)
-        async with aclosing(self._statuses(request, parcel, attempts)) as statuses:
+        async with aclosing(self._statuses(request, payload, attempts)) as statuses:
             async for status in statuses:
                 if status.state == pb.MediaStatus.READY:
                     return to_handle(status.media)
@@ -97,7 +97,7 @@ class AsyncClient:
                     progress(status.stage, status.done, status.total)
         raise AssertionError("a preparation ends READY or with an error")
 
-    def conversation(self, media: MediaHandle | str) -> AsyncChat:
+    def conversation(self, media: MediaHandle | str) -> AsyncChat[MediaHandle | str]:
         """A new conversation about prepared media, given as its handle or its media id."""
         return AsyncChat(self, media)
 
@@ -116,13 +116,13 @@ class AsyncClient:
 
     async def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """The server's version, model and limits, and what its workers hold and do."""
-        told = await self._call("GetServerInfo", pb.GetServerInfoRequest(), "asking for information", timeout_s)
+        reply = await self._call("GetServerInfo", pb.GetServerInfoRequest(), "asking for information", timeout_s)
         try:
-            details = json.loads(told.details_json or "{}")
+            details = json.loads(reply.details_json or "{}")
         except ValueError as error:
             raise DataLoss(f"{self.target}: the details are no JSON: {error}") from error
-        limits = {name: getattr(told, name) for name in ("max_message_bytes", "max_inline_bytes", "max_upload_bytes")}
-        return {"version": told.version, "model": told.model, "fingerprint": told.fingerprint, **limits, "details": details}
+        limits = {name: getattr(reply, name) for name in ("max_message_bytes", "max_inline_bytes", "max_upload_bytes")}
+        return {"version": reply.version, "model": reply.model, "fingerprint": reply.fingerprint, **limits, "details": details}
 
     async def media(self, media_id: str, *, timeout_s: float | None = None) -> MediaHandle:
         """What was prepared under this id. Raises NotFound."""
@@ -130,8 +130,8 @@ class AsyncClient:
 
     async def delete_media(self, media_id: str, *, timeout_s: float | None = None) -> bool:
         """Forget prepared media. False: there was nothing to forget."""
-        told = await self._call("DeleteMedia", pb.DeleteMediaRequest(media_id=media_id), "deleting media", timeout_s)
-        return bool(told.deleted)
+        reply = await self._call("DeleteMedia", pb.DeleteMediaRequest(media_id=media_id), "deleting media", timeout_s)
+        return bool(reply.deleted)
 
     def turn_events(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn; conversations ask through it. Closing the generator early aborts the turn."""
@@ -165,11 +165,11 @@ class AsyncClient:
         """The longest that any other call with this deadline lets its caller wait."""
         return timeout_s or self._timeout_s or CALL_S
 
-    def _close_later(self, chat: AsyncChat) -> None:
+    def _close_later(self, chat: AsyncChat[MediaHandle | str]) -> None:
         """Close a conversation without waiting for it, or hearing of its errors."""
         self._connection.run_in_background(chat.close())
 
-    async def _then_close(self, chat: AsyncChat, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    async def _then_close(self, chat: AsyncChat[MediaHandle | str], pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
         try:
             async with aclosing(pieces):
                 async for piece in pieces:
@@ -186,12 +186,12 @@ class AsyncClient:
         return RetryPolicy(self.prepare_limit_s(timeout_s), f"{self.target}: {what}")
 
     async def _statuses(
-        self, request: PrepareRequest, parcel: MediaPayload, attempts: RetryPolicy
+        self, request: PrepareRequest, payload: MediaPayload, attempts: RetryPolicy
     ) -> AsyncGenerator[pb.MediaStatus, None]:
         """Statuses until READY. A preparation is named by its content, so it may be asked for as often as needed."""
-        num_resends = 0
+        num_reuploads = 0
         while True:
-            message = prepare_message(request, await parcel.pack(attempts))
+            message = prepare_message(request, await payload.pack(attempts))
             try:
                 async with aclosing(
                     self._connection.stream("PrepareMedia", message, attempts.left_s(), "preparing media")
@@ -202,8 +202,8 @@ class AsyncClient:
                             return
                 raise Unavailable(f"{self.target}: preparing media ended without a result")
             except NotFound:
-                num_resends += 1
-                if num_resends > MAX_RESENDS or not await parcel.send_again(attempts):
+                num_reuploads += 1
+                if num_reuploads > MAX_REUPLOADS or not await payload.upload_again(attempts):
                     raise
             except SparseVilaError as error:
                 await self._connection.again(attempts, error)

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from sparsevila_cluster.client.async_client import AsyncClient
 from sparsevila_cluster.client.connection import Tls
-from sparsevila_cluster.client.media_upload import Given, Progress, Upload
+from sparsevila_cluster.client.media_upload import ClientSource, Progress, Upload
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source
 from sparsevila_cluster.core.conversation import Chat
 from sparsevila_cluster.core.deadline import GRACE_S
@@ -49,13 +49,13 @@ class Client(Blocking[AsyncClient]):
         return self._run(self._async.upload(source, progress=progress, timeout_s=timeout_s), limit_s)
 
     def prepare(
-        self, source: Given | Sequence[Given], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
+        self, source: ClientSource | Sequence[ClientSource], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
     ) -> MediaHandle:
         """Have a video or image prepared, or several as one. `progress` is called in another thread."""
         limit_s = self._async.prepare_limit_s(options.get("timeout_s"))
         return self._run(self._async.prepare(source, progress=progress, **options), limit_s)
 
-    def conversation(self, media: MediaHandle | str) -> Chat:
+    def conversation(self, media: MediaHandle | str) -> Chat[MediaHandle | str]:
         """A new conversation about prepared media, given as its handle or its media id."""
         return Chat(self._async.conversation(media), self._thread)
 

@@ -1,8 +1,8 @@
-"""The events of one turn, over as many streams as it takes: a lost stream goes on at the next token.
+r"""The events of one turn, over as many streams as it takes: a lost stream goes on at the next token.
 
 asked -> accepted -> token* -> evidence? -> done
-  |         \\-- stream lost: asked again with the tokens so far, under the conversation id last told -> token*
-  \\-- stream lost: asked again from the start, because nothing was accepted
+  |         \-- stream lost: asked again with the tokens so far, under the latest conversation id -> token*
+  \-- stream lost: asked again from the start, because nothing was accepted
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from sparsevila_cluster.core.errors import DataLoss, SparseVilaError, Unavailabl
 from sparsevila_cluster.core.requests import Turn, TurnEvent
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 
-# The server may still run the turn of a stream that only this client lost, maybe before it heard of it: how long the server is
+# The server may still run the turn of a stream that only this client lost, maybe before it noticed the loss: how long the server is
 # asked to stop it before the turn is asked again.
 STOP_WITHIN_S = 2.0
 
 
 class TurnStream:
-    """One turn. `conversation_id` is the one last told, under which the conversation goes on."""
+    """One turn. `conversation_id` is the latest one from the server, under which the conversation goes on."""
 
     def __init__(self, connection: Connection, turn: Turn, within_s: float):
         self.turn = turn
@@ -43,7 +43,7 @@ class TurnStream:
         `accepted` comes again only where the conversation goes on under another id.
 
         Raises:
-            What the server tells. Unavailable: it cannot be reached. DeadlineExceeded. DataLoss: a token that is out of order.
+            What the server raises. Unavailable: it cannot be reached. DeadlineExceeded. DataLoss: a token that is out of order.
         """
         attempts = RetryPolicy(self._within_s, self._where)
         try:
@@ -94,7 +94,7 @@ class TurnStream:
     async def _stop_other_stream(self) -> None:
         try:
             await self._abort(STOP_WITHIN_S)
-        except SparseVilaError:  # whoever ran it is gone, and the turn with it
+        except SparseVilaError:  # the worker is gone, and the turn with it
             pass
 
     async def _abort(self, within_s: float = STOP_WITHIN_S) -> None:

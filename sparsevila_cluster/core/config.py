@@ -1,8 +1,4 @@
-"""One frozen configuration for the engine, complete before anything starts.
-
-Knows: every knob, its default, its legal range and what it is for. One YAML file, keyword arguments of `VideoQA` and command
-line options all end here. Does not know: tensors, checkpoints or devices; `auto` is resolved once by whoever loads the model.
-"""
+"""One frozen configuration for the engine, complete before anything starts."""
 
 from __future__ import annotations
 
@@ -103,18 +99,18 @@ class EngineConfig(FrozenConfig):
     model: str = Field("demo", description="Checkpoint directory, or `demo` for the bundled model.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on a CPU, the checkpoint's own dtype on a GPU; bfloat16 for a quantised checkpoint."
+        "auto", description="auto: float32 on a CPU, the checkpoint's own dtype on a GPU; bfloat16 for a quantized checkpoint."
     )
     text_backend: Literal["auto", "lean", "hf"] = Field(
-        "auto", description="Text decoder. auto: lean where it knows the architecture, else hf."
+        "auto", description="Text decoder. auto: lean where it supports the architecture, else hf."
     )
     attention: Literal["auto", "torch", "triton"] = Field(
         "auto", description="Kernels of the text decoder. auto: triton on a GPU, torch on a CPU."
     )
     quantization: Literal["auto", "none"] = Field(
         "auto",
-        description="Weights of a quantised checkpoint. auto: as they are stored, where that is fast (a GPU in 16 bits, a CPU in "
-        "bfloat16 with AVX-512); none: dequantised as they are loaded.",
+        description="Weights of a quantized checkpoint. auto: as they are stored, where that is fast (a GPU in 16 bits, a CPU in "
+        "bfloat16 with AVX-512); none: dequantized as they are loaded.",
     )
     decode_graphs: Literal["auto", "none"] = Field(
         "auto", description="CUDA graphs of decode steps. auto: one per batch size on a GPU with lean and triton; none: never."

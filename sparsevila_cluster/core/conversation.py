@@ -1,4 +1,4 @@
-"""Conversations for Python users, blocking and in an event loop, whoever answers: an engine in this process or a server.
+"""Conversations for Python users, blocking and in an event loop, answered by an engine in this process or by a server.
 
 ask / stream -> Turn -> backend.turn_events -> accepted, token*, evidence?, done -> Answer, kept in `turns`
 """
@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, Unpack
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, Unpack
 
 from sparsevila_cluster.core.call_options import AskOptions, to_turn
 from sparsevila_cluster.core.deadline import wait_within
@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     # One picture of where (question, answer) pairs on the same media looked.
     DrawTurns = Callable[[Sequence[tuple[str, Answer]]], Image.Image]
 
+# How a conversation names its media: always by the handle, or also by the media id.
+M = TypeVar("M", bound=MediaHandle | str)
+
 
 class ConversationBackend(Protocol):
-    """What a conversation needs of whoever answers its questions."""
+    """What answers the questions of a conversation."""
 
     def turn_events(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn, within `turn_limit_s`. Closing the generator early aborts the turn.
@@ -49,7 +52,7 @@ class ConversationBackend(Protocol):
         ...
 
 
-class AsyncChat:
+class AsyncChat(Generic[M]):
     """One conversation: each question sees the media and all earlier questions and answers.
 
     media: what it is about, as it was given. conversation_id: "" until the first question is accepted, where the backend names
@@ -59,7 +62,7 @@ class AsyncChat:
     def __init__(
         self,
         backend: ConversationBackend,
-        media: MediaHandle | str,
+        media: M,
         conversation_id: str = "",
         draw: DrawTurns | None = None,
     ):
@@ -149,10 +152,10 @@ class AsyncChat:
         return answer
 
 
-class Chat:
+class Chat(Generic[M]):
     """`AsyncChat` for callers who block."""
 
-    def __init__(self, chat: AsyncChat, thread: EventLoopThread):
+    def __init__(self, chat: AsyncChat[M], thread: EventLoopThread):
         self._chat = chat
         self._thread = thread
         self.media = chat.media

@@ -79,9 +79,9 @@ class TransferTasks:
             self.abort(shipment, "nobody waits for it any more")
             raise
         except LaneLost as error:
-            if ticket.dock.worker in str(error):
+            if ticket.receiver.worker in str(error):
                 raise
-            raise LaneLost(f"the lane to {ticket.dock.worker} is lost: {error}") from error
+            raise LaneLost(f"the lane to {ticket.receiver.worker} is lost: {error}") from error
 
     def _finish_soon(self, shipment: OutgoingTransfer, within_s: float, release: Callable[[], object]) -> Future[dict[str, Any]]:
         def work() -> dict[str, Any]:
