@@ -1,15 +1,16 @@
 """Serve vision-language models over long video: prune before the question, retrieve for the question.
 
-Knows: the names that users import. Does not know how they are made; importing this package imports no torch.
+Importing this package imports no torch.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsevila_cluster.api.ask_many import Ask, Asked
-    from sparsevila_cluster.api.async_video_qa import AsyncChat, AsyncVideoQA
-    from sparsevila_cluster.api.video_qa import Chat, VideoQA
+    from sparsevila_cluster.api.async_video_qa import AsyncVideoQA
+    from sparsevila_cluster.api.video_qa import VideoQA
     from sparsevila_cluster.core.config import EngineConfig
+    from sparsevila_cluster.core.conversation import AsyncChat, Chat
     from sparsevila_cluster.core.evidence import Evidence
     from sparsevila_cluster.core.requests import Answer, MediaHandle, SamplingParams
 
@@ -17,9 +18,9 @@ _HOME = {
     "Answer": "core.requests",
     "Ask": "api.ask_many",
     "Asked": "api.ask_many",
-    "AsyncChat": "api.async_video_qa",
+    "AsyncChat": "core.conversation",
     "AsyncVideoQA": "api.async_video_qa",
-    "Chat": "api.video_qa",
+    "Chat": "core.conversation",
     "EngineConfig": "core.config",
     "Evidence": "core.evidence",
     "MediaHandle": "core.requests",

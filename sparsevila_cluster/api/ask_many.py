@@ -1,7 +1,6 @@
 """Many conversations at the same time: each media prepared once, every item with its own result.
 
-Knows: which items share a media, how many conversations may run, who waits for room. Does not know: pipelines or engines; it
-calls `prepare` and `ask` as any user could.
+items -> grouped by media -> a group waits until its media fits -> prepare -> at most `max_parallel` conversations at a time
 """
 
 from __future__ import annotations
@@ -11,17 +10,16 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, 
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, Unpack, cast
 
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request, to_turn
-from sparsevila_cluster.core.display import Shown
+from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.core.conversation import AsyncChat
+from sparsevila_cluster.core.display import ReprMixin
 from sparsevila_cluster.core.errors import BadRequest, QueueFull, SparseVilaError
 from sparsevila_cluster.core.progress_line import ProgressLine
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import Answer, MediaHandle
-
-if TYPE_CHECKING:
-    from sparsevila_cluster.api.async_video_qa import AsyncVideoQA
 
 R = TypeVar("R")
 Options = TypeVar("Options", AskOptions, PrepareOptions)
@@ -30,8 +28,8 @@ FIRST_PAUSE_S = 0.02  # before a call that found the queue full is made again; d
 
 
 @dataclass(frozen=True, repr=False)
-class Ask(Shown):
-    """One conversation that `ask_many` is to hold.
+class Ask(ReprMixin):
+    """One item of `ask_many`: a conversation about one media.
 
     media: what `prepare` takes (a path, bytes, a data URL, or several of them), or a MediaHandle; questions: one, or several that
     are asked in order; options: those of `ask`, over the ones that are given for all; prepare: those of `prepare`, likewise.
@@ -68,8 +66,8 @@ Item = Ask | tuple[Source | Sequence[Source] | MediaHandle, str | Sequence[str]]
 
 
 @dataclass(frozen=True, repr=False)
-class Asked(Shown):
-    """What came of one item: its media, the answers that were given, and the error that ended it early, if any."""
+class Asked(ReprMixin):
+    """The result of one item: its media, the answers that were given, and the error that ended it early, if any."""
 
     ask: Ask
     media: MediaHandle | None = None
@@ -89,8 +87,30 @@ class Asked(Shown):
             yield "error", self.error
 
 
-async def hold_many(
-    qa: AsyncVideoQA,
+class QuestionAnswerer(Protocol):
+    """What `ask_many` needs of an `AsyncVideoQA`."""
+
+    config: EngineConfig
+
+    async def prepare(self, source: Source | Sequence[Source], **options: Unpack[PrepareOptions]) -> MediaHandle:
+        """Make media ready for questions."""
+        ...
+
+    def conversation(self, media: MediaHandle) -> AsyncChat[MediaHandle]:
+        """A new conversation about prepared media."""
+        ...
+
+    def prepare_limit_s(self, timeout_s: float | None) -> float:
+        """The longest that a preparation with this deadline lets its caller wait, in seconds."""
+        ...
+
+    def turn_limit_s(self, timeout_s: float | None) -> float:
+        """The longest that a turn with this deadline lets its caller wait, in seconds."""
+        ...
+
+
+async def run_ask_many(
+    qa: QuestionAnswerer,
     asks: Sequence[Ask],
     max_parallel: int | None,
     prepare: PrepareOptions,
@@ -103,29 +123,29 @@ async def hold_many(
         max_parallel = min(qa.config.max_batch, qa.config.max_waiting)
     if isinstance(max_parallel, bool) or not isinstance(max_parallel, int) or max_parallel < 1:
         raise BadRequest(f"max_parallel must be an integer >= 1, got {max_parallel!r}")
-    to_turn("", "", "?", options)  # mistakes that concern all items are told before anything is done
+    to_turn("", "", "?", options)  # a mistake that concerns all items is raised before anything is done
     to_request("?", prepare)
     shows = progress is None or progress is True
     with ProgressLine(always=progress is True) if shows else nullcontext() as line:
         report = line.stage if line is not None else progress if callable(progress) else None
-        return await _Many(qa, asks, max_parallel, prepare, options, report).hold()
+        return await _AskMany(qa, asks, max_parallel, prepare, options, report).run()
 
 
-def many_limit_s(qa: AsyncVideoQA, asks: Sequence[Ask], prepare: PrepareOptions, options: AskOptions) -> float:
-    """The longest that `hold_many` may take: everything one after the other, each at its deadline."""
+def ask_many_limit_s(qa: QuestionAnswerer, asks: Sequence[Ask], prepare: PrepareOptions, options: AskOptions) -> float:
+    """The longest that `run_ask_many` may take: everything one after the other, each at its deadline."""
     total_s = 0.0
     for ask in asks:
-        total_s += _patience_s(qa.prepare_limit_s(_merged(prepare, ask.prepare).get("timeout_s")))
-        total_s += _patience_s(qa.turn_limit_s(_merged(options, ask.options).get("timeout_s"))) * len(ask.turns)
+        total_s += _longest_retry_s(qa.prepare_limit_s(_merged(prepare, ask.prepare).get("timeout_s")))
+        total_s += _longest_retry_s(qa.turn_limit_s(_merged(options, ask.options).get("timeout_s"))) * len(ask.turns)
     return total_s
 
 
-class _Many:
-    """One call of `ask_many`. Items about the same media form a group, which has it prepared and then talks about it."""
+class _AskMany:
+    """One call of `ask_many`. Items about the same media form a group, which has it prepared and then asks about it."""
 
     def __init__(
         self,
-        qa: AsyncVideoQA,
+        qa: QuestionAnswerer,
         asks: Sequence[Ask],
         max_parallel: int,
         prepare: PrepareOptions,
@@ -134,13 +154,13 @@ class _Many:
     ):
         self.qa, self.asks, self.prepare, self.options, self.report = qa, asks, prepare, options, report
         self.results: list[Asked | None] = [None] * len(asks)
-        self.seats = asyncio.Semaphore(max_parallel)
-        self.door = asyncio.Lock()
-        self.left = asyncio.Event()
+        self.slots = asyncio.Semaphore(max_parallel)
+        self.preparing = asyncio.Lock()
+        self.freed = asyncio.Event()
         self.bytes_in_use: dict[Hashable, int] = {}
         self.num_done, self.num_questions = 0, sum(len(ask.turns) for ask in asks)
 
-    async def hold(self) -> list[Asked]:
+    async def run(self) -> list[Asked]:
         self._count(0)
         groups: dict[Hashable, list[int]] = {}
         for i, ask in enumerate(self.asks):
@@ -148,7 +168,7 @@ class _Many:
                 groups.setdefault(self._key(ask), []).append(i)
             except SparseVilaError as error:
                 self._finish(i, Asked(ask, error=error))
-        await _all([self._hold_group(key, members) for key, members in groups.items()])
+        await _all([self._run_group(key, members) for key, members in groups.items()])
         assert all(result is not None for result in self.results)
         return [result for result in self.results if result is not None]
 
@@ -156,9 +176,9 @@ class _Many:
         """Equal for items that can share one preparation."""
         return ask.media.media_id if isinstance(ask.media, MediaHandle) else to_request(ask.media, self._prepare_options(ask))
 
-    async def _hold_group(self, key: Hashable, members: Sequence[int]) -> None:
+    async def _run_group(self, key: Hashable, members: Sequence[int]) -> None:
         try:
-            media = await self._enter(key, self.asks[members[0]])
+            media = await self._prepare_when_it_fits(key, self.asks[members[0]])
         except SparseVilaError as error:
             for i in members:
                 self._finish(i, Asked(self.asks[i], error=error))
@@ -167,41 +187,41 @@ class _Many:
             await _all([self._converse(i, media) for i in members])
         finally:
             del self.bytes_in_use[key]
-            self.left.set()
+            self.freed.set()
 
-    async def _enter(self, key: Hashable, ask: Ask) -> MediaHandle:
-        """Prepare a media as soon as it fits beside those that are being talked about: else it would drive them out.
+    async def _prepare_when_it_fits(self, key: Hashable, ask: Ask) -> MediaHandle:
+        """Prepare a media as soon as it fits beside those that are being asked about: else it would evict them.
 
-        One group at a time, in order. The wait has no deadline of its own: it ends with the turns inside, which have theirs.
+        One group at a time, in order. The wait has no deadline of its own: it ends with the turns under way, which have theirs.
         """
-        async with self.door:
+        async with self.preparing:
             while not self._has_room():
-                self.left.clear()
-                await self.left.wait()
+                self.freed.clear()
+                await self.freed.wait()
             if isinstance(ask.media, MediaHandle):
                 media = ask.media
             else:
                 options = self._prepare_options(ask)
                 call = partial(self.qa.prepare, ask.media, **options)
-                media = await _patiently(call, self.qa.prepare_limit_s(options.get("timeout_s")))
+                media = await _retry_while_full(call, self.qa.prepare_limit_s(options.get("timeout_s")))
             self.bytes_in_use[key] = media.kv_bytes
             return media
 
     def _has_room(self) -> bool:
-        """Whether one more media fits if it is as large as the largest one inside."""
-        inside = self.bytes_in_use.values()
-        return not inside or sum(inside) + max(inside) <= self.qa.config.prefix_bytes
+        """Whether one more media fits if it is as large as the largest of those in use."""
+        used = self.bytes_in_use.values()
+        return not used or sum(used) + max(used) <= self.qa.config.prefix_bytes
 
     async def _converse(self, i: int, media: MediaHandle) -> None:
         ask, answers, error = self.asks[i], [], None
         options = _merged(self.options, ask.options)
         limit_s = self.qa.turn_limit_s(options.get("timeout_s"))
-        async with self.seats:
+        async with self.slots:
             chat = self.qa.conversation(media)
             try:
                 for question in ask.turns:
                     try:
-                        answers.append(await _patiently(partial(chat.ask, question, **options), limit_s))
+                        answers.append(await _retry_while_full(partial(chat.ask, question, **options), limit_s))
                     except SparseVilaError as failed:
                         error = failed
                         break
@@ -215,7 +235,7 @@ class _Many:
         return _merged(self.prepare, ask.prepare)
 
     def _finish(self, i: int, result: Asked) -> None:
-        """An item is done; the questions that an error left unasked count as done."""
+        """An item is done; the questions that were not asked because of an error count as done."""
         self.results[i] = result
         if result.error is not None:
             self._count(len(result.ask.turns) - len(result.answers))
@@ -230,7 +250,7 @@ def _merged(common: Options, own: Options) -> Options:
     return cast(Options, {**common, **own})
 
 
-async def _patiently(call: Callable[[], Awaitable[R]], limit_s: float) -> R:
+async def _retry_while_full(call: Callable[[], Awaitable[R]], limit_s: float) -> R:
     """`call()`, made again while the queue is full, but not begun later than `limit_s`."""
     loop = asyncio.get_running_loop()
     until_s, pause_s = loop.time() + limit_s, FIRST_PAUSE_S
@@ -244,8 +264,8 @@ async def _patiently(call: Callable[[], Awaitable[R]], limit_s: float) -> R:
         await asyncio.sleep(pause_s)
 
 
-def _patience_s(limit_s: float) -> float:
-    """The longest that `_patiently` takes for a call that takes at most `limit_s`."""
+def _longest_retry_s(limit_s: float) -> float:
+    """The longest that `_retry_while_full` takes for a call that takes at most `limit_s`."""
     return 2 * limit_s
 
 

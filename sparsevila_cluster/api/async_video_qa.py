@@ -1,7 +1,6 @@
-"""The face for Python users in an event loop: prepare media, hold conversations about them, many at the same time.
+"""`AsyncVideoQA`, for Python users in an event loop: media and conversations about them, with an engine in this process.
 
-Knows: the life of a local pipeline, and how long each call may take. Does not know: engines, tensors or media formats.
-`video_qa` is the same for blocking code, over this.
+AsyncVideoQA(...) -> load (in a thread of its own) -> prepare, conversation, ask_many, from any task -> close
 """
 
 from __future__ import annotations
@@ -12,23 +11,23 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
-from sparsevila_cluster.api.ask_many import Ask, Asked, Item, hold_many
-from sparsevila_cluster.api.frame_reader import note_footage
-from sparsevila_cluster.api.heatmap import draw_conversation, with_picture
-from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request, to_turn
+from sparsevila_cluster.api.ask_many import Ask, Asked, Item, run_ask_many
+from sparsevila_cluster.api.frame_reader import record_origin
+from sparsevila_cluster.api.heatmap import draw_conversation
+from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request
 from sparsevila_cluster.core.config import EngineConfig, build_config
+from sparsevila_cluster.core.conversation import AsyncChat
 from sparsevila_cluster.core.deadline import GRACE_S, wait_within
-from sparsevila_cluster.core.errors import BadRequest, NotFound, Unavailable
+from sparsevila_cluster.core.errors import BadRequest, Unavailable
 from sparsevila_cluster.core.protocols import Progress
-from sparsevila_cluster.core.requests import Answer, MediaHandle, Turn, TurnEvent
+from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnEvent
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class AsyncVideoQA:
@@ -91,12 +90,13 @@ class AsyncVideoQA:
         request = to_request(source, options)
         pipeline = await self.ready()
         limit_s = self.prepare_limit_s(request.deadline_s)
-        footage = await wait_within(asyncio.to_thread(note_footage, request, self.config), limit_s, "finding the media")
-        return replace(await pipeline.prepare(request, progress), footage=footage)
+        origin = await wait_within(asyncio.to_thread(record_origin, request, self.config), limit_s, "finding the media")
+        return replace(await pipeline.prepare(request, progress), origin=origin)
 
-    def conversation(self, media: MediaHandle) -> AsyncChat:
+    def conversation(self, media: MediaHandle) -> AsyncChat[MediaHandle]:
         """A new conversation about prepared media."""
-        return AsyncChat(self, media)
+        draw = None if media.origin is None else partial(draw_conversation, media.origin)
+        return AsyncChat(self, media, uuid.uuid4().hex, draw)
 
     async def ask_many(
         self,
@@ -114,7 +114,7 @@ class AsyncVideoQA:
 
         Each of `asks` is (media, question), (media, questions) or an `Ask` with options of its own; media is what `prepare`
         takes, or a MediaHandle. The questions of one item are turns of one conversation. Equal sources are prepared once, and
-        not before there is room for them. What fails is told by `error` of its result and harms no other: `ask_many` itself
+        not before there is room for them. What fails is the `error` of its result and harms no other: `ask_many` itself
         raises only for mistakes that concern all of them.
 
         max_parallel: conversations at the same time (None: as many as the engine takes into one step). prepare: options of
@@ -126,11 +126,29 @@ class AsyncVideoQA:
         """
         items = [Ask.of(ask) for ask in asks]
         await self.ready()
-        return await hold_many(self, items, max_parallel, prepare or {}, options, progress)
+        return await run_ask_many(self, items, max_parallel, prepare or {}, options, progress)
 
     async def info(self) -> dict[str, Any]:
         """What is resident and running."""
         return await (await self.ready()).info()
+
+    async def turn_events(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
+        """The events of a turn; conversations ask through it. Closing the generator early aborts the turn."""
+        pipeline = await self.ready()
+        limit_s = self.turn_limit_s(turn.deadline_s)
+        until_s = time.perf_counter() + limit_s
+        async with aclosing(pipeline.ask(turn)) as events:
+            while True:
+                # A slow reader still gets what has arrived meanwhile.
+                left_s = max(GRACE_S, until_s - time.perf_counter())
+                event = await wait_within(anext(events, None), left_s, f"turn {turn.turn_id} (of at most {limit_s:g} s)")
+                if event is None:
+                    return
+                yield event
+
+    async def close_conversation(self, conversation_id: str) -> None:
+        """Free the KV of a conversation; its media stays."""
+        await (await self.ready()).close_conversation(conversation_id)
 
     async def close(self) -> None:
         """Abort what runs and free everything. Idempotent.
@@ -165,83 +183,9 @@ class AsyncVideoQA:
         """The longest that a preparation with this deadline (None: the configured one) lets its caller wait."""
         return (self.config.prepare_timeout_s if timeout_s is None else timeout_s) + 2 * GRACE_S
 
-
-class AsyncChat:
-    """One conversation: each question sees the video and all earlier questions and answers."""
-
-    def __init__(self, qa: AsyncVideoQA, media: MediaHandle):
-        self._qa = qa
-        self.media = media
-        self.conversation_id = uuid.uuid4().hex
-        self.turns: list[tuple[str, Answer]] = []
-
-    async def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
-        """The whole answer.
-
-        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
-        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
-
-        Raises:
-            BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
-        """
-        turn = to_turn(self.conversation_id, self.media.media_id, question, options)
-        return self._keep(turn, [event async for event in self._events(turn)])
-
-    def stream(self, question: str, **options: Unpack[AskOptions]) -> AsyncGenerator[str, None]:
-        """The answer's text in pieces. Options and errors as for `ask`.
-
-        Leaving early aborts the turn and forgets it: at once with `aclose()`, and as soon as nothing refers to the iterator any
-        more without. After the last piece the whole answer is the last of `turns`.
-        """
-        return self._pieces(to_turn(self.conversation_id, self.media.media_id, question, options))
-
-    async def show(self) -> Image.Image:
-        """One picture of where all turns looked; `evidence.show()` is that of one. Errors as for that."""
-        return await asyncio.to_thread(self.draw)
-
-    def draw(self) -> Image.Image:
-        """What `show` returns, drawn in the calling thread."""
-        if self.media.footage is None:
-            raise NotFound("this conversation does not know its media: it was prepared elsewhere")
-        return draw_conversation(self.media.footage, self.turns)
-
-    async def close(self) -> None:
-        """Free the conversation's KV; its media stays."""
-        await (await self._qa.ready()).close_conversation(self.conversation_id)
-
-    async def _pieces(self, turn: Turn) -> AsyncGenerator[str, None]:
-        events, arriving = [], self._events(turn)
-        try:
-            async for event in arriving:
-                events.append(event)
-                if event.text:
-                    yield event.text
-        finally:
-            await arriving.aclose()
-        self._keep(turn, events)
-
-    async def _events(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
-        pipeline = await self._qa.ready()
-        limit_s = self._qa.turn_limit_s(turn.deadline_s)
-        until_s = time.perf_counter() + limit_s
-        events = pipeline.ask(turn)
-        try:
-            while True:
-                # A slow reader still gets what has arrived meanwhile.
-                left_s = max(GRACE_S, until_s - time.perf_counter())
-                event = await wait_within(anext(events, None), left_s, f"turn {turn.turn_id} (of at most {limit_s:g} s)")
-                if event is None:
-                    return
-                yield event
-        finally:
-            await events.aclose()
-
-    def _keep(self, turn: Turn, events: Sequence[TurnEvent]) -> Answer:
-        answer = Answer.from_events(events)
-        if self.media.footage is not None:
-            answer = with_picture(self.media.footage, turn.question, answer)
-        self.turns.append((turn.question, answer))
-        return answer
+    def call_limit_s(self) -> float:
+        """The longest that any other call lets its caller wait: it may have to wait for the model to be loaded."""
+        return self.turn_limit_s(None)
 
 
 def _load(config: EngineConfig, loaded: Future[LocalPipeline]) -> None:

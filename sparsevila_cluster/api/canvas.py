@@ -1,7 +1,4 @@
-"""A page that grows downwards: lines of text, rows of pictures, a legend.
-
-Knows: fonts, margins, wrapping, the colours of ink and of shares. Does not know: media, evidence, or what it is that it lays out.
-"""
+"""A picture that grows downwards: lines of text, rows of pictures, a legend."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def ramp(level: float | np.ndarray) -> np.ndarray:
 
 
 class Canvas:
-    """Draws from top to bottom on a page that grows. `tile`: width and height of the box of each picture in a row."""
+    """Draws from top to bottom on a picture that grows. `tile`: width and height of the box of each picture in a row."""
 
     def __init__(self, columns: int, tile: tuple[int, int]) -> None:
         self.tile = tile
@@ -44,26 +41,29 @@ class Canvas:
         self.draw = ImageDraw.Draw(self.image)
         self.y = MARGIN_PX
 
-    def room(self, height: int) -> None:
-        """Grow the page so that `height` more pixels fit."""
+    def grow(self, height: int) -> None:
+        """Grow the picture so that `height` more pixels fit."""
         if self.y + height + MARGIN_PX > self.image.height:
             taller = Image.new("RGB", (self.image.width, 2 * self.image.height + height), PAPER)
             taller.paste(self.image)
             self.image, self.draw = taller, ImageDraw.Draw(taller)
 
     def skip(self, height: int) -> None:
-        self.room(height)
+        """Leave `height` pixels empty."""
+        self.grow(height)
         self.y += height
 
     def rule(self) -> None:
+        """A horizontal line with space around it."""
         self.skip(20)
         self.draw.line([(MARGIN_PX, self.y), (MARGIN_PX + self.width, self.y)], fill=RULE, width=2)
         self.skip(18)
 
     def write(self, text: str, size: int, fill: Color, width: int | None = None, max_lines: int = 2) -> None:
+        """Text in lines of at most `width` pixels (None: all); what does not fit in `max_lines` ends in "..."."""
         font = load_font(size)
         for line in wrap(text, font, width or self.width, max_lines):
-            self.room(size)
+            self.grow(size)
             self.draw.text((MARGIN_PX, self.y), line, fill, font)
             self.skip(round(size * 1.35))
 
@@ -86,7 +86,7 @@ class Canvas:
     def tiles(self, pictures: Sequence[Picture], labels: Sequence[str], shares: Sequence[float] | None = None) -> None:
         """A row of pictures with a label below each; with `shares`, a bar as long as its share of the largest."""
         width, height = self.tile
-        self.room(height + 60)
+        self.grow(height + 60)
         font = load_font(NOTE_PT)
         best = max(shares) if shares else 0.0
         for column, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
@@ -111,7 +111,7 @@ class Canvas:
     def legend(self, entries: Sequence[tuple[Sequence[Picture], tuple[str, ...]]]) -> None:
         """Entries side by side: small pictures of one size, and what they stand for, the longer wording first."""
         font, box = load_font(NOTE_PT), entries[0][0][0].shape[0]
-        self.room(60)
+        self.grow(60)
         x = MARGIN_PX
         for swatches, wordings in entries:
             for swatch in swatches:
@@ -124,6 +124,7 @@ class Canvas:
         self.skip(box + 4)
 
     def finish(self) -> Image.Image:
+        """The picture, cut below what was drawn."""
         return self.image.crop((0, 0, self.image.width, self.y + MARGIN_PX))
 
 

@@ -1,7 +1,4 @@
-"""The frames of prepared media, decoded once more: for pictures, after the engine has forgotten them.
-
-Knows: how media was sampled, and whether its files are still the ones that were prepared. Does not know: what the frames are for.
-"""
+"""The frames of prepared media, decoded once more from their sources: for pictures, after the engine has dropped them."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from sparsevila_cluster.core.requests import MediaOrigin, MediaSource, PrepareRe
 from sparsevila_cluster.media import DecoderSandbox, Media, open_media
 
 
-def note_footage(request: PrepareRequest, config: EngineConfig) -> MediaOrigin:
+def record_origin(request: PrepareRequest, config: EngineConfig) -> MediaOrigin:
     """What an engine with this configuration decodes for `request`. Call it before preparing: a later change then shows."""
     sources = tuple(_absolute(source) for source in request.sources)
     return MediaOrigin(
@@ -27,24 +24,24 @@ def note_footage(request: PrepareRequest, config: EngineConfig) -> MediaOrigin:
     )
 
 
-def decode_again(footage: MediaOrigin) -> list[Media]:
+def read_frames_again(origin: MediaOrigin) -> list[Media]:
     """The same media as when they were prepared, in their order.
 
     Raises:
         BadMedia: a source is gone, has changed since, or does not decode. TooLarge, DeadlineExceeded: as `open_media`.
     """
-    for source, stamp in zip(footage.sources, footage.stamps, strict=True):
+    for source, stamp in zip(origin.sources, origin.stamps, strict=True):
         now = _stamp(source)
         if now is not None and now != stamp:
             raise BadMedia(f"{source.data!r} has changed since it was prepared; prepare it and ask again")
     with DecoderSandbox() as guard:  # one process for all of them
-        sampled = partial(open_media, fps=footage.fps, max_frames=footage.max_frames, limits=footage.limits, guard=guard)
-        return [sampled(source) for source in footage.sources]
+        sampled = partial(open_media, fps=origin.fps, max_frames=origin.max_frames, limits=origin.limits, guard=guard)
+        return [sampled(source) for source in origin.sources]
 
 
-def names_of(footage: MediaOrigin) -> list[str]:
+def source_names(origin: MediaOrigin) -> list[str]:
     """A short name for each source: its file's, or `media` for what has none."""
-    return [Path(path).name if (path := _path(source)) else "media" for source in footage.sources]
+    return [Path(path).name if (path := _path(source)) else "media" for source in origin.sources]
 
 
 def _path(source: MediaSource) -> str | None:

@@ -1,25 +1,21 @@
 """A picture of where each question looked: the sampled frames, what pruning left of them, and the retrieved patches.
 
-Knows: media and evidence as data, and how to show them so that a person understands at a glance. Does not know: engines or tensors.
-
-    title                         video.mp4: where each question looked
-    the frames with their times   [0.0 s] [1.0 s] [2.0 s] ...
-    one row per question          pruned patches dark and grey, kept ones as they are, retrieved ones yellow to red
-    legend
+title                         video.mp4: where each question looked
+the frames with their times   [0.0 s] [1.0 s] [2.0 s] ...
+one row per question          pruned patches dark and grey, kept ones as they are, retrieved ones yellow to red
+legend
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sparsevila_cluster.api.canvas import FAINT, GAP_PX, INK, NOTE_PT, TITLE_PT, WIDTH_PX, Canvas, Picture, ramp
-from sparsevila_cluster.api.frame_reader import decode_again, names_of
+from sparsevila_cluster.api.frame_reader import read_frames_again, source_names
 from sparsevila_cluster.core.errors import BadMedia, BadRequest
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
 from sparsevila_cluster.core.requests import Answer, MediaOrigin
@@ -37,20 +33,10 @@ MIN_TINT, MAX_TINT = 0.18, 0.38  # opacity: the frame must stay readable below
 PRUNED_LIGHT = 0.32
 
 
-def with_picture(footage: MediaOrigin, question: str, answer: Answer) -> Answer:
-    """`answer`, whose evidence shows itself on the frames of `footage`."""
-    draw = partial(_draw_turn, footage, question, answer.text)
-    return replace(answer, evidence=answer.evidence.drawn_by(draw))
-
-
-def draw_conversation(footage: MediaOrigin, turns: Sequence[tuple[str, Answer]]) -> Image.Image:
-    """One picture of all turns. Raises BadMedia, TooLarge, DeadlineExceeded: as `decode_again`."""
+def draw_conversation(origin: MediaOrigin, turns: Sequence[tuple[str, Answer]]) -> Image.Image:
+    """One picture of all turns. Raises BadMedia, TooLarge, DeadlineExceeded: as `read_frames_again`."""
     rows = [(question, answer.text, answer.evidence) for question, answer in turns]
-    return draw_heatmap(decode_again(footage), rows, names_of(footage))
-
-
-def _draw_turn(footage: MediaOrigin, question: str, text: str, evidence: Evidence) -> Image.Image:
-    return draw_heatmap(decode_again(footage), [(question, text, evidence)], names_of(footage))
+    return draw_heatmap(read_frames_again(origin), rows, source_names(origin))
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
@@ -77,23 +63,23 @@ def draw_heatmap(medias: Sequence[Media], rows: Sequence[Row], names: Sequence[s
     most_columns = min(_max_columns(media.frames.shape[1], media.frames.shape[2], num_cols) for media in medias)
     chosen = [spots[i] for i in choose_moments(shares, len(spots), most_columns)]
     tiles = [_tile(medias[media].frames[frame], len(chosen)) for media, frame in chosen]
-    page = Canvas(len(chosen), (max(tile.shape[1] for tile in tiles), max(tile.shape[0] for tile in tiles)))
+    canvas = Canvas(len(chosen), (max(tile.shape[1] for tile in tiles), max(tile.shape[0] for tile in tiles)))
 
-    page.write(f"{_title(names)}: where each question looked", TITLE_PT, INK, max_lines=1)
-    page.write(_caption(medias, len(chosen), len(spots)), NOTE_PT, FAINT)
-    page.skip(14)
-    page.tiles(tiles, [_label(medias, names, spot) for spot in chosen])
+    canvas.write(f"{_title(names)}: where each question looked", TITLE_PT, INK, max_lines=1)
+    canvas.write(_caption(medias, len(chosen), len(spots)), NOTE_PT, FAINT)
+    canvas.skip(14)
+    canvas.tiles(tiles, [_label(medias, names, spot) for spot in chosen])
     for number, ((question, answer, _), seen) in enumerate(zip(rows, merged, strict=True), 1):
-        page.rule()
+        canvas.rule()
         most = max((share for one in seen.values() for _, _, share in one.cells), default=0.0)
-        page.question(f"{number}.  {question}" if len(rows) > 1 else question, answer or "(no text)", most)
+        canvas.question(f"{number}.  {question}" if len(rows) > 1 else question, answer or "(no text)", most)
         if seen:
             shown = [seen[spot] for spot in chosen]
             shaded = [shade(picture, one, most) for picture, one in zip(tiles, shown, strict=True)]
-            page.tiles(shaded, [f"{100 * one.share:.0f} %" for one in shown], [one.share for one in shown])
-    page.rule()
-    page.legend(_legend())
-    return page.finish()
+            canvas.tiles(shaded, [f"{100 * one.share:.0f} %" for one in shown], [one.share for one in shown])
+    canvas.rule()
+    canvas.legend(_legend())
+    return canvas.finish()
 
 
 def shade(picture: Picture, evidence: FrameEvidence, most: float) -> Picture:
@@ -182,7 +168,7 @@ def _tile(frame: Picture, columns: int) -> Picture:
     """A frame as large as the columns allow, in its own shape."""
     height, width = frame.shape[:2]
     room = (WIDTH_PX - GAP_PX * (columns - 1)) / columns
-    # A single picture may be larger: nothing else competes for the page.
+    # A single picture may be larger: nothing else competes for the canvas.
     limit = MAX_TILE_PX if columns > 1 else (WIDTH_PX // 2, WIDTH_PX // 3)
     scale = min(room / width, limit[0] / width, limit[1] / height)
     size = max(8, round(width * scale)), max(8, round(height * scale))

@@ -1,31 +1,24 @@
-"""The face for Python users who block: `AsyncVideoQA`, run by an event loop in a thread of its own.
-
-Knows: how long each call may take. Does not know: what the calls do, or how threads wait for them.
-"""
+"""`AsyncVideoQA` for Python users who block."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import Any, Unpack
 
-from sparsevila_cluster.api.ask_many import Ask, Asked, Item, many_limit_s
-from sparsevila_cluster.api.async_video_qa import AsyncChat, AsyncVideoQA
+from sparsevila_cluster.api.ask_many import Ask, Asked, Item, ask_many_limit_s
+from sparsevila_cluster.api.async_video_qa import AsyncVideoQA
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source
 from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.core.conversation import Chat
 from sparsevila_cluster.core.deadline import GRACE_S
-from sparsevila_cluster.core.event_loop_thread import EventLoopThread
+from sparsevila_cluster.core.event_loop_thread import Blocking
 from sparsevila_cluster.core.protocols import Progress
-from sparsevila_cluster.core.requests import Answer, MediaHandle
+from sparsevila_cluster.core.requests import MediaHandle
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 
-if TYPE_CHECKING:
-    from PIL import Image
 
-R = TypeVar("R")
-
-
-class VideoQA:
+class VideoQA(Blocking[AsyncVideoQA]):
     """Questions about videos and images.
 
         qa = VideoQA("path/to/checkpoint", prune_keep=0.25, retrieve_keep=0.10)
@@ -41,9 +34,8 @@ class VideoQA:
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, *, config: EngineConfig | None = None, **fields: Any):
-        self._async = AsyncVideoQA(model, config=config, **fields)
+        super().__init__(AsyncVideoQA(model, config=config, **fields), "VideoQA")
         self.config = self._async.config
-        self._thread = EventLoopThread("VideoQA")
         try:
             self._run(self._async.load(), self.config.load_timeout_s)
         except BaseException:
@@ -69,9 +61,9 @@ class VideoQA:
         limit_s = self._async.prepare_limit_s(options.get("timeout_s"))
         return self._run(self._async.prepare(source, progress=progress, **options), limit_s)
 
-    def conversation(self, media: MediaHandle) -> Chat:
+    def conversation(self, media: MediaHandle) -> Chat[MediaHandle]:
         """A new conversation about prepared media."""
-        return Chat(self, self._async.conversation(media))
+        return Chat(self._async.conversation(media), self._thread)
 
     def ask_many(
         self,
@@ -92,7 +84,7 @@ class VideoQA:
         """
         items = [Ask.of(ask) for ask in asks]
         work = self._async.ask_many(items, max_parallel=max_parallel, prepare=prepare, progress=progress, **options)
-        return self._run(work, many_limit_s(self._async, items, prepare or {}, options))
+        return self._run(work, ask_many_limit_s(self._async, items, prepare or {}, options))
 
     def info(self) -> dict[str, Any]:
         """What is resident and running."""
@@ -105,50 +97,3 @@ class VideoQA:
             DeadlineExceeded: the engines did not end within twice `close_timeout_s`.
         """
         self._thread.close(self._async.close(), 2 * self.config.close_timeout_s + 2 * GRACE_S)
-
-    def __enter__(self) -> VideoQA:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _run(self, work: Coroutine[Any, Any, R], limit_s: float | None = None) -> R:
-        """Wait for a coroutine that has a deadline of its own, `limit_s` (None: that of a turn)."""
-        return self._thread.run(work, self._async.turn_limit_s(None) if limit_s is None else limit_s)
-
-
-class Chat:
-    """One conversation: each question sees the video and all earlier questions and answers."""
-
-    def __init__(self, qa: VideoQA, chat: AsyncChat):
-        self._qa = qa
-        self._chat = chat
-        self.media = chat.media
-        self.conversation_id = chat.conversation_id
-        self.turns = chat.turns
-
-    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
-        """The whole answer.
-
-        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
-        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
-
-        Raises:
-            BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
-        """
-        return self._qa._run(self._chat.ask(question, **options), self._qa._async.turn_limit_s(options.get("timeout_s")))
-
-    def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[str]:
-        """The answer's text in pieces. Options and errors as for `ask`. Leaving early aborts the turn and forgets it; after the
-        last piece the whole answer is the last of `turns`.
-        """
-        limit_s = self._qa._async.turn_limit_s(options.get("timeout_s"))
-        return self._qa._thread.iterate(self._chat.stream(question, **options), limit_s)
-
-    def show(self) -> Image.Image:
-        """One picture of where all turns looked; `evidence.show()` is that of one. Errors as for that."""
-        return self._chat.draw()
-
-    def close(self) -> None:
-        """Free the conversation's KV; its media stays."""
-        self._qa._run(self._chat.close())

@@ -1,7 +1,6 @@
 """`sparsevila ask`: questions about a video or an image, answered in this process.
 
-Knows: its options, what it prints. Does not know: how answers are made. torch is imported only once it has checked all that it can
-without it.
+torch is imported only once everything that needs no torch is checked.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from sparsevila_cluster.cli.options import (
     COMPUTE_CHOICES,
@@ -27,15 +26,14 @@ from sparsevila_cluster.cli.options import (
     given,
     read_sampling,
 )
-from sparsevila_cluster.cli.turn_printer import hold_turns
+from sparsevila_cluster.cli.turn_printer import print_turns
 from sparsevila_cluster.core.call_options import AskOptions
 from sparsevila_cluster.core.config import EngineConfig, build_config, load_config
+from sparsevila_cluster.core.conversation import Chat
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.progress_line import ProgressLine
-from sparsevila_cluster.core.requests import MediaSource, SamplingParams
-
-if TYPE_CHECKING:
-    from sparsevila_cluster.api.video_qa import Chat
+from sparsevila_cluster.core.requests import MediaHandle, MediaSource, SamplingParams
+from sparsevila_cluster.core.summary import ask_document, summary_line
 
 log = logging.getLogger(__name__)
 
@@ -45,25 +43,24 @@ CONFIG_OPTIONS = (
 )  # fmt: skip
 
 
-def add_to(commands: Any) -> None:
-    """The parser of `ask`."""
-    ask = commands.add_parser("ask", allow_abbrev=False, help="ask one or more questions about a video or an image")
-    add_media(ask, "VIDEO", "path of a video or an image")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `ask`."""
+    add_media(parser, "VIDEO", "path of a video or an image")
     fields = EngineConfig.model_fields
-    engine = ask.add_argument_group("model and media")
+    engine = parser.add_argument_group("model and media")
     engine.add_argument("--model", metavar="DIR", help=fields["model"].description)
     engine.add_argument("--config", metavar="FILE", help="YAML file of settings; options override it")
     add_compute_options(engine)
     engine.add_argument("--system-prompt", metavar="TEXT", help=fields["system_prompt"].description)
     add_frame_options(engine)
-    add_sparsity_options(ask, policies=True)
-    add_sampling_options(ask)
-    add_output_options(ask)
-    ask.add_argument("--heatmap", metavar="OUT.png", help="save a picture of where each question looked")
-    ask.set_defaults(run=_ask)
+    add_sparsity_options(parser, methods=True)
+    add_sampling_options(parser)
+    add_output_options(parser)
+    parser.add_argument("--heatmap", metavar="OUT.png", help="save a picture of where each question looked")
+    parser.set_defaults(run=_run)
 
 
-def _ask(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     base = load_config(args.config).model_dump() if args.config else {}
     config, sampling = build_config(**{**base, **given(args, CONFIG_OPTIONS)}), read_sampling(args)
     _check_before_loading(args, config, sampling)
@@ -77,7 +74,7 @@ def _ask(args: argparse.Namespace) -> int:
             chat = qa.conversation(qa.prepare(files, progress=progress.stage))
             progress.clear()  # reused media have no stages
             options = cast(AskOptions, {name: getattr(sampling, name) for name in SAMPLING_OPTIONS})
-            hold_turns(chat, args.questions, options, [Path(file).name for file in files], silent=args.json)
+            print_turns(chat, args.questions, options, [Path(file).name for file in files], silent=args.json)
             return _report(args, config, chat)
 
 
@@ -96,15 +93,13 @@ def _check_before_loading(args: argparse.Namespace, config: EngineConfig, sampli
             pass
 
 
-def _report(args: argparse.Namespace, config: EngineConfig, chat: Chat) -> int:
-    """What follows the answers: the heat map if wanted, then the JSON document or the trip card as the last line."""
-    from sparsevila_cluster.core.summary import ask_document, trip_card
-
+def _report(args: argparse.Namespace, config: EngineConfig, chat: Chat[MediaHandle]) -> int:
+    """What follows the answers: the heat map if wanted, then the JSON document or the summary line as the last line."""
     if args.heatmap is not None:
         from sparsevila_cluster.api.heatmap import save_picture
 
         save_picture(chat.show(), args.heatmap)
         print(f"heat map: {args.heatmap}", file=sys.stderr)
     document = ask_document(config, chat.media, chat.turns)
-    print(json.dumps(document) if args.json else trip_card(document["trip"], chat.turns[-1][1].text))
+    print(json.dumps(document) if args.json else summary_line(document["trip"], chat.turns[-1][1].text))
     return OK

@@ -1,7 +1,4 @@
-"""`sparsevila client ask|prepare|info`: the same questions, to a server.
-
-Knows: their options, what they print. Does not know: how a server is spoken to. No tensor library is imported.
-"""
+"""`sparsevila client ask|prepare|info`: the same questions, to a server. No tensor library is imported."""
 
 from __future__ import annotations
 
@@ -26,13 +23,13 @@ from sparsevila_cluster.cli.options import (
     read_sampling,
 )
 from sparsevila_cluster.cli.server_tables import show_info
-from sparsevila_cluster.cli.turn_printer import hold_turns
+from sparsevila_cluster.cli.turn_printer import print_turns
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions
 from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.progress_line import ProgressLine
 from sparsevila_cluster.core.requests import MediaHandle
-from sparsevila_cluster.core.summary import make_trip, talk_document, trip_card
+from sparsevila_cluster.core.summary import conversation_document, media_summary, summary_line
 
 if TYPE_CHECKING:
     from sparsevila_cluster.client import Client
@@ -43,10 +40,9 @@ TURN_OPTIONS = (*SAMPLING_OPTIONS, "retrieve_keep", "retrieve_mass", "refresh_ev
 MEDIA_ID = re.compile(r"[0-9a-f]{64}")
 
 
-def add_to(commands: Any) -> None:
-    """The parsers of `client` and its actions."""
-    client = commands.add_parser("client", allow_abbrev=False, help="work with a server")
-    actions = client.add_subparsers(metavar="ACTION", required=True)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The actions of `client` and their options."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     ask = _add_action(actions, "ask", "ask one or more questions about a video or an image", _ask)
     add_media(ask, "MEDIA", "path or https URL of a video or an image, or the id of prepared media")
@@ -58,17 +54,17 @@ def add_to(commands: Any) -> None:
 
     for action in (ask, prepare):
         add_frame_options(action.add_argument_group("media", "As the server is configured, unless given."))
-    add_sparsity_options(ask, policies=False)
+    add_sparsity_options(ask, methods=False)
     prepare.add_argument("--prune-keep", type=float, metavar="KEEP", help="fraction of the visual tokens that is kept, in (0, 1]")
     _add_action(actions, "info", "show pools, workers, prepared media, lanes and load", _info)
 
 
 def _add_action(actions: Any, name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     action: argparse.ArgumentParser = actions.add_parser(name, allow_abbrev=False, help=help)
-    door = GatewayConfig()
+    gateway = GatewayConfig()
     server = action.add_argument_group("server")
     server.add_argument(
-        "--target", default=f"{door.host}:{door.port}", metavar="HOST:PORT", help="where the server listens (%(default)s)"
+        "--target", default=f"{gateway.host}:{gateway.port}", metavar="HOST:PORT", help="where the server listens (%(default)s)"
     )
     server.add_argument("--api-key", metavar="K", help=f"(default: what the environment variable {KEY_VARIABLE} holds)")
     server.add_argument(
@@ -104,16 +100,16 @@ def _ask(args: argparse.Namespace) -> int:
         model = client.info()["model"] if args.json else ""
         media = _find(client, args, sources, progress)
         chat = client.conversation(media)
-        hold_turns(chat, args.questions, options, [Path(source).name for source in sources], silent=args.json)
+        print_turns(chat, args.questions, options, [Path(source).name for source in sources], silent=args.json)
         answers = [answer for _, answer in chat.turns]
         chat.close()
     if args.json:
-        # What was done, not what is configured: only the server knows that.
+        # What was done: what is configured, the server does not say.
         kept = media.visual_tokens_kept / media.visual_tokens if media.visual_tokens else 1.0
         sparsity = {"prune_keep": round(kept, 4), "retrieve_keep": round(answers[-1].usage.effective_keep, 4)}
-        print(json.dumps(talk_document(model, sparsity, media, chat.turns)))
+        print(json.dumps(conversation_document(model, sparsity, media, chat.turns)))
     else:
-        print(trip_card(make_trip(media, answers), answers[-1].text))
+        print(summary_line(media_summary(media, answers), answers[-1].text))
     return OK
 
 
@@ -139,10 +135,12 @@ def _prepare(args: argparse.Namespace) -> int:
         for files in groups:
             media = client.prepare(files, progress=progress.stage, **_prepare_options(args))
             progress.clear()
-            trip = make_trip(media, [])
-            documents.append({"files": files, "media_id": media.media_id, "reused": media.reused, "trip": trip})
+            summary = media_summary(media, [])
+            documents.append({"files": files, "media_id": media.media_id, "reused": media.reused, "trip": summary})
             if not args.json:
-                print(f"{media.media_id}\n   {' + '.join(files)}: {trip_card(trip, None)}{' (reused)' if media.reused else ''}")
+                print(
+                    f"{media.media_id}\n   {' + '.join(files)}: {summary_line(summary, None)}{' (reused)' if media.reused else ''}"
+                )
     if args.json:
         print(json.dumps({"media": documents}))
     return OK

@@ -1,10 +1,10 @@
 """The command line: what a user types, as calls; what comes back, as text or as one JSON document.
 
-Knows: exit codes, errors as one line, what goes to stdout (results) and what to stderr (progress, logs, errors).
-Does not know: what the commands do. No tensor library is imported before a command that needs one has checked all that it can.
+Results go to stdout; progress, logs and errors to stderr. No tensor library is imported before a command that needs one has
+checked its arguments.
 
-Exit codes: 0 done; 1 an error of ours or of the machine, or a demo that scores too low; 2 the user's mistake, told in
-one line that begins with `error:`; 130 interrupted; 141 the reader of stdout went away.
+Exit codes: 0 done; 1 an error of ours or of the machine, or a demo that scores too low; 2 the user's mistake, in one line that
+begins with `error:`; 130 interrupted; 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -14,15 +14,43 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from sparsevila_cluster.cli import ask_command, client_command, demo_command, quantize_command, serve_command
+from sparsevila_cluster.cli import (
+    ask_command,
+    client_command,
+    compare_command,
+    config_command,
+    demo_command,
+    quantize_command,
+    serve_command,
+)
 from sparsevila_cluster.core.errors import Internal, SparseVilaError, UserError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `sparsevila`. `add_options` also sets `run`, which gets the parsed arguments and returns the exit code."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+
+
+COMMANDS: Mapping[str, Command] = {
+    "ask": Command("ask one or more questions about a video or an image", ask_command.add_options),
+    "serve": Command("answer over gRPC, with pools of workers", serve_command.add_options),
+    "client": Command("work with a server", client_command.add_options),
+    "quantize": Command("write a checkpoint in 4 bits (AWQ), its vision tower in 8", quantize_command.add_options),
+    "compare": Command("measure how far quantized checkpoints are from their original", compare_command.add_options),
+    "demo": Command("answer questions about videos that the bundled model never saw", demo_command.add_options),
+    "config": Command("work with configuration files", config_command.add_options),
+}
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # 0 is the commands' own
 
@@ -94,11 +122,8 @@ def _logging(verbose: bool) -> Iterator[None]:
         ours.propagate = before[1]
 
 
-# ---- what can be typed -----------------------------------------------------------------------------------------------
-
-
 class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
+    """Reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(_fail(USAGE, f"error: {message} ({self.prog} --help lists the options)"))
@@ -113,9 +138,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    for command in (ask_command, serve_command, client_command, quantize_command, demo_command):
-        command.add_to(commands)
+    for name, command in COMMANDS.items():
+        command.add_options(commands.add_parser(name, allow_abbrev=False, help=command.help))
     return parser
 
 

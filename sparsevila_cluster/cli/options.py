@@ -1,7 +1,4 @@
-"""Options that several commands share, and the values that are read from them.
-
-Knows: names, legal ranges and help texts of options. Does not know: commands, or what is done with the values.
-"""
+"""Options that several commands share, and the values that are read from them."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ Parser = argparse._ActionsContainer
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and when an answer ends."""
     sampling = parser.add_argument_group("answers")
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="longest answer in tokens (256)")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 (the default) always takes the likeliest token")
@@ -40,20 +38,21 @@ def add_compute_options(parser: Parser) -> None:
 
 
 def add_frame_options(parser: Parser) -> None:
+    """How many frames of a video are sampled."""
     fields = EngineConfig.model_fields
     parser.add_argument("--fps", type=float, metavar="F", help=f"{fields['fps'].description} ({fields['fps'].default:g})")
     frames = fields["max_frames"]
     parser.add_argument("--max-frames", type=int, metavar="N", help=f"{frames.description} ({frames.default})")
 
 
-def add_sparsity_options(parser: argparse.ArgumentParser, *, policies: bool) -> None:
-    """How much is kept and retrieved; `policies`: also by which rule, which only the owner of an engine chooses."""
+def add_sparsity_options(parser: argparse.ArgumentParser, *, methods: bool) -> None:
+    """How much is kept and retrieved; `methods`: also by which method, which only the owner of an engine chooses."""
     sparsity = SparsityConfig.model_fields
     knobs = parser.add_argument_group("sparsity", "Ratios are the fraction kept, in (0, 1].")
     for side, kept in (("prune", "0.25 for video, 0.4 for images"), ("retrieve", "0.10 for video, 0.25 for images")):
         keep, policy = sparsity[f"{side}_keep"], sparsity[side]
         knobs.add_argument(f"--{side}-keep", type=_ratio, metavar="KEEP", help=f"{keep.description} ({kept})")
-        if policies:
+        if methods:
             legal = get_args(policy.annotation)
             knobs.add_argument(f"--{side}", choices=legal, help=f"{policy.description} ({policy.default})")
     knobs.add_argument("--retrieve-mass", type=_ratio, metavar="SHARE", help=sparsity["retrieve_mass"].description)
@@ -61,6 +60,7 @@ def add_sparsity_options(parser: argparse.ArgumentParser, *, policies: bool) -> 
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What is printed."""
     parser.add_argument("--json", action="store_true", help="print exactly one JSON document on stdout")
     parser.add_argument("-v", "--verbose", action="store_true", help="logs and tracebacks on stderr")
 

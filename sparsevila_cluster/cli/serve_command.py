@@ -1,7 +1,4 @@
-"""`sparsevila serve`: its options, and the configuration that they and a file make.
-
-Knows: what a user types. Does not know: how a cluster is started; Ray is imported only once the configuration is whole.
-"""
+"""`sparsevila serve`: its options, and the configuration that they and a file make."""
 
 from __future__ import annotations
 
@@ -12,20 +9,19 @@ from sparsevila_cluster.cli.options import OK
 from sparsevila_cluster.core.cluster_config import ClusterConfig, GatewayConfig, build_cluster_config, load_cluster_config
 
 
-def add_to(commands: Any) -> None:
-    """The parser of `serve`."""
-    door = GatewayConfig.model_fields
-    serve = commands.add_parser("serve", allow_abbrev=False, help="answer over gRPC, with pools of workers")
-    serve.add_argument("--config", metavar="FILE", help="YAML file of a cluster (the bundled model on this machine)")
-    serve.add_argument("--address", help="a Ray cluster that is there, as auto or HOST:PORT (one of its own)")
-    serve.add_argument("--host", help=f"{door['host'].description} ({door['host'].default})")
-    serve.add_argument("--port", type=int, metavar="P", help=f"{door['port'].description} ({door['port'].default})")
-    serve.add_argument("-v", "--verbose", action="store_true", help="logs of all processes on stderr")
-    serve.set_defaults(run=_serve)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `serve`."""
+    gateway = GatewayConfig.model_fields
+    parser.add_argument("--config", metavar="FILE", help="YAML file of a cluster (the bundled model on this machine)")
+    parser.add_argument("--address", help="a Ray cluster that is there, as auto or HOST:PORT (one of its own)")
+    parser.add_argument("--host", help=f"{gateway['host'].description} ({gateway['host'].default})")
+    parser.add_argument("--port", type=int, metavar="P", help=f"{gateway['port'].description} ({gateway['port'].default})")
+    parser.add_argument("-v", "--verbose", action="store_true", help="logs of all processes on stderr")
+    parser.set_defaults(run=_run)
 
 
-def _serve(args: argparse.Namespace) -> int:
-    config = _read_options(args)
+def _run(args: argparse.Namespace) -> int:
+    config = _read_options(args)  # complete before Ray is imported
     from sparsevila_cluster.serve.serve_cluster import serve_cluster
 
     serve_cluster(config, args.address, args.verbose)

@@ -1,8 +1,4 @@
-"""What a server tells of itself, as tables: one for each pool, and one for each other list that it sends.
-
-Knows: mappings, lists and numbers with their unit in the name. Does not know: which of them a server has; what is not a table is a
-line.
-"""
+"""What a server says of itself, as tables: one for each pool, and one for each other list; what is not a table is a line."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from sparsevila_cluster.core.summary import megabytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Where nobody watches there is no width to fit into.
+# Characters in a line where stdout is no terminal.
 WIDTH_IN_FILES = 200
 MAX_TEXT_CHARS = 64
 MAX_ROWS = 100
@@ -27,8 +23,8 @@ def show_info(target: str, info: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_FILES, highlight=False)
     facts = {name: value for name, value in info.items() if name != "details" and value not in ("", None)}
-    told = ", ".join(f"{_plain(name)} {cell(name, value)}" for name, value in facts.items())
-    console.print(f"{target}: {told}", markup=False)
+    line = ", ".join(f"{_plain(name)} {cell(name, value)}" for name, value in facts.items())
+    console.print(f"{target}: {line}", markup=False)
     details = info.get("details")
     found = list(details.items()) if isinstance(details, dict) else [("details", details)]
     for name, value in sorted(found, key=lambda item: isinstance(item[1], dict | list)):  # single facts before what takes room

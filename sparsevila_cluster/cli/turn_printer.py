@@ -1,37 +1,23 @@
-"""A turn as a person reads it: the question, the answer as it grows, where it looked, how long it took.
-
-Knows: what is printed of a turn. Does not know: who answers; a local conversation and one on a server are the same to it.
-"""
+"""A turn as a person reads it: the question, the answer as it grows, where it looked, how long it took."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, Unpack
+from collections.abc import Sequence
 
 from sparsevila_cluster.core.call_options import AskOptions
-from sparsevila_cluster.core.requests import Answer
+from sparsevila_cluster.core.conversation import Chat, M
 
 
-class Talk(Protocol):
-    """A conversation, as `VideoQA` and `Client` hold them."""
-
-    turns: list[tuple[str, Answer]]
-
-    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer: ...
-
-    def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[str]: ...
-
-
-def hold_turns(chat: Talk, questions: Sequence[str], options: AskOptions, names: Sequence[str], silent: bool) -> None:
+def print_turns(chat: Chat[M], questions: Sequence[str], options: AskOptions, names: Sequence[str], silent: bool) -> None:
     """Ask all questions, and print each turn unless `silent`. names: how the media are called."""
     for question in questions:
         if silent:
             chat.ask(question, **options)
         else:
-            _show_turn(chat, question, options, names)
+            _print_turn(chat, question, options, names)
 
 
-def _show_turn(chat: Talk, question: str, options: AskOptions, names: Sequence[str]) -> None:
+def _print_turn(chat: Chat[M], question: str, options: AskOptions, names: Sequence[str]) -> None:
     lead = f"Q: {' '.join(question.split())}\nA: "  # shown with the first piece: a refused question prints nothing
     for piece in chat.stream(question, **options):
         print(lead + piece, end="", flush=True)

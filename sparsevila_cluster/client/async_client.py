@@ -1,26 +1,20 @@
-"""The face for Python users in an event loop whose questions are answered elsewhere: the same calls as `AsyncVideoQA`.
-
-Knows: the life of a client, of its conversations, and how long each call may take. Does not know: streams, retries, messages.
-`blocking_client` is the same for blocking code, over this.
-"""
+"""`AsyncClient`, for Python users in an event loop whose questions a server answers: the same calls as `AsyncVideoQA`."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
-from dataclasses import replace
+from contextlib import aclosing
 from os import PathLike
 from typing import Any, Unpack
 
 from sparsevila_cluster.client.call_errors import RetryPolicy
 from sparsevila_cluster.client.connection import Connection, Tls, tls_of
-from sparsevila_cluster.client.media_upload import Given, MediaPayload, Progress, Upload, held_of, upload
+from sparsevila_cluster.client.media_upload import ClientSource, MediaPayload, Progress, Upload, to_local_media, upload
 from sparsevila_cluster.client.proto_messages import prepare_message, to_handle
 from sparsevila_cluster.client.turn_stream import TurnStream
-from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request, to_turn
-from sparsevila_cluster.core.deadline import wait_within
+from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request
+from sparsevila_cluster.core.conversation import AsyncChat
 from sparsevila_cluster.core.errors import DataLoss, NotFound, SparseVilaError, Unavailable
 from sparsevila_cluster.core.requests import Answer, MediaHandle, PrepareRequest, Turn, TurnEvent, check_deadline
 from sparsevila_cluster.pb import video_qa_pb2 as pb
@@ -28,7 +22,7 @@ from sparsevila_cluster.pb import video_qa_pb2 as pb
 # Deadlines of calls that name none, when the client names none for all of them.
 PREPARE_S, TURN_S, CALL_S = 600.0, 300.0, 20.0
 # How often what the server lost is uploaded again within one preparation.
-MAX_RESENDS = 2
+MAX_REUPLOADS = 2
 
 
 class AsyncClient:
@@ -77,10 +71,10 @@ class AsyncClient:
         Raises:
             BadMedia, TooLarge, QueueFull: the server's room for uploads is taken.
         """
-        return await upload(self._connection, held_of(source), self._attempts("uploading", timeout_s), progress)
+        return await upload(self._connection, to_local_media(source), self._attempts("uploading", timeout_s), progress)
 
     async def prepare(
-        self, source: Given | Sequence[Given], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
+        self, source: ClientSource | Sequence[ClientSource], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
     ) -> MediaHandle:
         """Have a video or image prepared (a path, bytes, a data URL, an https URL, an `Upload`), or several as one.
 
@@ -91,11 +85,11 @@ class AsyncClient:
         Raises:
             BadMedia, BadRequest, TooLarge, QueueFull. NotFound: an upload that expired, and cannot be sent again.
         """
-        parcel = MediaPayload(self._connection, source, progress)
+        payload = MediaPayload(self._connection, source, progress)
         # Only the options are checked here; the server decides about the media.
-        request = to_request([f"media {i}" for i in range(len(parcel))], options)
+        request = to_request([f"media {i}" for i in range(len(payload))], options)
         attempts = self._attempts("preparing media", request.deadline_s)
-        async with aclosing(self._statuses(request, parcel, attempts)) as statuses:
+        async with aclosing(self._statuses(request, payload, attempts)) as statuses:
             async for status in statuses:
                 if status.state == pb.MediaStatus.READY:
                     return to_handle(status.media)
@@ -103,7 +97,7 @@ class AsyncClient:
                     progress(status.stage, status.done, status.total)
         raise AssertionError("a preparation ends READY or with an error")
 
-    def conversation(self, media: MediaHandle | str) -> AsyncChat:
+    def conversation(self, media: MediaHandle | str) -> AsyncChat[MediaHandle | str]:
         """A new conversation about prepared media, given as its handle or its media id."""
         return AsyncChat(self, media)
 
@@ -113,22 +107,22 @@ class AsyncClient:
         try:
             return await chat.ask(question, **options)
         finally:
-            chat.close_later()
+            self._close_later(chat)
 
     def stream(self, media: MediaHandle | str, question: str, **options: Unpack[AskOptions]) -> AsyncGenerator[str, None]:
         """The text of a single question's answer in pieces: as `AsyncChat.stream`, in a conversation that is closed afterwards."""
         chat = self.conversation(media)
-        return _then_close(chat, chat.stream(question, **options))
+        return self._then_close(chat, chat.stream(question, **options))
 
     async def info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """The server's version, model and limits, and what its workers hold and do."""
-        told = await self._call("GetServerInfo", pb.GetServerInfoRequest(), "asking for information", timeout_s)
+        reply = await self._call("GetServerInfo", pb.GetServerInfoRequest(), "asking for information", timeout_s)
         try:
-            details = json.loads(told.details_json or "{}")
+            details = json.loads(reply.details_json or "{}")
         except ValueError as error:
             raise DataLoss(f"{self.target}: the details are no JSON: {error}") from error
-        limits = {name: getattr(told, name) for name in ("max_message_bytes", "max_inline_bytes", "max_upload_bytes")}
-        return {"version": told.version, "model": told.model, "fingerprint": told.fingerprint, **limits, "details": details}
+        limits = {name: getattr(reply, name) for name in ("max_message_bytes", "max_inline_bytes", "max_upload_bytes")}
+        return {"version": reply.version, "model": reply.model, "fingerprint": reply.fingerprint, **limits, "details": details}
 
     async def media(self, media_id: str, *, timeout_s: float | None = None) -> MediaHandle:
         """What was prepared under this id. Raises NotFound."""
@@ -136,8 +130,17 @@ class AsyncClient:
 
     async def delete_media(self, media_id: str, *, timeout_s: float | None = None) -> bool:
         """Forget prepared media. False: there was nothing to forget."""
-        told = await self._call("DeleteMedia", pb.DeleteMediaRequest(media_id=media_id), "deleting media", timeout_s)
-        return bool(told.deleted)
+        reply = await self._call("DeleteMedia", pb.DeleteMediaRequest(media_id=media_id), "deleting media", timeout_s)
+        return bool(reply.deleted)
+
+    def turn_events(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
+        """The events of a turn; conversations ask through it. Closing the generator early aborts the turn."""
+        return TurnStream(self._connection, turn, self.turn_limit_s(turn.deadline_s)).events()
+
+    async def close_conversation(self, conversation_id: str) -> None:
+        """Free the KV of a conversation; its media stays."""
+        message = pb.CloseConversationRequest(conversation_id=conversation_id)
+        await self._call("CloseConversation", message, "closing a conversation", None)
 
     async def close(self) -> None:
         """Abort what runs and disconnect. Idempotent."""
@@ -162,6 +165,18 @@ class AsyncClient:
         """The longest that any other call with this deadline lets its caller wait."""
         return timeout_s or self._timeout_s or CALL_S
 
+    def _close_later(self, chat: AsyncChat[MediaHandle | str]) -> None:
+        """Close a conversation without waiting for it, or hearing of its errors."""
+        self._connection.run_in_background(chat.close())
+
+    async def _then_close(self, chat: AsyncChat[MediaHandle | str], pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self._close_later(chat)
+
     async def _call(self, method: str, message: Any, what: str, timeout_s: float | None) -> Any:
         check_deadline(timeout_s)
         return await self._connection.call(method, message, self.call_limit_s(timeout_s), what)
@@ -171,12 +186,12 @@ class AsyncClient:
         return RetryPolicy(self.prepare_limit_s(timeout_s), f"{self.target}: {what}")
 
     async def _statuses(
-        self, request: PrepareRequest, parcel: MediaPayload, attempts: RetryPolicy
+        self, request: PrepareRequest, payload: MediaPayload, attempts: RetryPolicy
     ) -> AsyncGenerator[pb.MediaStatus, None]:
         """Statuses until READY. A preparation is named by its content, so it may be asked for as often as needed."""
-        num_resends = 0
+        num_reuploads = 0
         while True:
-            message = prepare_message(request, await parcel.pack(attempts))
+            message = prepare_message(request, await payload.pack(attempts))
             try:
                 async with aclosing(
                     self._connection.stream("PrepareMedia", message, attempts.left_s(), "preparing media")
@@ -187,96 +202,8 @@ class AsyncClient:
                             return
                 raise Unavailable(f"{self.target}: preparing media ended without a result")
             except NotFound:
-                num_resends += 1
-                if num_resends > MAX_RESENDS or not await parcel.send_again(attempts):
+                num_reuploads += 1
+                if num_reuploads > MAX_REUPLOADS or not await payload.upload_again(attempts):
                     raise
             except SparseVilaError as error:
                 await self._connection.again(attempts, error)
-
-
-class AsyncChat:
-    """One conversation: each question sees the video and all earlier questions and answers.
-
-    media: what it is about, as it was given. conversation_id: how the server calls it; "" before the first question.
-    """
-
-    def __init__(self, client: AsyncClient, media: MediaHandle | str):
-        self._client = client
-        self.media = media
-        self.conversation_id = ""
-        self.turns: list[tuple[str, Answer]] = []
-        self._first = asyncio.Lock()
-
-    async def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
-        """The whole answer.
-
-        Options: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, seed, stop), `retrieve_keep`, `retrieve_mass`
-        and `refresh_every` for this turn, `evidence=False` to save its cost, `timeout_s`.
-
-        Raises:
-            BadRequest, TooLarge, NotFound, QueueFull, DeadlineExceeded, Internal. The conversation is then as it was before.
-        """
-        turn = self._turn(question, options)
-        return self._keep(turn, [event async for event in self._events(turn)])
-
-    def stream(self, question: str, **options: Unpack[AskOptions]) -> AsyncGenerator[str, None]:
-        """The answer's text in pieces. Options and errors as for `ask`.
-
-        Leaving early aborts the turn and forgets it: at once with `aclose()`, and as soon as nothing refers to the iterator any
-        more without. After the last piece the whole answer is the last of `turns`.
-        """
-        return self._pieces(self._turn(question, options))
-
-    async def close(self) -> None:
-        """Free the conversation's KV; its media stays."""
-        if self.conversation_id:
-            message = pb.CloseConversationRequest(conversation_id=self.conversation_id)
-            await self._client._call("CloseConversation", message, "closing a conversation", None)
-
-    def close_later(self) -> None:
-        """`close` without waiting for it, or hearing of its errors."""
-        self._client._connection.leave_behind(self.close())
-
-    def _turn(self, question: str, options: AskOptions) -> Turn:
-        media_id = self.media if isinstance(self.media, str) else self.media.media_id
-        return to_turn(self.conversation_id, media_id, question, options)
-
-    async def _pieces(self, turn: Turn) -> AsyncGenerator[str, None]:
-        events = []
-        async with aclosing(self._events(turn)) as arriving:
-            async for event in arriving:
-                events.append(event)
-                if event.text:
-                    yield event.text
-        self._keep(turn, events)
-
-    async def _events(self, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
-        limit_s = self._client.turn_limit_s(turn.deadline_s)
-        with ExitStack() as first:
-            if not self.conversation_id:  # questions that come before the first one was accepted belong to the same conversation
-                await wait_within(self._first.acquire(), limit_s, "the first question of the conversation")
-                first.callback(self._first.release)
-            asking = TurnStream(self._client._connection, replace(turn, conversation_id=self.conversation_id), limit_s)
-            try:
-                async with aclosing(asking.events()) as events:
-                    async for event in events:
-                        self.conversation_id = asking.conversation_id
-                        if self.conversation_id:
-                            first.close()
-                        yield event
-            finally:
-                self.conversation_id = asking.conversation_id
-
-    def _keep(self, turn: Turn, events: Sequence[TurnEvent]) -> Answer:
-        answer = Answer.from_events(events)
-        self.turns.append((turn.question, answer))
-        return answer
-
-
-async def _then_close(chat: AsyncChat, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    try:
-        async with aclosing(pieces):
-            async for piece in pieces:
-                yield piece
-    finally:
-        chat.close_later()

@@ -1,26 +1,22 @@
-"""The face for Python users who block: `AsyncClient`, run by an event loop in a thread of its own.
-
-Knows: how long each call may take. Does not know: what the calls do, or how threads wait for them.
-"""
+"""`AsyncClient` for Python users who block."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
-from sparsevila_cluster.client.async_client import AsyncChat, AsyncClient
+from sparsevila_cluster.client.async_client import AsyncClient
 from sparsevila_cluster.client.connection import Tls
-from sparsevila_cluster.client.media_upload import Given, Progress, Upload
+from sparsevila_cluster.client.media_upload import ClientSource, Progress, Upload
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source
+from sparsevila_cluster.core.conversation import Chat
 from sparsevila_cluster.core.deadline import GRACE_S
-from sparsevila_cluster.core.event_loop_thread import EventLoopThread
+from sparsevila_cluster.core.event_loop_thread import Blocking
 from sparsevila_cluster.core.requests import Answer, MediaHandle
 
-R = TypeVar("R")
 
-
-class Client:
+class Client(Blocking[AsyncClient]):
     """Questions about videos and images, to a server.
 
         with Client.connect("videos.example.org:8600", api_key=key, tls=True) as client:
@@ -32,9 +28,8 @@ class Client:
     """
 
     def __init__(self, client: AsyncClient):
+        super().__init__(client, "Client")
         self.target = client.target
-        self._async = client
-        self._thread = EventLoopThread("Client")
 
     @classmethod
     def connect(
@@ -54,15 +49,15 @@ class Client:
         return self._run(self._async.upload(source, progress=progress, timeout_s=timeout_s), limit_s)
 
     def prepare(
-        self, source: Given | Sequence[Given], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
+        self, source: ClientSource | Sequence[ClientSource], *, progress: Progress | None = None, **options: Unpack[PrepareOptions]
     ) -> MediaHandle:
         """Have a video or image prepared, or several as one. `progress` is called in another thread."""
         limit_s = self._async.prepare_limit_s(options.get("timeout_s"))
         return self._run(self._async.prepare(source, progress=progress, **options), limit_s)
 
-    def conversation(self, media: MediaHandle | str) -> Chat:
+    def conversation(self, media: MediaHandle | str) -> Chat[MediaHandle | str]:
         """A new conversation about prepared media, given as its handle or its media id."""
-        return Chat(self, self._async.conversation(media))
+        return Chat(self._async.conversation(media), self._thread)
 
     def ask(self, media: MediaHandle | str, question: str, **options: Unpack[AskOptions]) -> Answer:
         """The answer to a single question: a conversation of its own, which is closed afterwards."""
@@ -88,43 +83,3 @@ class Client:
     def close(self) -> None:
         """Abort what runs and disconnect. Idempotent."""
         self._thread.close(self._async.close(), 2 * GRACE_S)
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _run(self, work: Coroutine[Any, Any, R], limit_s: float) -> R:
-        return self._thread.run(work, limit_s)
-
-
-class Chat:
-    """One conversation: each question sees the video and all earlier questions and answers."""
-
-    def __init__(self, client: Client, chat: AsyncChat):
-        self._client = client
-        self._chat = chat
-        self.media = chat.media
-        self.turns = chat.turns
-
-    @property
-    def conversation_id(self) -> str:
-        """How the server calls it; "" before the first question."""
-        return self._chat.conversation_id
-
-    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
-        """The whole answer. Options and errors as for `AsyncChat.ask`."""
-        limit_s = self._client._async.turn_limit_s(options.get("timeout_s"))
-        return self._client._run(self._chat.ask(question, **options), limit_s)
-
-    def stream(self, question: str, **options: Unpack[AskOptions]) -> Iterator[str]:
-        """The answer's text in pieces. Leaving early aborts the turn and forgets it; after the last piece the whole answer is the
-        last of `turns`.
-        """
-        limit_s = self._client._async.turn_limit_s(options.get("timeout_s"))
-        return self._client._thread.iterate(self._chat.stream(question, **options), limit_s)
-
-    def close(self) -> None:
-        """Free the conversation's KV; its media stays."""
-        self._client._run(self._chat.close(), self._client._async.call_limit_s())

@@ -1,7 +1,4 @@
-"""What went wrong on the way to a server, as an error of the house; and when the same call may be made again.
-
-Knows: gRPC status codes, the typed failure that a server adds to them, growing pauses. Does not know: what is called.
-"""
+"""gRPC errors as typed errors, and when the same call may be made again."""
 
 from __future__ import annotations
 
@@ -34,9 +31,9 @@ RETRY_FOR_S = 20.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 MAX_REFUSALS = 5
 # What gRPC itself says of a stream whose other end went away, under codes that servers use for other things.
-MADE_UP_STATUS = "Internal error from Core"
+SYNTHETIC_STATUS = "Internal error from Core"
 BROKEN = (
-    MADE_UP_STATUS.lower(), "rst_stream", "stream terminated", "stream removed", "goaway", "connection reset", "socket closed",
+    SYNTHETIC_STATUS.lower(), "rst_stream", "stream terminated", "stream removed", "goaway", "connection reset", "socket closed",
 )  # fmt: skip
 OF_CODE: dict[str, type[SparseVilaError]] = {
     "INVALID_ARGUMENT": BadRequest,
@@ -57,9 +54,9 @@ OF_CODE: dict[str, type[SparseVilaError]] = {
 
 def to_error(error: grpc.aio.AioRpcError, target: str, what: str) -> SparseVilaError:
     """The error that the server meant, or the one that its status code says. Its message begins with the target."""
-    told = _failure(error)
-    if told is not None:
-        return from_failure({**told, "message": f"{target}: {told.get('message', '')}"})
+    failure = _failure(error)
+    if failure is not None:
+        return from_failure({**failure, "message": f"{target}: {failure.get('message', '')}"})
     code, details = error.code().name, error.details() or error.code().name
     message = f"{target}: {what}: {details}"
     if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:
@@ -74,10 +71,10 @@ def _failure(error: grpc.aio.AioRpcError) -> dict[str, object] | None:
     for key, value in error.trailing_metadata() or ():
         if key == FAILURE_KEY and isinstance(value, bytes):
             try:
-                told = msgpack.unpackb(value)
+                failure = msgpack.unpackb(value)
             except (ValueError, msgpack.UnpackException):  # the status code has to do
                 return None
-            return told if isinstance(told, dict) else None
+            return failure if isinstance(failure, dict) else None
     return None
 
 
@@ -134,6 +131,6 @@ def closed_error(target: str) -> Unavailable:
 
 
 def is_cancelled() -> bool:
-    """Whether the running task was told to stop, as opposed to the call that it waits for."""
+    """Whether the running task was cancelled, as opposed to the call that it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,7 +1,4 @@
-"""One channel to a server: made when first used, and every call on it with a deadline and errors of the house.
-
-Knows: channels, credentials, keys, when a call is made again. Does not know: what the calls mean.
-"""
+"""One channel to a server: made when first used; every call on it has a deadline and raises typed errors."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from typing import Any
 
 import grpc.aio
 
-from sparsevila_cluster.client.call_errors import MADE_UP_STATUS, RetryPolicy, closed_error, is_cancelled, to_error
+from sparsevila_cluster.client.call_errors import SYNTHETIC_STATUS, RetryPolicy, closed_error, is_cancelled, to_error
 from sparsevila_cluster.core.deadline import GRACE_S, wait_within
 from sparsevila_cluster.core.errors import BadRequest, SparseVilaError, Unavailable
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
@@ -31,7 +28,7 @@ STATUS_WITHIN_S = 0.2
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
-    ("grpc.max_send_message_length", -1),  # the server knows its limit
+    ("grpc.max_send_message_length", -1),  # the server has a limit of its own
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -84,7 +81,7 @@ class Connection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
-        self._behind: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
         """Make the channel unless it is there. Raises Unavailable: closed. BadRequest: it belongs to another event loop."""
@@ -159,19 +156,19 @@ class Connection:
         finally:
             replies.cancel()
 
-    def leave_behind(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Do something that nobody waits for, within GRACE_S; closing waits for it. What it raises is only logged."""
+    def run_in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run `work`, at most GRACE_S, without waiting for it; `close` does. Its errors are only logged."""
         if self.closed:
             work.close()
             return
         task = asyncio.ensure_future(_quietly(work))
-        self._behind.add(task)
-        task.add_done_callback(self._behind.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
         """End what runs, and the channel. Idempotent."""
-        if self._behind and self._loop is asyncio.get_running_loop():
-            await asyncio.wait(tuple(self._behind), timeout=2 * GRACE_S)
+        if self._background and self._loop is asyncio.get_running_loop():
+            await asyncio.wait(tuple(self._background), timeout=2 * GRACE_S)
         self.closed = True
         channel, self._channel = self._channel, None
         if channel is not None:
@@ -214,7 +211,7 @@ async def _status_of(call: grpc.aio.StreamUnaryCall) -> grpc.aio.AioRpcError:
     If that came first, it is lost, and the call counts as cut: made again, it is refused again.
     """
     until_s = time.monotonic() + STATUS_WITHIN_S
-    while await call.details() == MADE_UP_STATUS and time.monotonic() < until_s:
+    while await call.details() == SYNTHETIC_STATUS and time.monotonic() < until_s:
         await asyncio.sleep(0.005)
     return grpc.aio.AioRpcError(
         await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
@@ -223,6 +220,6 @@ async def _status_of(call: grpc.aio.StreamUnaryCall) -> grpc.aio.AioRpcError:
 
 async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
     try:
-        await wait_within(work, GRACE_S, "what was left behind")
+        await wait_within(work, GRACE_S, "work in the background")
     except SparseVilaError as error:
         log.info("%s", error)

@@ -1,7 +1,4 @@
-"""How media reach the server: inside the request when small, otherwise uploaded in pieces first, and named.
-
-Knows: files, bytes, data URLs and other URLs, the server's limits. Does not know: what is in the media, or how it is prepared.
-"""
+"""How media reach the server: inside the request when small, otherwise uploaded in pieces first, and named by their upload id."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from urllib.parse import unquote_to_bytes
 from sparsevila_cluster.client.call_errors import RetryPolicy
 from sparsevila_cluster.client.connection import Connection
 from sparsevila_cluster.core.call_options import Source, list_sources
-from sparsevila_cluster.core.display import Shown
+from sparsevila_cluster.core.display import ReprMixin
 from sparsevila_cluster.core.errors import BadMedia, SparseVilaError
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 
@@ -36,7 +33,7 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalMedia:
     """Media that this side has: the path of a file, or bytes. `kind` is "video", "image" or "auto"."""
 
     data: str | bytes
@@ -44,6 +41,7 @@ class Held:
 
     @property
     def name(self) -> str:
+        """Its file name, or its size where it has none."""
         return os.path.basename(self.data) if isinstance(self.data, str) else f"{len(self.data)} bytes"
 
     def size(self) -> int:
@@ -73,20 +71,20 @@ class Held:
 
 
 @dataclass(frozen=True, repr=False)
-class Upload(Shown):
+class Upload(ReprMixin):
     """Media that the server keeps for `expires_in_s`: give it to `prepare`, alone or among others.
 
-    num_bytes: its size; digest: BLAKE2b-256 of the bytes, in hex; held: what was sent, to send it again should the server lose it.
+    num_bytes: its size; digest: BLAKE2b-256 of the bytes, in hex; local: what was sent, to send it again should the server lose it.
     """
 
     upload_id: str
     num_bytes: int
     digest: str
     expires_in_s: float
-    held: Held | None = field(default=None, repr=False, compare=False)
+    local: LocalMedia | None = field(default=None, repr=False, compare=False)
 
 
-Given = Source | Upload
+ClientSource = Source | Upload
 
 
 class MediaPayload:
@@ -96,7 +94,7 @@ class MediaPayload:
         BadRequest: something that is no source. BadMedia: a data URL that is none.
     """
 
-    def __init__(self, connection: Connection, given: Given | Sequence[Given], progress: Progress | None):
+    def __init__(self, connection: Connection, given: ClientSource | Sequence[ClientSource], progress: Progress | None):
         self._connection = connection
         self._progress = progress
         several = given if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
@@ -109,13 +107,13 @@ class MediaPayload:
         """The sources as a request names them, after everything was uploaded that has to be, once.
 
         Raises:
-            BadMedia: a file that cannot be read. Whatever the server tells of an upload.
+            BadMedia: a file that cannot be read. What the server raises for an upload.
         """
         packed = []
-        sizes = {i: await asyncio.to_thread(one.size) for i, one in enumerate(self._sources) if isinstance(one, Held)}
+        sizes = {i: await asyncio.to_thread(one.size) for i, one in enumerate(self._sources) if isinstance(one, LocalMedia)}
         room_bytes = await self._inline_bytes(attempts) if sizes else 0
         for i, source in enumerate(self._sources):
-            if isinstance(source, Held):
+            if isinstance(source, LocalMedia):
                 if sizes[i] <= room_bytes:
                     room_bytes -= sizes[i]
                     packed.append(pb.MediaSource(inline=await asyncio.to_thread(_all_of, source), kind=source.kind))
@@ -129,18 +127,18 @@ class MediaPayload:
                 packed.append(pb.MediaSource(url=source))
         return packed
 
-    async def send_again(self, attempts: RetryPolicy) -> bool:
-        """Upload once more what the server does not know any more. False: nothing was uploaded from here.
+    async def upload_again(self, attempts: RetryPolicy) -> bool:
+        """Upload once more what the server may have lost. False: nothing was uploaded from here.
 
         Raises:
-            BadMedia: a file is not any more what was uploaded. Whatever the server tells of an upload.
+            BadMedia: a file is not any more what was uploaded. What the server raises for an upload.
         """
         sent = False
         for i, source in enumerate(self._sources):
-            if isinstance(source, Upload) and source.held is not None:
-                again = await upload(self._connection, source.held, attempts, self._progress)
+            if isinstance(source, Upload) and source.local is not None:
+                again = await upload(self._connection, source.local, attempts, self._progress)
                 if again.digest != source.digest:
-                    raise BadMedia(f"{source.held.name!r} has changed since it was uploaded")
+                    raise BadMedia(f"{source.local.name!r} has changed since it was uploaded")
                 self._sources[i], sent = again, True
         return sent
 
@@ -150,9 +148,9 @@ class MediaPayload:
         return min(info.max_inline_bytes, max(0, info.max_message_bytes - MESSAGE_ROOM_BYTES))
 
 
-async def upload(connection: Connection, held: Held, attempts: RetryPolicy, progress: Progress | None) -> Upload:
+async def upload(connection: Connection, local: LocalMedia, attempts: RetryPolicy, progress: Progress | None) -> Upload:
     """Send the bytes in pieces; once more from the start if the connection breaks, for an upload is nothing before it is whole."""
-    async with aclosing(_steps(connection, held, attempts)) as steps:
+    async with aclosing(_steps(connection, local, attempts)) as steps:
         async for step in steps:
             if isinstance(step, Upload):
                 return step
@@ -161,57 +159,59 @@ async def upload(connection: Connection, held: Held, attempts: RetryPolicy, prog
     raise AssertionError("an upload ends with its id or with an error")
 
 
-async def _steps(connection: Connection, held: Held, attempts: RetryPolicy) -> AsyncGenerator[tuple[int, int] | Upload, None]:
+async def _steps(
+    connection: Connection, local: LocalMedia, attempts: RetryPolicy
+) -> AsyncGenerator[tuple[int, int] | Upload, None]:
     """(bytes on their way, of how many), many times; then the upload."""
     while True:
-        num_sent, total = 0, await asyncio.to_thread(held.size)
+        num_sent, total = 0, await asyncio.to_thread(local.size)
         try:
-            sending = connection.send("UploadMedia", _pieces(held), attempts.left_s(), f"uploading {held.name!r}")
+            sending = connection.send("UploadMedia", _pieces(local), attempts.left_s(), f"uploading {local.name!r}")
             async with aclosing(sending) as messages:
                 async for message in messages:
                     if isinstance(message, pb.MediaChunk):
                         num_sent += len(message.data)
                         yield num_sent, max(total, num_sent)
                     else:
-                        yield Upload(message.upload_id, message.num_bytes, message.digest, message.expires_in_s, held)
+                        yield Upload(message.upload_id, message.num_bytes, message.digest, message.expires_in_s, local)
             return
         except SparseVilaError as error:
             await connection.again(attempts, error)
 
 
-async def _pieces(held: Held) -> AsyncGenerator[pb.MediaChunk, None]:
-    is_first, name = True, held.name if isinstance(held.data, str) else ""
-    with await asyncio.to_thread(held.open) as file:
+async def _pieces(local: LocalMedia) -> AsyncGenerator[pb.MediaChunk, None]:
+    is_first, name = True, local.name if isinstance(local.data, str) else ""
+    with await asyncio.to_thread(local.open) as file:
         while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
-            yield pb.MediaChunk(data=piece, file_name=name, kind=held.kind) if is_first else pb.MediaChunk(data=piece)
+            yield pb.MediaChunk(data=piece, file_name=name, kind=local.kind) if is_first else pb.MediaChunk(data=piece)
             is_first = False
 
 
-def _all_of(held: Held) -> bytes:
-    with held.open() as file:
+def _all_of(local: LocalMedia) -> bytes:
+    with local.open() as file:
         return file.read()
 
 
-def held_of(source: Source) -> Held:
+def to_local_media(source: Source) -> LocalMedia:
     """Media that this side has. Raises BadRequest: no source, or a URL. BadMedia: a data URL that is none."""
     found = _source(source)
-    if isinstance(found, Held):
+    if isinstance(found, LocalMedia):
         return found
     raise BadMedia(f"only what is here can be uploaded: a path, bytes or a data URL, got {found!r}")
 
 
-def _source(source: Source) -> Held | str:
+def _source(source: Source) -> LocalMedia | str:
     """What a user gave: something that is here, or the URL of something elsewhere."""
     (one,) = list_sources([source])
     if isinstance(one, bytes):
-        return Held(one)
+        return LocalMedia(one)
     text = fspath(one)
     if text[:5].lower() == "data:":
         return _data_url(text)
-    return text if isinstance(one, str) and URL.match(text) else Held(text)
+    return text if isinstance(one, str) and URL.match(text) else LocalMedia(text)
 
 
-def _data_url(url: str) -> Held:
+def _data_url(url: str) -> LocalMedia:
     head, comma, body = url[5:].partition(",")
     kind = head.partition("/")[0].strip().lower()
     if not comma or not head.lower().endswith("base64"):
@@ -221,4 +221,4 @@ def _data_url(url: str) -> Held:
         data = base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
     except binascii.Error as error:
         raise BadMedia(f"{url[:60]!r} is not base64: {error}") from error
-    return Held(data, kind if kind in ("video", "image") else "auto")
+    return LocalMedia(data, kind if kind in ("video", "image") else "auto")

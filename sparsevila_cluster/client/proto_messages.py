@@ -1,7 +1,4 @@
-"""Messages of the service and the words of `request`, each as the other.
-
-Knows: which field means what. Does not know: connections.
-"""
+"""Messages of the service from our requests, and our results from its messages."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ def prepare_message(request: PrepareRequest, sources: Sequence[pb.MediaSource]) 
     )
 
 
-def ask_message(turn: Turn, conversation_id: str, said: Sequence[int], brownout: float) -> pb.AskRequest:
-    """A question, or the rest of its answer behind the tokens `said`, which came under this `brownout`."""
+def ask_message(turn: Turn, conversation_id: str, token_ids_so_far: Sequence[int], brownout: float) -> pb.AskRequest:
+    """A question, or the rest of its answer behind the tokens `token_ids_so_far`, which came under this `brownout`."""
     wish = _filled(pb.Retrieval, keep=turn.retrieve_keep, mass=turn.retrieve_mass, refresh_every=turn.refresh_every)
     return _filled(
         pb.AskRequest,
@@ -35,7 +32,7 @@ def ask_message(turn: Turn, conversation_id: str, said: Sequence[int], brownout:
         retrieval=wish,
         want_evidence=turn.want_evidence,
         turn_id=turn.turn_id,
-        said_token_ids=said,
+        said_token_ids=token_ids_so_far,
         said_brownout=brownout,
     )
 
@@ -94,11 +91,11 @@ def to_event(turn_id: str, event: pb.AskEvent) -> TurnEvent | None:
     return None
 
 
-def _finish_reason(told: str) -> FinishReason:
+def _finish_reason(reason: str) -> FinishReason:
     try:
-        return FinishReason(told)
+        return FinishReason(reason)
     except ValueError:
-        raise DataLoss(f"an answer ended for {told!r}; legal: {', '.join(FinishReason)}") from None
+        raise DataLoss(f"an answer ended for {reason!r}; legal: {', '.join(FinishReason)}") from None
 
 
 def _usage(usage: pb.Usage) -> Usage:
@@ -120,7 +117,7 @@ def _frame(seen: pb.EvidenceFrame) -> FrameEvidence:
     """The heat of a frame as shares of its tokens, which sum to the frame's share.
 
     Heat has 256 levels: a cell's share is exact to half of 1/255 of the hottest one's. The tokens that survived pruning are not
-    told apart from those that did not; only the retrieved ones are known to have.
+    distinguished from those that did not; only the retrieved ones are known to have.
     """
     rows, cols, heat = seen.rows, seen.cols, seen.heat
     if len(heat) != rows * cols:

@@ -1,11 +1,8 @@
-"""The events of one turn, over as many streams as it takes: a lost stream goes on at the next token.
+r"""The events of one turn, over as many streams as it takes: a lost stream goes on at the next token.
 
-    asked -> accepted -> token* -> evidence? -> done
-      |         \\-- stream lost: asked again with the tokens so far, under the conversation id last told -> token*
-      \\-- stream lost: asked again from the start, because nothing was accepted
-
-Knows: which tokens have arrived, and whether the question was accepted. Does not know: conversations, sources, or what text is
-made of the events.
+asked -> accepted -> token* -> evidence? -> done
+  |         \-- stream lost: asked again with the tokens so far, under the latest conversation id -> token*
+  \-- stream lost: asked again from the start, because nothing was accepted
 """
 
 from __future__ import annotations
@@ -21,13 +18,13 @@ from sparsevila_cluster.core.errors import DataLoss, SparseVilaError, Unavailabl
 from sparsevila_cluster.core.requests import Turn, TurnEvent
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 
-# The server may still run the turn of a stream that only this client lost, maybe before it heard of it: how long the server is
+# The server may still run the turn of a stream that only this client lost, maybe before it noticed the loss: how long the server is
 # asked to stop it before the turn is asked again.
 STOP_WITHIN_S = 2.0
 
 
 class TurnStream:
-    """One turn. `conversation_id` is the one last told, under which the conversation goes on."""
+    """One turn. `conversation_id` is the latest one from the server, under which the conversation goes on."""
 
     def __init__(self, connection: Connection, turn: Turn, within_s: float):
         self.turn = turn
@@ -36,66 +33,68 @@ class TurnStream:
         self._connection = connection
         self._within_s = within_s
         self._where = f"{connection.target}: turn {turn.turn_id}"
-        self._said: list[int] = []
+        self._token_ids: list[int] = []
         self._brownout = 0.0
-        self._told: set[str] = set()
+        self._yielded: set[str] = set()
 
     async def events(self) -> AsyncGenerator[TurnEvent, None]:
         """Each event once: accepted, token (indices without a gap), evidence, done. Leaving early aborts the turn.
 
+        `accepted` comes again only where the conversation goes on under another id.
+
         Raises:
-            What the server tells. Unavailable: it cannot be reached. DeadlineExceeded. DataLoss: a token that is out of order.
+            What the server raises. Unavailable: it cannot be reached. DeadlineExceeded. DataLoss: a token that is out of order.
         """
         attempts = RetryPolicy(self._within_s, self._where)
         try:
-            while "done" not in self._told:
-                num_said = len(self._said)
+            while "done" not in self._yielded:
+                num_known = len(self._token_ids)
                 try:
                     async with aclosing(self._stream(attempts.left_s())) as arriving:
                         async for event in arriving:
                             for new in self._take(event):
                                 yield new
-                    if "done" not in self._told:
+                    if "done" not in self._yielded:
                         raise Unavailable(f"{self._where}: the stream ended early")
                 except SparseVilaError as error:
-                    if len(self._said) > num_said:
+                    if len(self._token_ids) > num_known:
                         attempts.worked()
                     await self._connection.again(attempts, error)
                     if isinstance(error, Unavailable):
                         await self._stop_other_stream()
         except (GeneratorExit, asyncio.CancelledError):
-            if "done" not in self._told:
-                self._connection.leave_behind(self._abort())
+            if "done" not in self._yielded:
+                self._connection.run_in_background(self._abort())
             raise
 
     def _stream(self, within_s: float) -> AsyncGenerator[pb.AskEvent, None]:
         self.num_streams += 1
-        message = ask_message(self.turn, self.conversation_id, self._said, self._brownout)
+        message = ask_message(self.turn, self.conversation_id, self._token_ids, self._brownout)
         return self._connection.stream("Ask", message, within_s, f"turn {self.turn.turn_id}")
 
     def _take(self, message: pb.AskEvent) -> Iterator[TurnEvent]:
-        """The event in a message, unless an earlier stream told it already."""
+        """The event in a message, unless an earlier stream yielded it already."""
         event = to_event(self.turn.turn_id, message)
         if event is None:
             return
+        moved = event.kind == "accepted" and event.conversation_id not in ("", self.conversation_id)
         self.conversation_id = event.conversation_id or self.conversation_id
         if event.kind == "token":
-            if event.index != len(self._said):
-                raise DataLoss(f"{self._where}: token {event.index} arrived where token {len(self._said)} was due")
-            self._said += event.token_ids
+            if event.index != len(self._token_ids):
+                raise DataLoss(f"{self._where}: token {event.index} arrived where token {len(self._token_ids)} was due")
+            self._token_ids += event.token_ids
             self._brownout = event.brownout
-        elif event.kind in self._told:
+        elif event.kind in self._yielded and not moved:
             return
-        elif event.kind == "done" and message.done.num_tokens != len(self._said):
-            num_said = message.done.num_tokens
-            raise DataLoss(f"{self._where}: {len(self._said)} tokens arrived of an answer of {num_said}")
-        self._told.add(event.kind)
+        elif event.kind == "done" and message.done.num_tokens != len(self._token_ids):
+            raise DataLoss(f"{self._where}: {len(self._token_ids)} tokens arrived of an answer of {message.done.num_tokens}")
+        self._yielded.add(event.kind)
         yield event
 
     async def _stop_other_stream(self) -> None:
         try:
             await self._abort(STOP_WITHIN_S)
-        except SparseVilaError:  # whoever ran it is gone, and the turn with it
+        except SparseVilaError:  # the worker is gone, and the turn with it
             pass
 
     async def _abort(self, within_s: float = STOP_WITHIN_S) -> None:

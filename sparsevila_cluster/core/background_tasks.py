@@ -1,7 +1,4 @@
-"""Work that nobody waits for: an owner that keeps it, logs how it failed, and ends it with the router.
-
-Knows: tasks. Does not know: what they do.
-"""
+"""Tasks that nobody waits for: their owner keeps them, logs their errors, and ends them when it is closed."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundTasks:
-    """Used within one event loop. Every errand has a deadline of its own."""
+    """Used within one event loop. Every task has a deadline of its own."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()

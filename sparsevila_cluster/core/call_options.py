@@ -1,7 +1,4 @@
-"""What users write in a call, as requests and turns.
-
-Knows: the keyword options of `prepare` and `ask`, for Python and for type checkers. Does not know: who serves them.
-"""
+"""What users write in a call, as requests and turns."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""One frozen configuration for the whole cluster: pools, lanes, router and door around one engine configuration.
-
-Knows: every knob of the cluster, its default and legal range. Does not know: Ray, sockets or devices. The same YAML file serves
-`sparsevila serve`, `serve deploy` and tests.
-"""
+"""One frozen configuration for the whole cluster: pools, transport, router and gateway around one engine configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +27,9 @@ class TransportConfig(FrozenConfig):
     dial_timeout_s: float = Field(10.0, gt=0, description="Deadline for building a lane.")
     beat_s: float = Field(1.0, gt=0, description="Seconds between two signs of life on a lane.")
     silence_s: float = Field(5.0, gt=0, description="A lane without a sign of life for this long is lost.")
-    lease_s: float = Field(30.0, gt=0, description="A transfer that nothing is heard of for this long gives its bytes back.")
+    lease_s: float = Field(
+        30.0, gt=0, description="A transfer without progress for this long is given up, and its bytes are freed."
+    )
     max_lanes: int = Field(64, ge=1, description="Lanes of one worker; idle ones are closed first.")
 
 
@@ -62,7 +60,7 @@ class DecodeConfig(PoolConfig):
 
 
 class RouterConfig(FrozenConfig):
-    """The replicas that clients speak to."""
+    """The replicas that clients connect to."""
 
     replicas: int = Field(1, ge=1, description="Routers.")
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one router.")

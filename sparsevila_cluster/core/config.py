@@ -1,8 +1,4 @@
-"""One frozen configuration for the engine, complete before anything starts.
-
-Knows: every knob, its default, its legal range and what it is for. One YAML file, keyword arguments of `VideoQA` and command
-line options all end here. Does not know: tensors, checkpoints or devices; `auto` is resolved once by whoever loads the model.
-"""
+"""One frozen configuration for the engine, complete before anything starts."""
 
 from __future__ import annotations
 
@@ -15,6 +11,13 @@ from sparsevila_cluster.core.errors import BadConfig
 
 GIB = 1024**3
 MIB = 1024**2
+
+# What `None` and `auto` of a SparsityConfig stand for, by the kind of the media; ratios are the fraction kept.
+DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
+DEFAULT_PRUNE_SCOPE: dict[str, Literal["global", "per_group"]] = {"video": "per_group", "image": "global"}
+DEFAULT_RETRIEVE_KEEP = {"video": 0.10, "image": 0.25}
+# The most that a mass may take where nobody names a `retrieve_keep`: above half, packing saves little.
+DEFAULT_MASS_CAP = 0.5
 
 
 class FrozenConfig(BaseModel):
@@ -69,6 +72,26 @@ class SparsityConfig(FrozenConfig):
             raise ValueError(f"needs retrieve='query_topk', not {info.data['retrieve']!r}")
         return value
 
+    def resolved(self, kind: str, retrieve_mass: float | None = None) -> SparsityConfig:
+        """This configuration for media of `kind` ("video" or "image"), with every `None` keep and `auto` scope filled in.
+
+        retrieve_mass: that of one turn, in place of the configured one. A mass of 1 is none: only `retrieve_keep` can cut.
+        Keeping everything is a keep of 1, whatever was configured.
+        """
+        mass = self.retrieve_mass if retrieve_mass is None else retrieve_mass
+        prune_keep = DEFAULT_PRUNE_KEEP[kind] if self.prune_keep is None else self.prune_keep
+        retrieve_keep = self.retrieve_keep
+        if retrieve_keep is None:
+            retrieve_keep = DEFAULT_RETRIEVE_KEEP[kind] if mass in (None, 1.0) else DEFAULT_MASS_CAP
+        return self.model_copy(
+            update={
+                "prune_keep": 1.0 if self.prune == "keep_all" else prune_keep,
+                "prune_scope": DEFAULT_PRUNE_SCOPE[kind] if self.prune_scope == "auto" else self.prune_scope,
+                "retrieve_keep": 1.0 if self.retrieve == "retrieve_all" else retrieve_keep,
+                "retrieve_mass": mass,
+            }
+        )
+
 
 class EngineConfig(FrozenConfig):
     """Everything that an engine needs to start. The same fields are keyword arguments of `VideoQA`."""
@@ -76,18 +99,18 @@ class EngineConfig(FrozenConfig):
     model: str = Field("demo", description="Checkpoint directory, or `demo` for the bundled model.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on a CPU, the checkpoint's own dtype on a GPU; bfloat16 for a quantised checkpoint."
+        "auto", description="auto: float32 on a CPU, the checkpoint's own dtype on a GPU; bfloat16 for a quantized checkpoint."
     )
     text_backend: Literal["auto", "lean", "hf"] = Field(
-        "auto", description="Text decoder. auto: lean where it knows the architecture, else hf."
+        "auto", description="Text decoder. auto: lean where it supports the architecture, else hf."
     )
     attention: Literal["auto", "torch", "triton"] = Field(
         "auto", description="Kernels of the text decoder. auto: triton on a GPU, torch on a CPU."
     )
     quantization: Literal["auto", "none"] = Field(
         "auto",
-        description="Weights of a quantised checkpoint. auto: as they are stored, where that is fast (a GPU in 16 bits, a CPU in "
-        "bfloat16 with AVX-512); none: dequantised as they are loaded.",
+        description="Weights of a quantized checkpoint. auto: as they are stored, where that is fast (a GPU in 16 bits, a CPU in "
+        "bfloat16 with AVX-512); none: dequantized as they are loaded.",
     )
     decode_graphs: Literal["auto", "none"] = Field(
         "auto", description="CUDA graphs of decode steps. auto: one per batch size on a GPU with lean and triton; none: never."

@@ -1,7 +1,4 @@
-"""How long callers wait, and how work in another thread learns that nobody waits any more.
-
-Knows: deadlines and the clock. Does not know: what is waited for.
-"""
+"""Deadlines: for what is awaited, and for work in another thread."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from sparsevila_cluster.core.errors import Cancelled, DeadlineExceeded
 
 R = TypeVar("R")
 
-# Whoever works ends at its own deadline; this is what a caller waits on top of it before giving up on the worker itself.
+# Work ends at its own deadline; a caller waits this much longer before it gives up on whoever does the work.
 GRACE_S = 5.0
 
 
@@ -35,19 +32,19 @@ async def wait_within(work: Awaitable[R], within_s: float, what: str) -> R:
 
 
 def outliving(work: Future[R]) -> asyncio.Future[R]:
-    """`work` of another thread, to be awaited here; it goes on when that is cancelled, and what it raises then is nobody's."""
+    """`work` of another thread, to be awaited here. Cancelling the wait does not end it; its error is then ignored."""
     waited = asyncio.wrap_future(work)
     waited.add_done_callback(lambda done: done.cancelled() or done.exception())
     return asyncio.shield(waited)
 
 
 class Deadline:
-    """Somebody who waits `deadline_s` for work in another thread, unless they leave before."""
+    """When work in another thread must end: `deadline_s` from now, or as soon as it is cancelled."""
 
     def __init__(self, deadline_s: float):
         self.deadline_s = deadline_s
         self._until_s = time.perf_counter() + deadline_s
-        self._left = threading.Event()
+        self._cancelled = threading.Event()
 
     @property
     def left_s(self) -> float:
@@ -55,12 +52,16 @@ class Deadline:
         return max(0.0, self._until_s - time.perf_counter())
 
     def cancel(self) -> None:
-        """Stop waiting. Idempotent, from any thread."""
-        self._left.set()
+        """End the work at its next `check`. Idempotent, from any thread."""
+        self._cancelled.set()
 
     def check(self, what: str) -> None:
-        """Called by the work now and then. Raises Cancelled or DeadlineExceeded once nobody waits."""
-        if self._left.is_set():
+        """Called by the work now and then; `what` names it in errors.
+
+        Raises:
+            Cancelled, DeadlineExceeded.
+        """
+        if self._cancelled.is_set():
             raise Cancelled(f"{what} was cancelled")
         if time.perf_counter() > self._until_s:
             raise DeadlineExceeded(f"{what} took longer than {self.deadline_s:g} s")

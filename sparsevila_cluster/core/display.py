@@ -1,7 +1,4 @@
-"""How a value shows itself: in one line, to rich, and in a notebook.
-
-Knows: names and values, and the protocols of rich and Jupyter. Does not know: what the values mean; it imports neither of them.
-"""
+"""How a value shows itself: in one line, to rich, and in a notebook."""
 
 from __future__ import annotations
 
@@ -13,8 +10,11 @@ from html import escape
 MAX_CHARS = 80
 
 
-class Shown:
-    """Gives a class its faces from what `_facts` yields. A dataclass that inherits it is decorated with `repr=False`."""
+class ReprMixin:
+    """Gives a class its `repr`, rich and notebook forms from what `_facts` yields.
+
+    A dataclass that inherits it is decorated with `repr=False`.
+    """
 
     __slots__ = ()
 
@@ -34,8 +34,8 @@ class Shown:
 
     def _repr_html_(self) -> str:
         left = 'style="text-align: left"'
-        told = ((name, value if isinstance(value, str) else _short(value)) for name, value in self._facts())
-        rows = "".join(f"<tr><td {left}>{escape(name)}</td><td {left}>{escape(text)}</td></tr>" for name, text in told)
+        pairs = ((name, value if isinstance(value, str) else _short(value)) for name, value in self._facts())
+        rows = "".join(f"<tr><td {left}>{escape(name)}</td><td {left}>{escape(text)}</td></tr>" for name, text in pairs)
         return f"<table><caption>{escape(type(self).__name__)}</caption>{rows}</table>"
 
 

@@ -1,9 +1,5 @@
 """Every error that a user, a client or an operator can meet, with its status on each protocol.
 
-Knows: which kind of failure maps to which gRPC status name and HTTP code, and how an error crosses a process boundary (both as
-plain data, so that this file imports nothing). Does not know: protocols. The doors in `gateway/` translate; the command line
-prints the message and exits with 2 for `UserError`.
-
 An error message names the offending value and the legal range.
 """
 
@@ -13,7 +9,7 @@ from typing import Any
 
 
 class SparseVilaError(Exception):
-    """Root of the tree. Anything else that escapes an engine is a bug and becomes `Internal` at the door."""
+    """Root of the tree. Anything else that escapes an engine is a bug and becomes `Internal` for clients."""
 
     grpc_status: str = "INTERNAL"
     http_status: int = 500
@@ -105,7 +101,7 @@ class Unavailable(SparseVilaError):
     http_status = 503
 
 
-class _LosesWorker(Unavailable):
+class _WorkerError(Unavailable):
     """Unavailable because of one worker, whose name is `worker` where it is known."""
 
     def __init__(self, message: str, worker: str = ""):
@@ -113,12 +109,12 @@ class _LosesWorker(Unavailable):
         self.worker = worker
 
 
-class WorkerLost(_LosesWorker):
+class WorkerLost(_WorkerError):
     """The worker that this was asked of is gone. Another one may do it."""
 
 
-class LaneLost(_LosesWorker):
-    """The lane to another worker broke, or that worker fell silent. A lane at a new epoch may do it."""
+class LaneLost(_WorkerError):
+    """The lane to another worker broke, or that worker sent no heartbeat. A lane at a new epoch may do it."""
 
 
 class Incompatible(SparseVilaError):
@@ -158,7 +154,7 @@ def from_failure(failure: dict[str, Any]) -> SparseVilaError:
     kind, message = kinds.get(str(failure.get("error")), Internal), str(failure.get("message", ""))
     if issubclass(kind, QueueFull):
         return kind(message, float(failure.get("retry_after_s", 1.0)))
-    if issubclass(kind, _LosesWorker):
+    if issubclass(kind, _WorkerError):
         return kind(message, str(failure.get("worker", "")))
     return kind(message)
 

@@ -1,16 +1,14 @@
-"""Coroutines for callers who block: an event loop in a thread of its own, and waits on it that end.
-
-Knows: how to wait for coroutines from any thread, and to stop waiting. Does not know: what the coroutines do.
-"""
+"""Coroutines for callers who block: an event loop in a thread of its own, and waits on it that end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import CancelledError
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, Unavailable
@@ -99,6 +97,35 @@ class EventLoopThread:
         except BaseException:  # such as Ctrl-C: nobody waits any more
             future.cancel()
             raise
+
+
+class _HasCallLimit(Protocol):
+    def call_limit_s(self) -> float: ...
+
+
+A = TypeVar("A", bound=_HasCallLimit)
+
+
+class Blocking(ABC, Generic[A]):
+    """Base of classes that offer an asynchronous object to callers who block. Use it as a context manager, or call `close`."""
+
+    def __init__(self, wrapped: A, owner: str):
+        self._async = wrapped
+        self._thread = EventLoopThread(owner)
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what runs, and the event loop. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, R], limit_s: float | None = None) -> R:
+        """Wait for a coroutine that has a deadline of its own, `limit_s` (None: `call_limit_s`)."""
+        return self._thread.run(work, self._async.call_limit_s() if limit_s is None else limit_s)
 
 
 async def _next(pieces: AsyncGenerator[R, None]) -> R | None:

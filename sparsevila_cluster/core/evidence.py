@@ -1,8 +1,4 @@
-"""Where a turn looked, as data: which places of which frames, with which share of its attention.
-
-Knows: frames, grids, shares, and how several views of one picture lie over each other. Does not know: pictures, engines, or how
-the shares were found; whoever has the frames hands in the function that draws them.
-"""
+"""Where a turn looked, as data: which places of which frames, with which share of its attention."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
-from sparsevila_cluster.core.display import Shown
+from sparsevila_cluster.core.display import ReprMixin
 from sparsevila_cluster.core.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
@@ -22,7 +18,7 @@ Cell = tuple[int, int]
 
 
 @dataclass(frozen=True, repr=False)
-class FrameEvidence(Shown):
+class FrameEvidence(ReprMixin):
     """Where one frame (or temporal group of frames, or view of a frame) was looked at.
 
     frame: index among the sampled frames of its media; time_s: its time in the media; share: its part of the turn's retrieved
@@ -47,7 +43,7 @@ class FrameEvidence(Shown):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Evidence(Shown, Sequence[FrameEvidence]):
+class Evidence(ReprMixin, Sequence[FrameEvidence]):
     """The evidence of one turn: an immutable sequence of FrameEvidence in the order of the media prefix.
 
     Some models see one picture in several views (all of it at once, and in tiles): those are several entries with the same media
@@ -79,13 +75,13 @@ class Evidence(Shown, Sequence[FrameEvidence]):
         use its `show()` or `save(path)`.
 
         Raises:
-            BadRequest: the turn was asked with evidence=False. NotFound: not made by VideoQA or AsyncVideoQA, which know the
-            source. BadMedia, TooLarge, DeadlineExceeded: the source is gone, has changed or can not be decoded any more.
+            BadRequest: the turn was asked with evidence=False. NotFound: not made by VideoQA or AsyncVideoQA, which record
+            the source. BadMedia, TooLarge, DeadlineExceeded: the source is gone, has changed or can not be decoded any more.
         """
         if not self.frames:
             raise BadRequest("there is no evidence to show: ask with evidence=True")
         if self.draw is None:
-            raise NotFound("this evidence does not know its media: only VideoQA and AsyncVideoQA tell it")
+            raise NotFound("the media of this evidence cannot be read again: only VideoQA and AsyncVideoQA record its source")
         return self.draw(self)
 
     def drawn_by(self, draw: Draw) -> Evidence:
@@ -101,8 +97,8 @@ class Evidence(Shown, Sequence[FrameEvidence]):
         if not any(one.media for one in self.frames):
             return ", ".join(f"{one.time_s:.1f} s ({one.share:.0%})" for one in self.top(num)) if moving else ""
         whose = {one.media: names[one.media] if names else f"media {one.media}" for one in self.frames}
-        told = ((one, f" at {one.time_s:.1f} s" if one.media in moving else "") for one in self.top(num))
-        return ", ".join(f"{whose[one.media]}{when} ({one.share:.0%})" for one, when in told)
+        named = ((one, f" at {one.time_s:.1f} s" if one.media in moving else "") for one in self.top(num))
+        return ", ".join(f"{whose[one.media]}{when} ({one.share:.0%})" for one, when in named)
 
     def _facts(self) -> Iterator[tuple[str, object]]:
         yield from (("num_frames", len(self.by_frame())), ("looked_at", self.places()))

@@ -1,8 +1,4 @@
-"""Logs as JSON, one object per line on stderr, with the ids that belong to a line as fields of their own.
-
-Knows: how a line looks. Does not know: who logs what; everything that code hands over in `extra` (turn_id, transfer_id, lane, ...)
-is a field. Nothing is set up by importing this: processes that we start call `log_to_stderr`.
-"""
+"""Logs as JSON, one object per line on stderr, with the ids that belong to a line as fields of their own."""
 
 from __future__ import annotations
 
@@ -26,6 +22,7 @@ class JsonLines(logging.Formatter):
         self._worker = worker
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line, without its end."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{moment}.{int(record.msecs):03d}Z",

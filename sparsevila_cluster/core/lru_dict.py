@@ -1,7 +1,4 @@
-"""A mapping of bounded size.
-
-Knows: which entry was put or used last. Does not know: what the entries are.
-"""
+"""A mapping of bounded size."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ class LRUDict(OrderedDict[str, V], Generic[V]):
         self.most = most
 
     def put(self, key: str, value: V) -> None:
+        """Add or replace an entry, which counts as used now; may drop another one."""
         self[key] = value
         self.move_to_end(key)
         while len(self) > self.most:

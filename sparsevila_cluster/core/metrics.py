@@ -1,8 +1,4 @@
-"""Every metric of the system in one table: name, kind, unit in the name, help, labels and buckets.
-
-Knows: what is counted and under which bounded labels. Does not know: where numbers go; whoever runs a worker hands in a `MetricsSink`.
-A label never holds an id: of media, turns, conversations or tenants.
-"""
+"""Every metric of the system in one table: name, kind, unit in the name, help, labels and buckets."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    # requests, at the door
+    # requests, at the gateway
     "requests_total": Metric("counter", "Calls by how they ended.", ("method", "code")),
     "request_ttft_seconds": Metric("histogram", "From arrival to the first token.", ("turn", "media")),
     "request_tpot_seconds": Metric("histogram", "Mean time per token after the first."),
@@ -73,11 +69,17 @@ METRICS: Mapping[str, Metric] = {
 class MetricsSink(Protocol):
     """Where numbers go. Names are keys of `METRICS`, without the prefix; labels are given by name, all of them."""
 
-    def count(self, name: str, value: float = 1.0, **labels: str) -> None: ...
+    def count(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
+        ...
 
-    def set(self, name: str, value: float, **labels: str) -> None: ...
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Give a gauge its value."""
+        ...
 
-    def observe(self, name: str, value: float, **labels: str) -> None: ...
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add one observation to a histogram."""
+        ...
 
 
 class Tally:
@@ -90,19 +92,22 @@ class Tally:
         self._lock = threading.Lock()
 
     def count(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Add to the sum."""
         with self._lock:
             self.counts[key_of(name, "counter", labels)] += value  # type: ignore[assignment]
 
     def set(self, name: str, value: float, **labels: str) -> None:
+        """Replace the last value."""
         self.values[key_of(name, "gauge", labels)] = value
 
     def observe(self, name: str, value: float, **labels: str) -> None:
+        """Count one observation."""
         with self._lock:
             self.observed[key_of(name, "histogram", labels)] += 1
 
 
 def key_of(name: str, kind: str, labels: Mapping[str, str]) -> tuple[str, ...]:
-    """(name, label values in the table's order). Asserts that the table knows the name, its kind and exactly these labels."""
+    """(name, label values in the table's order). Asserts that the table has the name with this kind and exactly these labels."""
     metric = METRICS[name]
     assert metric.kind == kind and set(labels) == set(metric.labels), (name, kind, labels)
     return (name, *(labels[label] for label in metric.labels))

@@ -1,7 +1,4 @@
-"""What a person sees while long work goes on: one line on stderr.
-
-Knows: terminals and the (stage, done, total) reports of long work. Does not know: what the stages do.
-"""
+"""Progress of long work as one line on stderr."""
 
 from __future__ import annotations
 
@@ -46,10 +43,11 @@ class ProgressLine(AbstractContextManager["ProgressLine"]):
             self._line.add_task(name)
             self._line.start()
         # A stage in one step has no measure: the bar only moves.
-        told = f"{name} {done}/{total}" if total > 1 else name
-        self._line.update(self._line.task_ids[0], description=told, completed=done, total=total if total > 1 else None)
+        text = f"{name} {done}/{total}" if total > 1 else name
+        self._line.update(self._line.task_ids[0], description=text, completed=done, total=total if total > 1 else None)
 
     def clear(self) -> None:
+        """Remove the line; the next report shows it again."""
         if self._line is not None:
             self._line.stop()
             self._line = None

@@ -1,4 +1,4 @@
-"""What engines, routers and doors promise each other: `Pipeline` is what every door speaks to."""
+"""`Pipeline`: what answers requests, a local engine or a router; the gateway, the API and the benchmarks call it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Pipeline(Protocol):
-    """What doors speak to."""
+    """Prepares media and answers turns."""
 
     async def prepare(self, request: PrepareRequest, progress: Progress | None = None) -> MediaHandle:
         """Make a media prefix resident, or find it; its `media_id` is its content key."""
@@ -25,22 +25,34 @@ class Pipeline(Protocol):
         """
         ...
 
-    async def abort(self, turn_id: str) -> bool: ...
+    async def abort(self, turn_id: str) -> bool:
+        """End a turn that is under way. False: there is none of this id."""
+        ...
 
-    async def close_conversation(self, conversation_id: str) -> bool: ...
+    async def close_conversation(self, conversation_id: str) -> bool:
+        """Free the KV of a conversation. False: there is none of this id."""
+        ...
 
     async def media(self, media_id: str, tenant: str = "") -> MediaHandle:
         """What is known of a prefix that is resident. Raises NotFound, also where it is another tenant's."""
         ...
 
-    async def delete_media(self, media_id: str, tenant: str = "") -> bool: ...
+    async def delete_media(self, media_id: str, tenant: str = "") -> bool:
+        """Forget a media prefix. False: there is none of this id that `tenant` may use."""
+        ...
 
     async def ready(self) -> bool:
         """Whether media can be prepared and questions answered now. Never raises."""
         ...
 
-    async def set_brownout(self, level: float) -> None: ...
+    async def set_brownout(self, level: float) -> None:
+        """Set the pressure, 0 (none) to 1 (most), under which turns that start from now on retrieve less."""
+        ...
 
-    async def info(self) -> dict[str, Any]: ...
+    async def info(self) -> dict[str, Any]:
+        """What is resident and running, as JSON can hold it."""
+        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Abort what runs and free everything. Idempotent."""
+        ...

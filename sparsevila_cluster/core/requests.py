@@ -1,8 +1,4 @@
-"""The life of a request as data: what is asked, what comes back, and when each part happened.
-
-Knows: parameters and their legal ranges, the events of a turn, and timelines.
-Does not know: tensors, models, engines or protocols.
-"""
+"""The life of a request as data: what is asked, what comes back, and when each part happened."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from sparsevila_cluster.core.config import MediaLimits
-from sparsevila_cluster.core.display import Shown
+from sparsevila_cluster.core.display import ReprMixin
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.evidence import Evidence
 
@@ -96,6 +92,7 @@ class Timeline:
         self.moments: list[tuple[str, float]] = []
 
     def mark(self, name: str, at_s: float | None = None) -> None:
+        """Note that something happened, at `at_s` of time.perf_counter() (None: now)."""
         self.moments.append((name, time.perf_counter() if at_s is None else at_s))
 
     def at(self, name: str) -> float | None:
@@ -109,7 +106,7 @@ class Timeline:
 
 
 @dataclass(frozen=True, repr=False)
-class Usage(Shown):
+class Usage(ReprMixin):
     """What a turn consumed. Visual token counts: before pruning, after it, and retrieved per layer for this turn.
 
     effective_keep: retrieved / kept, of the last choice; degraded: pressure made it less than the turn wished; num_preemptions: how
@@ -139,7 +136,7 @@ class MediaSource:
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """Ask for a media prefix. `fps` and `max_frames` None = the engine's defaults; `prune_keep` None = the configured one.
+    """What media prefix is wanted. `fps` and `max_frames` None = the engine's defaults; `prune_keep` None = the configured one.
 
     tenant: who alone may use the prefix, part of its content key; "" = everybody.
     """
@@ -180,8 +177,8 @@ class MediaOrigin:
 
 
 @dataclass(frozen=True, repr=False)
-class MediaHandle(Shown):
-    """A media prefix that is ready for questions. `media_id` is its content key; `footage` is known where it was prepared."""
+class MediaHandle(ReprMixin):
+    """A media prefix that is ready for questions. `media_id` is its content key; `origin` is known where it was prepared."""
 
     media_id: str
     kind: str
@@ -195,12 +192,16 @@ class MediaHandle(Shown):
     reused: bool = False
     tenant: str = ""
     ms: dict[str, float] = field(default_factory=dict)
-    footage: MediaOrigin | None = field(default=None, repr=False, compare=False)
+    origin: MediaOrigin | None = field(default=None, repr=False, compare=False)
+
+    def as_reused(self) -> MediaHandle:
+        """The same media for a caller for whom nothing had to be made."""
+        return replace(self, reused=True, ms={})
 
 
 @dataclass(frozen=True)
 class Replay:
-    """An answer, or its beginning, as it was given before: these tokens are taken instead of sampled ones, and not told again.
+    """An answer, or its beginning, as it was given before: these tokens are taken instead of sampled ones, and not sent again.
 
     The events go on behind them as if the turn had never been interrupted; evidence, if wanted, is sent again. brownout: the
     pressure under which the turn started then (`TurnEvent.brownout`, `Usage.brownout`).
@@ -220,7 +221,7 @@ class Turn:
     retrieve_keep: fraction of the pruned visual KV that the answer attends to; with a mass, the most that it may be.
     retrieve_mass: share of the visual attention that this must hold, 1 = no mass. refresh_every: generated tokens between two
     choices, 0 = chosen once. Evidence is of the choice after the question. after: how many turns the conversation has behind it as
-    far as the asker knows, None = unchecked. replay: go on with an answer that was begun elsewhere.
+    far as the caller knows, None = unchecked. replay: go on with an answer that was begun elsewhere.
     """
 
     turn_id: str
@@ -254,9 +255,10 @@ class Turn:
 class TurnEvent:
     """One event of a turn, in this order: accepted, token (many), evidence (if wanted), done.
 
-    accepted: `conversation_id`, under which the conversation goes on; done repeats it, for it may have moved meanwhile. token:
-    `index` of the first new token, `token_ids`, the whole characters that they completed in `text`, and the `brownout` under
-    which the turn started. evidence: `evidence`. done: `finish_reason`, `usage` and the `text` held back until now, if any.
+    accepted: `conversation_id`, under which the conversation goes on; done repeats it, for it may have moved meanwhile, and a
+    client that resumes on another stream yields `accepted` again where it has. token: `index` of the first new token,
+    `token_ids`, the whole characters that they completed in `text`, and the `brownout` under which the turn started. evidence:
+    `evidence`. done: `finish_reason`, `usage` and the `text` held back until now, if any.
     """
 
     kind: Literal["accepted", "token", "evidence", "done"]
@@ -273,7 +275,7 @@ class TurnEvent:
 
 @dataclass(frozen=True)
 class TurnRecord:
-    """A finished turn as it can be made again: what was asked, what was said, under which pressure."""
+    """A finished turn as it can be replayed: the question, the tokens of the answer, and the brownout under which it started."""
 
     turn: Turn
     token_ids: tuple[int, ...]
@@ -281,7 +283,7 @@ class TurnRecord:
 
 
 @dataclass(frozen=True, repr=False)
-class Answer(Shown):
+class Answer(ReprMixin):
     """A whole answer: the events of a turn put together."""
 
     text: str
@@ -297,6 +299,7 @@ class Answer(Shown):
 
     @classmethod
     def from_events(cls, events: Sequence[TurnEvent]) -> Answer:
+        """The answer that the events of a finished turn make."""
         last = events[-1]
         assert last.kind == "done" and last.finish_reason is not None and last.usage is not None
         return cls(

@@ -1,7 +1,4 @@
-"""Callers who want the same thing at the same time: one makes it, the others wait for that.
-
-Knows: keys, and what becomes of those who wait when the maker gives up. Does not know: what is made.
-"""
+"""Callers who want the same result at the same time: one computes it, the others wait for it."""
 
 from __future__ import annotations
 
@@ -18,29 +15,29 @@ class SingleFlight(Generic[R]):
     """Used within one event loop."""
 
     def __init__(self) -> None:
-        self._making: dict[str, asyncio.Future[R]] = {}
+        self._in_flight: dict[str, asyncio.Future[R]] = {}
 
     async def get(self, key: str, make: Callable[[], Awaitable[R]]) -> tuple[R, bool]:
-        """(what `make()` returns, whether another caller made it). Raises what it raises, to all who wait for it.
+        """(what `make()` returns, whether another caller called it). Raises what it raises, to all who wait for it.
 
-        A maker that is cancelled or runs out of its own time concerns nobody else: the next caller makes it then.
+        A call that is cancelled, or exceeds its own deadline, does not fail the others: the next of them calls `make`.
         """
-        while key in self._making:
+        while key in self._in_flight:
             try:
-                # Shielded: one impatient caller must not cancel the work that the others wait for.
-                return await asyncio.shield(self._making[key]), True
+                # Shielded: one caller that is cancelled must not cancel the work that the others wait for.
+                return await asyncio.shield(self._in_flight[key]), True
             except (Cancelled, DeadlineExceeded):
                 continue
-        # No await stands between the look above and this entry: two callers can not both become the maker.
-        making = self._making[key] = asyncio.get_running_loop().create_future()
+        # No await stands between the look above and this entry: two callers can not both call `make`.
+        future = self._in_flight[key] = asyncio.get_running_loop().create_future()
         try:
-            made = await make()
-            making.set_result(made)
-            return made, False
+            result = await make()
+            future.set_result(result)
+            return result, False
         except BaseException as error:
-            known = error if isinstance(error, SparseVilaError) else Cancelled("whoever made it was cancelled")
-            making.set_exception(known)
-            making.exception()  # nobody may be waiting: that is not worth a warning
+            known = error if isinstance(error, SparseVilaError) else Cancelled("the call that others waited for was cancelled")
+            future.set_exception(known)
+            future.exception()  # nobody may be waiting: that is not worth a warning
             raise
         finally:
-            del self._making[key]
+            del self._in_flight[key]

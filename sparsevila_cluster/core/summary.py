@@ -1,7 +1,4 @@
-"""The trip of one media through the system in a few numbers: as one line for people, as JSON for machines.
-
-Knows: media handles, answers and configuration as data. Does not know: engines, tensors, terminals.
-"""
+"""One media and the turns on it in a few numbers: as one line for people, as JSON for machines."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ PREPARE_STAGES = ("decode", "encode", "prune", "prefill", "transfer")
 TURN_STAGES = ("question", "retrieve")
 
 
-def make_trip(media: MediaHandle, answers: Sequence[Answer]) -> dict[str, Any]:
+def media_summary(media: MediaHandle, answers: Sequence[Answer]) -> dict[str, Any]:
     """Counts, bytes and milliseconds of one media and the turns on it.
 
     `visual_tokens_retrieved` is per layer, of the last turn. `ms` holds the media's stages, the mean per turn of
@@ -40,21 +37,21 @@ def make_trip(media: MediaHandle, answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def trip_card(trip: dict[str, Any], answer: str | None) -> str:
+def summary_line(summary: dict[str, Any], answer: str | None) -> str:
     """`64 frames -> 4096 visual tokens -> 1024 kept -> 12.6 MB KV -> 102 packed -> "a red star"`; None: nothing was asked."""
-    stops = [
-        _count(trip["num_frames"], "frame"),
-        _count(trip["visual_tokens"], "visual token"),
-        f"{trip['visual_tokens_kept']} kept",
-        f"{megabytes(trip['kv_bytes'])} KV",
+    parts = [
+        _count(summary["num_frames"], "frame"),
+        _count(summary["visual_tokens"], "visual token"),
+        f"{summary['visual_tokens_kept']} kept",
+        f"{megabytes(summary['kv_bytes'])} KV",
     ]
-    if trip["ms"]["transfer"]:
-        stops.append(f"{trip['ms']['transfer']:.0f} ms wire")
-    if trip["visual_tokens_retrieved"]:
-        stops.append(f"{trip['visual_tokens_retrieved']} packed")
+    if summary["ms"]["transfer"]:
+        parts.append(f"{summary['ms']['transfer']:.0f} ms wire")
+    if summary["visual_tokens_retrieved"]:
+        parts.append(f"{summary['visual_tokens_retrieved']} packed")
     if answer is not None:
-        stops.append(f'"{" ".join(answer.split())}"')
-    return " -> ".join(stops)
+        parts.append(f'"{" ".join(answer.split())}"')
+    return " -> ".join(parts)
 
 
 def answer_document(question: str, answer: Answer) -> dict[str, Any]:
@@ -78,14 +75,16 @@ def _frame_document(one: FrameEvidence, several: bool) -> dict[str, Any]:
 
 def ask_document(config: EngineConfig, media: MediaHandle, turns: Sequence[tuple[str, Answer]]) -> dict[str, Any]:
     """The one JSON document of `sparsevila ask --json`."""
-    return talk_document(config.model, resolved_sparsity(config, media.kind), media, turns)
+    return conversation_document(config.model, resolved_sparsity(config, media.kind), media, turns)
 
 
-def talk_document(model: str, sparsity: dict[str, Any], media: MediaHandle, turns: Sequence[tuple[str, Answer]]) -> dict[str, Any]:
-    """One conversation as JSON, whoever answered."""
+def conversation_document(
+    model: str, sparsity: dict[str, Any], media: MediaHandle, turns: Sequence[tuple[str, Answer]]
+) -> dict[str, Any]:
+    """One conversation as JSON, whether an engine in this process or a server answered."""
     return {
         "answers": [answer_document(question, answer) for question, answer in turns],
-        "trip": make_trip(media, [answer for _, answer in turns]),
+        "trip": media_summary(media, [answer for _, answer in turns]),
         "model": model,
         "sparsity": sparsity,
     }
@@ -93,20 +92,7 @@ def talk_document(model: str, sparsity: dict[str, Any], media: MediaHandle, turn
 
 def resolved_sparsity(config: EngineConfig, kind: str) -> dict[str, Any]:
     """The sparsity that media of this kind get, with every default filled in. Ratios are the fraction kept."""
-    from sparsevila_cluster.engine.prefill_engine import DEFAULT_PRUNE_KEEP, DEFAULT_SCOPE
-    from sparsevila_cluster.retrieval import default_keep
-
-    fields = config.sparsity.model_dump()
-    if fields["prune_keep"] is None:
-        fields["prune_keep"] = DEFAULT_PRUNE_KEEP[kind]
-    fields["retrieve_keep"] = default_keep(config.sparsity, kind, fields["retrieve_mass"])
-    if fields["prune_scope"] == "auto":
-        fields["prune_scope"] = DEFAULT_SCOPE[kind]
-    if fields["prune"] == "keep_all":
-        fields["prune_keep"] = 1.0
-    if fields["retrieve"] == "retrieve_all":
-        fields["retrieve_keep"] = 1.0
-    return fields
+    return config.sparsity.resolved(kind).model_dump()
 
 
 def megabytes(num_bytes: int) -> str:

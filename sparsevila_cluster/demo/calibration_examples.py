@@ -1,7 +1,4 @@
-"""Synthetic materials to calibrate on or compare with: dialogues about scenes of the demo world, and random tokens.
-
-Knows: what a checkpoint takes, the demo world's videos and questions. Does not know: what the materials are used for.
-"""
+"""Synthetic materials to calibrate on or compare with: dialogues about scenes of the demo world, and random tokens."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What the demo checkpoint is made of: tokenizer, chat template, model configuration, and its directory.
-
-Knows: the stock Qwen2.5-VL classes and the file formats of a Hugging Face checkpoint.
-Does not know: how the weights are trained.
-"""
+"""What the demo checkpoint is made of: tokenizer, chat template, model configuration, and its directory."""
 
 from __future__ import annotations
 
@@ -186,4 +182,5 @@ def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTra
 
 
 def num_parameters(model: torch.nn.Module) -> int:
+    """How many numbers the model learns."""
     return sum(parameter.numel() for parameter in model.parameters())

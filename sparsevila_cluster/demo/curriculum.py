@@ -1,7 +1,5 @@
 """The order in which the text model learns: few steps first, all steps later, fewer visual tokens last.
 
-Knows: stages as data. Does not know: how an update is computed.
-
 A stage ends when the monitor's accuracy reaches `advance_at`, or when `until` (a share of the minutes meant for
 text) has passed. Stages before the last are dense and shared; the last one is either `SPARSE_TAIL`, which teaches
 the model to answer from fewer visual tokens, or `DENSE_TAIL`, for the twin that never saw a dropped token.
@@ -25,23 +23,26 @@ class Portion:
 
     @property
     def sparse(self) -> bool:
+        """Whether any visual token is dropped or not retrieved."""
         return self.prune != "none" or bool(self.retrieve_keeps)
 
 
 @dataclass(frozen=True)
 class Stage:
+    """A part of the curriculum; `num_steps`: how many steps a video shows."""
+
     name: str
     num_steps: int
     until: float
     advance_at: float  # percent; over 100: only time ends the stage
     portions: tuple[Portion, ...]
-    own_turn: bool = False  # turns do not see each other: the easiest form, eight questions per video
+    turns_apart: bool = False  # turns do not see each other: the easiest form, eight questions per video
     decay: bool = False  # learning rate falls to nearly zero over the stage
 
 
 # Few steps are shown, but in any of the eight slots: all step numbers and positions are learned from the start.
 SHARED = (
-    Stage("pairs, turns apart", 2, 0.36, 93, (Portion(1, 16),), own_turn=True),
+    Stage("pairs, turns apart", 2, 0.36, 93, (Portion(1, 16),), turns_apart=True),
     Stage("pairs", 2, 0.40, 94, (Portion(1, 16),)),
     Stage("fours", 4, 0.52, 94, (Portion(1, 12),)),
     Stage("eights", 8, 0.66, 95, (Portion(1, 10),)),
@@ -67,4 +68,5 @@ SHORTER_ODDS = 0.12
 
 
 def shorter(num_steps: int) -> tuple[int, ...]:
+    """Lengths of videos that a stage of `num_steps` shows now and then."""
     return tuple(steps for steps in (1, 2, 4) if steps < num_steps)

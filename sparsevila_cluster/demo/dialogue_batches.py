@@ -1,12 +1,9 @@
-"""Turns dialogues about composed videos into padded batches for the text model.
-
-Knows: the chat template's layout, m-RoPE positions, which rows answer which question, which visual tokens are kept.
-Does not know: losses, optimisers, the curriculum.
+r"""Turns dialogues about composed videos into padded batches for the text model.
 
 One sequence is a whole dialogue:
 
-    <|im_start|>user\\n <|vision_start|>  visual tokens  <|vision_end|> question 1 <|im_end|>\\n<|im_start|>assistant\\n
-    └──────────── prefix ─────────────┘  └─ num_kept ─┘                          answer 1 <|im_end|>\\n  question 2 ...
+    <|im_start|>user\n <|vision_start|>  visual tokens  <|vision_end|> question 1 <|im_end|>\n<|im_start|>assistant\n
+    └──────────── prefix ─────────────┘  └─ num_kept ─┘                          answer 1 <|im_end|>\n  question 2 ...
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
-from sparsevila_cluster.demo.step_bank import BankedStep, StepBank
+from sparsevila_cluster.demo.step_dataset import ComposedVideo, StepDataset
 from sparsevila_cluster.demo.world import COLORS, KINDS, NUM_STEPS, PLACES, SHAPES, Question
 
 IGNORE = -100
@@ -43,7 +40,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Looks:
+class GroundingRows:
     """Rows that must look at glyphs to predict the next answer token, and where they should look."""
 
     item: Tensor  # [looks]
@@ -55,6 +52,8 @@ class Looks:
 
 @dataclass(frozen=True)
 class Batch:
+    """Padded dialogues about videos, with all that the losses need."""
+
     prefix_ids: Tensor  # [items, prefix]
     visual: Tensor  # [items, num_kept, hidden]
     suffix_ids: Tensor  # [items, suffix], right-padded
@@ -63,10 +62,11 @@ class Batch:
     slots: Tensor  # [items, num_kept]: step of each visual token
     cells: Tensor  # [items, num_kept]: its cell in the grid
     turns: Turns
-    looks: Looks
+    looks: GroundingRows
 
     @property
     def visual_rows(self) -> slice:
+        """Where the visual tokens stand in every row of the batch."""
         first = self.prefix_ids.shape[1]
         return slice(first, first + self.visual.shape[1])
 
@@ -82,7 +82,9 @@ def asked_for(kind: str, text: str) -> tuple[int, ...]:
     return color, shape, step, place, KINDS.index(kind)
 
 
-class Packer:
+class BatchBuilder:
+    """Makes batches of dialogues with the tokens of one tokenizer."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.encode = cache(self._encode)
@@ -99,22 +101,22 @@ class Packer:
 
     def batch(
         self,
-        bank: StepBank,
-        shown: Sequence[BankedStep],
+        dataset: StepDataset,
+        shown: Sequence[ComposedVideo],
         dialogues: Sequence[list[Question]],
         keep: Tensor | None = None,
     ) -> Batch:
         """`keep`: ascending indices [items, num_kept] into the shown visual tokens; None keeps all."""
-        device = bank.tokens.device
+        device = dataset.tokens.device
         rows = torch.tensor([video.rows for video in shown])
         num_items, num_visual = len(shown), rows.shape[1] * TOKENS_PER_STEP
         if keep is None:
             keep = torch.arange(num_visual).expand(num_items, -1)
         slots = torch.tensor([video.slots for video in shown]).gather(1, keep // TOKENS_PER_STEP)
         cells = keep % TOKENS_PER_STEP
-        everything = bank.tokens[rows.to(device)].reshape(num_items, num_visual, -1)
+        everything = dataset.tokens[rows.to(device)].reshape(num_items, num_visual, -1)
         visual = everything.gather(1, keep.to(device)[..., None].expand(-1, -1, everything.shape[-1])).float()
-        owner = bank.owner[rows].reshape(num_items, -1).gather(1, keep)
+        owner = dataset.owner[rows].reshape(num_items, -1).gather(1, keep)
 
         suffixes, labels, spans, asked = [], [], [], list[Question]()
         start = len(self.prefix) + keep.shape[1]
@@ -171,7 +173,7 @@ class Packer:
         return torch.cat([before, media, after], 2)
 
     @staticmethod
-    def _glyphs(video: BankedStep, question: Question, owner: Tensor, slots: Tensor) -> Tensor:
+    def _glyphs(video: ComposedVideo, question: Question, owner: Tensor, slots: Tensor) -> Tensor:
         """bool [targets of the question (at least one row), num_kept]: the visual tokens of each."""
         glyphs = video.scene.steps[question.step]
         found = torch.zeros(max(1, len(question.targets)), len(owner), dtype=torch.bool)
@@ -186,7 +188,7 @@ class Packer:
         questions: Sequence[Question],
         glyphs: Sequence[Tensor],
         device: torch.device,
-    ) -> Looks:
+    ) -> GroundingRows:
         """One look per answer token. In "a red star ... and a blue ring ..." each half looks at its own glyph."""
         looks, targets = [], []
         for turn, (question, found) in enumerate(zip(questions, glyphs, strict=True)):
@@ -201,26 +203,23 @@ class Packer:
                 targets.append(found[phrase])
         stacked, known = torch.stack(targets), torch.stack(targets).any(1)
         item, row, index, first = (torch.tensor(column)[known].to(device) for column in zip(*looks, strict=True))
-        return Looks(item, row, index, stacked[known].to(device), first)
+        return GroundingRows(item, row, index, stacked[known].to(device), first)
 
 
-# --------------------------------------------------------------------------------- which tokens are kept
-
-
-def keep_salient(bank: StepBank, shown: Sequence[BankedStep], ratio: float) -> Tensor:
+def keep_salient(dataset: StepDataset, shown: Sequence[ComposedVideo], ratio: float) -> Tensor:
     """The most salient tokens of every step."""
-    return _keep_per_step(torch.stack([bank.salience[list(video.rows)] for video in shown]), ratio)
+    return _keep_per_step(torch.stack([dataset.salience[list(video.rows)] for video in shown]), ratio)
 
 
-def keep_random(shown: Sequence[BankedStep], ratio: float, rng: np.random.Generator) -> Tensor:
+def keep_random(shown: Sequence[ComposedVideo], ratio: float, rng: np.random.Generator) -> Tensor:
     """Random tokens, equally many in every step."""
     scores = rng.random((len(shown), len(shown[0].rows), TOKENS_PER_STEP), np.float32)
     return _keep_per_step(torch.from_numpy(scores), ratio)
 
 
-def keep_glyphs(bank: StepBank, shown: Sequence[BankedStep], ratio: float, rng: np.random.Generator) -> Tensor:
+def keep_glyphs(dataset: StepDataset, shown: Sequence[ComposedVideo], ratio: float, rng: np.random.Generator) -> Tensor:
     """Every glyph's token, then random background anywhere in the video."""
-    glyph = torch.stack([bank.owner[list(video.rows)] >= 0 for video in shown]).flatten(1)
+    glyph = torch.stack([dataset.owner[list(video.rows)] >= 0 for video in shown]).flatten(1)
     num_kept = max(int(glyph.sum(1).max()), round(ratio * glyph.shape[1]))
     scores = glyph * 2 + torch.from_numpy(rng.random(tuple(glyph.shape), np.float32))
     return scores.topk(num_kept, 1).indices.sort(1).values

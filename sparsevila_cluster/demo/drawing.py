@@ -1,6 +1,4 @@
-"""How the demo world looks: glyphs, backgrounds, light, noise, and MP4 files.
-
-Knows: pixels. Does not know: questions, tokens, models. numpy, Pillow and av; importing it does no work.
+"""Scenes of the demo world and how they look: glyphs, backgrounds, light, noise, and MP4 files.
 
 Glyphs are 14 to 16 px wide and sit in the cells of a 16 px grid, the cells that the demo checkpoint sees as one
 visual token each. This is a deliberate simplification: a vision tower of 0.2 M parameters learns shapes that lie
@@ -10,15 +8,13 @@ within one token in minutes, and the world is there to test what happens to toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-if TYPE_CHECKING:
-    from sparsevila_cluster.demo.world import WorldScene
 
 FPS = 4
 FRAME_PX = 128
@@ -48,12 +44,38 @@ TEXTURE_PX = 320
 NOISE_PX, NOISE_SIGMA = 400, 9.0
 
 
+@dataclass(frozen=True)
+class Glyph:
+    """One coloured shape in one quadrant of the frame."""
+
+    color: str
+    shape: str
+    place: str  # quadrant of the frame, one of PLACES
+
+    @property
+    def phrase(self) -> str:
+        """As answers name it."""
+        return f"a {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class WorldScene:
+    """What a video shows: the glyphs of each step of one second."""
+
+    steps: tuple[tuple[Glyph, ...], ...]
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the video."""
+        return float(len(self.steps))
+
+
 class Rendered(NamedTuple):
+    """The frames of a scene, and where its glyphs are."""
+
     frames: np.ndarray  # uint8 [num_steps * FPS, FRAME_PX, FRAME_PX, 3]
     owner: np.ndarray  # int8 [num_steps, GRID, GRID]: which glyph of the step lies in the cell, -1 for none
 
-
-# ------------------------------------------------------------------------------------------------- glyphs
 
 Points = list[tuple[float, float]]
 
@@ -134,9 +156,6 @@ def glyph_mask(shape: str, size_px: int, turn_deg: int) -> np.ndarray:
     return np.asarray(small, np.float32)[..., None] / 255
 
 
-# -------------------------------------------------------------------------------------------- backgrounds
-
-
 @cache
 def texture(number: int) -> np.ndarray:
     """uint8 [TEXTURE_PX, TEXTURE_PX, 3]: four octaves of coloured noise."""
@@ -163,9 +182,6 @@ def _light() -> np.ndarray:
     """Bright at the top, warm on the left. Without it a patch could not tell where in the frame it lies."""
     ramp = np.linspace(1, -1, FRAME_PX, dtype=np.float32)
     return ramp[:, None, None] * np.full(3, 14, np.float32) + ramp[None, :, None] * np.array([22, 0, -22], np.float32)
-
-
-# -------------------------------------------------------------------------------------------------- video
 
 
 class _Sprite(NamedTuple):

@@ -1,7 +1,4 @@
-"""A cluster on this machine for as long as a demo or a benchmark needs it: `sparsevila serve` in a process of its own.
-
-Knows: how to start it, to learn its target, to end it and what it leaves behind when it fails. Does not know: what is asked of it.
-"""
+"""A cluster on this machine for as long as a demo or a benchmark needs it: `sparsevila serve` in a process of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from sparsevila_cluster.core.errors import DeadlineExceeded, Unavailable, UserEr
 
 READY = "serving on "
 USER_MISTAKE = 2  # the exit code
-LOOK_S = 0.05
+POLL_S = 0.05
 STOP_S = 60.0
 
 
@@ -30,7 +27,7 @@ STOP_S = 60.0
 def serving(config: ClusterConfig, report: Callable[[str, int, int], None]) -> Iterator[str]:
     """The target, host:port, of a cluster that is ready; it is ended when the block is left.
 
-    report: told (stage, done, total) while it starts.
+    report: called with (stage, done, total) while it starts.
 
     Raises:
         UserError: a configuration that cannot be served. Unavailable: it ended instead of starting; the messages say why.
@@ -66,11 +63,11 @@ def _target(
                 return line.removeprefix(READY).split()[0]
         if process.poll() is not None:
             lines = err.read_text().strip().splitlines()
-            told = lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
-            raise UserError(told) if process.returncode == USER_MISTAKE else Unavailable(f"the cluster did not start: {told}")
+            reason = lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
+            raise UserError(reason) if process.returncode == USER_MISTAKE else Unavailable(f"the cluster did not start: {reason}")
         if time.monotonic() > until_s:
             raise DeadlineExceeded(f"the cluster was not ready within {config.start_timeout_s:g} s")
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,7 +1,4 @@
-"""The text model in training: one update, and a stage of the curriculum.
-
-Knows: batches, losses, the optimiser, when a stage is over. Does not know: how the bank came to be, the command line.
-"""
+"""The text model in training: one update, and a stage of the curriculum."""
 
 from __future__ import annotations
 
@@ -17,11 +14,19 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from sparsevila_cluster.demo.curriculum import SHORTER_ODDS, Portion, Stage, shorter
-from sparsevila_cluster.demo.dialogue_batches import Batch, Packer, keep_glyphs, keep_salient
-from sparsevila_cluster.demo.step_bank import StepBank
-from sparsevila_cluster.demo.training_forward import AID_WEIGHTS, Aids, answer_logits, glance_mask, own_turn_mask, retrieved, think
+from sparsevila_cluster.demo.dialogue_batches import Batch, BatchBuilder, keep_glyphs, keep_salient
+from sparsevila_cluster.demo.step_dataset import StepDataset
+from sparsevila_cluster.demo.training_forward import (
+    AUXILIARY_WEIGHTS,
+    AuxiliaryHeads,
+    answer_logits,
+    retrieval_mask,
+    retrieved,
+    run_text,
+    turns_apart_mask,
+)
 from sparsevila_cluster.demo.training_log import TrainingLog
-from sparsevila_cluster.demo.training_monitor import DENSE, SPARSE, Examiner
+from sparsevila_cluster.demo.training_monitor import DENSE, SPARSE, Evaluator
 from sparsevila_cluster.demo.world import TRAINING_STREAM, make_questions
 
 NUM_TURNS = 8
@@ -29,7 +34,9 @@ WARM_UP = 100  # updates
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainingOptions:
+    """Options of `demo.train`; `minutes` and `*_s` are work of one core, or wall time on a GPU."""
+
     out: Path
     minutes: float = 58.0
     seed: int = 0
@@ -38,26 +45,28 @@ class Options:
     dense_only: bool = False
     resume_stage: Path | None = None
     vision_updates: int = 450
-    bank_videos: int = 2000
+    dataset_videos: int = 2000
     monitor_videos: int = 40
     final_videos: int = 64
     monitor_every_s: float = 45.0
     lr: float = 1e-3
 
 
-class Clock:
+class WorkClock:
     """Seconds of work: of one core on a CPU, of the wall on a GPU. May start at what an earlier run had spent."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: TrainingOptions) -> None:
         self.threads, self.on_cpu = options.threads, options.device == "cpu"
         self.offset_s = 0.0
         self.offset_s = -self.now_s()
 
     def now_s(self) -> float:
+        """Seconds of work so far."""
         spent = time.process_time() / self.threads if self.on_cpu else time.monotonic()
         return spent + self.offset_s
 
     def set(self, now_s: float) -> None:
+        """Go on from `now_s`."""
         self.offset_s += now_s - self.now_s()
 
 
@@ -65,26 +74,26 @@ class Clock:
 class TextTrainer:
     """The text model in training: everything an update needs."""
 
-    options: Options
-    journal: TrainingLog
-    clock: Clock
+    options: TrainingOptions
+    log: TrainingLog
+    clock: WorkClock
     model: Qwen2_5_VLForConditionalGeneration
-    packer: Packer
-    bank: StepBank
-    monitor: Examiner
+    batches: BatchBuilder
+    dataset: StepDataset
+    monitor: Evaluator
     updates: int = 0
-    aids: Aids = field(init=False)
+    heads: AuxiliaryHeads = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         options, model = self.options, self.model
         model.model.visual.requires_grad_(False)
-        self.aids = Aids(model.config.text_config.hidden_size).to(options.device)
+        self.heads = AuxiliaryHeads(model.config.text_config.hidden_size).to(options.device)
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in learned if p.ndim > 1], "weight_decay": 0.05, "base": options.lr},
             {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0, "base": options.lr},
-            {"params": list(self.aids.parameters()), "weight_decay": 0.01, "base": 0.4 * options.lr},
+            {"params": list(self.heads.parameters()), "weight_decay": 0.01, "base": 0.4 * options.lr},
         ]
         self.learned = learned
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
@@ -94,14 +103,14 @@ class TextTrainer:
         """Updates until the stage is mastered or its time is over."""
         began_s = monitored_s = self.clock.now_s()
         until_s = start_s + stage.until * (end_s - start_s)
-        self.journal.stage(stage.name)
+        self.log.stage(stage.name)
         recent: dict[str, list[float]] = defaultdict(list)
         while True:
             now_s = self.clock.now_s()
             share = min(1.0, (now_s - began_s) / max(until_s - began_s, 1e-9))
             for name, value in self.update(stage, share).items():
                 recent[name].append(value)
-            self.journal.advance(share, f"loss {np.mean(recent['answer'][-20:]):.3f}")
+            self.log.advance(share, f"loss {np.mean(recent['answer'][-20:]):.3f}")
             now_s = self.clock.now_s()
             done = now_s >= until_s
             if done or now_s - monitored_s > self.options.monitor_every_s:
@@ -113,6 +122,7 @@ class TextTrainer:
                 return
 
     def update(self, stage: Stage, share: float) -> dict[str, float]:
+        """One optimizer step; `share` of the stage is over. Returns the losses by name."""
         decay = 0.51 + 0.49 * np.cos(np.pi * share) if stage.decay else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * min(1.0, (self.updates + 1) / WARM_UP) * decay
@@ -123,11 +133,11 @@ class TextTrainer:
             num_steps = less[self.rng.integers(len(less))]
         batch = self.make_batch(portion, num_steps)
         with torch.autocast(self.options.device, torch.bfloat16):
-            thought = think(self.model, batch, self.masks(stage, portion, batch))
-            logits, wanted = answer_logits(self.model, batch, thought.hidden)
+            output = run_text(self.model, batch, self.masks(stage, portion, batch))
+            logits, wanted = answer_logits(self.model, batch, output.hidden)
             losses = {"answer": F.cross_entropy(logits.float(), wanted)}
-            losses |= self.aids.losses(self.model, batch, thought.inner)
-        total = losses["answer"] + sum(weight * losses[name] for name, weight in AID_WEIGHTS.items())
+            losses |= self.heads.losses(self.model, batch, output.inner)
+        total = losses["answer"] + sum(weight * losses[name] for name, weight in AUXILIARY_WEIGHTS.items())
         self.optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
@@ -139,51 +149,56 @@ class TextTrainer:
         return record
 
     def make_batch(self, portion: Portion, num_steps: int) -> Batch:
-        rng, bank = self.rng, self.bank
-        shown = [bank.compose(rng, num_steps) for _ in range(portion.batch)]
+        """A batch of dialogues about composed videos, pruned as `portion` says."""
+        rng, dataset = self.rng, self.dataset
+        shown = [dataset.compose(rng, num_steps) for _ in range(portion.batch)]
         dialogues = [make_questions(video.scene, rng, NUM_TURNS, steps=video.slots) for video in shown]
         ratio = portion.prune_keeps[rng.integers(len(portion.prune_keeps))]
         keep = None
         if portion.prune == "salient":
-            keep = keep_salient(bank, shown, ratio)
+            keep = keep_salient(dataset, shown, ratio)
         elif portion.prune == "glyphs":
-            keep = keep_glyphs(bank, shown, ratio, rng)
-        return self.packer.batch(bank, shown, dialogues, keep)
+            keep = keep_glyphs(dataset, shown, ratio, rng)
+        return self.batches.batch(dataset, shown, dialogues, keep)
 
     def masks(self, stage: Stage, portion: Portion, batch: Batch) -> Tensor | list[Tensor | None] | None:
-        if stage.own_turn:
-            return own_turn_mask(batch)
+        """Attention masks for `run_text`: none, one for all layers, or one per layer."""
+        if stage.turns_apart:
+            return turns_apart_mask(batch)
         if not portion.retrieve_keeps:
             return None
         ratio = portion.retrieve_keeps[self.rng.integers(len(portion.retrieve_keeps))]
-        return [glance_mask(batch, chosen) for chosen in retrieved(self.model, batch, ratio)]
+        return [retrieval_mask(batch, chosen) for chosen in retrieved(self.model, batch, ratio)]
 
     def report(self, stage: Stage, recent: dict[str, list[float]]) -> float:
+        """Evaluate, write a line of the log, and return the accuracy in percent."""
         videos = self.options.monitor_videos
-        marks = self.monitor.examine(self.model, DENSE, stage.num_steps, videos, turns_apart=stage.own_turn)
+        accuracy = self.monitor.evaluate(self.model, DENSE, stage.num_steps, videos, turns_apart=stage.turns_apart)
         record: dict[str, float | dict[str, float]] = {name: round(float(np.mean(values)), 4) for name, values in recent.items()}
         if any(portion.sparse for portion in stage.portions):
-            sparse = self.monitor.examine(self.model, SPARSE, num_videos=videos)
+            sparse = self.monitor.evaluate(self.model, SPARSE, num_videos=videos)
             record["sparse_accuracy"] = sparse
-        self.journal.write(
+        self.log.write(
             stage=stage.name,
             work_s=round(self.clock.now_s(), 1),
             updates=self.updates,
             lr=round(self.optimizer.param_groups[0]["lr"], 6),
             **record,
-            accuracy=marks,
+            accuracy=accuracy,
         )
-        return marks["all"]
+        return accuracy["all"]
 
     def state(self) -> dict:
+        """All that `restore` needs to go on from here."""
         return {
             "model": self.model.state_dict(),
-            "aids": self.aids.state_dict(),
+            "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
         }
 
     def restore(self, state: dict) -> None:
-        self.aids.load_state_dict(state["aids"])
+        """Go on from what `state` returned; the model is loaded elsewhere."""
+        self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]

@@ -1,13 +1,10 @@
-"""The text model's forward in training, and the throw-away aids that make it learn in minutes.
+"""The text model's forward in training, and the throw-away heads that make it learn in minutes.
 
-Knows: the stock decoder layers, run with attention masks of our choice; auxiliary losses on their inner states.
-Does not know: where batches come from, the curriculum, the optimiser.
-
-Aids, none of which is stored in the checkpoint. All read the input of layer `AID_LAYER`:
-- slot: each visual token tells its step and cell (0.1); so steps get written into visual tokens early;
-- query: the last prompt row tells what the question names (0.5), and so do the answer's rows (0.25);
-- grounding: in layer `AID_LAYER`, the last prompt row attends to the glyphs that are asked for (0.5), and each of
-  the answer's rows to the glyph that it is speaking of (0.5).
+The auxiliary heads and losses, none of which is stored in the checkpoint, read the input of layer `AUXILIARY_LAYER`:
+- slot: each visual token predicts its step and cell (0.1); so steps get written into visual tokens early;
+- query: the last prompt row predicts what the question names (0.5), and so do the answer's rows (0.25);
+- grounding: in layer `AUXILIARY_LAYER`, the last prompt row attends to the glyphs that are asked for (0.5), and each of
+  the answer's rows to the glyph that it names (0.5).
 Without query and grounding, training stalled at half of all answers right: it named a colour of *some* glyph in the
 video. Without those of the answer's rows, the same loss took half as many updates again.
 """
@@ -26,28 +23,33 @@ from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS
 from sparsevila_cluster.demo.dialogue_batches import ASKED_SIZES, IGNORE, Batch
 from sparsevila_cluster.demo.world import NUM_STEPS
 
-AID_LAYER = 2
-AID_WEIGHTS = {"slot": 0.1, "query": 0.5, "answer_query": 0.25, "grounding": 0.5, "answer_grounding": 0.5}
+AUXILIARY_LAYER = 2
+AUXILIARY_WEIGHTS = {"slot": 0.1, "query": 0.5, "answer_query": 0.25, "grounding": 0.5, "answer_grounding": 0.5}
 
 
 class TextOutput(NamedTuple):
+    """Hidden states of the text model."""
+
     hidden: Tensor  # [items, rows, hidden], after the final norm
-    inner: Tensor  # what enters layer AID_LAYER
+    inner: Tensor  # what enters layer AUXILIARY_LAYER
 
 
 def embed(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """float [items, rows, hidden]: embeddings of prefix, visual tokens and suffix."""
     table = model.model.language_model.embed_tokens
     return torch.cat([table(batch.prefix_ids), batch.visual, table(batch.suffix_ids)], 1)
 
 
-def think(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, masks: Tensor | list[Tensor | None] | None = None) -> TextOutput:
+def run_text(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, masks: Tensor | list[Tensor | None] | None = None
+) -> TextOutput:
     """`masks`: bool [items, 1, rows, rows] for all layers or one per layer, True where a row may look; None: causal."""
     text = model.model.language_model
     x = embed(model, batch)
     rotary = text.rotary_emb(x, batch.positions)
     inner = x
     for index, layer in enumerate(text.layers):
-        if index == AID_LAYER:
+        if index == AUXILIARY_LAYER:
             inner = x
         mask = masks[index] if isinstance(masks, list) else masks
         x = layer(x, attention_mask=mask, position_embeddings=rotary, use_cache=False)
@@ -61,16 +63,14 @@ def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hidde
     return model.lm_head(hidden[:, :-1][rows]), wanted[rows]
 
 
-# ------------------------------------------------------------------------------------------------- masks
-
-
 def causal_mask(batch: Batch) -> Tensor:
+    """bool [items, 1, rows, rows]: True where a row may look."""
     rows = batch.labels.shape[1]
     square = torch.ones(rows, rows, dtype=torch.bool, device=batch.labels.device).tril()
     return square.expand(batch.labels.shape[0], 1, -1, -1).clone()
 
 
-def own_turn_mask(batch: Batch) -> Tensor:
+def turns_apart_mask(batch: Batch) -> Tensor:
     """Each turn sees the media and itself: eight independent questions for the price of one video."""
     items, rows = batch.labels.shape
     turn = torch.zeros(items, rows, dtype=torch.long, device=batch.labels.device)
@@ -83,8 +83,8 @@ def own_turn_mask(batch: Batch) -> Tensor:
     return causal_mask(batch) & same[:, None]
 
 
-def glance_mask(batch: Batch, glimpsed: Tensor) -> Tensor:
-    """Answer rows see only the visual tokens in `glimpsed`, bool [turns, num_kept]; all other rows see everything.
+def retrieval_mask(batch: Batch, retrieved_tokens: Tensor) -> Tensor:
+    """Answer rows see only the visual tokens in `retrieved_tokens`, bool [turns, num_kept]; all other rows see everything.
 
     The row of <|im_end|> is no answer row: as the pending token it is computed with the next turn's question.
     """
@@ -93,7 +93,7 @@ def glance_mask(batch: Batch, glimpsed: Tensor) -> Tensor:
     answer = (row > turns.prompt_row[:, None]) & (row < turns.end_row[:, None])
     turn, rows = answer.nonzero(as_tuple=True)
     mask = causal_mask(batch)
-    mask[turns.item[turn], 0, rows, visual] = glimpsed[turn]
+    mask[turns.item[turn], 0, rows, visual] = retrieved_tokens[turn]
     return mask
 
 
@@ -125,20 +125,20 @@ def retrieved(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, retrieve_
         share = scores.float().masked_fill(~causal, -torch.inf).softmax(-1)[..., visual].mean(1)
         votes = torch.einsum("tr,trv->tv", weight, share[turns.item])
         chosen.append(torch.zeros_like(votes, dtype=torch.bool).scatter(1, votes.topk(k_best, 1).indices, True))
-        x = layer(x, attention_mask=glance_mask(batch, chosen[-1]), position_embeddings=(cos, sin), use_cache=False)
+        x = layer(x, attention_mask=retrieval_mask(batch, chosen[-1]), position_embeddings=(cos, sin), use_cache=False)
     return chosen
 
 
-# -------------------------------------------------------------------------------------------------- aids
+class AuxiliaryHeads(nn.Module):
+    """Two linear heads on the inner states, thrown away after training."""
 
-
-class Aids(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.slot = nn.Linear(hidden, NUM_STEPS + 2 * GRID_TOKENS)
         self.query = nn.Linear(hidden, sum(ASKED_SIZES))
 
     def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> dict[str, Tensor]:
+        """The auxiliary losses by name; `AUXILIARY_WEIGHTS` weighs them."""
         turns, looks = batch.turns, batch.looks
         mass = attention_mass(model, batch, inner)
         return {
@@ -163,9 +163,9 @@ class Aids(nn.Module):
 
 
 def attention_mass(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> Tensor:
-    """[looks]: the share of attention in layer AID_LAYER, mean over heads, that falls on the look's targets."""
+    """[looks]: the share of attention in layer AUXILIARY_LAYER, mean over heads, that falls on the look's targets."""
     text, looks = model.model.language_model, batch.looks
-    layer = text.layers[AID_LAYER]
+    layer = text.layers[AUXILIARY_LAYER]
     attention, x = layer.self_attn, layer.input_layernorm(inner)
     # looks of one item side by side, padded: [items, places]
     per_item = torch.bincount(looks.item, minlength=len(inner))

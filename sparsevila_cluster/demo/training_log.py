@@ -1,7 +1,4 @@
-"""The training log: JSON lines for the record, a progress bar for whoever watches.
-
-Knows: files and the terminal. Does not know: what is trained.
-"""
+"""The training log: JSON lines for the record, a progress bar for the terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class TrainingLog:
+    """Writes to `path`, and shows a bar on `console` (None: stderr) while its block runs."""
+
     def __init__(self, path: Path, console: Console | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("w")
@@ -37,16 +36,19 @@ class TrainingLog:
         self.file.close()
 
     def stage(self, name: str) -> None:
+        """Begin a stage: a new bar, and a line in the log."""
         if self.task is not None:
             self.progress.update(self.task, completed=1.0)
         self.task = self.progress.add_task(name, total=1.0, note="")
         self.write(stage=name, event="start")
 
     def advance(self, share: float, note: str) -> None:
+        """Move the bar of the stage to `share`, 0 to 1."""
         if self.task is not None:
             self.progress.update(self.task, completed=min(share, 1.0), note=note)
 
     def write(self, **record: object) -> None:
+        """One line of the log, with the seconds since its start."""
         record = {"wall_s": round(time.monotonic() - self.start_s, 1)} | record
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()

@@ -1,8 +1,4 @@
-"""How well a model answers, dense and sparse: a batched monitor for training.
-
-Knows: exact match per kind of question, with pruning and retrieval simulated by masks and teacher-forced history.
-Does not know: the engines. The product's own measurement runs the engines on MP4 files; this one is for training logs.
-"""
+"""How well a model answers, dense and sparse: a batched monitor for training."""
 
 from __future__ import annotations
 
@@ -15,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from sparsevila_cluster.demo.dialogue_batches import Batch, Packer, keep_glyphs, keep_random, keep_salient
-from sparsevila_cluster.demo.step_bank import BankedStep, StepBank
-from sparsevila_cluster.demo.training_forward import glance_mask, own_turn_mask, retrieved, think
+from sparsevila_cluster.demo.dialogue_batches import Batch, BatchBuilder, keep_glyphs, keep_random, keep_salient
+from sparsevila_cluster.demo.step_dataset import ComposedVideo, StepDataset
+from sparsevila_cluster.demo.training_forward import retrieval_mask, retrieved, run_text, turns_apart_mask
 from sparsevila_cluster.demo.world import Question, make_questions
 
 SEVERAL_WORDS = ("when", "where", "at", "describe")
@@ -47,32 +43,32 @@ VIEWS = {
 }
 
 
-class Examiner:
-    """Asks a model fixed questions about a fixed bank of videos."""
+class Evaluator:
+    """Asks a model fixed questions about a fixed dataset of videos."""
 
-    def __init__(self, bank: StepBank, packer: Packer, seed: int = 4242, num_turns: int = 8) -> None:
-        self.bank, self.packer, self.seed, self.num_turns = bank, packer, seed, num_turns
+    def __init__(self, dataset: StepDataset, batches: BatchBuilder, seed: int = 4242, num_turns: int = 8) -> None:
+        self.dataset, self.batches, self.seed, self.num_turns = dataset, batches, seed, num_turns
 
-    def _papers(self, num_steps: int, num_videos: int) -> list[tuple[BankedStep, list[Question]]]:
+    def _dialogues(self, num_steps: int, num_videos: int) -> list[tuple[ComposedVideo, list[Question]]]:
         rng = np.random.default_rng(self.seed)
-        papers = []
+        dialogues = []
         for video in range(num_videos):
-            whole = num_steps == self.bank.steps_per_video
-            shown = self.bank.whole(video) if whole else self.bank.compose(rng, num_steps, self.bank.steps_per_video)
-            papers.append((shown, make_questions(shown.scene, rng, self.num_turns, steps=shown.slots)))
-        return papers
+            whole = num_steps == self.dataset.steps_per_video
+            shown = self.dataset.whole(video) if whole else self.dataset.compose(rng, num_steps, self.dataset.steps_per_video)
+            dialogues.append((shown, make_questions(shown.scene, rng, self.num_turns, steps=shown.slots)))
+        return dialogues
 
-    def _kept(self, shown: list[BankedStep], view: View, rng: np.random.Generator) -> Tensor | None:
+    def _kept(self, shown: list[ComposedVideo], view: View, rng: np.random.Generator) -> Tensor | None:
         if view.prune == "salient":
-            return keep_salient(self.bank, shown, view.prune_keep)
+            return keep_salient(self.dataset, shown, view.prune_keep)
         if view.prune == "random":
             return keep_random(shown, view.prune_keep, rng)
         if view.prune == "glyphs":
-            return keep_glyphs(self.bank, shown, view.prune_keep, rng)
+            return keep_glyphs(self.dataset, shown, view.prune_keep, rng)
         return None
 
     @torch.no_grad()
-    def examine(
+    def evaluate(
         self,
         model: Qwen2_5_VLForConditionalGeneration,
         view: View = DENSE,
@@ -87,43 +83,43 @@ class Examiner:
         """
         right: dict[str, list[bool]] = defaultdict(list)
         rng = np.random.default_rng(self.seed + 1)
-        papers = self._papers(num_steps, min(num_videos or self.bank.num_videos, self.bank.num_videos))
-        for first in range(0, len(papers), batch_size):
-            shown, dialogues = map(list, zip(*papers[first : first + batch_size], strict=True))
-            batch = self.packer.batch(self.bank, shown, dialogues, self._kept(shown, view, rng))
-            masks = own_turn_mask(batch) if turns_apart else self._masks(model, batch, view, rng)
+        items = self._dialogues(num_steps, min(num_videos or self.dataset.num_videos, self.dataset.num_videos))
+        for first in range(0, len(items), batch_size):
+            shown, dialogues = map(list, zip(*items[first : first + batch_size], strict=True))
+            batch = self.batches.batch(self.dataset, shown, dialogues, self._kept(shown, view, rng))
+            masks = turns_apart_mask(batch) if turns_apart else self._masks(model, batch, view, rng)
             for kind, match in self._answers(model, batch, masks):
                 right[kind].append(match)
-        marks = {kind: 100 * float(np.mean(matches)) for kind, matches in sorted(right.items())}
+        accuracy = {kind: 100 * float(np.mean(matches)) for kind, matches in sorted(right.items())}
         several = [match for kind in SEVERAL_WORDS for match in right.get(kind, [])]
         total = [match for matches in right.values() for match in matches]
-        marks |= {"several_words": 100 * float(np.mean(several or [False])), "all": 100 * float(np.mean(total))}
-        return {name: round(mark, 1) for name, mark in marks.items()} | {"num_questions": len(total)}
+        accuracy |= {"several_words": 100 * float(np.mean(several or [False])), "all": 100 * float(np.mean(total))}
+        return {name: round(percent, 1) for name, percent in accuracy.items()} | {"num_questions": len(total)}
 
     @staticmethod
     def _masks(
         model: Qwen2_5_VLForConditionalGeneration, batch: Batch, view: View, rng: np.random.Generator
     ) -> list[Tensor | None] | None:
         if view.retrieve == "attention":
-            return [glance_mask(batch, chosen) for chosen in retrieved(model, batch, view.retrieve_keep)]
+            return [retrieval_mask(batch, chosen) for chosen in retrieved(model, batch, view.retrieve_keep)]
         if view.retrieve == "all":
             return None
         masks: list[Tensor | None] = []
         for _ in model.model.language_model.layers:
             scores = torch.from_numpy(rng.random(tuple(batch.turns.targets.shape), np.float32))
             best = scores.topk(max(1, round(view.retrieve_keep * scores.shape[1])), 1).indices
-            glimpsed = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
-            masks.append(glance_mask(batch, glimpsed.to(batch.labels.device)))
+            retrieved_tokens = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+            masks.append(retrieval_mask(batch, retrieved_tokens.to(batch.labels.device)))
         return masks
 
     @staticmethod
     def _answers(
         model: Qwen2_5_VLForConditionalGeneration, batch: Batch, masks: Tensor | list[Tensor | None] | None
     ) -> list[tuple[str, bool]]:
-        said = model.lm_head(think(model, batch, masks).hidden).argmax(-1)
+        predicted = model.lm_head(run_text(model, batch, masks).hidden).argmax(-1)
         turns, matches = batch.turns, []
         for number, question in enumerate(turns.questions):
             item, start, end = (int(rows[number]) for rows in (turns.item, turns.prompt_row, turns.end_row))
-            match = bool((said[item, start:end] == batch.labels[item, start + 1 : end + 1]).all())
+            match = bool((predicted[item, start:end] == batch.labels[item, start + 1 : end + 1]).all())
             matches.append((question.kind, match))
         return matches

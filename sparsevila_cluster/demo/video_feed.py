@@ -1,7 +1,4 @@
-"""A stream of training videos, rendered ahead in a process of its own.
-
-Knows: the world, its frames, how a codec wears them. Does not know: torch, models.
-"""
+"""A stream of training videos, rendered ahead in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ QUEUE_LENGTH = 64
 
 
 class TrainingVideo(NamedTuple):
+    """A scene as a model samples it, and which glyph owns which cell of the grid."""
+
     scene: WorldScene
     frames: np.ndarray  # uint8 [2 * steps, px, px, 3]: as the model samples them
     owner: np.ndarray  # int8 [steps, grid, grid]
@@ -47,6 +46,7 @@ def make_held_out_video(seed: int, num_steps: int = NUM_STEPS) -> TrainingVideo:
 
 
 def training_videos(seed: int, num_steps: int) -> Iterator[TrainingVideo]:
+    """Videos without end, in the order that `seed` fixes."""
     rng = np.random.default_rng((TRAINING_STREAM, seed, num_steps))
     while True:
         yield make_training_video(rng, num_steps)

@@ -1,8 +1,5 @@
 """Stage one: the vision tower learns glyphs, places and salience, before there is any text.
 
-Knows: the stock vision modules, run for a batch of steps of equal size; throw-away probes that supervise them.
-Does not know: questions, the text model.
-
 The probes read colour, shape and place off the merged visual tokens. The salience loss asks the last full-attention
 block to spend 60 % of its attention on the glyphs: without it, glyphs are the *least* attended tokens of a tower
 this small, and salience (what pruning goes by) would mean nothing. So in this checkpoint salience is trained in.
@@ -50,7 +47,9 @@ def patchify(frames: np.ndarray) -> Tensor:
     return ((x - mean) / std).flatten(2)
 
 
-class Seen(NamedTuple):
+class VisionOutput(NamedTuple):
+    """What the tower makes of a batch of steps."""
+
     tokens: Tensor  # [steps, TOKENS_PER_STEP, hidden]
     salience: Tensor  # [steps, TOKENS_PER_STEP], 1.0 is an average token
 
@@ -82,7 +81,8 @@ class VisionRunner:
         self.window = int(borders[1] - borders[0])
         self.full_blocks = visual.config.fullatt_block_indexes
 
-    def __call__(self, patches: Tensor) -> Seen:
+    def __call__(self, patches: Tensor) -> VisionOutput:
+        """patches: float [steps, patches, values], as `patchify` gives them."""
         visual, num_steps, num_patches = self.visual, patches.shape[0], patches.shape[1]
         heads = visual.config.num_heads
         weight = visual.patch_embed.proj.weight
@@ -104,22 +104,23 @@ class VisionRunner:
         merger = visual.merger
         tokens = merger.mlp(_norm(x, merger.ln_q).reshape(num_steps, TOKENS_PER_STEP, -1))[:, self.undo]
         assert salience is not None, "the last full-attention block is one of the blocks"
-        return Seen(tokens, salience)
+        return VisionOutput(tokens, salience)
 
-
-# ------------------------------------------------------------------------------------------------ stage one
 
 PROBES = {"color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "row": GRID_TOKENS, "col": GRID_TOKENS}
 
 
 @dataclass(frozen=True)
 class Labels:
+    """What the probes are to read off each token."""
+
     color: Tensor  # [steps, tokens]
     shape: Tensor
     glyph: Tensor  # bool
 
 
 def labels_of(videos: list[TrainingVideo]) -> Labels:
+    """The labels of all steps of the videos."""
     owner = np.concatenate([video.owner.reshape(-1, TOKENS_PER_STEP) for video in videos])
     color, shape = np.full(owner.shape, NOTHING), np.full(owner.shape, NOTHING)
     steps = [step for video in videos for step in video.scene.steps]

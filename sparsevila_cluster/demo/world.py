@@ -1,8 +1,5 @@
 """The small world that the demo checkpoint lives in: scenes of coloured glyphs, and questions about them.
 
-Knows: what a scene is, how to draw one at random, what one may ask about it and the exact answer.
-Does not know: pixels (drawing.py), tokens, models. numpy only; importing it does no work.
-
 A video is a sequence of steps of one second each. In every step 0, 1 or 2 glyphs lie on a textured, noisy,
 panning background; no (colour, shape) pair occurs twice in a video, so "the red circle" is unambiguous.
 """
@@ -14,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsevila_cluster.demo.drawing import COLORS, FPS, PLACES, SHAPES, render, write_mp4
+from sparsevila_cluster.demo.drawing import COLORS, FPS, PLACES, SHAPES, Glyph, WorldScene, render, write_mp4
 
 __all__ = [
     "COLORS",
@@ -41,27 +38,9 @@ TRAINING_STREAM, HELD_OUT_STREAM = 1, 2
 
 
 @dataclass(frozen=True)
-class Glyph:
-    color: str
-    shape: str
-    place: str  # quadrant of the frame, one of PLACES
-
-    @property
-    def phrase(self) -> str:
-        return f"a {self.color} {self.shape}"
-
-
-@dataclass(frozen=True)
-class WorldScene:
-    steps: tuple[tuple[Glyph, ...], ...]
-
-    @property
-    def duration_s(self) -> float:
-        return float(len(self.steps))
-
-
-@dataclass(frozen=True)
 class Question:
+    """A question about a scene, and its true answer."""
+
     kind: str
     text: str
     answer: str
@@ -100,48 +79,44 @@ def make_video(seed: int, *, held_out: bool = True, num_steps: int = NUM_STEPS) 
     return scene, render(scene, rng, held_out=held_out)
 
 
-# ---------------------------------------------------------------------------------------------- questions
-#
-# A maker gets the scene, one of its steps (with its glyphs) and a glyph of that step, if there is any, and
-# returns (text, answer, targets), or None where it has nothing to ask.
-
-Asked = tuple[str, str, tuple[Glyph, ...]] | None
+# What a maker of questions returns for a step and its glyphs: (text, answer, targets), or None where it has nothing to ask.
+Drawn = tuple[str, str, tuple[Glyph, ...]] | None
 
 
 def _a_glyph(glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Glyph | None:
     return glyphs[rng.integers(len(glyphs))] if glyphs else None
 
 
-def _color(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked:
+def _color(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Drawn:
     if (glyph := _a_glyph(glyphs, rng)) is None:
         return None
     spelling = "color" if rng.random() < 0.5 else "colour"
     return f"What {spelling} is the {glyph.shape} at step {step + 1}?", glyph.color, (glyph,)
 
 
-def _shape(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked:
+def _shape(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Drawn:
     if (glyph := _a_glyph(glyphs, rng)) is None:
         return None
     return f"Which shape is {glyph.color} at step {step + 1}?", glyph.shape, (glyph,)
 
 
-def _when(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked:
+def _when(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Drawn:
     if (glyph := _a_glyph(glyphs, rng)) is None:
         return None
     return f"When does the {glyph.color} {glyph.shape} appear?", f"at step {step + 1}", (glyph,)
 
 
-def _where(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked:
+def _where(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Drawn:
     if (glyph := _a_glyph(glyphs, rng)) is None:
         return None
     return f"Where is the {glyph.color} {glyph.shape}?", f"at the {glyph.place}", (glyph,)
 
 
-def _count(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked:
+def _count(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Drawn:
     return f"How many shapes are at step {step + 1}?", str(len(glyphs)), glyphs
 
 
-def _at(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked:
+def _at(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Drawn:
     glyph = _a_glyph(glyphs, rng)
     # Half of the questions about a place would be answered by "nothing" if the place were drawn blindly.
     place = glyph.place if glyph is not None and rng.random() < 0.8 else PLACES[rng.integers(len(PLACES))]
@@ -150,12 +125,12 @@ def _at(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked
     return (text, "nothing", ()) if found is None else (text, found.phrase, (found,))
 
 
-def _describe(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Asked:
+def _describe(step: int, glyphs: tuple[Glyph, ...], rng: np.random.Generator) -> Drawn:
     answer = " and ".join(f"{glyph.phrase} at the {glyph.place}" for glyph in glyphs)
     return f"Describe step {step + 1}.", answer or "nothing", glyphs
 
 
-MAKERS: dict[str, Callable[[int, tuple[Glyph, ...], np.random.Generator], Asked]] = {
+MAKERS: dict[str, Callable[[int, tuple[Glyph, ...], np.random.Generator], Drawn]] = {
     "color": _color,
     "shape": _shape,
     "when": _when,

@@ -26,7 +26,7 @@ from sparsevila_cluster.engine.async_engine import AsyncDecodeEngine, AsyncPrefi
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.kvcache.arena import Extent
-from sparsevila_cluster.kvcache.media_handle import as_reused, handle_of
+from sparsevila_cluster.kvcache.media_handle import handle_of
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model
@@ -69,7 +69,7 @@ class LocalPipeline:
     async def _prepare(self, preparation: Preparation) -> MediaHandle:
         key = await self.prefill.key_of(preparation.request)
         handle, shared = await self._preparing.get(key, lambda: self._find_or_make(preparation, key))
-        return as_reused(handle) if shared else handle
+        return handle.as_reused() if shared else handle
 
     async def _find_or_make(self, preparation: Preparation, key: str) -> MediaHandle:
         resident = await self.decode.call(lambda engine: engine.prefixes.get(key))

@@ -6,7 +6,6 @@ Knows: which facts of a prefix leave the engines. Does not know: where the prefi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sparsevila_cluster.core.requests import MediaHandle
@@ -31,8 +30,3 @@ def handle_of(prefix: MediaPrefix, reused: bool = False, ms: Mapping[str, float]
         tenant=prefix.tenant,
         ms=dict(ms or {}),
     )
-
-
-def as_reused(handle: MediaHandle) -> MediaHandle:
-    """The same media for a caller for whom nothing had to be made."""
-    return replace(handle, reused=True, ms={})

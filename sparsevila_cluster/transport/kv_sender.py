@@ -58,7 +58,7 @@ class KVSender:
         Chunks leave as `OutgoingTransfer.wrote` tells of them. Raises Unavailable once the shipper is closed.
         """
         manifest = Manifest.of(prefix, ticket.transfer_id, bounds, self._config)
-        route = self._route(ticket.dock, transports.kind_towards(ticket.dock, self._device))
+        route = self._route(ticket.receiver, transports.kind_towards(ticket.receiver, self._device))
         shipment = OutgoingTransfer(prefix, manifest, ticket, route.wake)
         route.submit(shipment)
         return shipment
@@ -148,7 +148,7 @@ class KVSender:
 
     def ended(self, shipment: OutgoingTransfer, error: SparseVilaError) -> None:
         if shipment.fail(error):
-            facts = {"transfer": shipment.transfer_id, "dock": shipment.ticket.dock.worker}
+            facts = {"transfer": shipment.transfer_id, "dock": shipment.ticket.receiver.worker}
             log.info("transfer failed: %s", error, extra=facts)
             self._count("kv_transfers_total", outcome="failed")
 

@@ -123,6 +123,7 @@ def test_queues_that_are_full_do_not_make_it_fail(checkpoint, clips):  # noqa: F
 
 def test_a_queue_that_stays_full_is_told_at_the_deadline(checkpoint, clips, monkeypatch):  # noqa: F811
     from sparsevila_cluster.api import ask_many, async_video_qa
+    from sparsevila_cluster.core import conversation
 
     monkeypatch.setattr(async_video_qa, "GRACE_S", 0.0)
 
@@ -130,10 +131,10 @@ def test_a_queue_that_stays_full_is_told_at_the_deadline(checkpoint, clips, monk
         async def full(self, question, **options):
             raise QueueFull("256 turns wait already", retry_after_s=0.03)
 
-        monkeypatch.setattr(async_video_qa.AsyncChat, "ask", full)
+        monkeypatch.setattr(conversation.AsyncChat, "ask", full)
         results = await qa.ask_many([(clips[0], ["a?", "b?"])], timeout_s=0.1)
         assert isinstance(results[0].error, QueueFull) and results[0].answers == ()
-        assert ask_many.many_limit_s(qa, [Ask("x", ["a?", "b?"])], {"timeout_s": 1}, {"timeout_s": 0.1}) == pytest.approx(2.4)
+        assert ask_many.ask_many_limit_s(qa, [Ask("x", ["a?", "b?"])], {"timeout_s": 1}, {"timeout_s": 0.1}) == pytest.approx(2.4)
 
     run(checkpoint, work)
 

@@ -317,7 +317,7 @@ def test_closing_ends_what_runs_and_refuses_the_rest(checkpoint, clips):
 def test_a_conversation_about_media_from_elsewhere_has_no_picture(checkpoint, clips):
     async def work(qa):
         media = await qa.prepare(clips[0])
-        elsewhere = MediaHandle(**{**vars(media), "footage": None})
+        elsewhere = MediaHandle(**{**vars(media), "origin": None})
         chat = qa.conversation(elsewhere)
         answer = await chat.ask("what?", max_tokens=2)
         assert elsewhere == media

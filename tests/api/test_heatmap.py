@@ -2,15 +2,17 @@
 
 import os
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sparsevila_cluster.api.canvas import PAPER, load_font, ramp, wrap
-from sparsevila_cluster.api.frame_reader import decode_again, note_footage
-from sparsevila_cluster.api.heatmap import MAX_COLUMNS, choose_moments, draw_heatmap, save_picture, shade, with_picture
+from sparsevila_cluster.api.frame_reader import read_frames_again, record_origin
+from sparsevila_cluster.api.heatmap import MAX_COLUMNS, choose_moments, draw_conversation, draw_heatmap, save_picture, shade
 from sparsevila_cluster.core.config import MediaLimits, build_config
+from sparsevila_cluster.core.conversation import drawable
 from sparsevila_cluster.core.errors import BadMedia, BadRequest
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
 from sparsevila_cluster.core.requests import Answer, FinishReason, MediaSource, PrepareRequest, Usage
@@ -190,22 +192,26 @@ def picture(tmp_path):
     return path
 
 
-def footage_of(*sources):
-    return note_footage(PrepareRequest(tuple(MediaSource(source) for source in sources)), build_config(fps=1.5, max_frames=7))
+def origin_of(*sources):
+    return record_origin(PrepareRequest(tuple(MediaSource(source) for source in sources)), build_config(fps=1.5, max_frames=7))
+
+
+def answer_about(source):
+    return drawable(an_answer(), "Where?", partial(draw_conversation, origin_of(source)))
 
 
 def an_answer():
     return Answer("here", (1,), FinishReason.STOP, Evidence((look(),)), Usage(16, 3, 2, 10, 1, 0.5))
 
 
-def test_evidence_that_knows_its_footage_shows_itself(picture, monkeypatch):
+def test_evidence_of_media_with_an_origin_shows_itself(picture, monkeypatch):
     monkeypatch.chdir(picture.parent)
-    answer = with_picture(footage_of("in.png"), "Where?", an_answer())
+    answer = answer_about("in.png")
     monkeypatch.chdir("/")  # a relative path is meant as it was when the media was prepared
     assert has(answer.evidence.show(), GREEN) and answer == an_answer()
     assert has(pickle.loads(pickle.dumps(answer)).evidence.show(), GREEN)
     assert has(answer.evidence[:1].show(), GREEN)
-    from_bytes = with_picture(footage_of(picture.read_bytes()), "Where?", an_answer())
+    from_bytes = answer_about(picture.read_bytes())
     picture.unlink()
     assert has(from_bytes.evidence.show(), GREEN)
     with pytest.raises(BadMedia, match="in.png"):
@@ -213,20 +219,20 @@ def test_evidence_that_knows_its_footage_shows_itself(picture, monkeypatch):
 
 
 def test_a_file_that_changed_is_told_from_the_one_that_was_prepared(picture):
-    footage = footage_of(str(picture))
-    assert len(decode_again(footage)) == 1
+    origin = origin_of(str(picture))
+    assert len(read_frames_again(origin)) == 1
     stamp = os.stat(picture)
     os.utime(picture, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     with pytest.raises(BadMedia, match="changed since"):
-        decode_again(footage)
+        read_frames_again(origin)
 
 
-def test_footage_keeps_the_sampling_of_the_request():
+def test_origin_keeps_the_sampling_of_the_request():
     config = build_config(fps=1.5, max_frames=7, max_bytes=1000)
-    asked = note_footage(PrepareRequest((MediaSource(b"x"),), fps=3.0, max_frames=2), config)
+    asked = record_origin(PrepareRequest((MediaSource(b"x"),), fps=3.0, max_frames=2), config)
     assert (asked.fps, asked.max_frames, asked.limits, asked.stamps) == (3.0, 2, config.limits, (None,))
     assert asked.limits != MediaLimits()
-    left = note_footage(PrepareRequest((MediaSource("/no/such/file"),)), config)
+    left = record_origin(PrepareRequest((MediaSource("/no/such/file"),)), config)
     assert (left.fps, left.max_frames, left.stamps) == (1.5, 7, (None,))
 
 

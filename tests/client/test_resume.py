@@ -101,9 +101,9 @@ async def test_events_arrive_once_and_in_order():
     servicer.script["Ask"] = [cut_after(1, HOWS["unavailable"]), cut_after(0, HOWS["cancelled"]), cut_after(8, HOWS["unavailable"])]
     async with serving(servicer) as (_, port), connect(port) as client:
         chat = client.conversation(MEDIA_ID)
-        asking = TurnStream(client._connection, chat._turn("What?", {}), 20)
-        events = [event async for event in asking.events()]
-    assert asking.num_streams == 4
+        stream = TurnStream(client._connection, chat._turn("What?", {}), 20)
+        events = [event async for event in stream.events()]
+    assert stream.num_streams == 4
     kinds = [event.kind for event in events]
     assert kinds == ["accepted", *["token"] * len(TOKENS), "evidence", "done"]
     assert [event.index for event in events if event.kind == "token"] == list(range(len(TOKENS)))

@@ -176,7 +176,7 @@ def test_what_an_answer_says_about_itself():
 
 
 def test_defaults_and_hidden_fields_are_not_shown():
-    assert "reused" not in repr(HANDLE) and "footage" not in repr(HANDLE) and "degraded" not in repr(an_answer().usage)
+    assert "reused" not in repr(HANDLE) and "origin" not in repr(HANDLE) and "degraded" not in repr(an_answer().usage)
     assert "kv_bytes=12600000" in repr(HANDLE) and "decode" in repr(HANDLE)
     shown = dict(HANDLE.__rich_repr__())
     assert shown["num_frames"] == 64 and "reused" not in shown

@@ -7,7 +7,7 @@ import pytest
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
 from sparsevila_cluster.core.requests import Answer, FinishReason, MediaHandle, Usage
-from sparsevila_cluster.core.summary import answer_document, ask_document, make_trip, megabytes, trip_card
+from sparsevila_cluster.core.summary import answer_document, ask_document, media_summary, megabytes, summary_line
 
 MEDIA = MediaHandle("key", "video", 64, 32.0, 4096, 1024, 1040, 12_600_000, 50_000_000, ms={"decode": 10.0, "encode": 20.0})
 
@@ -24,21 +24,21 @@ def seen(frame, share, media=0):
 
 
 def test_the_card_is_one_line():
-    trip = make_trip(MEDIA, [answer()])
+    trip = media_summary(MEDIA, [answer()])
     card = '64 frames -> 4096 visual tokens -> 1024 kept -> 12.6 MB KV -> 102 packed -> "a red star"'
-    assert trip_card(trip, "a red\nstar") == card
+    assert summary_line(trip, "a red\nstar") == card
     trip["ms"]["transfer"] = 8.2
-    assert trip_card(trip, "a red star") == card.replace("KV -> ", "KV -> 8 ms wire -> ")
+    assert summary_line(trip, "a red star") == card.replace("KV -> ", "KV -> 8 ms wire -> ")
     single = {**trip, "num_frames": 1, "visual_tokens": 1}
-    assert trip_card(single, "").startswith("1 frame -> 1 visual token -> ")
+    assert summary_line(single, "").startswith("1 frame -> 1 visual token -> ")
 
 
 def test_turns_are_averaged_and_steps_are_weighted():
-    ms = make_trip(MEDIA, [answer(step=2.0, tokens=4), answer(step=5.0, tokens=2, question=8.0), answer(tokens=1)])["ms"]
+    ms = media_summary(MEDIA, [answer(step=2.0, tokens=4), answer(step=5.0, tokens=2, question=8.0), answer(tokens=1)])["ms"]
     assert ms["step"] == pytest.approx((3 * 2 + 1 * 5) / 4)
     assert ms["question"] == pytest.approx((4 + 8 + 4) / 3, abs=1e-3)
     assert (ms["decode"], ms["prune"], ms["transfer"]) == (10.0, 0.0, 0.0)
-    assert make_trip(MEDIA, [answer(tokens=1)])["ms"]["step"] == 0
+    assert media_summary(MEDIA, [answer(tokens=1)])["ms"]["step"] == 0
 
 
 def test_evidence_is_what_was_looked_at_most_first():

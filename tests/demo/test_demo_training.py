@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from sparsevila_cluster.demo.checkpoint_builder import build_model, build_tokenizer, num_parameters
-from sparsevila_cluster.demo.dialogue_batches import Packer, keep_glyphs, keep_salient
-from sparsevila_cluster.demo.step_bank import StepBank
-from sparsevila_cluster.demo.text_trainer import Options
+from sparsevila_cluster.demo.dialogue_batches import BatchBuilder, keep_glyphs, keep_salient
+from sparsevila_cluster.demo.step_dataset import StepDataset
+from sparsevila_cluster.demo.text_trainer import TrainingOptions
 from sparsevila_cluster.demo.train import train
-from sparsevila_cluster.demo.training_forward import glance_mask, own_turn_mask, retrieved, think
-from sparsevila_cluster.demo.training_monitor import VIEWS, Examiner
+from sparsevila_cluster.demo.training_forward import retrieval_mask, retrieved, run_text, turns_apart_mask
+from sparsevila_cluster.demo.training_monitor import VIEWS, Evaluator
 from sparsevila_cluster.demo.video_feed import make_held_out_video, training_videos
 from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify
 from sparsevila_cluster.demo.world import make_questions, make_video
@@ -39,19 +39,19 @@ def videos():
 
 
 @pytest.fixture(scope="module")
-def bank(model, videos):
-    seen = StepBank.see(videos, len(videos), VisionRunner(model.model.visual))
-    # the bank is stored in half precision; comparisons with the stock model want all digits
+def dataset(model, videos):
+    seen = StepDataset.see(videos, len(videos), VisionRunner(model.model.visual))
+    # the dataset is stored in half precision; comparisons with the stock model want all digits
     patches = patchify(np.stack([video.frames for video in videos]))
     with torch.no_grad():
         exact = VisionRunner(model.model.visual)(patches).tokens
-    return StepBank(seen.steps, exact, seen.salience, seen.owner, seen.steps_per_video)
+    return StepDataset(seen.steps, exact, seen.salience, seen.owner, seen.steps_per_video)
 
 
 @pytest.fixture(scope="module")
-def dialogue(bank):
+def dialogue(dataset):
     rng = np.random.default_rng(0)
-    shown = [bank.whole(0), bank.whole(1)]
+    shown = [dataset.whole(0), dataset.whole(1)]
     return shown, [make_questions(video.scene, rng, 4) for video in shown]
 
 
@@ -68,20 +68,20 @@ def stock_inputs(tokenizer, batch):
 
 
 @torch.no_grad()
-def test_vision_equals_the_stock_tower(model, videos, bank):
+def test_vision_equals_the_stock_tower(model, videos, dataset):
     patches = patchify(np.stack([video.frames for video in videos]))
     stock = model.model.visual(patches.flatten(0, 1), grid_thw=GRID.expand(len(videos), -1)).pooler_output
-    assert torch.allclose(bank.tokens.flatten(0, 1), stock, atol=1e-5)
-    assert torch.allclose(bank.salience.mean(1), torch.ones(len(bank.salience)), atol=1e-4)
+    assert torch.allclose(dataset.tokens.flatten(0, 1), stock, atol=1e-5)
+    assert torch.allclose(dataset.salience.mean(1), torch.ones(len(dataset.salience)), atol=1e-4)
 
 
 @torch.no_grad()
-def test_dense_training_forward_equals_the_stock_one(model, tokenizer, videos, bank, dialogue):
-    batch = Packer(tokenizer).batch(bank, *dialogue)
+def test_dense_training_forward_equals_the_stock_one(model, tokenizer, videos, dataset, dialogue):
+    batch = BatchBuilder(tokenizer).batch(dataset, *dialogue)
     inputs = stock_inputs(tokenizer, batch)
     pixels = patchify(np.stack([video.frames for video in videos])).flatten(0, 1)
     stock = model(pixel_values_videos=pixels, **inputs).logits
-    ours = model.lm_head(think(model, batch).hidden)
+    ours = model.lm_head(run_text(model, batch).hidden)
     assert torch.allclose(ours, stock, atol=2e-5)
     positions, _ = model.model.get_rope_index(**inputs)
     assert torch.equal(positions, batch.positions)
@@ -89,47 +89,47 @@ def test_dense_training_forward_equals_the_stock_one(model, tokenizer, videos, b
 
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [0.25, 0.1])
-def test_dropped_training_forward_equals_the_stock_text_model(model, tokenizer, bank, dialogue, ratio):
+def test_dropped_training_forward_equals_the_stock_text_model(model, tokenizer, dataset, dialogue, ratio):
     """Dropped tokens leave; the others keep the positions that they have in the whole video."""
-    packer, (shown, _) = Packer(tokenizer), dialogue
+    batches, (shown, _) = BatchBuilder(tokenizer), dialogue
     rng = np.random.default_rng(1)
-    whole = packer.batch(bank, *dialogue)
-    for keep in (keep_salient(bank, shown, ratio), keep_glyphs(bank, shown, ratio, rng)):
-        batch = packer.batch(bank, *dialogue, keep)
+    whole = batches.batch(dataset, *dialogue)
+    for keep in (keep_salient(dataset, shown, ratio), keep_glyphs(dataset, shown, ratio, rng)):
+        batch = batches.batch(dataset, *dialogue, keep)
         text = model.model.language_model
         for item in range(len(shown)):
             rows = torch.cat([torch.arange(4), 4 + keep[item], torch.arange(516, whole.labels.shape[1])])
             embeds = torch.cat(
                 [
                     text.embed_tokens(whole.prefix_ids[item]),
-                    bank.tokens[list(shown[item].rows)].flatten(0, 1)[keep[item]],
+                    dataset.tokens[list(shown[item].rows)].flatten(0, 1)[keep[item]],
                     text.embed_tokens(whole.suffix_ids[item]),
                 ]
             )
             positions = whole.positions[:, item : item + 1, rows]
             stock = text(inputs_embeds=embeds[None], position_ids=positions, use_cache=False).last_hidden_state
-            assert torch.allclose(think(model, batch).hidden[item], stock[0], atol=2e-5)
+            assert torch.allclose(run_text(model, batch).hidden[item], stock[0], atol=2e-5)
 
 
-def test_salient_tokens_are_kept_per_step(bank, dialogue):
-    keep = keep_salient(bank, dialogue[0], 0.25)
+def test_salient_tokens_are_kept_per_step(dataset, dialogue):
+    keep = keep_salient(dataset, dialogue[0], 0.25)
     assert keep.shape == (2, 128)
     assert (torch.bincount(keep[0] // 64) == 16).all()
     assert (keep.diff() > 0).all()
 
 
-def test_targets_are_the_glyphs_asked_for(tokenizer, bank, dialogue):
-    batch = Packer(tokenizer).batch(bank, *dialogue)
+def test_targets_are_the_glyphs_asked_for(tokenizer, dataset, dialogue):
+    batch = BatchBuilder(tokenizer).batch(dataset, *dialogue)
     for turn, question in enumerate(batch.turns.questions):
         assert int(batch.turns.targets[turn].sum()) == len(question.targets)
         steps = batch.slots[batch.turns.item[turn]][batch.turns.targets[turn]]
         assert set(steps.tolist()) <= {question.step}
 
 
-def test_masks_hide_other_turns_and_unretrieved_tokens(model, tokenizer, bank, dialogue):
-    batch = Packer(tokenizer).batch(bank, *dialogue)
+def test_masks_hide_other_turns_and_unretrieved_tokens(model, tokenizer, dataset, dialogue):
+    batch = BatchBuilder(tokenizer).batch(dataset, *dialogue)
     turns, media = batch.turns, batch.visual_rows
-    apart = own_turn_mask(batch)[0, 0]
+    apart = turns_apart_mask(batch)[0, 0]
     second = int(turns.prompt_row[1])
     assert apart[second, : media.stop + 1].all()
     assert not apart[second, int(turns.prompt_row[0]) : int(turns.end_row[0])].any()
@@ -137,7 +137,7 @@ def test_masks_hide_other_turns_and_unretrieved_tokens(model, tokenizer, bank, d
     chosen = retrieved(model, batch, 0.1)
     assert len(chosen) == 4
     assert all((layer.sum(1) == 51).all() for layer in chosen)
-    mask = glance_mask(batch, chosen[0])[:, 0]
+    mask = retrieval_mask(batch, chosen[0])[:, 0]
     for turn, item in enumerate(turns.item.tolist()):
         prompt, end = int(turns.prompt_row[turn]), int(turns.end_row[turn])
         assert mask[item, prompt, media].all() and mask[item, end, media].all()
@@ -150,7 +150,7 @@ def test_held_out_videos_of_the_monitor_are_those_of_the_world():
 
 
 def test_a_tiny_run_leaves_a_checkpoint_that_loads(tmp_path):
-    options = Options(tmp_path, minutes=0.01, vision_updates=1, bank_videos=2, monitor_videos=1, final_videos=1)
+    options = TrainingOptions(tmp_path, minutes=0.01, vision_updates=1, dataset_videos=2, monitor_videos=1, final_videos=1)
     marks = train(options)
     assert set(marks) == set(VIEWS)
     directory = tmp_path / "checkpoint"
@@ -160,17 +160,17 @@ def test_a_tiny_run_leaves_a_checkpoint_that_loads(tmp_path):
     assert AutoConfig.from_pretrained(directory).vision_config.window_size == 64
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.decode(tokenizer.encode("Describe step 3. Größe?")) == "Describe step 3. Größe?"
-    packer = Packer(tokenizer)
-    held_out = StepBank.see(map(make_held_out_video, count()), 1, VisionRunner(loaded.model.visual))
-    assert Examiner(held_out, packer).examine(loaded.eval())["num_questions"] == 8
+    batches = BatchBuilder(tokenizer)
+    held_out = StepDataset.see(map(make_held_out_video, count()), 1, VisionRunner(loaded.model.visual))
+    assert Evaluator(held_out, batches).evaluate(loaded.eval())["num_questions"] == 8
     assert (tmp_path / "training_log.jsonl").stat().st_size > 0
 
-    twin = Options(
+    twin = TrainingOptions(
         tmp_path / "twin",
         0.01,
         dense_only=True,
         resume_stage=tmp_path / "shared.pt",
-        bank_videos=2,
+        dataset_videos=2,
         monitor_videos=1,
         final_videos=1,
     )

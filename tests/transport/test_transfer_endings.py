@@ -86,7 +86,7 @@ class TestEveryKind:
 
     def test_without_the_token_nobody_joins(self, harbour, kind):
         ticket = harbour.ticket("a")
-        stranger = replace(ticket, dock=replace(ticket.dock, token="guessed"))
+        stranger = replace(ticket, receiver=replace(ticket.receiver, token="guessed"))
         shipment = harbour.shipper.begin(make_prefix(), BOUNDS, stranger)
         shipment.wrote_all()
         with pytest.raises((PermissionDenied, LaneLost)):

@@ -20,7 +20,6 @@ from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest
 from sparsevila_cluster.core.single_flight import SingleFlight
 from sparsevila_cluster.core.tenancy import may_use
-from sparsevila_cluster.kvcache.media_handle import as_reused
 from sparsevila_cluster.media import identify
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class MediaPreparer:
         digest = await asyncio.to_thread(digest_of, request, self._clients.config.engine)
         handle, shared = await self._flights.get(digest, lambda: self._find_or_make(digest, request, progress, deadline))
         self._remembered.put(handle.media_id, request)
-        return as_reused(handle) if shared else handle
+        return handle.as_reused() if shared else handle
 
     async def _find_or_make(
         self, digest: str, request: PrepareRequest, progress: Progress | None, deadline: Deadline
@@ -85,7 +84,7 @@ class MediaPreparer:
             self._sink.count("media_kv_hits_total")
             noting = directory.note_held(found.handle, (), digest, deadline.remaining_s("preparing media"))
             self._clients.in_background(noting, f"noting which request asks for media {found.key[:12]}")
-            return as_reused(found.handle)
+            return found.handle.as_reused()
         _, handle = await self._provisioner.provide(PrefixRequest(found.key, deadline, request, progress, digest))
         return handle
 

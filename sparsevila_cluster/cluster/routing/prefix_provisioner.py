@@ -33,7 +33,6 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest
 from sparsevila_cluster.core.single_flight import SingleFlight
-from sparsevila_cluster.kvcache.media_handle import as_reused
 
 if TYPE_CHECKING:
     from sparsevila_cluster.core.protocols import Progress
@@ -113,7 +112,7 @@ class PrefixProvisioner:
         for _ in range(self._clients.config.router.max_attempts):
             (worker, handle), shared = await self._flights.get(flight, lambda: self._provide(request))
             if worker not in request.lost:
-                return worker, as_reused(handle) if shared else handle
+                return worker, handle.as_reused() if shared else handle
         raise Unavailable(f"media {request.key!r} went to workers that are lost")
 
     async def replicate(self, key: str, handle: MediaHandle, target: WorkerReport, deadline: Deadline) -> None:
@@ -139,7 +138,7 @@ class PrefixProvisioner:
             holders = [one for one in found.holders if one.worker not in request.lacking]
             holder = choose_holder(holders, clients.placement(search.targets, key))
             if holder is not None and found.handle is not None:
-                return holder, as_reused(found.handle)
+                return holder, found.handle.as_reused()
             if search.num_attempts >= clients.config.router.max_attempts:
                 assert search.error is not None
                 raise search.error
@@ -166,7 +165,7 @@ class PrefixProvisioner:
             attempt = _Attempt(_report_of(target, decodes), sender, making, copied=sender.worker in search.copies)
             try:
                 if not making:
-                    handle = as_reused(await self._transfer(attempt, request, found.handle))
+                    handle = (await self._transfer(attempt, request, found.handle)).as_reused()
                     return target, replace(handle, reused=not search.encoded)
                 async with self._claims.of(key, deadline) as is_ours:
                     if is_ours:

@@ -79,7 +79,7 @@ class TransferTasks:
             self.abort(transfer, "nobody waits for it any more")
             raise
         except LaneLost as error:
-            receiver = ticket.dock.worker
+            receiver = ticket.receiver.worker
             if error.worker == receiver:
                 raise
             raise LaneLost(f"the lane to {receiver} is lost: {error}", receiver) from error

@@ -1,10 +1,7 @@
-"""`sparsevila demo --local`: three videos that the model never saw, a conversation about each, and a mark for the answers.
+"""`sparsevila demo --local`: three videos that the model never saw, a conversation about each, and how many answers are right.
 
-Knows: the demo world, what its answers should be, how to tell a person how it went.
-Does not know: engines, or how progress is shown.
-
-    write MP4 -> prepare once -> ask -> compare with the truth -> trip card      (three videos, shown turn by turn)
-    the same engine and a dense one on more held-out videos                      (only counted)
+write MP4 -> prepare once -> ask -> compare with the truth -> summary line   (three videos, shown turn by turn)
+the same engine and a dense one on more held-out videos                         (only counted)
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -28,15 +25,13 @@ from sparsevila_cluster.api.video_qa import VideoQA
 from sparsevila_cluster.core.config import EngineConfig, build_config
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import Answer, MediaHandle
-from sparsevila_cluster.core.summary import make_trip, megabytes, resolved_sparsity, trip_card
+from sparsevila_cluster.core.summary import media_summary, megabytes, resolved_sparsity, summary_line
 from sparsevila_cluster.demo.world import KINDS, Question, WorldScene, make_questions, make_video, write_mp4
 
 Report = Callable[[str, int, int], None]
-# A video of the world: its file, what it shows, its seed.
-Film = tuple[Path, WorldScene, int]
 
 SHOWN_SEEDS = (1, 2, 3)
-EXAM_SEEDS = tuple(range(101, 117))
+SCORED_SEEDS = tuple(range(101, 117))
 PASS_SHARE = 0.90
 FILE_WIDTH = 120  # characters in a line where no terminal says how many there are
 # Answers that take several steps; the first token alone comes from the question's own dense prefill.
@@ -49,35 +44,45 @@ NOTE = (
 )
 
 
+class DemoVideo(NamedTuple):
+    """A video of the demo world: its file, what it shows, the seed of both."""
+
+    path: Path
+    scene: WorldScene
+    seed: int
+
+
 @dataclass(frozen=True)
-class Marked:
-    """One turn: what was asked, what the world says, what the model said."""
+class GradedTurn:
+    """One turn: the question with its true answer, and the model's answer."""
 
     question: Question
     answer: Answer
 
     @property
     def right(self) -> bool:
+        """Whether the answer is the true one, word for word."""
         return self.answer.text.strip() == self.question.answer
 
     @property
     def total_ms(self) -> float:
+        """Milliseconds from the question's arrival to its last event."""
         return self.answer.timeline["total"]
 
 
 @dataclass(frozen=True)
-class TourVisit:
-    """One video: where it lies, its media prefix, its turns."""
+class VideoResult:
+    """One video: its file, its media prefix, its turns."""
 
     path: Path
     media: MediaHandle
-    turns: tuple[Marked, ...]
+    turns: tuple[GradedTurn, ...]
 
 
-def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
+def run_local_demo(out: Path, model: str, as_json: bool, report: Report) -> int:
     """The whole demo; 0 if at least `PASS_SHARE` of the shown answers are right, else 1.
 
-    out: folder for videos and heat map, made if it is missing. report: told (stage, done, total) of long work.
+    out: folder for videos and heat map, made if it is missing. report: called with (stage, done, total) of long work.
 
     Raises:
         BadRequest: `out` cannot be written. BadCheckpoint.
@@ -88,29 +93,29 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
     sparse_config = build_config(model=model)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        shown = [make_film(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
+        shown = [write_video(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
     except OSError as error:
         raise BadRequest(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
 
-    with _exam_room() as room, _engine(sparse_config, report) as sparse:
-        visits = []
+    with tempfile.TemporaryDirectory(prefix="sparsevila-demo-") as folder, _engine(sparse_config, report) as sparse:
+        results = []
         for path, scene, seed in shown:
-            visits.append(_visit(sparse, path, pick_questions(scene, seed), report))
-            _show(console, sparse, visits[-1])
+            results.append(_ask_about(sparse, path, pick_questions(scene, seed), report))
+            _show(console, sparse, results[-1])
         heatmap = out / "heatmap.png"
-        footage = visits[0].media.footage
-        assert footage is not None, "prepared here"
-        save_picture(draw_conversation(footage, [(turn.question.text, turn.answer) for turn in visits[0].turns]), heatmap)
+        origin = results[0].media.origin
+        assert origin is not None, "prepared here"
+        save_picture(draw_conversation(origin, [(turn.question.text, turn.answer) for turn in results[0].turns]), heatmap)
 
-        exam = []
-        for number, seed in enumerate(EXAM_SEEDS):
-            report("film more videos", number, len(EXAM_SEEDS))
-            exam.append(make_film(Path(room) / f"{seed}.mp4", seed))
-        score = {"sparse": mark(_sit(sparse, exam, "ask the sparse engine", report))}
+        scored = []
+        for number, seed in enumerate(SCORED_SEEDS):
+            report("write more videos", number, len(SCORED_SEEDS))
+            scored.append(write_video(Path(folder) / f"{seed}.mp4", seed))
+        score = {"sparse": score_of(_ask_about_all(sparse, scored, "ask the sparse engine", report))}
         with _engine(build_config(model=model, **DENSE), report) as dense:
-            score["dense"] = mark(_sit(dense, exam, "ask the dense engine", report))
+            score["dense"] = score_of(_ask_about_all(dense, scored, "ask the dense engine", report))
 
-    turns = [turn for visit in visits for turn in visit.turns]
+    turns = [turn for result in results for turn in result.turns]
     sparsity = resolved_sparsity(sparse_config, "video")
     _show_score(console, score, sparsity)
     num_right, passed = sum(turn.right for turn in turns), has_passed(turns)
@@ -118,7 +123,7 @@ def run_tour(out: Path, model: str, as_json: bool, report: Report) -> int:
     files = f"videos: {out}/video-*.mp4   where each question looked: {heatmap}"
     console.print(files, markup=False, soft_wrap=True)
     if as_json:
-        print(json.dumps(_document(visits, score, model, sparsity, heatmap)))
+        print(json.dumps(_document(results, score, model, sparsity, heatmap)))
     return 0 if passed else 1
 
 
@@ -129,14 +134,14 @@ def pick_questions(scene: WorldScene, seed: int) -> list[Question]:
     return [questions[i] for i in rng.permutation(len(questions))]
 
 
-def has_passed(turns: Sequence[Marked]) -> bool:
+def has_passed(turns: Sequence[GradedTurn]) -> bool:
     """Whether enough answers are right."""
     return sum(turn.right for turn in turns) >= PASS_SHARE * len(turns)
 
 
-def mark(visits: Sequence[TourVisit]) -> dict[str, Any]:
-    """What an exam says: counts of right answers, and medians of what it cost."""
-    turns = [turn for visit in visits for turn in visit.turns]
+def score_of(results: Sequence[VideoResult]) -> dict[str, Any]:
+    """Counts of right answers, and medians of what they cost."""
+    turns = [turn for result in results for turn in result.turns]
     several = [turn for turn in turns if turn.question.kind in SEVERAL_WORDS]
     steps = [turn.answer.timeline["step"] for turn in turns if "step" in turn.answer.timeline]
     return {
@@ -144,23 +149,19 @@ def mark(visits: Sequence[TourVisit]) -> dict[str, Any]:
         "asked": len(turns),
         "right_several_words": sum(turn.right for turn in several),
         "asked_several_words": len(several),
-        "prepare_ms": _median([_spent_ms(visit.media) for visit in visits]),
+        "prepare_ms": _median([_spent_ms(result.media) for result in results]),
         "first_token_ms": _median([turn.answer.timeline["ttft"] for turn in turns]),
         "step_ms": _median(steps),
-        "kv_bytes": round(_median([visit.media.kv_bytes for visit in visits])),
+        "kv_bytes": round(_median([result.media.kv_bytes for result in results])),
         "visual_tokens": round(_median([turn.answer.usage.visual_tokens_retrieved for turn in turns])),
     }
 
 
-def make_film(path: Path, seed: int) -> Film:
+def write_video(path: Path, seed: int) -> DemoVideo:
     """Draw a scene and write its video."""
     scene, frames = make_video(seed)
     write_mp4(frames, path)
-    return path, scene, seed
-
-
-def _exam_room() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="sparsevila-demo-")
+    return DemoVideo(path, scene, seed)
 
 
 def _engine(config: EngineConfig, report: Report) -> VideoQA:
@@ -170,45 +171,45 @@ def _engine(config: EngineConfig, report: Report) -> VideoQA:
     return engine
 
 
-def _visit(qa: VideoQA, path: Path, questions: Sequence[Question], report: Report, evidence: bool = True) -> TourVisit:
+def _ask_about(qa: VideoQA, path: Path, questions: Sequence[Question], report: Report, evidence: bool = True) -> VideoResult:
     chat = qa.conversation(qa.prepare(path, progress=report))
-    turns = tuple(Marked(question, chat.ask(question.text, max_tokens=32, evidence=evidence)) for question in questions)
+    turns = tuple(GradedTurn(question, chat.ask(question.text, max_tokens=32, evidence=evidence)) for question in questions)
     chat.close()
-    return TourVisit(path, chat.media, turns)
+    return VideoResult(path, chat.media, turns)
 
 
-def _sit(qa: VideoQA, exam: Sequence[Film], stage: str, report: Report) -> list[TourVisit]:
-    visits = []
-    for number, (path, scene, seed) in enumerate(exam):
-        report(stage, number, len(exam))
-        # The bar counts videos: the stages of each would only flicker.
-        visits.append(_visit(qa, path, pick_questions(scene, seed), lambda *_: None, evidence=False))
-    report(stage, len(exam), len(exam))
-    return visits
+def _ask_about_all(qa: VideoQA, scored: Sequence[DemoVideo], stage: str, report: Report) -> list[VideoResult]:
+    results = []
+    for number, (path, scene, seed) in enumerate(scored):
+        report(stage, number, len(scored))
+        # The progress line counts videos: the stages of each would only flicker.
+        results.append(_ask_about(qa, path, pick_questions(scene, seed), lambda *_: None, evidence=False))
+    report(stage, len(scored), len(scored))
+    return results
 
 
-def _show(console: Console, qa: VideoQA, visit: TourVisit) -> None:
-    """A table of the turns and the trip card of one video."""
-    console.print(str(visit.path), style="bold", markup=False, soft_wrap=True)
+def _show(console: Console, qa: VideoQA, result: VideoResult) -> None:
+    """A table of the turns, and the summary line, of one video."""
+    console.print(str(result.path), style="bold", markup=False, soft_wrap=True)
     table = new_table("question", "expected", "answer", "", right=("ms",))
-    for turn in visit.turns:
+    for turn in result.turns:
         sign = "[green]right" if turn.right else "[bold red]wrong"
-        asked, truth, said = (plain(text) for text in (turn.question.text, turn.question.answer, turn.answer.text))
-        table.add_row(asked, truth, said, sign, f"{turn.total_ms:.0f}")
+        asked, expected, answer = (plain(text) for text in (turn.question.text, turn.question.answer, turn.answer.text))
+        table.add_row(asked, expected, answer, sign, f"{turn.total_ms:.0f}")
     console.print(table)
-    stages = ", ".join(f"{stage} {spent:.0f}" for stage, spent in visit.media.ms.items())
+    stages = ", ".join(f"{stage} {spent:.0f}" for stage, spent in result.media.ms.items())
     started_s = time.perf_counter()
-    again = qa.prepare(visit.path)
+    again = qa.prepare(result.path)
     again_ms = (time.perf_counter() - started_s) * 1e3
     assert again.reused, "the same bytes must name the same media prefix"
-    console.print(f"prepared once in {_spent_ms(visit.media):.0f} ms ({stages}); asked for again: reused in {again_ms:.0f} ms")
-    trip = make_trip(visit.media, [turn.answer for turn in visit.turns])
-    console.print(trip_card(trip, visit.turns[-1].answer.text), markup=False, soft_wrap=True)
+    console.print(f"prepared once in {_spent_ms(result.media):.0f} ms ({stages}); asked for again: reused in {again_ms:.0f} ms")
+    summary = media_summary(result.media, [turn.answer for turn in result.turns])
+    console.print(summary_line(summary, result.turns[-1].answer.text), markup=False, soft_wrap=True)
     console.print()
 
 
 def _show_score(console: Console, score: dict[str, dict[str, Any]], sparsity: dict[str, Any]) -> None:
-    console.print(f"{len(EXAM_SEEDS)} more held-out videos", style="bold")
+    console.print(f"{len(SCORED_SEEDS)} more held-out videos", style="bold")
     table = new_table("", right=("sparse", "dense"))
     kept = f"{sparsity['prune_keep']:.0%} kept, {sparsity['retrieve_keep']:.0%} of it retrieved"
     table.add_row("visual tokens", kept, "all kept, all attended to")
@@ -222,7 +223,7 @@ def _show_score(console: Console, score: dict[str, dict[str, Any]], sparsity: di
         ("KV of a video", lambda m: megabytes(m["kv_bytes"])),
     ]
     for name, show in rows:
-        table.add_row(name, *(show(marks) for marks in score.values()))
+        table.add_row(name, *(show(measured) for measured in score.values()))
     console.print(table)
     console.print(NOTE, style="dim")
     console.print()
@@ -239,14 +240,14 @@ def new_table(*left: str, right: Sequence[str]) -> Table:
 
 
 def _document(
-    visits: Sequence[TourVisit], score: dict[str, Any], model: str, sparsity: dict[str, Any], heatmap: Path
+    results: Sequence[VideoResult], score: dict[str, Any], model: str, sparsity: dict[str, Any], heatmap: Path
 ) -> dict[str, Any]:
-    turns = [turn for visit in visits for turn in visit.turns]
+    turns = [turn for result in results for turn in result.turns]
     return {
         "right": sum(turn.right for turn in turns),
         "asked": len(turns),
         "passed": has_passed(turns),
-        "videos": [_visit_document(visit) for visit in visits],
+        "videos": [_result_document(result) for result in results],
         "score": score,
         "heatmap": str(heatmap),
         "model": model,
@@ -254,9 +255,9 @@ def _document(
     }
 
 
-def _visit_document(visit: TourVisit) -> dict[str, Any]:
+def _result_document(result: VideoResult) -> dict[str, Any]:
     return {
-        "path": str(visit.path),
+        "path": str(result.path),
         "turns": [
             {
                 "kind": turn.question.kind,
@@ -266,9 +267,9 @@ def _visit_document(visit: TourVisit) -> dict[str, Any]:
                 "right": turn.right,
                 "ms": turn.total_ms,
             }
-            for turn in visit.turns
+            for turn in result.turns
         ],
-        "trip": make_trip(visit.media, [turn.answer for turn in visit.turns]),
+        "trip": media_summary(result.media, [turn.answer for turn in result.turns]),
     }
 
 
@@ -277,7 +278,7 @@ def _spent_ms(media: MediaHandle) -> float:
 
 
 def plain(text: str) -> str:
-    """One line; square brackets would be read as colours."""
+    r"""One line for rich, which would read square brackets as colours: `[` becomes `\[`."""
     return " ".join(text.split()).replace("[", r"\[")
 
 

@@ -1,4 +1,4 @@
-"""The demo command: what is asked, how it is marked, what it writes, and when it fails."""
+"""The demo command: what is asked, how it is graded, what it writes, and when it fails."""
 
 import io
 import json
@@ -12,8 +12,16 @@ import sparsevila_cluster.demo as demo
 from sparsevila_cluster.cli import main as cli
 from sparsevila_cluster.core.evidence import Evidence
 from sparsevila_cluster.core.requests import Answer, FinishReason, MediaHandle, Usage
-from sparsevila_cluster.demo import local_tour
-from sparsevila_cluster.demo.local_tour import SEVERAL_WORDS, SHOWN_SEEDS, Marked, TourVisit, has_passed, mark, pick_questions
+from sparsevila_cluster.demo import local_demo
+from sparsevila_cluster.demo.local_demo import (
+    SEVERAL_WORDS,
+    SHOWN_SEEDS,
+    GradedTurn,
+    VideoResult,
+    has_passed,
+    pick_questions,
+    score_of,
+)
 from sparsevila_cluster.demo.world import KINDS, Question, make_video
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 
@@ -23,7 +31,7 @@ BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
 def turn(said, expected="red", kind="color", **ms):
     ms = {"ttft": 2.0, "total": 3.0, **ms}
     answer = Answer(said, (1, 2), FinishReason.STOP, Evidence(), Usage(512, 128, 13, 100, 2, 0.1, ms=ms))
-    return Marked(Question(kind, "What colour?", expected, 0, ()), answer)
+    return GradedTurn(Question(kind, "What colour?", expected, 0, ()), answer)
 
 
 def test_an_answer_is_right_when_it_says_exactly_that():
@@ -44,7 +52,7 @@ def test_an_exam_is_counted_by_kind_and_costs_are_medians():
         turn("at step 1", "at step 1", "when", step=1.0),
         turn("x", kind="describe", step=3.0),
     )
-    score = mark([TourVisit(Path("a.mp4"), media, turns)])
+    score = score_of([VideoResult(Path("a.mp4"), media, turns)])
     assert (score["right"], score["asked"]) == (2, 4)
     assert (score["right_several_words"], score["asked_several_words"]) == (1, 2)
     assert (score["prepare_ms"], score["first_token_ms"], score["step_ms"]) == (12.0, 2.0, 2.0)
@@ -70,12 +78,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(local_tour, "EXAM_SEEDS", (101,))
-    monkeypatch.setattr(local_tour, "FILE_WIDTH", 400)  # an untrained model says much
+    monkeypatch.setattr(local_demo, "SCORED_SEEDS", (101,))
+    monkeypatch.setattr(local_demo, "FILE_WIDTH", 400)  # an untrained model says much
 
 
 def test_the_tour_tells_everything_and_leaves_its_files(checkpoint, short, tmp_path, capsys):
-    out = tmp_path / "deep" / "tour"
+    out = tmp_path / "deep" / "outcome"
     code = cli.main(["demo", "--local", "--model", str(checkpoint), "--out", str(out)])
     shown, err = capsys.readouterr()
     assert err == "" and code == (0 if checkpoint == BUNDLED else 1)
@@ -106,7 +114,7 @@ def test_markup_in_an_answer_is_shown_as_it_is():
     from rich.console import Console
 
     sink = io.StringIO()
-    table = local_tour.new_table("answer", right=())
-    table.add_row(local_tour.plain("[red] a [bold]star[/bold]\n[1/2]"))
+    table = local_demo.new_table("answer", right=())
+    table.add_row(local_demo.plain("[red] a [bold]star[/bold]\n[1/2]"))
     Console(file=sink, width=80).print(table)
     assert "[red] a [bold]star[/bold] [1/2]" in sink.getvalue()

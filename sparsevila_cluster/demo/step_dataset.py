@@ -1,7 +1,4 @@
-"""A bank of steps that were rendered and seen once, and are told to the text model many times.
-
-Knows: visual tokens, salience and glyphs of each step, and how to compose a new video from steps.
-Does not know: text, pruning, optimisers.
+"""Steps that were rendered and encoded once, and are composed into training videos for the text model many times.
 
 After stage one the vision tower is frozen and looks at one step at a time, so a step's visual tokens do not depend
 on its neighbours. Composing steps anew gives an endless supply of videos for the price of reading memory.
@@ -24,16 +21,18 @@ from sparsevila_cluster.demo.world import NUM_STEPS, Glyph, WorldScene
 
 
 @dataclass(frozen=True)
-class BankedStep:
+class ComposedVideo:
     """A composed video. Steps of `scene` that are not in `slots` are not shown, and must not be asked about."""
 
     scene: WorldScene
     slots: tuple[int, ...]  # ascending; which steps of the scene are shown
-    rows: tuple[int, ...]  # the bank's row for each slot
+    rows: tuple[int, ...]  # the dataset's row for each slot
 
 
 @dataclass(frozen=True)
-class StepBank:
+class StepDataset:
+    """Visual tokens, salience and glyphs of every encoded step, on the device of the encoder."""
+
     steps: list[tuple[Glyph, ...]]
     tokens: Tensor  # [rows, TOKENS_PER_STEP, hidden], half precision
     salience: Tensor  # [rows, TOKENS_PER_STEP]
@@ -42,32 +41,34 @@ class StepBank:
 
     @staticmethod
     @torch.no_grad()
-    def see(videos: Iterable[TrainingVideo], num_videos: int, runner: VisionRunner, batch: int = 4) -> StepBank:
+    def encode(videos: Iterable[TrainingVideo], num_videos: int, runner: VisionRunner, batch: int = 4) -> StepDataset:
+        """Encode `num_videos` videos, `batch` of them at a time."""
         steps, tokens, salience, owner = [], [], [], []
         source = islice(videos, num_videos)
         while group := list(islice(source, batch)):
-            seen = runner(patchify(np.stack([video.frames for video in group])))
-            tokens.append(seen.tokens.half())
-            salience.append(seen.salience.float().cpu())
+            encoded = runner(patchify(np.stack([video.frames for video in group])))
+            tokens.append(encoded.tokens.half())
+            salience.append(encoded.salience.float().cpu())
             owner += [torch.from_numpy(video.owner).reshape(-1, TOKENS_PER_STEP) for video in group]
             steps += [step for video in group for step in video.scene.steps]
         per_video = len(steps) // num_videos
-        return StepBank(steps, torch.cat(tokens), torch.cat(salience), torch.cat(owner), per_video)
+        return StepDataset(steps, torch.cat(tokens), torch.cat(salience), torch.cat(owner), per_video)
 
     @property
     def num_videos(self) -> int:
+        """How many videos were encoded."""
         return len(self.steps) // self.steps_per_video
 
-    def whole(self, video: int) -> BankedStep:
-        """A video just as it was seen."""
+    def whole(self, video: int) -> ComposedVideo:
+        """A video as it was encoded."""
         first = video * self.steps_per_video
         rows = tuple(range(first, first + self.steps_per_video))
-        return BankedStep(WorldScene(tuple(self.steps[row] for row in rows)), tuple(range(len(rows))), rows)
+        return ComposedVideo(WorldScene(tuple(self.steps[row] for row in rows)), tuple(range(len(rows))), rows)
 
-    def compose(self, rng: np.random.Generator, num_shown: int, num_steps: int = NUM_STEPS) -> BankedStep:
+    def compose(self, rng: np.random.Generator, num_shown: int, num_steps: int = NUM_STEPS) -> ComposedVideo:
         """`num_shown` steps in random slots of a video of `num_steps`.
 
-        Half of the videos take their steps from one seen video (one background, as in real ones), half from anywhere.
+        Half of the videos take their steps from one encoded video (one background, as in real ones), half from anywhere.
         """
         while True:
             if rng.random() < 0.5 and self.steps_per_video >= num_shown:
@@ -81,7 +82,7 @@ class StepBank:
         steps: list[tuple[Glyph, ...]] = [()] * num_steps
         for slot, row in zip(slots, rows, strict=True):
             steps[slot] = self.steps[row]
-        return BankedStep(WorldScene(tuple(steps)), slots, rows)
+        return ComposedVideo(WorldScene(tuple(steps)), slots, rows)
 
     def _distinct(self, rng: np.random.Generator, num_shown: int) -> tuple[int, ...]:
         """Rows whose glyphs can live in one scene: no (colour, shape) twice."""
