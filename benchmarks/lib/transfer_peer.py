@@ -15,7 +15,7 @@ import torch
 from benchmarks.lib.stopwatch import once_ms
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.kvcache.arena import Arena, Extent, KVSpec
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.transport import KVReceiver, KVSender, ReceiverAddress, TransferTicket
 from sparsevila_cluster.transport.backends.gloo import build_group
 from sparsevila_cluster.transport.handshake import Handshake, PairStore, knock
@@ -34,7 +34,7 @@ class Berth:
             tensor.zero_()  # memory that was never touched would be paid for by the first transfer
 
     def allocate(self, manifest: Manifest, deadline_s: float) -> Extent:
-        extent = self.arena.alloc(manifest.length)
+        extent = self.arena.alloc(manifest.metadata.length)
         assert extent is not None, "one transfer at a time"
         return extent
 
@@ -134,10 +134,9 @@ def make_prefix(spec: KVSpec, num_bytes: int) -> MediaPrefix:
     assert extent is not None
     for tensor in arena.k + arena.v:
         tensor.normal_()
-    return MediaPrefix(
+    metadata = PrefixMetadata(
         key="k",
         spec=spec,
-        extent=extent,
         is_visual=torch.zeros(length, dtype=torch.bool),
         positions=torch.arange(length)[None].repeat(3, 1),
         token_map=torch.full((length, 3), -1, dtype=torch.int32),
@@ -152,3 +151,4 @@ def make_prefix(spec: KVSpec, num_bytes: int) -> MediaPrefix:
         duration_s=0.0,
         num_visual=0,
     )
+    return MediaPrefix(metadata, extent)

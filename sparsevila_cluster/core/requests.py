@@ -197,6 +197,10 @@ class MediaHandle(Shown):
     ms: dict[str, float] = field(default_factory=dict)
     footage: MediaOrigin | None = field(default=None, repr=False, compare=False)
 
+    def as_reused(self) -> MediaHandle:
+        """The same media for a caller for whom nothing had to be made."""
+        return replace(self, reused=True, ms={})
+
 
 @dataclass(frozen=True)
 class Replay:

@@ -91,10 +91,10 @@ class DecodeEngine:
         words = stop - start
         if words > self.config.max_question_tokens:
             raise TooLarge(f"the question has {words} tokens; the limit is {self.config.max_question_tokens}")
-        budget_of(turn, self.config.sparsity, prefix.kind)
+        budget_of(turn, self.config.sparsity, prefix.metadata.kind)
         answer = TurnAnswer(turn, self.model)
         if conversation is None:
-            conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.next_pos, turn.tenant)
+            conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.metadata.next_pos, turn.tenant)
         self.prefixes.hold(prefix.key)
         self.conversations.enter(conversation)
         self.turns[turn.turn_id] = RunningTurn(turn, answer, conversation, prefix, self.model, self.config, sink)

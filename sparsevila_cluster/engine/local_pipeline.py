@@ -31,7 +31,6 @@ from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.engine.running_turn import EventSink
 from sparsevila_cluster.engine.turn_events import turn_events
 from sparsevila_cluster.kvcache.arena import Extent
-from sparsevila_cluster.kvcache.media_handle import as_reused, handle_of
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model
@@ -95,15 +94,15 @@ class LocalPipeline:
     async def _prepare(self, preparation: Preparation) -> MediaHandle:
         key = await self._in_prefill(self.prefill.key_of, preparation.request)
         handle, shared = await self._sharing.get(key, lambda: self._find_or_make(preparation, key))
-        return as_reused(handle) if shared else handle
+        return handle.as_reused() if shared else handle
 
     async def _find_or_make(self, preparation: Preparation, key: str) -> MediaHandle:
         resident = await self._on_decode(lambda engine: engine.prefixes.get(key))
         if resident is not None:
-            handle = handle_of(resident, reused=True)
+            handle = resident.handle(reused=True)
         else:
             made = await self._in_prefill(self._make, preparation, key)
-            handle = handle_of(made, ms=preparation.stage_ms())
+            handle = made.handle(ms=preparation.stage_ms())
         self._remember(key, preparation.request)
         return handle
 
@@ -136,7 +135,7 @@ class LocalPipeline:
 
     async def media(self, media_id: str, tenant: str = "") -> MediaHandle:
         """The handle of a resident prefix. Raises NotFound, Unavailable."""
-        return handle_of(await self._on_decode(lambda engine: engine.prefix_of(media_id, tenant)), reused=True)
+        return (await self._on_decode(lambda engine: engine.prefix_of(media_id, tenant))).handle(reused=True)
 
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Drop a prefix. False if it is unknown, another tenant's, or a turn is using it."""

@@ -34,8 +34,9 @@ class ChunkBuffers:
     """
 
     def __init__(self, manifest: Manifest, extent: Extent, device: torch.device):
-        assert extent.length == manifest.length, (extent.length, manifest.length)
+        assert extent.length == manifest.metadata.length, (extent.length, manifest.metadata.length)
         self.manifest = manifest
+        self.spec = manifest.metadata.spec
         self.extent = extent
         self.device = device
         home = extent.arena.k[0].device
@@ -44,14 +45,14 @@ class ChunkBuffers:
 
     def is_straight(self, chunk: Chunk) -> bool:
         manifest = self.manifest
-        part_bytes = chunk.kv_bytes(manifest.spec) // (2 * chunk.num_layers)
+        part_bytes = chunk.kv_bytes(self.spec) // (2 * chunk.num_layers)
         return manifest.quantization == "none" and 0 < manifest.straight_bytes <= part_bytes
 
     def sizes(self, chunk: Chunk) -> list[int]:
         """Bytes of each tensor that carries `chunk`."""
-        kv_bytes, num_parts = chunk.kv_bytes(self.manifest.spec), 2 * chunk.num_layers
+        kv_bytes, num_parts = chunk.kv_bytes(self.spec), 2 * chunk.num_layers
         if self.manifest.quantization == "int8":
-            spec = self.manifest.spec
+            spec = self.spec
             rows = num_parts * chunk.num_rows * spec.num_kv_heads
             return [rows * 4 + rows * spec.head_dim]
         return [kv_bytes // num_parts] * num_parts if self.is_straight(chunk) else [kv_bytes]
@@ -112,7 +113,7 @@ class ChunkBuffers:
 
     def _int8_in(self, buffer: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Values and scales as views of a buffer."""
-        spec = self.manifest.spec
+        spec = self.spec
         shape = (chunk.num_layers, 2, chunk.num_rows, spec.num_kv_heads)
         scales_bytes = 4 * prod(shape)
         scales, values = buffer[:scales_bytes].view(torch.float32), buffer[scales_bytes:].view(torch.int8)

@@ -140,4 +140,4 @@ class IncomingTransfers:
     @property
     def kv_bytes(self) -> int:
         """Of extents that are being filled."""
-        return sum(one.manifest.kv_bytes for one in self.all() if one.extent is not None)
+        return sum(one.manifest.metadata.kv_bytes for one in self.all() if one.extent is not None)

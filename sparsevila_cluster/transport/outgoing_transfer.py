@@ -37,8 +37,8 @@ class OutgoingTransfer:
         self.num_damaged = 0
         self.landed_bytes = 0
         self._hidden_bytes: int | None = None
-        self._announced = [0] * manifest.spec.num_layers  # rows of each layer that `wrote` told of
-        self._rows = [0] * manifest.spec.num_layers  # those of them that the device has come to
+        self._announced = [0] * manifest.metadata.spec.num_layers  # rows of each layer that `wrote` told of
+        self._rows = [0] * manifest.metadata.spec.num_layers  # those of them that the device has come to
         self._events: deque[tuple[int, int, Any]] = deque()
         home = prefix.extent.arena.k[0].device
         self._device = home if home.type == "cuda" else None
@@ -67,14 +67,14 @@ class OutgoingTransfer:
             self._events.append((layer, stop, event))
         else:
             self._rows[layer] = max(self._rows[layer], stop)
-        if min(self._announced) == self.manifest.length:
+        if min(self._announced) == self.manifest.metadata.length:
             self._hidden_bytes = self.landed_bytes
         self.wake()
 
     def wrote_all(self) -> None:
         """Everything is final: a prefix that was made before."""
         for layer in range(len(self._rows)):
-            self.wrote(layer, 0, self.manifest.length)
+            self.wrote(layer, 0, self.manifest.metadata.length)
 
     def finish(self, deadline_s: float) -> TransferReport:
         """Wait until the prefix is resident over there.
@@ -103,8 +103,8 @@ class OutgoingTransfer:
         which = f"{deadline_s:g} s" if deadline_s is not None else f"the {self.ticket.deadline_s:g} s of its ticket"
         rows = min(self._announced)
         text = f"transfer {self.transfer_id} took longer than {which}"
-        if rows < self.manifest.length:
-            text += f"; {rows} of {self.manifest.length} rows were written"
+        if rows < self.manifest.metadata.length:
+            text += f"; {rows} of {self.manifest.metadata.length} rows were written"
         self.fail(DeadlineExceeded(text))
         self.wake()
 

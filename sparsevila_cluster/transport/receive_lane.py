@@ -170,7 +170,7 @@ class ReceiveLane:
         try:
             read = Manifest.unpack(manifest)
             read.check(self._spec)
-            if (read.transfer_id, read.key) != (transfer, key):
+            if (read.transfer_id, read.metadata.key) != (transfer, key):
                 raise DataLoss(f"the manifest of {read.transfer_id} came with the offer of {transfer}")
         except SparseVilaError as error:
             self._desk.moved(self, transfer, TransferState.FAILED)

@@ -190,7 +190,7 @@ class SendRoute:
         shipment.num_attempts += 1
         attempt = lane.attempts[shipment.transfer_id] = TransferAttempt(shipment, manifest, lane.link.device_for(home))
         number, packed = shipment.num_attempts, manifest.pack()
-        lane.channel.say("offer", transfer=shipment.transfer_id, key=manifest.key, attempt=number, manifest=packed)
+        lane.channel.say("offer", transfer=shipment.transfer_id, key=manifest.metadata.key, attempt=number, manifest=packed)
         attempt.offered_s = time.monotonic()
 
     def _pump(self) -> bool:

@@ -64,7 +64,7 @@ class TransferAttempt:
 
     def sum_of(self, chunk: Chunk, parts: Sequence[Tensor]) -> int:
         """The checksum of a chunk, reckoned once in the life of its prefix: a copy that rots before it is sent again shows, too."""
-        sums, name = self.shipment.prefix.sums, (chunk, self.manifest.quantization, len(parts))
+        sums, name = self.shipment.prefix.checksums, (chunk, self.manifest.quantization, len(parts))
         if name not in sums:
             sums[name] = checksum(parts)
         return sums[name]

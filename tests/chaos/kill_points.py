@@ -36,14 +36,14 @@ class Place:
 
 
 def _landing(which: Callable[[int], int]) -> Test:
-    return lambda mark, lane, one, index, *_: one.manifest.key == mark and index == which(len(one.manifest.chunks))
+    return lambda mark, lane, one, index, *_: one.manifest.metadata.key == mark and index == which(len(one.manifest.chunks))
 
 
 def _sending(which: Callable[[int], int], sent: int) -> Test:
     """The call that sends chunk `which`, when it has sent `sent` of it."""
 
     def only(mark: str, route: Any, lane: Any, attempt: Any) -> bool:
-        return attempt.manifest.key == mark and attempt.sent == which(len(attempt.manifest.chunks)) + sent
+        return attempt.manifest.metadata.key == mark and attempt.sent == which(len(attempt.manifest.chunks)) + sent
 
     return only
 
@@ -69,23 +69,23 @@ def last(num: int) -> int:
 
 
 def _shipment(mark: str, shipper: Any, shipment: Any, *_: Any) -> bool:
-    return shipment.manifest.key == mark
+    return shipment.manifest.metadata.key == mark
 
 
 def _manifest(mark: str, landing: Any, manifest: Any, extent: Any) -> bool:
-    return manifest.key == mark
+    return manifest.metadata.key == mark
 
 
 # mark: the content key.
 DECODE_TRANSFER = {
     "reserved": Place("sparsevila_cluster.transport.kv_receiver:Dock.expect", "after", lambda mark, dock, _, key, __: key == mark),
-    "granted": Place(RECEIVER + "_allocate", "after", lambda mark, lane, one: one.manifest.key == mark),
+    "granted": Place(RECEIVER + "_allocate", "after", lambda mark, lane, one: one.manifest.metadata.key == mark),
     "first chunk": Place(RECEIVER + "_landed", "before", _landing(first)),
     "middle chunk": Place(RECEIVER + "_landed", "before", _landing(middle)),
     "last chunk": Place(RECEIVER + "_landed", "before", _landing(last)),
     "landed": Place(LANDING + "publish", "before", _manifest),
     "verified": Place(LANDING + "publish", "after", _manifest),
-    "acked": Place(RECEIVER + "_commit", "after", lambda mark, lane, one: one.manifest.key == mark),
+    "acked": Place(RECEIVER + "_commit", "after", lambda mark, lane, one: one.manifest.metadata.key == mark),
 }
 PREFILL_TRANSFER = {
     "reserved": Place(

@@ -190,7 +190,7 @@ def test_who_watches_has_the_whole_prefix_in_pieces(model):
     layers = range(model.spec.num_layers)
     pieces = [(layer, a, z) for a, z in zip(bounds, bounds[1:], strict=False) for layer in layers]
     assert watch.told == [tuple(bounds), *pieces] and len(bounds) > 3
-    assert watch.prefix is prefix and prefix.tenant == "anna"
+    assert watch.prefix is prefix and prefix.metadata.tenant == "anna"
     for (layer, which, start), piece in watch.kv.items():
         assert (prefix.extent.rows(layer)[which][start : start + len(piece)] == piece).all(), "a piece changed after it was told"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.errors import LaneLost
 from sparsevila_cluster.core.metrics import Tally
 from sparsevila_cluster.kvcache.arena import Arena, Extent, KVSpec
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.kvcache.prefix_store import PrefixStore
 from sparsevila_cluster.transport import KVReceiver, KVSender, OutgoingTransfer, ReceiverAddress, TransferReport, TransferTicket
 from sparsevila_cluster.transport.manifest import Manifest
@@ -38,10 +38,9 @@ def make_prefix(key: str = "a", length: int = 1500, seed: int = 0, spec: KVSpec 
         tensor.copy_(torch.randn(tensor.shape, generator=random))
     is_visual = torch.arange(length) % 5 != 0
     token_map = torch.where(is_visual[:, None], torch.randint(0, 2, (length, 3), generator=random), -1).to(torch.int32)
-    return MediaPrefix(
+    metadata = PrefixMetadata(
         key=key,
         spec=spec,
-        extent=extent,
         is_visual=is_visual,
         positions=torch.randint(0, 99, (3, length), generator=random),
         token_map=token_map,
@@ -57,11 +56,18 @@ def make_prefix(key: str = "a", length: int = 1500, seed: int = 0, spec: KVSpec 
         num_visual=4 * length,
         tenant="someone",
     )
+    return MediaPrefix(metadata, extent)
 
 
 def rows_equal(one: MediaPrefix, other: MediaPrefix) -> bool:
     layers = range(one.spec.num_layers)
     return all(torch.equal(a, b) for i in layers for a, b in zip(one.extent.rows(i), other.extent.rows(i), strict=True))
+
+
+def assert_same_metadata(one: PrefixMetadata, other: PrefixMetadata) -> None:
+    for field in fields(PrefixMetadata):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
 
 
 class Quay:
@@ -80,7 +86,7 @@ class Quay:
         if self.refusal is not None:
             raise self.refusal
         with self.lock:
-            return self.store.reserve(manifest.length)
+            return self.store.reserve(manifest.metadata.length)
 
     def publish(self, manifest: Manifest, extent: Extent) -> None:
         with self.lock:

@@ -24,7 +24,6 @@ from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest
 from sparsevila_cluster.core.single_flight import SingleFlight
 from sparsevila_cluster.core.tenancy import may_use
-from sparsevila_cluster.kvcache.media_handle import as_reused
 from sparsevila_cluster.media import identify
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class MediaPreparer:
         digest = await asyncio.to_thread(digest_of, request, self._fleet.config.engine)
         handle, shared = await self._sharing.get(digest, lambda: self._find_or_make(digest, request, progress, deadline))
         self._remembered.put(handle.media_id, request)
-        return as_reused(handle) if shared else handle
+        return handle.as_reused() if shared else handle
 
     async def _find_or_make(
         self, digest: str, request: PrepareRequest, progress: Progress | None, deadline: Deadline
@@ -88,7 +87,7 @@ class MediaPreparer:
             self._sink.count("media_kv_hits_total")
             noting = registry.note_held(found.handle, (), digest, deadline.remaining_s("preparing media"))
             self._fleet.later(noting, "telling which media a request means")
-            return as_reused(found.handle)
+            return found.handle.as_reused()
         wanted = PrefixWanted(found.key, deadline, request, progress, digest)
         _, handle = await self._shipping.bring(wanted)
         return handle

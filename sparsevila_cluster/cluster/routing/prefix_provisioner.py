@@ -36,7 +36,6 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest
 from sparsevila_cluster.core.single_flight import SingleFlight
-from sparsevila_cluster.kvcache.media_handle import as_reused
 
 if TYPE_CHECKING:
     from sparsevila_cluster.core.protocols import Progress
@@ -116,7 +115,7 @@ class PrefixProvisioner:
         for _ in range(self._fleet.config.router.max_attempts):
             (worker, handle), shared = await self._sharing.get(together, lambda: self._bring(wanted))
             if worker not in wanted.lost:
-                return worker, as_reused(handle) if shared else handle
+                return worker, handle.as_reused() if shared else handle
         raise Unavailable(f"media {wanted.key!r} went to workers that are lost")
 
     async def replicate(self, key: str, handle: MediaHandle, target: WorkerReport, deadline: Deadline) -> None:
@@ -143,7 +142,7 @@ class PrefixProvisioner:
             holders = [one for one in found.holders if one.worker not in wanted.lacking]
             holder = choose_holder(holders, fleet.scene(search.to, wanted.key))
             if holder is not None and found.handle is not None:
-                return holder, as_reused(found.handle)
+                return holder, found.handle.as_reused()
             if search.num_attempts >= fleet.config.router.max_attempts:
                 assert search.error is not None
                 raise search.error
@@ -170,7 +169,7 @@ class PrefixProvisioner:
             attempt = _Attempt(_named(decodes, target), source, making, copied=source.worker in search.copies)
             try:
                 if not making:
-                    handle = as_reused(await self._try(attempt, wanted, found.handle))
+                    handle = (await self._try(attempt, wanted, found.handle)).as_reused()
                     return target, replace(handle, reused=not search.encoded)
                 async with self._claims.of(wanted.key, deadline) as ours:
                     if ours:

@@ -31,7 +31,6 @@ from sparsevila_cluster.core.errors import BadRequest, Cancelled, NotFound, Spar
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent, check_brownout
 from sparsevila_cluster.core.tenancy import may_use
-from sparsevila_cluster.kvcache.media_handle import as_reused
 
 if TYPE_CHECKING:
     from sparsevila_cluster.core.protocols import Progress
@@ -87,7 +86,7 @@ class ClusterPipeline:
         found = await self._fleet.registry.where(media_id, self._short_call())
         if found.handle is None or not may_use(found.handle.tenant, tenant):
             raise NotFound(f"media {media_id!r} is not resident; prepare it first")
-        return as_reused(found.handle)
+        return found.handle.as_reused()
 
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Drop a prefix and its copies everywhere. False if it is unknown, another tenant's, or a turn is using it.

@@ -35,7 +35,7 @@ class EnginePrefixSink:
             DeadlineExceeded: the engine did not answer within `deadline_s`. Unavailable: closed.
         """
         manifest.check(self._spec)
-        reserved: Future[Extent] = self._post(lambda engine: engine.prefixes.reserve(manifest.length))
+        reserved: Future[Extent] = self._post(lambda engine: engine.prefixes.reserve(manifest.metadata.length))
         try:
             return reserved.result(deadline_s)
         except TimeoutError as error:

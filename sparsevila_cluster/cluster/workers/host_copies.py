@@ -97,10 +97,4 @@ class HostCopies:
 
 def in_host_memory(prefix: MediaPrefix, extent: Extent) -> MediaPrefix:
     """The same prefix, described by tensors in host memory, with its rows in `extent`."""
-    return replace(
-        prefix,
-        extent=extent,
-        is_visual=prefix.is_visual.cpu(),
-        positions=prefix.positions.cpu(),
-        token_map=prefix.token_map.cpu(),
-    )
+    return replace(prefix, metadata=prefix.metadata.to("cpu"), extent=extent)

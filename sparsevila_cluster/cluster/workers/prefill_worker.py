@@ -31,7 +31,6 @@ from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.requests import MediaHandle, MediaSource, PrepareRequest
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.engine.prompt_rows import chunk_bounds
-from sparsevila_cluster.kvcache.media_handle import handle_of
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import PREFILL_PARTS, Model
@@ -163,7 +162,7 @@ class PrefillWorker:
         log.info("media prefix sent", extra={**facts, **report})
         # What the transfer adds behind the prefill; the rest of it was hidden.
         ms["transfer"] = round((time.perf_counter() - made_s) * 1e3, 3)
-        return handle_of(prefix, reused=making.reused, ms=ms), report
+        return prefix.handle(reused=making.reused, ms=ms), report
 
     def _tell(self, making: PrefillJob, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
         """Count a finished prefill; milliseconds of its stages."""
@@ -218,7 +217,7 @@ class PrefillWorker:
                 turn_bytes=0,
                 turn_budget_bytes=0,
             ),
-            residents=tuple(handle_of(prefix) for prefix in kept) if changed else None,
+            residents=tuple(prefix.handle() for prefix in kept) if changed else None,
             records=None,
         )
 

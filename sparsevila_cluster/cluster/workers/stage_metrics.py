@@ -30,7 +30,7 @@ def tell_prefill(sink: MetricsSink, ms: Mapping[str, float], prefix: MediaPrefix
     sink.count("prefills_total")
     for stage, spent_ms in ms.items():
         sink.observe(STAGE_METRICS[stage], spent_ms / 1e3)
-    count(sink, "visual_tokens_total", prefix.num_visual, stage="encoded")
+    count(sink, "visual_tokens_total", prefix.metadata.num_visual, stage="encoded")
     count(sink, "visual_tokens_total", prefix.num_kept, stage="kept")
 
 
