@@ -88,7 +88,7 @@ def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
     prefix = make_prefix(SPEC, mib * MIB)
     config = TransportConfig(kind="inproc")
     berth = Berth(SPEC, prefix.length)
-    dock, shipper = KVReceiver("far", berth, SPEC, config), KVSender("near", SPEC, config)
+    receiver, sender = KVReceiver("far", berth, SPEC, config), KVSender("near", SPEC, config)
     number = 0
 
     def bare() -> None:
@@ -98,30 +98,30 @@ def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
     def lane() -> None:
         nonlocal number
         number += 1
-        dock.expect(str(number), "k", 60.0)
-        shipment = shipper.begin(prefix, (0, prefix.length), TransferTicket(str(number), dock.address, 60.0))
-        shipment.wrote_all()
-        shipment.finish(60.0)
+        receiver.expect(str(number), "k", 60.0)
+        transfer = sender.begin(prefix, (0, prefix.length), TransferTicket(str(number), receiver.address, 60.0))
+        transfer.wrote_all()
+        transfer.finish(60.0)
 
     try:
         return contest("inproc", mib, lambda: once_ms(bare), lambda: once_ms(lane), patience)
     finally:
-        shipper.close()
-        dock.close()
+        sender.close()
+        receiver.close()
 
 
 class Watched:
-    """What a prefill worker does while its engine prefills: begin the shipment, pass on which rows are final."""
+    """What a prefill worker does while its engine prefills: begin the transfer, pass on which rows are final."""
 
     def __init__(self, near: Near, ticket: TransferTicket):
         self._near, self._ticket = near, ticket
-        self.shipment: Any = None
+        self.transfer: Any = None
 
     def begins(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
-        self.shipment = self._near.begin(prefix, bounds, self._ticket)
+        self.transfer = self._near.begin(prefix, bounds, self._ticket)
 
     def wrote(self, layer: int, start: int, stop: int) -> None:
-        self.shipment.wrote(layer, start, stop)
+        self.transfer.wrote(layer, start, stop)
 
 
 def hidden_row(directory: Path, frames: int, frame_px: int, patience: Patience, say: Callable[[str], None]) -> dict[str, Any]:
@@ -152,9 +152,9 @@ def hidden_row(directory: Path, frames: int, frame_px: int, patience: Patience, 
             watch = Watched(near, near.ticket())
             _, with_ms = prefill(watch)
             end_s = time.perf_counter()
-            watch.shipment.finish(60.0)
+            watch.transfer.finish(60.0)
             tail_ms = (time.perf_counter() - end_s) * 1e3
-            arena.free(watch.shipment.prefix.extent)
+            arena.free(watch.transfer.prefix.extent)
             for times, sample in ((alone, ms), (transfers, transfer_ms), (both, with_ms + tail_ms), (tails, tail_ms)):
                 times.add(sample)
     finally:

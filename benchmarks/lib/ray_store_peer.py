@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class ActorCourier:
-    """The store of this cluster, and calls to the one actor that holds the dock."""
+    """The store of this cluster, and calls to the one actor that holds the receiver."""
 
     def __init__(self, actor: Any = None):
         self._actor = actor
@@ -36,17 +36,17 @@ class ActorCourier:
     def get(self, token: Any, within_s: float) -> Any:
         return ray.get(token, timeout=within_s)
 
-    def exchange(self, dock: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> Any:
+    def exchange(self, receiver: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> Any:
         return ray.get(self._actor.exchange.remote(lane_id, messages, wait_s), timeout=wait_s + WAIT_S)
 
 
 class FarActor:
-    """A dock in a process of Ray's; also fetches bare objects."""
+    """A receiver in a process of Ray's; also fetches bare objects."""
 
     def __init__(self, spec: KVSpec, num_slots: int):
         torch.set_num_threads(1)
         config = TransportConfig(kind="objectstore")
-        self._dock = KVReceiver("far", Berth(spec, num_slots), spec, config, courier=ActorCourier())
+        self._dock = KVReceiver("far", Berth(spec, num_slots), spec, config, object_store=ActorCourier())
         self._target = np.zeros(num_slots * spec.bytes_per_token, np.uint8)
 
     def address(self) -> ReceiverAddress:
@@ -86,7 +86,7 @@ def objectstore_rows(
         num_slots = max(sizes) * MIB // spec.bytes_per_token + 1
         far: Any = ray.remote(FarActor).options(max_concurrency=8, num_cpus=1).remote(spec, num_slots)
         address = ray.get(far.address.remote(), timeout=WAIT_S)
-        shipper = KVSender("near", spec, TransportConfig(kind="objectstore"), courier=ActorCourier(far))
+        sender = KVSender("near", spec, TransportConfig(kind="objectstore"), object_store=ActorCourier(far))
         number = 0
 
         def lane_ms() -> float:
@@ -96,9 +96,9 @@ def objectstore_rows(
             ray.get(far.expect.remote(ticket.transfer_id))
 
             def send() -> None:
-                shipment = shipper.begin(prefix, (0, prefix.length), ticket)
-                shipment.wrote_all()
-                shipment.finish(WAIT_S)
+                transfer = sender.begin(prefix, (0, prefix.length), ticket)
+                transfer.wrote_all()
+                transfer.finish(WAIT_S)
 
             return once_ms(send)
 
@@ -109,7 +109,7 @@ def objectstore_rows(
             source = np.ones(prefix.kv_bytes, np.uint8)
             bare = lambda: once_ms(lambda: ray.get(far.fetch.remote([ray.put(source)])))  # noqa: B023, E731
             rows.append(contest("objectstore", mib, bare, lane_ms, patience))
-        shipper.close()
+        sender.close()
         return rows
     finally:
         ray.shutdown()

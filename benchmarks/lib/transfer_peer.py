@@ -1,4 +1,4 @@
-"""The other process of a transfer: a dock in front of an arena, and a bare gloo group to hold it against.
+"""The other process of a transfer: a receiver in front of an arena, and a bare gloo group to hold it against.
 
 Knows: how to receive the same bytes in both ways. Does not know: what is measured; the near side holds the clock.
 """
@@ -18,7 +18,7 @@ from sparsevila_cluster.kvcache.arena import Arena, Extent, KVSpec
 from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.transport import KVReceiver, KVSender, ReceiverAddress, TransferTicket
 from sparsevila_cluster.transport.backends.gloo import build_group
-from sparsevila_cluster.transport.handshake import Handshake, PairStore, knock
+from sparsevila_cluster.transport.handshake import Handshake, PairStore, connect
 from sparsevila_cluster.transport.manifest import Manifest
 
 WAIT_S = 120.0
@@ -48,17 +48,17 @@ class Berth:
 def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfig) -> None:
     """The far process: obeys (what, argument) until None."""
     torch.set_num_threads(1)
-    dock = KVReceiver("far", Berth(spec, num_slots), spec, config)
+    receiver = KVReceiver("far", Berth(spec, num_slots), spec, config)
     # The near side may have its end of the group, and ask, before the door's thread has handed ours over.
     made: SimpleQueue[Any] = SimpleQueue()
     door = Handshake(HOST, "raw", WAIT_S, lambda hello, store: made.put(build_group(store, 0, HOST, WAIT_S)))
     group: Any = None
     target = torch.zeros(num_slots * spec.bytes_per_token, dtype=torch.uint8)
-    pipe.send((dock.address, door.port))
+    pipe.send((receiver.address, door.port))
     while (order := pipe.recv()) is not None:
         what, given = order
         if what == "expect":
-            dock.expect(given, "k", WAIT_S)
+            receiver.expect(given, "k", WAIT_S)
             pipe.send(True)
         elif what == "receive":
             group = made.get(timeout=WAIT_S) if group is None else group
@@ -66,7 +66,7 @@ def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfi
             pipe.send(True)
             work.wait()
             group.send([target[:1]], 1, 2).wait()
-    dock.close()
+    receiver.close()
     door.close()
 
 
@@ -81,7 +81,7 @@ class Near:
         self._process.start()
         self.address, port = self._pipe.recv()
         store: PairStore
-        store, here = knock(ReceiverAddress("far", "gloo", HOST, port, "raw"), WAIT_S)
+        store, here = connect(ReceiverAddress("far", "gloo", HOST, port, "raw"), WAIT_S)
         self._group = build_group(store, 1, here, WAIT_S)
         self._shipper = KVSender("near", spec, config)
         self._number = 0
@@ -106,9 +106,9 @@ class Near:
         return once_ms(lambda: self._send_raw(source))
 
     def _send(self, prefix: MediaPrefix, ticket: TransferTicket) -> None:
-        shipment = self._shipper.begin(prefix, (0, prefix.length), ticket)
-        shipment.wrote_all()
-        shipment.finish(WAIT_S)
+        transfer = self._shipper.begin(prefix, (0, prefix.length), ticket)
+        transfer.wrote_all()
+        transfer.finish(WAIT_S)
 
     def _send_raw(self, source: torch.Tensor) -> None:
         self._group.send([source], 0, 1).wait()

@@ -56,7 +56,7 @@ def names(records: Sequence[TurnRecord]) -> list[tuple[str, tuple[int, ...]]]:
 class WorkerReport:
     """One worker, now.
 
-    address: of its dock (a `transport.DockAddress`), to build lanes ahead; None for a worker without one. residents: every
+    address: of its receiver, to build lanes ahead; None for a worker without one. residents: every
     prefix that it holds or keeps a copy of, None = as in the report before. records: every conversation that it holds, told to a
     directory that asks for everything; None otherwise.
     """

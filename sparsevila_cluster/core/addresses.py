@@ -1,7 +1,4 @@
-"""Where a media prefix is sent, as plain data that anybody may hold.
-
-Knows: addresses of docks and tickets to them. Does not know: lanes or tensors; routers and the registry pass these on.
-"""
+"""Where a media prefix is sent, as plain data that routers and the directory pass on."""
 
 from __future__ import annotations
 
@@ -11,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReceiverAddress:
-    """Where a dock is found. Plain data; `token` is a secret between workers: without it nobody joins."""
+    """Where the KV receiver of `worker` listens, and by which kind of link it is reached.
+
+    `token` is a secret between workers: without it nobody may open a lane.
+    """
 
     worker: str
     kind: str
@@ -20,13 +20,14 @@ class ReceiverAddress:
     token: str
 
     def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class TransferTicket:
-    """Leave to send one media prefix to a dock, which expects `transfer_id`. deadline_s: how long the sending may take."""
+    """Leave to send one media prefix to `receiver`, which expects `transfer_id`. deadline_s: how long the sending may take."""
 
     transfer_id: str
-    dock: ReceiverAddress
+    receiver: ReceiverAddress
     deadline_s: float

@@ -61,7 +61,7 @@ class Host:
         worker = self.worker
         if isinstance(worker, PrefillWorker):
             kept = worker.copies.all()
-            lanes = worker.shipper.info()["lanes"]
+            lanes = worker.sender.info()["lanes"]
             books: dict[str, Any] = {
                 "used_bytes": worker.copies.used_bytes,
                 "owned_bytes": sum(prefix.kv_bytes for prefix in kept),
@@ -73,11 +73,11 @@ class Host:
             check: Any = worker.copies.check_integrity
         else:
             books = await worker._desk.call(self._books)
-            dock = worker.dock.info()
-            open_states = ("granted", "sending", "landed", "verified")
-            books["in_flight"] = dock["bytes_in_flight"]
-            books["transfers"] = dock["transfers"]
-            books["busy"] += sum(dock["transfers"].get(state, 0) for state in open_states) + len(worker._sending._shipments)
+            receiver = worker.receiver.info()
+            open_states = ("granted", "sending", "received", "verified")
+            books["in_flight"] = receiver["bytes_in_flight"]
+            books["transfers"] = receiver["transfers"]
+            books["busy"] += sum(receiver["transfers"].get(state, 0) for state in open_states) + len(worker._sending._shipments)
 
             def check() -> None:
                 return None

@@ -33,7 +33,7 @@ def test_a_lane_that_breaks_does_not_end_the_prefill(checkpoint, clips, monkeypa
             assert await answer(other, turn_of(key))
             assert prefill.sink.counts[("prefills_total",)] == 1
             with pytest.raises(LaneLost, match="decode-0"):
-                await prefill.ship(key, TransferTicket("t", gone.dock.address, 5.0))
+                await prefill.ship(key, TransferTicket("t", gone.receiver.address, 5.0))
 
     asyncio.run(main())
 
@@ -47,7 +47,7 @@ def test_a_lane_that_breaks_is_built_anew(checkpoint, clips, monkeypatch):
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
             await gate.wait()
             await until(lambda: decode.sink.counts[("kv_transfer_bytes_total", "in", "gloo")] > 0)
-            for lane in decode.dock._all_lanes():
+            for lane in decode.receiver._all_lanes():
                 lane.fail(LaneLost("cut by a test"))
             gate.opened.set()
             _, report, _ = await making
@@ -96,8 +96,8 @@ def test_what_the_other_end_refuses_is_told_and_the_copy_stays(checkpoint, clips
             decode._desk.let_go(first.media_id)
             # The lease of a ticket is over before anything comes; nobody expects another one.
             late = await ticket_for(decode, key, lease_s=0.1)
-            await until(lambda: decode.dock.state(late.transfer_id).terminal)
-            for ticket in (late, TransferTicket(uuid.uuid4().hex, decode.dock.address, 5.0)):
+            await until(lambda: decode.receiver.state(late.transfer_id).terminal)
+            for ticket in (late, TransferTicket(uuid.uuid4().hex, decode.receiver.address, 5.0)):
                 with pytest.raises(NotFound):
                     await prefill.ship(key, ticket)
             with pytest.raises(NotFound, match="no copy"):

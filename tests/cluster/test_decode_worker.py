@@ -111,10 +111,10 @@ def test_a_ticket_is_refused_at_once_when_there_could_be_no_room(checkpoint, cli
             assert await decode.reserve("small", "k", size // 3, 5.0) and await decode.reserve("unknown", "k", None, 5.0)
             with pytest.raises(BadRequest, match="before"):
                 await decode.reserve("small", "k", size // 3, 5.0)
-            assert decode.dock.info()["transfers"] == {"acked": 1, "reserved": 3}
+            assert decode.receiver.info()["transfers"] == {"acked": 1, "reserved": 3}
             for name in ("idle", "small", "unknown", "idle", "never"):
                 await decode.release(name)
-            assert decode.dock.info()["transfers"] == {"acked": 1, "aborted": 3}
+            assert decode.receiver.info()["transfers"] == {"acked": 1, "aborted": 3}
             await stream.aclose()
 
     asyncio.run(main())
@@ -128,7 +128,7 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             report = decode.report(False)
             (told,) = report.residents
             assert (told.media_id, told.kv_bytes) == (handle.media_id, handle.kv_bytes) and report.records is None
-            assert report.load.prefix_bytes == handle.kv_bytes and report.address == decode.dock.address
+            assert report.load.prefix_bytes == handle.kv_bytes and report.address == decode.receiver.address
             await answer(decode, turn_of(handle.media_id))
             report = decode.report(False)
             assert report.residents is None and report.load.num_running == 0 and report.load.turn_bytes > 0
@@ -182,9 +182,9 @@ def test_the_line_presses_in_proportion_and_lets_go(checkpoint, clips, endless):
 def test_warming_leaves_nothing(checkpoint):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint)) as ([prefill], [decode]):
-            await prefill.warm([decode.dock.address])
+            await prefill.warm([decode.receiver.address])
             await decode.warm()
-            assert decode.dock.info()["lanes"] and prefill.num_prefills == 0 and prefill.copies.used_bytes == 0
+            assert decode.receiver.info()["lanes"] and prefill.num_prefills == 0 and prefill.copies.used_bytes == 0
             assert decode.engine.num_steps >= 2 and len(decode.engine.prefixes) == len(decode.engine.conversations) == 0
             assert not decode.sink.counts and decode.report(True).records == ()
 

@@ -56,7 +56,7 @@ def test_chunks_leave_while_later_ones_are_computed(checkpoint, clips, monkeypat
             key = await prefill.key_of(request_of(clips[0]))
             making = asyncio.ensure_future(made(prefill, request_of(clips[0]), key, await ticket_for(decode, key)))
             await gate.wait()
-            await until(lambda: decode.dock.info()["bytes_in_flight"] > 0)
+            await until(lambda: decode.receiver.info()["bytes_in_flight"] > 0)
             got = ("kv_transfer_bytes_total", "in", kind)
             await until(lambda: decode.sink.counts[got] > 0)
             assert not making.done() and prefill.num_prefills == 0 and key not in decode.engine.prefixes
@@ -117,7 +117,7 @@ def test_leaving_in_mid_prefill_frees_both_sides(checkpoint, clips, monkeypatch,
             await settled(prefill)
             await settled(decode)
             nothing_is_left(prefill, decode)
-            assert prefill.num_prefills == 0 and decode.dock.state(ticket.transfer_id).terminal
+            assert prefill.num_prefills == 0 and decode.receiver.state(ticket.transfer_id).terminal
 
     asyncio.run(main())
 
@@ -230,7 +230,7 @@ def test_closing_in_mid_prefill_frees_everything(checkpoint, clips, monkeypatch)
             await settled(decode)
             nothing_is_left(prefill, decode)
             prefill.copies.check_integrity()
-            ticket = TransferTicket("t", decode.dock.address, 1.0)
+            ticket = TransferTicket("t", decode.receiver.address, 1.0)
             for call in (prefill.check(), prefill.key_of(request_of(clips[0])), prefill.ship(key, ticket)):
                 with pytest.raises(Unavailable):
                     await call

@@ -83,7 +83,7 @@ def test_a_storm_leaves_right_answers_and_no_byte(checkpoint, wanted, kind):
                 await settled(decode)
                 for key in (await decode.info())["residents"]:
                     assert await decode.drop(key)
-                assert decode.engine.prefixes.arena.used_bytes == 0 and decode.dock.info()["bytes_in_flight"] == 0
+                assert decode.engine.prefixes.arena.used_bytes == 0 and decode.receiver.info()["bytes_in_flight"] == 0
             for key in (await prefill.info())["copies"]:
                 assert await prefill.drop(key)
             assert prefill.copies.used_bytes == 0

@@ -17,7 +17,7 @@ KINDS = ("inproc", "gloo", "objectstore")
 
 
 def given_for(kind):
-    return {"courier": worker_fixtures.Store()} if kind == "objectstore" else {}
+    return {"object_store": worker_fixtures.Store()} if kind == "objectstore" else {}
 
 
 @pytest.fixture(scope="session")

@@ -69,10 +69,10 @@ GUARD = SharedGuard()
 
 
 class Store:
-    """A courier within one event loop: what is put lies in a dict, docks are called through their workers' coroutines."""
+    """An object store within one event loop: what is put lies in a dict, receivers are called through their workers' coroutines."""
 
     def __init__(self):
-        self.loop, self.objects, self.docks = asyncio.get_running_loop(), {}, {}
+        self.loop, self.objects, self.workers_by_name = asyncio.get_running_loop(), {}, {}
 
     def put(self, array):
         token = uuid.uuid4().hex
@@ -82,8 +82,8 @@ class Store:
     def get(self, token, within_s):
         return self.objects.pop(token)
 
-    def exchange(self, dock, lane_id, messages, wait_s):
-        call = self.docks[dock.worker].exchange(lane_id, messages, wait_s)
+    def exchange(self, address, lane_id, messages, wait_s):
+        call = self.workers_by_name[address.worker].exchange(lane_id, messages, wait_s)
         return asyncio.run_coroutine_threadsafe(call, self.loop).result(wait_s + 10)
 
 
@@ -94,8 +94,8 @@ async def workers(config, prefill=1, decode=1, **given):
     for worker in made:
         worker.engine.guard = GUARD
     held = [DecodeWorker(f"decode-{i}", config, sink=Tally(), **given) for i in range(decode)]
-    if "courier" in given:
-        given["courier"].docks = {worker.name: worker for worker in held}
+    if "object_store" in given:
+        given["object_store"].workers_by_name = {worker.name: worker for worker in held}
     try:
         yield made, held
         for worker in held:

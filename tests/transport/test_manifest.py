@@ -150,13 +150,13 @@ def test_chunks_tile_every_prefix(length, cuts, chunk_kib, layers, heads):
 
 def test_large_parts_travel_from_the_arena_itself():
     prefix = make_prefix()
-    cargo = ChunkBuffers(Manifest.of(prefix, "t", BOUNDS, CONFIG), prefix.extent, CPU)
+    buffers = ChunkBuffers(Manifest.of(prefix, "t", BOUNDS, CONFIG), prefix.extent, CPU)
     long, short = Chunk(0, 1, 0, 1100), Chunk(0, 1, 1100, 1500)
     assert long.kv_bytes(SPEC) // 2 >= STRAIGHT_BYTES > short.kv_bytes(SPEC) // 2
     first = prefix.extent.rows(0)[0]
-    assert cargo.gather(long)[0].data_ptr() == first.data_ptr() and len(cargo.gather(long)) == 2
-    assert cargo.berths(long)[1].data_ptr() == prefix.extent.rows(0)[1].data_ptr()
-    assert len(cargo.gather(short)) == 1
+    assert buffers.gather(long)[0].data_ptr() == first.data_ptr() and len(buffers.gather(long)) == 2
+    assert buffers.targets(long)[1].data_ptr() == prefix.extent.rows(0)[1].data_ptr()
+    assert len(buffers.gather(short)) == 1
     whole = ChunkBuffers(Manifest.of(prefix, "t", BOUNDS, CONFIG).packed_whole(), prefix.extent, CPU)
     assert len(whole.gather(long)) == 1
     assert all(chunk.kv_bytes(SPEC) <= GRAIN_BYTES for chunk in cut(SPEC, BOUNDS))
@@ -172,8 +172,8 @@ def test_int8_error_is_at_most_half_a_step(dtype):
     out, back = ChunkBuffers(told, source.extent, CPU), ChunkBuffers(told, target.extent, CPU)
     for chunk in told.chunks:
         sent = out.gather(chunk)
-        assert [one.numel() for one in sent] == out.sizes(chunk) == [one.numel() for one in back.berths(chunk)]
-        back.settle(chunk, sent)
+        assert [one.numel() for one in sent] == out.sizes(chunk) == [one.numel() for one in back.targets(chunk)]
+        back.scatter(chunk, sent)
     for layer in range(spec.num_layers):
         for before, after in zip(source.extent.rows(layer), target.extent.rows(layer), strict=True):
             step = before.float().abs().amax(-1, keepdim=True) / 127

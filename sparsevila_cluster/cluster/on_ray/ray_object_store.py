@@ -1,4 +1,4 @@
-"""The courier of the `objectstore` transport: Ray's object store, and calls to the dock of a decode worker.
+"""The object store of the `objectstore` transport: Ray's, and calls to the receiver of a decode worker.
 
 Knows: object references and how to reach a replica from another thread. Does not know: what the messages and arrays mean.
 """
@@ -18,7 +18,7 @@ from sparsevila_cluster.core.errors import DeadlineExceeded, QueueFull, WorkerLo
 
 
 class RayObjectStore:
-    """What `transport.Courier` promises. `decode` hands references on (`by_reference`), in the event loop that this is made in."""
+    """What `transport.ObjectStore` promises. `decode` hands references on (`by_reference`), in the event loop that this is made in."""
 
     def __init__(self, decode: RayWorkerPool):
         self._decode = decode
@@ -41,14 +41,14 @@ class RayObjectStore:
             raise WorkerLost(f"an object of Ray's store is gone: {type(error).__name__}") from error
 
     def exchange(
-        self, dock: ReceiverAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float
+        self, address: ReceiverAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float
     ) -> list[tuple[str, Any]]:
-        """What that dock replies. Raises WorkerLost, DeadlineExceeded."""
-        call = self._decode.call(dock.worker, "exchange", lane_id, messages, wait_s, within_s=wait_s + GRACE_S)
+        """What that receiver replies. Raises WorkerLost, DeadlineExceeded."""
+        call = self._decode.call(address.worker, "exchange", lane_id, messages, wait_s, within_s=wait_s + GRACE_S)
         replies = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             answer: list[tuple[str, Any]] = replies.result(wait_s + 2 * GRACE_S)
         except TimeoutError as error:
             replies.cancel()
-            raise DeadlineExceeded(f"worker {dock.worker} did not answer within {wait_s + 2 * GRACE_S:g} s") from error
+            raise DeadlineExceeded(f"worker {address.worker} did not answer within {wait_s + 2 * GRACE_S:g} s") from error
         return answer

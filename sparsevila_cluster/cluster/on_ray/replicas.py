@@ -75,7 +75,7 @@ class WorkerReplica(RpcServer):
         self._registry = RayWorkerPool(registry)
         decode = serve.get_deployment_handle(DECODE, app_name=serve.get_replica_context().app_name)
         return {
-            "courier": RayObjectStore(RayWorkerPool(decode, by_reference=True)),
+            "object_store": RayObjectStore(RayWorkerPool(decode, by_reference=True)),
             "sink": RayMetricsSink(),
             "node": ray.get_runtime_context().get_node_id(),
         }

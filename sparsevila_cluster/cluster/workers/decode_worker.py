@@ -1,6 +1,6 @@
 """A worker that holds media prefixes and answers questions about them.
 
-Knows: one engine and its thread, its dock, its conversations and their text. Does not know: Ray, other workers beyond the tickets
+Knows: one engine and its thread, its receiver, its conversations and their text. Does not know: Ray, other workers beyond the tickets
 that it is given, media or encoders. Create and use it within one event loop.
 
     reserve -> (a lane: manifest, chunks, verified) -> resident -> ask: [question, retrieve, pack, step]* -> lists of events
@@ -47,7 +47,7 @@ class DecodeWorker:
         config: ClusterConfig,
         *,
         model: Model | None = None,
-        courier: ObjectStore | None = None,
+        object_store: ObjectStore | None = None,
         sink: MetricsSink | None = None,
         node: str = "",
     ):
@@ -61,9 +61,13 @@ class DecodeWorker:
         self._desk = AsyncDecodeEngine(name, self.engine, config.decode.brownout_at)
         self._journals = ConversationJournals(engine.max_conversations)
         self._answering = TurnService(self._desk, self._journals, self.sink)
-        landing = EnginePrefixSink(spec, self._desk.post, transport.lease_s)
-        self.dock = KVReceiver(name, landing, spec, transport, device=self.model.device, courier=courier, sink=self.sink)
-        self._sending = TransferTasks(KVSender(name, spec, transport, courier=courier, sink=self.sink), transport.dial_timeout_s)
+        prefix_sink = EnginePrefixSink(spec, self._desk.post, transport.lease_s)
+        self.receiver = KVReceiver(
+            name, prefix_sink, spec, transport, device=self.model.device, object_store=object_store, sink=self.sink
+        )
+        self._sending = TransferTasks(
+            KVSender(name, spec, transport, object_store=object_store, sink=self.sink), transport.dial_timeout_s
+        )
         self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="exchange")
         self._told: tuple[MediaHandle, ...] | None = None
         self._preempted = 0
@@ -92,16 +96,16 @@ class DecodeWorker:
 
         await self._desk.call(look)
         try:
-            state = self.dock.state(transfer_id)
+            state = self.receiver.state(transfer_id)
         except NotFound:
-            self.dock.expect(transfer_id, key, lease_s)
+            self.receiver.expect(transfer_id, key, lease_s)
         else:
             raise BadRequest(f"transfer {transfer_id!r} was reserved before; it is {state.value}")
-        return self.dock.address
+        return self.receiver.address
 
     async def release(self, transfer_id: str) -> None:
         """Give a transfer up, in any state; one that has arrived stays. Harmless when repeated."""
-        self.dock.forget(transfer_id)
+        self.receiver.forget(transfer_id)
 
     async def ship(self, key: str, ticket: TransferTicket) -> dict[str, Any]:
         """Send a resident prefix to another worker, holding it meanwhile. As `PrefillWorker.ship`."""
@@ -124,7 +128,7 @@ class DecodeWorker:
     async def exchange(self, lane_id: str, messages: list[tuple[str, Any]], wait_s: float) -> list[tuple[str, Any]]:
         """Messages of a lane that has no connection of its own; the replies that come within `wait_s`."""
         self._check_open()
-        return await asyncio.wrap_future(self._exchanges.submit(self.dock.exchange, lane_id, messages, wait_s))
+        return await asyncio.wrap_future(self._exchanges.submit(self.receiver.exchange, lane_id, messages, wait_s))
 
     # ---- turns -------------------------------------------------------------------------------------------------------------
 
@@ -177,7 +181,7 @@ class DecodeWorker:
             worker=self.name,
             pool="decode",
             node=self.node,
-            address=self.dock.address,
+            address=self.receiver.address,
             load=load,
             residents=standing.residents if changed else None,
             records=self._journals.all() if full else None,
@@ -186,8 +190,8 @@ class DecodeWorker:
     async def info(self) -> dict[str, Any]:
         """Plain data, for people."""
         standing = await self._desk.call(self._desk.look)
-        dock = self.dock.info()
-        lanes = [{"direction": "in", "peer": lane.pop("worker"), **lane} for lane in dock.pop("lanes")]
+        receiver = self.receiver.info()
+        lanes = [{"direction": "in", "peer": lane.pop("worker"), **lane} for lane in receiver.pop("lanes")]
         return {
             "worker": self.name,
             "pool": "decode",
@@ -203,15 +207,15 @@ class DecodeWorker:
             "turns_preempted": standing.num_preempted,
             "brownout": standing.brownout,
             "steps": standing.num_steps,
-            "dock": dock,
+            "receiver": receiver,
             "lanes": [*lanes, *self._sending.lanes()],
         }
 
     async def check(self) -> None:
-        """Raises Unavailable (it or its dock is closed) or Internal (the engine is stuck or gone)."""
+        """Raises Unavailable (it or its receiver is closed) or Internal (the engine is stuck or gone)."""
         self._check_open()
         self._desk.check()
-        self.dock.check()
+        self.receiver.check()
 
     async def warm(self, docks: Iterable[ReceiverAddress] = ()) -> None:
         """Answer a tiny question about noise, so that the first real one finds everything loaded; build lanes to `docks`."""
@@ -234,7 +238,7 @@ class DecodeWorker:
         within_s = self.config.engine.close_timeout_s
         over = await asyncio.to_thread(self._sending.close, within_s)
         try:
-            await asyncio.to_thread(self.dock.close)
+            await asyncio.to_thread(self.receiver.close)
         finally:
             self._exchanges.shutdown(wait=False, cancel_futures=True)
             await self._desk.close(within_s)

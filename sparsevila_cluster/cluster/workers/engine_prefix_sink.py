@@ -1,7 +1,4 @@
-"""Where media prefixes from lanes come down: extents of the decode engine, taken and given back in its thread.
-
-Knows: the engine's thread and how long to wait for it. Does not know: lanes, tickets, or turns. Called from the dock's threads.
-"""
+"""Where media prefixes from other workers arrive: extents of the decode engine, taken and given back in its thread."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ Post = Callable[[Callable[[DecodeEngine], R]], "Future[R]"]
 
 
 class EnginePrefixSink:
-    """`transport.Landing` over a decode engine. post: has a function run in the engine's thread."""
+    """`transport.PrefixSink` over a decode engine. post: has a function run in the engine's thread."""
 
     def __init__(self, spec: KVSpec, post: Callable[[Callable[[DecodeEngine], object]], Future], publish_s: float):
-        """publish_s: how long the engine's thread may take to make a prefix that has arrived visible."""
+        """publish_s: how long the engine's thread may take to make a received prefix visible."""
         self._spec = spec
         self._post = post
         self._publish_s = publish_s

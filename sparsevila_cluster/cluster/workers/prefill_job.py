@@ -32,11 +32,11 @@ class PrefillJob:
         ticket: TransferTicket | None,
         copies: HostCopies,
         staging: HostCopies | None,
-        shipper: KVSender,
+        sender: KVSender,
     ):
         """ticket: where to send it, None: nowhere. staging: where rows are computed if not in the copy itself."""
         self.preparation, self.key, self.ticket = preparation, key, ticket
-        self._copies, self._staging, self._shipper = copies, staging, shipper
+        self._copies, self._staging, self._sender = copies, staging, sender
         self.shipment: OutgoingTransfer | None = None
         self.refusal: SparseVilaError | None = None  # of the lane, which does not end the prefill
         self.waited_s = 0.0
@@ -80,7 +80,7 @@ class PrefillJob:
         if self.ticket is None:
             return
         try:
-            self.shipment = self._shipper.begin(prefix, bounds, self.ticket)
+            self.shipment = self._sender.begin(prefix, bounds, self.ticket)
         except SparseVilaError as error:
             self.refusal = error
 

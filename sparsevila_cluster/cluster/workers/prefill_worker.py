@@ -48,7 +48,7 @@ class PrefillWorker:
         config: ClusterConfig,
         *,
         model: Model | None = None,
-        courier: ObjectStore | None = None,
+        object_store: ObjectStore | None = None,
         sink: MetricsSink | None = None,
         node: str = "",
     ):
@@ -62,9 +62,9 @@ class PrefillWorker:
         self.copies = HostCopies(spec, config.prefill.copy_bytes)
         # On a CPU the prefill writes into the copy itself.
         self.staging = None if device.type == "cpu" else HostCopies(spec, engine.prefix_bytes, device)
-        self.shipper = KVSender(name, spec, config.transport, courier=courier, sink=self.sink)
+        self.sender = KVSender(name, spec, config.transport, object_store=object_store, sink=self.sink)
         self.num_prefills = 0
-        self._sending = TransferTasks(self.shipper, config.transport.dial_timeout_s)
+        self._sending = TransferTasks(self.sender, config.transport.dial_timeout_s)
         self._prefill_thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
         self._key_thread = ThreadPoolExecutor(1, thread_name_prefix="key")
         self._making: dict[asyncio.Task, PrefillJob] = {}
@@ -98,7 +98,7 @@ class PrefillWorker:
         deadline = Deadline(self._within_s(request))
         words = ProgressChannel(deadline)
         preparation = Preparation(request, self._guarded(words))
-        making = PrefillJob(preparation, key, ticket, self.copies, self.staging, self.shipper)
+        making = PrefillJob(preparation, key, ticket, self.copies, self.staging, self.sender)
         # A task of its own: who leaves early does not wait until the prefill has noticed.
         task = asyncio.ensure_future(self._make(making, deadline, words, ticket))
         self._making[task] = making
@@ -250,7 +250,7 @@ class PrefillWorker:
     async def warm(self, docks: Iterable[ReceiverAddress] = ()) -> None:
         """Make a tiny prefix and drop it, so that the first real one finds everything loaded; build lanes to `docks`."""
         request = PrepareRequest((MediaSource(tiny_picture(), "image"),))
-        making = PrefillJob(Preparation(request), "warm", None, self.copies, self.staging, self.shipper)
+        making = PrefillJob(Preparation(request), "warm", None, self.copies, self.staging, self.sender)
 
         def run() -> None:
             try:

@@ -25,9 +25,9 @@ MAX_WAITED = 64
 class TransferTasks:
     """What a worker sends. Create and use it within one event loop; `undo` may be called from any thread."""
 
-    def __init__(self, shipper: KVSender, dial_s: float):
+    def __init__(self, sender: KVSender, dial_s: float):
         """dial_s: how long `warm` tries to build one lane."""
-        self.shipper = shipper
+        self.sender = sender
         self._dial_s = dial_s
         self._finishers = ThreadPoolExecutor(MAX_WAITED, thread_name_prefix="finish")
         # Of its own: an abort must not stand in line behind the waits that it is to end.
@@ -41,7 +41,7 @@ class TransferTasks:
     ) -> dict[str, Any]:
         """Send a prefix all of whose rows are there. The rest as `finish`."""
         try:
-            shipment = self.shipper.begin(prefix, bounds, ticket)
+            shipment = self.sender.begin(prefix, bounds, ticket)
             shipment.wrote_all()
         except BaseException:
             release()
@@ -52,13 +52,13 @@ class TransferTasks:
         """Build lanes ahead, one after the other. One that cannot be built now is built with the first shipment."""
         for dock in docks:
             try:
-                await asyncio.wrap_future(self._finishers.submit(self.shipper.warm, dock, self._dial_s))
+                await asyncio.wrap_future(self._finishers.submit(self.sender.warm, dock, self._dial_s))
             except SparseVilaError as error:
                 log.warning("no lane yet", extra={"to": dock.worker, "why": str(error)})
 
     def lanes(self) -> list[dict[str, Any]]:
         """Lanes to other workers, as plain data."""
-        return [{"direction": "out", "peer": lane.pop("dock"), **lane} for lane in self.shipper.info()["lanes"]]
+        return [{"direction": "out", "peer": lane.pop("receiver"), **lane} for lane in self.sender.info()["lanes"]]
 
     async def finish(
         self, shipment: OutgoingTransfer, ticket: TransferTicket, within_s: float, release: Callable[[], object]
@@ -79,9 +79,9 @@ class TransferTasks:
             self.abort(shipment, "nobody waits for it any more")
             raise
         except LaneLost as error:
-            if ticket.dock.worker in str(error):
+            if ticket.receiver.worker in str(error):
                 raise
-            raise LaneLost(f"the lane to {ticket.dock.worker} is lost: {error}") from error
+            raise LaneLost(f"the lane to {ticket.receiver.worker} is lost: {error}") from error
 
     def _finish_soon(self, shipment: OutgoingTransfer, within_s: float, release: Callable[[], object]) -> Future[dict[str, Any]]:
         def work() -> dict[str, Any]:
@@ -136,7 +136,7 @@ class TransferTasks:
         for shipment in list(self._shipments):
             self.abort(shipment, "the worker closes")
         over = not wait(list(self._going), within_s).not_done
-        self.shipper.close()
+        self.sender.close()
         self._finishers.shutdown(wait=False, cancel_futures=True)
         self._aborters.shutdown(wait=False)
         return over
