@@ -1,7 +1,5 @@
 """How fast media prefixes cross from worker to worker, and how much of that hides behind prefill. `python -m benchmarks.transfer`.
 
-Knows: what is held against what. Does not know: how bytes travel.
-
     gloo         two processes, checksums on    against one bare gloo send of as many bytes, in turns with it
     inproc       two threads                    against copying the rows
     objectstore  two processes of a Ray cluster  against `ray.put`, `ray.get` and a copy (`--no-ray` leaves it out)
@@ -25,7 +23,7 @@ from benchmarks.lib import machine
 from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint, make_media
 from benchmarks.lib.report import Report, progress
 from benchmarks.lib.stopwatch import Patience, Times, once_ms
-from benchmarks.lib.transfer_peer import Berth, Near, make_prefix
+from benchmarks.lib.transfer_peer import DroppingSink, Near, make_prefix
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.requests import MediaSource, PrepareRequest
@@ -87,12 +85,14 @@ def gloo_rows(sizes: Sequence[int], patience: Patience, say: Callable[[str], Non
 def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
     prefix = make_prefix(SPEC, mib * MIB)
     config = TransportConfig(kind="inproc")
-    berth = Berth(SPEC, prefix.length)
-    receiver, sender = KVReceiver("far", berth, SPEC, config), KVSender("near", SPEC, config)
+    prefix_sink = DroppingSink(SPEC, prefix.length)
+    receiver, sender = KVReceiver("far", prefix_sink, SPEC, config), KVSender("near", SPEC, config)
     number = 0
 
     def bare() -> None:
-        for source, target in zip(prefix.extent.arena.k + prefix.extent.arena.v, berth.arena.k + berth.arena.v, strict=True):
+        for source, target in zip(
+            prefix.extent.arena.k + prefix.extent.arena.v, prefix_sink.arena.k + prefix_sink.arena.v, strict=True
+        ):
             target.copy_(source)
 
     def lane() -> None:

@@ -1,7 +1,4 @@
-"""The `objectstore` kind over a local Ray, against the store alone: `put` here, `get` and a copy in an actor.
-
-Knows: how to start a Ray that nobody else uses. Does not know: what the rows are compared with.
-"""
+"""The `objectstore` kind over a local Ray, against the store alone: `put` here, `get` and a copy in an actor."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import ray
 import torch
 
 from benchmarks.lib.stopwatch import Patience, once_ms
-from benchmarks.lib.transfer_peer import WAIT_S, Berth, make_prefix
+from benchmarks.lib.transfer_peer import WAIT_S, DroppingSink, make_prefix
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.transport import KVReceiver, KVSender, ReceiverAddress, TransferTicket
@@ -24,7 +21,7 @@ MIB = 2**20
 ROOT = Path(__file__).parents[2]
 
 
-class ActorCourier:
+class ActorObjectStore:
     """The store of this cluster, and calls to the one actor that holds the receiver."""
 
     def __init__(self, actor: Any = None):
@@ -36,7 +33,7 @@ class ActorCourier:
     def get(self, token: Any, within_s: float) -> Any:
         return ray.get(token, timeout=within_s)
 
-    def exchange(self, receiver: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> Any:
+    def exchange(self, address: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> Any:
         return ray.get(self._actor.exchange.remote(lane_id, messages, wait_s), timeout=wait_s + WAIT_S)
 
 
@@ -46,17 +43,17 @@ class FarActor:
     def __init__(self, spec: KVSpec, num_slots: int):
         torch.set_num_threads(1)
         config = TransportConfig(kind="objectstore")
-        self._dock = KVReceiver("far", Berth(spec, num_slots), spec, config, object_store=ActorCourier())
+        self._receiver = KVReceiver("far", DroppingSink(spec, num_slots), spec, config, object_store=ActorObjectStore())
         self._target = np.zeros(num_slots * spec.bytes_per_token, np.uint8)
 
     def address(self) -> ReceiverAddress:
-        return self._dock.address
+        return self._receiver.address
 
     def expect(self, transfer_id: str) -> None:
-        self._dock.expect(transfer_id, "k", WAIT_S)
+        self._receiver.expect(transfer_id, "k", WAIT_S)
 
     def exchange(self, lane_id: str, messages: list[Any], wait_s: float) -> Any:
-        return self._dock.exchange(lane_id, messages, wait_s)
+        return self._receiver.exchange(lane_id, messages, wait_s)
 
     def fetch(self, tokens: list[Any]) -> None:
         array = ray.get(tokens[0])
@@ -86,7 +83,7 @@ def objectstore_rows(
         num_slots = max(sizes) * MIB // spec.bytes_per_token + 1
         far: Any = ray.remote(FarActor).options(max_concurrency=8, num_cpus=1).remote(spec, num_slots)
         address = ray.get(far.address.remote(), timeout=WAIT_S)
-        sender = KVSender("near", spec, TransportConfig(kind="objectstore"), object_store=ActorCourier(far))
+        sender = KVSender("near", spec, TransportConfig(kind="objectstore"), object_store=ActorObjectStore(far))
         number = 0
 
         def lane_ms() -> float:

@@ -1,7 +1,4 @@
-"""The other process of a transfer: a receiver in front of an arena, and a bare gloo group to hold it against.
-
-Knows: how to receive the same bytes in both ways. Does not know: what is measured; the near side holds the clock.
-"""
+"""The other process of a transfer: a receiver in front of an arena, and a bare gloo group to compare it with."""
 
 from __future__ import annotations
 
@@ -25,8 +22,8 @@ WAIT_S = 120.0
 HOST = "127.0.0.1"
 
 
-class Berth:
-    """A landing that takes every prefix and drops it again."""
+class DroppingSink:
+    """A prefix sink that takes every prefix and drops it again."""
 
     def __init__(self, spec: KVSpec, num_slots: int):
         self.arena = Arena(spec, num_slots)
@@ -48,13 +45,13 @@ class Berth:
 def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfig) -> None:
     """The far process: obeys (what, argument) until None."""
     torch.set_num_threads(1)
-    receiver = KVReceiver("far", Berth(spec, num_slots), spec, config)
-    # The near side may have its end of the group, and ask, before the door's thread has handed ours over.
+    receiver = KVReceiver("far", DroppingSink(spec, num_slots), spec, config)
+    # The near side may have its end of the group, and ask, before the thread of the handshake has handed ours over.
     made: SimpleQueue[Any] = SimpleQueue()
-    door = Handshake(HOST, "raw", WAIT_S, lambda hello, store: made.put(build_group(store, 0, HOST, WAIT_S)))
+    handshake = Handshake(HOST, "raw", WAIT_S, lambda hello, store: made.put(build_group(store, 0, HOST, WAIT_S)))
     group: Any = None
     target = torch.zeros(num_slots * spec.bytes_per_token, dtype=torch.uint8)
-    pipe.send((receiver.address, door.port))
+    pipe.send((receiver.address, handshake.port))
     while (order := pipe.recv()) is not None:
         what, given = order
         if what == "expect":
@@ -67,7 +64,7 @@ def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfi
             work.wait()
             group.send([target[:1]], 1, 2).wait()
     receiver.close()
-    door.close()
+    handshake.close()
 
 
 class Near:
@@ -83,7 +80,7 @@ class Near:
         store: PairStore
         store, here = connect(ReceiverAddress("far", "gloo", HOST, port, "raw"), WAIT_S)
         self._group = build_group(store, 1, here, WAIT_S)
-        self._shipper = KVSender("near", spec, config)
+        self._sender = KVSender("near", spec, config)
         self._number = 0
 
     def ticket(self) -> TransferTicket:
@@ -93,7 +90,7 @@ class Near:
         return TransferTicket(f"transfer-{self._number}", self.address, WAIT_S)
 
     def begin(self, prefix: MediaPrefix, bounds: Any, ticket: TransferTicket) -> Any:
-        return self._shipper.begin(prefix, bounds, ticket)
+        return self._sender.begin(prefix, bounds, ticket)
 
     def lane_ms(self, prefix: MediaPrefix) -> float:
         """Offer, send, verify, publish. The ticket is had before the clock starts, as from a router."""
@@ -106,7 +103,7 @@ class Near:
         return once_ms(lambda: self._send_raw(source))
 
     def _send(self, prefix: MediaPrefix, ticket: TransferTicket) -> None:
-        transfer = self._shipper.begin(prefix, (0, prefix.length), ticket)
+        transfer = self._sender.begin(prefix, (0, prefix.length), ticket)
         transfer.wrote_all()
         transfer.finish(WAIT_S)
 
@@ -116,7 +113,7 @@ class Near:
 
     def close(self) -> None:
         self._pipe.send(None)
-        self._shipper.close()
+        self._sender.close()
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()

@@ -142,7 +142,7 @@ def test_a_worker_is_restarted_under_its_old_name_and_address(runner, world, tel
             await made.client.ask()
             gap_s = time.monotonic() - begun_s
             assert made.num_prefills == before
-            # All senders and docks go on with the new one: away with the film, and everything once more.
+            # All senders and receivers go on with the new one: away with the film, and everything once more.
             await made.client.close()
             await made.delete()
             await made.prepare()

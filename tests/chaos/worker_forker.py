@@ -63,7 +63,7 @@ def _become(serve: Any, model: Any, job: dict[str, Any]) -> int:
 
 
 def _listen_at(port: int) -> None:
-    """Have the first dock of this process listen on `port`, as a worker that is restarted on its old address."""
+    """Have the first receiver of this process listen on `port`, as a worker that is restarted on its old address."""
     stock = socket.create_server
 
     def server(address: tuple[str, int], **options: Any) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Arenas, prefixes and tails: nothing lost, nothing shared, to the slot. Knows the bookkeeping; does not know models."""
+"""Arenas, prefixes and tails: nothing lost, nothing shared, to the slot."""
 
 import random
 
