@@ -23,7 +23,7 @@ from benchmarks.lib import machine
 from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint, make_media
 from benchmarks.lib.report import Report, progress
 from benchmarks.lib.stopwatch import Patience, Times, once_ms
-from benchmarks.lib.transfer_peer import Berth, Near, make_prefix
+from benchmarks.lib.transfer_peer import DroppingSink, Near, make_prefix
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.requests import MediaSource, PrepareRequest
@@ -85,41 +85,43 @@ def gloo_rows(sizes: Sequence[int], patience: Patience, say: Callable[[str], Non
 def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
     prefix = make_prefix(SPEC, mib * MIB)
     config = TransportConfig(kind="inproc")
-    berth = Berth(SPEC, prefix.length)
-    dock, shipper = KVReceiver("far", berth, SPEC, config), KVSender("near", SPEC, config)
+    prefix_sink = DroppingSink(SPEC, prefix.length)
+    receiver, sender = KVReceiver("far", prefix_sink, SPEC, config), KVSender("near", SPEC, config)
     number = 0
 
     def bare() -> None:
-        for source, target in zip(prefix.extent.arena.k + prefix.extent.arena.v, berth.arena.k + berth.arena.v, strict=True):
+        for source, target in zip(
+            prefix.extent.arena.k + prefix.extent.arena.v, prefix_sink.arena.k + prefix_sink.arena.v, strict=True
+        ):
             target.copy_(source)
 
     def lane() -> None:
         nonlocal number
         number += 1
-        dock.expect(str(number), "k", 60.0)
-        shipment = shipper.begin(prefix, (0, prefix.length), TransferTicket(str(number), dock.address, 60.0))
-        shipment.wrote_all()
-        shipment.finish(60.0)
+        receiver.expect(str(number), "k", 60.0)
+        transfer = sender.begin(prefix, (0, prefix.length), TransferTicket(str(number), receiver.address, 60.0))
+        transfer.wrote_all()
+        transfer.finish(60.0)
 
     try:
         return contest("inproc", mib, lambda: once_ms(bare), lambda: once_ms(lane), patience)
     finally:
-        shipper.close()
-        dock.close()
+        sender.close()
+        receiver.close()
 
 
 class Watched:
-    """What a prefill worker does while its engine prefills: begin the shipment, pass on which rows are final."""
+    """What a prefill worker does while its engine prefills: begin the transfer, pass on which rows are final."""
 
     def __init__(self, near: Near, ticket: TransferTicket):
         self._near, self._ticket = near, ticket
-        self.shipment: Any = None
+        self.transfer: Any = None
 
     def on_start(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:
-        self.shipment = self._near.begin(prefix, bounds, self._ticket)
+        self.transfer = self._near.begin(prefix, bounds, self._ticket)
 
     def on_rows(self, layer: int, start: int, stop: int) -> None:
-        self.shipment.wrote(layer, start, stop)
+        self.transfer.wrote(layer, start, stop)
 
 
 def hidden_row(directory: Path, frames: int, frame_px: int, patience: Patience, say: Callable[[str], None]) -> dict[str, Any]:
@@ -150,9 +152,9 @@ def hidden_row(directory: Path, frames: int, frame_px: int, patience: Patience, 
             watch = Watched(near, near.ticket())
             _, with_ms = prefill(watch)
             end_s = time.perf_counter()
-            watch.shipment.finish(60.0)
+            watch.transfer.finish(60.0)
             tail_ms = (time.perf_counter() - end_s) * 1e3
-            arena.free(watch.shipment.prefix.extent)
+            arena.free(watch.transfer.prefix.extent)
             for times, sample in ((alone, ms), (transfers, transfer_ms), (both, with_ms + tail_ms), (tails, tail_ms)):
                 times.add(sample)
     finally:

@@ -155,7 +155,8 @@ class EnginePair:
         """`batch` conversations on copies of `prefix`, their questions prefilled, ready to step."""
         store = self.decode.prefixes
         for _ in range(batch):
-            copy = replace(prefix, key=next(self._names), extent=store.reserve(prefix.length))
+            metadata = replace(prefix.metadata, key=next(self._names))
+            copy = replace(prefix, metadata=metadata, extent=store.reserve(prefix.length))
             for layer in range(self.model.spec.num_layers):
                 for target, source in zip(copy.extent.rows(layer), prefix.extent.rows(layer), strict=True):
                     target.copy_(source)

@@ -120,4 +120,4 @@ async def counts(target: str) -> tuple[int, int]:
     async with connected_client(target) as one:
         pools = (await one.client.info())["details"]["pools"]
     prefills = sum(worker["info"]["prefills"] for worker in pools["prefill"])
-    return prefills, sum(worker["info"]["dock"]["bytes_landed"] for worker in pools["decode"])
+    return prefills, sum(worker["info"]["receiver"]["bytes_received"] for worker in pools["decode"])

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from benchmarks.lib.stopwatch import Patience, once_ms
-from benchmarks.lib.transfer_peer import WAIT_S, Berth, make_prefix
+from benchmarks.lib.transfer_peer import WAIT_S, DroppingSink, make_prefix
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.transport import KVReceiver, KVSender, ReceiverAddress, TransferTicket
@@ -21,8 +21,8 @@ MIB = 2**20
 ROOT = Path(__file__).parents[2]
 
 
-class ActorCourier:
-    """The store of this cluster, and calls to the one actor that holds the dock."""
+class ActorObjectStore:
+    """The store of this cluster, and calls to the one actor that holds the receiver."""
 
     def __init__(self, actor: Any = None):
         self._actor = actor
@@ -33,27 +33,27 @@ class ActorCourier:
     def get(self, token: Any, within_s: float) -> Any:
         return ray.get(token, timeout=within_s)
 
-    def exchange(self, dock: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> Any:
+    def exchange(self, address: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> Any:
         return ray.get(self._actor.exchange.remote(lane_id, messages, wait_s), timeout=wait_s + WAIT_S)
 
 
 class FarActor:
-    """A dock in a process of Ray's; also fetches bare objects."""
+    """A receiver in a process of Ray's; also fetches bare objects."""
 
     def __init__(self, spec: KVSpec, num_slots: int):
         torch.set_num_threads(1)
         config = TransportConfig(kind="objectstore")
-        self._dock = KVReceiver("far", Berth(spec, num_slots), spec, config, courier=ActorCourier())
+        self._receiver = KVReceiver("far", DroppingSink(spec, num_slots), spec, config, object_store=ActorObjectStore())
         self._target = np.zeros(num_slots * spec.bytes_per_token, np.uint8)
 
     def address(self) -> ReceiverAddress:
-        return self._dock.address
+        return self._receiver.address
 
     def expect(self, transfer_id: str) -> None:
-        self._dock.expect(transfer_id, "k", WAIT_S)
+        self._receiver.expect(transfer_id, "k", WAIT_S)
 
     def exchange(self, lane_id: str, messages: list[Any], wait_s: float) -> Any:
-        return self._dock.exchange(lane_id, messages, wait_s)
+        return self._receiver.exchange(lane_id, messages, wait_s)
 
     def fetch(self, tokens: list[Any]) -> None:
         array = ray.get(tokens[0])
@@ -83,7 +83,7 @@ def objectstore_rows(
         num_slots = max(sizes) * MIB // spec.bytes_per_token + 1
         far: Any = ray.remote(FarActor).options(max_concurrency=8, num_cpus=1).remote(spec, num_slots)
         address = ray.get(far.address.remote(), timeout=WAIT_S)
-        shipper = KVSender("near", spec, TransportConfig(kind="objectstore"), courier=ActorCourier(far))
+        sender = KVSender("near", spec, TransportConfig(kind="objectstore"), object_store=ActorObjectStore(far))
         number = 0
 
         def lane_ms() -> float:
@@ -93,9 +93,9 @@ def objectstore_rows(
             ray.get(far.expect.remote(ticket.transfer_id))
 
             def send() -> None:
-                shipment = shipper.begin(prefix, (0, prefix.length), ticket)
-                shipment.wrote_all()
-                shipment.finish(WAIT_S)
+                transfer = sender.begin(prefix, (0, prefix.length), ticket)
+                transfer.wrote_all()
+                transfer.finish(WAIT_S)
 
             return once_ms(send)
 
@@ -106,7 +106,7 @@ def objectstore_rows(
             source = np.ones(prefix.kv_bytes, np.uint8)
             bare = lambda: once_ms(lambda: ray.get(far.fetch.remote([ray.put(source)])))  # noqa: B023, E731
             rows.append(contest("objectstore", mib, bare, lane_ms, patience))
-        shipper.close()
+        sender.close()
         return rows
     finally:
         ray.shutdown()

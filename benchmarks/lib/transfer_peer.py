@@ -1,4 +1,4 @@
-"""The other process of a transfer: a dock in front of an arena, and a bare gloo group to hold it against."""
+"""The other process of a transfer: a receiver in front of an arena, and a bare gloo group to compare it with."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from benchmarks.lib.stopwatch import once_ms
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.kvcache.arena import Arena, Extent, KVSpec
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.transport import KVReceiver, KVSender, ReceiverAddress, TransferTicket
 from sparsevila_cluster.transport.backends.gloo import build_group
-from sparsevila_cluster.transport.handshake import Handshake, PairStore, knock
+from sparsevila_cluster.transport.handshake import Handshake, PairStore, connect
 from sparsevila_cluster.transport.manifest import Manifest
 
 WAIT_S = 120.0
 HOST = "127.0.0.1"
 
 
-class Berth:
-    """A landing that takes every prefix and drops it again."""
+class DroppingSink:
+    """A prefix sink that takes every prefix and drops it again."""
 
     def __init__(self, spec: KVSpec, num_slots: int):
         self.arena = Arena(spec, num_slots)
@@ -31,7 +31,7 @@ class Berth:
             tensor.zero_()  # memory that was never touched would be paid for by the first transfer
 
     def allocate(self, manifest: Manifest, deadline_s: float) -> Extent:
-        extent = self.arena.alloc(manifest.length)
+        extent = self.arena.alloc(manifest.metadata.length)
         assert extent is not None, "one transfer at a time"
         return extent
 
@@ -45,17 +45,17 @@ class Berth:
 def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfig) -> None:
     """The far process: obeys (what, argument) until None."""
     torch.set_num_threads(1)
-    dock = KVReceiver("far", Berth(spec, num_slots), spec, config)
-    # The near side may have its end of the group, and ask, before the door's thread has handed ours over.
+    receiver = KVReceiver("far", DroppingSink(spec, num_slots), spec, config)
+    # The near side may have its end of the group, and ask, before the thread of the handshake has handed ours over.
     made: SimpleQueue[Any] = SimpleQueue()
-    door = Handshake(HOST, "raw", WAIT_S, lambda hello, store: made.put(build_group(store, 0, HOST, WAIT_S)))
+    handshake = Handshake(HOST, "raw", WAIT_S, lambda hello, store: made.put(build_group(store, 0, HOST, WAIT_S)))
     group: Any = None
     target = torch.zeros(num_slots * spec.bytes_per_token, dtype=torch.uint8)
-    pipe.send((dock.address, door.port))
+    pipe.send((receiver.address, handshake.port))
     while (order := pipe.recv()) is not None:
         what, given = order
         if what == "expect":
-            dock.expect(given, "k", WAIT_S)
+            receiver.expect(given, "k", WAIT_S)
             pipe.send(True)
         elif what == "receive":
             group = made.get(timeout=WAIT_S) if group is None else group
@@ -63,8 +63,8 @@ def serve(pipe: Connection, spec: KVSpec, num_slots: int, config: TransportConfi
             pipe.send(True)
             work.wait()
             group.send([target[:1]], 1, 2).wait()
-    dock.close()
-    door.close()
+    receiver.close()
+    handshake.close()
 
 
 class Near:
@@ -78,9 +78,9 @@ class Near:
         self._process.start()
         self.address, port = self._pipe.recv()
         store: PairStore
-        store, here = knock(ReceiverAddress("far", "gloo", HOST, port, "raw"), WAIT_S)
+        store, here = connect(ReceiverAddress("far", "gloo", HOST, port, "raw"), WAIT_S)
         self._group = build_group(store, 1, here, WAIT_S)
-        self._shipper = KVSender("near", spec, config)
+        self._sender = KVSender("near", spec, config)
         self._number = 0
 
     def ticket(self) -> TransferTicket:
@@ -90,7 +90,7 @@ class Near:
         return TransferTicket(f"transfer-{self._number}", self.address, WAIT_S)
 
     def begin(self, prefix: MediaPrefix, bounds: Any, ticket: TransferTicket) -> Any:
-        return self._shipper.begin(prefix, bounds, ticket)
+        return self._sender.begin(prefix, bounds, ticket)
 
     def lane_ms(self, prefix: MediaPrefix) -> float:
         """Offer, send, verify, publish. The ticket is had before the clock starts, as from a router."""
@@ -103,9 +103,9 @@ class Near:
         return once_ms(lambda: self._send_raw(source))
 
     def _send(self, prefix: MediaPrefix, ticket: TransferTicket) -> None:
-        shipment = self._shipper.begin(prefix, (0, prefix.length), ticket)
-        shipment.wrote_all()
-        shipment.finish(WAIT_S)
+        transfer = self._sender.begin(prefix, (0, prefix.length), ticket)
+        transfer.wrote_all()
+        transfer.finish(WAIT_S)
 
     def _send_raw(self, source: torch.Tensor) -> None:
         self._group.send([source], 0, 1).wait()
@@ -113,7 +113,7 @@ class Near:
 
     def close(self) -> None:
         self._pipe.send(None)
-        self._shipper.close()
+        self._sender.close()
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
@@ -131,10 +131,9 @@ def make_prefix(spec: KVSpec, num_bytes: int) -> MediaPrefix:
     assert extent is not None
     for tensor in arena.k + arena.v:
         tensor.normal_()
-    return MediaPrefix(
+    metadata = PrefixMetadata(
         key="k",
         spec=spec,
-        extent=extent,
         is_visual=torch.zeros(length, dtype=torch.bool),
         positions=torch.arange(length)[None].repeat(3, 1),
         token_map=torch.full((length, 3), -1, dtype=torch.int32),
@@ -149,3 +148,4 @@ def make_prefix(spec: KVSpec, num_bytes: int) -> MediaPrefix:
         duration_s=0.0,
         num_visual=0,
     )
+    return MediaPrefix(metadata, extent)

@@ -1,4 +1,4 @@
-"""Where a media prefix is sent, as plain data without tensors or connections."""
+"""Where a media prefix is sent, as plain data that routers and the directory pass on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReceiverAddress:
-    """Where a KV receiver listens. `token` is a secret between workers: without it no connection is accepted."""
+    """Where the KV receiver of `worker` listens, and by which kind of link it is reached.
+
+    `token` is a secret between workers: without it nobody may open a lane.
+    """
 
     worker: str
     kind: str
@@ -17,13 +20,13 @@ class ReceiverAddress:
     token: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields, to be sent as data."""
+        """As plain data."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class TransferTicket:
-    """Permission to send one media prefix to `receiver`, which expects `transfer_id`. deadline_s: for the whole transfer."""
+    """Leave to send one media prefix to `receiver`, which expects `transfer_id`. deadline_s: how long the sending may take."""
 
     transfer_id: str
     receiver: ReceiverAddress

@@ -23,9 +23,10 @@ def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -
     share.index_add_(0, chosen.flatten(), (kept / len(scores)).flatten())
     retrieved = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
     retrieved[chosen.flatten()] = True
-    cells: list[list[tuple[int, int, float]]] = [[] for _ in prefix.grids]
-    survivors: list[list[tuple[int, int]]] = [[] for _ in prefix.grids]
-    token_map = prefix.token_map[prefix.visual_index].tolist()
+    known = prefix.metadata
+    cells: list[list[tuple[int, int, float]]] = [[] for _ in known.grids]
+    survivors: list[list[tuple[int, int]]] = [[] for _ in known.grids]
+    token_map = known.token_map[prefix.visual_index].tolist()
     for (group, row, col), part, was_retrieved in zip(token_map, share.tolist(), retrieved.tolist(), strict=True):
         survivors[group].append((row, col))
         if was_retrieved:
@@ -33,14 +34,14 @@ def build_evidence(prefix: MediaPrefix, scores: Tensor, chosen: Tensor | None) -
     return Evidence(
         tuple(
             FrameEvidence(
-                frame=prefix.frames[g],
-                time_s=prefix.times_s[g],
+                frame=known.frames[g],
+                time_s=known.times_s[g],
                 share=sum(part for _, _, part in cells[g]),
-                grid=prefix.grids[g],
+                grid=known.grids[g],
                 cells=tuple(cells[g]),
                 kept=tuple(survivors[g]),
-                media=prefix.media[g],
+                media=known.media[g],
             )
-            for g in range(len(prefix.grids))
+            for g in range(len(known.grids))
         )
     )

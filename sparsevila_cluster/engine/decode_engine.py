@@ -89,10 +89,10 @@ class DecodeEngine:
         num_tokens = stop - start
         if num_tokens > self.config.max_question_tokens:
             raise TooLarge(f"the question has {num_tokens} tokens; the limit is {self.config.max_question_tokens}")
-        budget_of(turn, self.config.sparsity, prefix.kind)
+        budget_of(turn, self.config.sparsity, prefix.metadata.kind)
         answer = TurnAnswer(turn, self.model)
         if conversation is None:
-            conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.next_pos, turn.tenant)
+            conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.metadata.next_pos, turn.tenant)
         self.prefixes.hold(prefix.key)
         self.conversations.enter(conversation)
         self.turns[turn.turn_id] = RunningTurn(turn, answer, conversation, prefix, self.model, self.config, sink)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from sparsevila_cluster.core.requests import MediaHandle
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
-from sparsevila_cluster.kvcache.media_handle import handle_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class EngineStats:
         prefixes = engine.prefixes
         residents = before.residents if before is not None else ()
         if [handle.media_id for handle in residents] != (keys := sorted(prefix.key for prefix in prefixes)):
-            known = {prefix.key: handle_of(prefix) for prefix in prefixes}
+            known = {prefix.key: prefix.handle() for prefix in prefixes}
             residents = tuple(known[key] for key in keys)
         return cls(
             residents=residents,

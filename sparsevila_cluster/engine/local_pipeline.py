@@ -26,7 +26,6 @@ from sparsevila_cluster.engine.async_engine import AsyncDecodeEngine, AsyncPrefi
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.kvcache.arena import Extent
-from sparsevila_cluster.kvcache.media_handle import handle_of
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model
@@ -74,10 +73,10 @@ class LocalPipeline:
     async def _find_or_make(self, preparation: Preparation, key: str) -> MediaHandle:
         resident = await self.decode.call(lambda engine: engine.prefixes.get(key))
         if resident is not None:
-            handle = handle_of(resident, reused=True)
+            handle = resident.handle(reused=True)
         else:
             made = await self.prefill.run(lambda engine: self._make(engine, preparation, key))
-            handle = handle_of(made, ms=preparation.stage_ms())
+            handle = made.handle(ms=preparation.stage_ms())
         self._remember(key, preparation.request)
         return handle
 
@@ -102,7 +101,7 @@ class LocalPipeline:
 
     async def media(self, media_id: str, tenant: str = "") -> MediaHandle:
         """The handle of a resident prefix. Raises NotFound, Unavailable."""
-        return handle_of(await self.decode.call(lambda engine: engine.prefix_of(media_id, tenant)), reused=True)
+        return (await self.decode.call(lambda engine: engine.prefix_of(media_id, tenant))).handle(reused=True)
 
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Drop a prefix. False if it is unknown, another tenant's, or a turn is using it."""

@@ -24,7 +24,7 @@ from sparsevila_cluster.core.requests import PrepareRequest, Timeline
 from sparsevila_cluster.engine.content_key import content_key
 from sparsevila_cluster.engine.prompt_rows import chunk_bounds, close_gaps, keep_of_each, kept_prompt_rows
 from sparsevila_cluster.kvcache.arena import Extent
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.media import DecoderSandbox, Media, identify, open_media
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
 from sparsevila_cluster.pruning import PruningPolicy, Scope, build_pruning
@@ -243,7 +243,7 @@ class PrefillEngine:
             hidden[visual_rows] = tokens.embeds[visual].to(hidden.dtype)
             deepstack = [level[visual].to(hidden.dtype) for level in tokens.deepstack]
             batch = MediaBatch(prefix.extent, start, stop, wrote)
-            text.forward(hidden, prefix.positions[:, start:stop], batch, deepstack, visual_rows, kv_only=True)
+            text.forward(hidden, prefix.metadata.positions[:, start:stop], batch, deepstack, visual_rows, kv_only=True)
 
     def _describe(
         self,
@@ -270,10 +270,10 @@ class PrefillEngine:
             positions, next_pos, floor = *close_gaps(positions, is_visual), 0
         frames = [frame for one in inputs for frame in one.frame_of_group]
         times = [float(media.times_s[f]) for one, media in zip(inputs, medias, strict=True) for f in one.frame_of_group]
-        return MediaPrefix(
+        metadata = PrefixMetadata(
             key=key,
+            tenant=tenant,
             spec=self.model.spec,
-            extent=extent,
             is_visual=is_visual,
             positions=positions,
             token_map=token_map,
@@ -287,8 +287,8 @@ class PrefillEngine:
             num_frames=sum(len(media.times_s) for media in medias),
             duration_s=sum(media.duration_s for media in medias),
             num_visual=int(scored.sum()),
-            tenant=tenant,
         )
+        return MediaPrefix(metadata, extent)
 
 
 def _without_frames(media: Media) -> Media:

@@ -152,7 +152,7 @@ class RunningTurn:
     def input_pos(self) -> int:
         """Position of the next row."""
         position = self.conversation.next_pos + self._rows
-        return max(position, self.prefix.generation_floor + self._rows - self._prompt_rows) if self.tokens else position
+        return max(position, self.prefix.metadata.generation_floor + self._rows - self._prompt_rows) if self.tokens else position
 
     @property
     def rows_to_prefill(self) -> int:
@@ -279,7 +279,7 @@ class RunningTurn:
         if steps is not None and num_steps > 0:
             spans["step"] = (steps - self._preempted_ms[1]) / num_steps
         return Usage(
-            visual_tokens=self.prefix.num_visual,
+            visual_tokens=self.prefix.metadata.num_visual,
             visual_tokens_kept=kept,
             visual_tokens_retrieved=retrieved,
             prompt_tokens=self.prefix.length + self.conversation.length - self._rows + self._prompt_rows,

@@ -28,7 +28,7 @@ class TurnRetrieval:
     def __init__(self, turn: Turn, prefix: MediaPrefix, sparsity: SparsityConfig, attention: Literal["torch", "triton"]):
         """attention: how rows are copied, too. Raises BadRequest if the turn asks for what the configured policy cannot do."""
         self._prefix, self._sparsity, self._attention = prefix, sparsity, attention
-        self._wanted = budget_of(turn, sparsity, prefix.kind)
+        self._wanted = budget_of(turn, sparsity, prefix.metadata.kind)
         self._want_evidence = turn.want_evidence
         self._chosen: Tensor | None = None
         self._rows: Tensor | None = None

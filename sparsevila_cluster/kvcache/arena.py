@@ -1,6 +1,4 @@
-"""KV of kept tokens: preallocated arenas, extents in them, and media prefixes shared by reference count.
-
-Knows: slots, bytes and who holds what. Does not know: models, policies, turns or the wire.
+"""Preallocated KV memory: arenas and extents in them.
 
 An arena holds one k and one v tensor, [L, slots, Hkv, D]. An extent is the half-open slot interval
 [start, start + length), the same in all layers:
@@ -48,6 +46,7 @@ class Extent:
 
     @property
     def stop(self) -> int:
+        """The slot behind the last one."""
         return self.start + self.length
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -80,10 +79,12 @@ class Arena:
 
     @property
     def free_slots(self) -> int:
+        """Slots that belong to no extent."""
         return sum(stop - start for start, stop in self._free)
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of all extents."""
         return (self.num_slots - self.free_slots) * self.spec.bytes_per_token
 
     @property

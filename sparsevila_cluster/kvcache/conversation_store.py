@@ -1,7 +1,4 @@
-"""Conversations on media prefixes: the KV of their text, and who may keep it in the arena.
-
-Knows: tails (the KV of a conversation's own text), the budget of running turns, idle conversations. Does not know: media
-prefixes beyond their key, models, steps or text.
+"""Conversations on media prefixes: the KV of their text (their tails), and who may keep it in the arena.
 
 The tail is stored once: packed KV never contains it. When running turns need room, the tails of conversations that do not run
 are parked outside the arena, in host memory, least recently used first, and come back unchanged with their next turn.
@@ -76,6 +73,7 @@ class ConversationStore:
         return len(self._all)
 
     def get(self, conversation_id: str) -> Conversation | None:
+        """The conversation, marked as just used; None if it is unknown."""
         conversation = self._all.get(conversation_id)
         if conversation is not None:
             self._all.move_to_end(conversation_id)
@@ -109,6 +107,7 @@ class ConversationStore:
         self._busy[conversation.conversation_id] = self._busy.get(conversation.conversation_id, 0) + 1
 
     def leave(self, conversation: Conversation) -> None:
+        """A turn that entered is over."""
         count = self._busy[conversation.conversation_id] - 1
         if count:
             self._busy[conversation.conversation_id] = count

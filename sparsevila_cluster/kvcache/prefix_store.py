@@ -94,6 +94,7 @@ class PrefixStore:
         return prefix
 
     def release(self, key: str) -> None:
+        """Give a reference back."""
         count = self._holders[key] - 1
         assert count >= 0, key
         if count:
@@ -102,6 +103,7 @@ class PrefixStore:
             del self._holders[key]
 
     def holders(self, key: str) -> int:
+        """References that were not given back."""
         return self._holders.get(key, 0)
 
     def remove(self, key: str) -> bool:

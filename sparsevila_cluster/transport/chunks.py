@@ -1,10 +1,8 @@
-"""Chunks as bytes: which tensors carry one, what stands in them, and the checksum over them.
+"""Chunks as bytes: which tensors carry one, what they hold, and the checksum over them.
 
-Knows: arena rows, staging buffers, int8 with scales. Does not know: links, or when a chunk may leave.
-
-    straight   k of layer a | v of layer a | k of layer a+1 | ...      one tensor each, rows of the arena itself
-    packed     k, v of all its layers one behind the other              one staging buffer
-    int8       f32 scales of every part | int8 values of every part     one staging buffer
+straight   k of layer a | v of layer a | k of layer a+1 | ...      one tensor each, rows of the arena itself
+packed     k, v of all its layers one behind the other              one staging buffer
+int8       f32 scales of every part | int8 values of every part     one staging buffer
 """
 
 from __future__ import annotations
@@ -34,8 +32,9 @@ class ChunkBuffers:
     """
 
     def __init__(self, manifest: Manifest, extent: Extent, device: torch.device):
-        assert extent.length == manifest.length, (extent.length, manifest.length)
+        assert extent.length == manifest.metadata.length, (extent.length, manifest.metadata.length)
         self.manifest = manifest
+        self.spec = manifest.metadata.spec
         self.extent = extent
         self.device = device
         home = extent.arena.k[0].device
@@ -43,28 +42,30 @@ class ChunkBuffers:
         self._stream = torch.cuda.Stream(home) if home.type == "cuda" else None
 
     def is_straight(self, chunk: Chunk) -> bool:
+        """Whether it travels as one tensor per layer and kind, without staging."""
         manifest = self.manifest
-        part_bytes = chunk.kv_bytes(manifest.spec) // (2 * chunk.num_layers)
+        part_bytes = chunk.kv_bytes(self.spec) // (2 * chunk.num_layers)
         return manifest.quantization == "none" and 0 < manifest.straight_bytes <= part_bytes
 
     def sizes(self, chunk: Chunk) -> list[int]:
         """Bytes of each tensor that carries `chunk`."""
-        kv_bytes, num_parts = chunk.kv_bytes(self.manifest.spec), 2 * chunk.num_layers
+        kv_bytes, num_parts = chunk.kv_bytes(self.spec), 2 * chunk.num_layers
         if self.manifest.quantization == "int8":
-            spec = self.manifest.spec
+            spec = self.spec
             rows = num_parts * chunk.num_rows * spec.num_kv_heads
             return [rows * 4 + rows * spec.head_dim]
         return [kv_bytes // num_parts] * num_parts if self.is_straight(chunk) else [kv_bytes]
 
-    def aside(self) -> AbstractContextManager[object]:
-        """Within it a GPU works for this transfer beside the kernels that prefill. What is not enqueued in it waits for them: NCCL
-        sends only after all that the current stream holds.
+    def own_stream(self) -> AbstractContextManager[object]:
+        """Within it a GPU works for this transfer beside the kernels that prefill.
+
+        What is not enqueued in it waits for them: NCCL sends only after all that the current stream holds.
         """
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def gather(self, chunk: Chunk) -> list[Tensor]:
         """The chunk's bytes, uint8, on the link's device; the arena's own memory where that is possible."""
-        with self.aside():
+        with self.own_stream():
             tensors = self._gather(chunk)
             if self._stream is not None:
                 self._stream.synchronize()
@@ -80,24 +81,24 @@ class ChunkBuffers:
             tensors = [torch.cat([_bytes_of(part) for part in parts])]
         return [tensor.to(self.device) for tensor in tensors]
 
-    def berths(self, chunk: Chunk) -> list[Tensor]:
-        """Tensors for `chunk` to land in, of `sizes`: rows of the arena where that is possible, else staging buffers."""
+    def targets(self, chunk: Chunk) -> list[Tensor]:
+        """Tensors to receive `chunk` in, of `sizes`: rows of the arena where that is possible, else staging buffers."""
         if self.is_straight(chunk) and self.extent.arena.k[0].device == self.device:
             return [_bytes_of(part) for part in self._parts(chunk)]
         return [torch.empty(size, dtype=torch.uint8, device=self.device) for size in self.sizes(chunk)]
 
-    def settle(self, chunk: Chunk, landed: Sequence[Tensor]) -> None:
-        """Bring what landed in `berths` to the arena, as far as it is not there."""
+    def scatter(self, chunk: Chunk, received: Sequence[Tensor]) -> None:
+        """Bring what was received in `targets` to the arena, as far as it is not there."""
         parts = self._parts(chunk)
         if self.manifest.quantization == "int8":
-            values, scales = self._int8_in(landed[0].to(parts[0].device), chunk)
+            values, scales = self._int8_in(received[0].to(parts[0].device), chunk)
             kv_dequantize(values, scales, *self._layers(chunk), self._rows(chunk))
         elif not self.is_straight(chunk):
-            split = landed[0].split(landed[0].numel() // len(parts))
+            split = received[0].split(received[0].numel() // len(parts))
             for part, new in zip(parts, split, strict=True):
                 _bytes_of(part).copy_(new)
         else:
-            for part, new in zip(parts, landed, strict=True):
+            for part, new in zip(parts, received, strict=True):
                 if new.data_ptr() != part.data_ptr():
                     _bytes_of(part).copy_(new)
         if self._stream is not None:
@@ -112,7 +113,7 @@ class ChunkBuffers:
 
     def _int8_in(self, buffer: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Values and scales as views of a buffer."""
-        spec = self.manifest.spec
+        spec = self.spec
         shape = (chunk.num_layers, 2, chunk.num_rows, spec.num_kv_heads)
         scales_bytes = 4 * prod(shape)
         scales, values = buffer[:scales_bytes].view(torch.float32), buffer[scales_bytes:].view(torch.int8)

@@ -1,10 +1,8 @@
-"""One socket between two processes: who may come in, the keys that a group of two is built with, then messages.
+"""One socket between two processes: the token, the keys that a group of two is built with, then messages.
 
-Knows: the token, frames, deadlines. Does not know: groups, or what messages say.
-
-    dialer                                  dock
-    token, kind of link           ->        known, or shown out
-    keys of the group             <->       keys of the group          until it stands
+    sender                                  receiver
+    token, kind of link           ->        accepted, or closed
+    keys of the group             <->       keys of the group          until it is built
     messages                      <->       messages                   until either side closes
 
 torch's own TCPStore is not used: it asks the resolver for the name of every peer, which stalls for seconds where there is none, it
@@ -25,8 +23,9 @@ from typing import Any
 import msgpack
 import torch.distributed as dist
 
+from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.errors import LaneLost
-from sparsevila_cluster.transport.link import MAX_MESSAGE_BYTES, ReceiverAddress
+from sparsevila_cluster.transport.link import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 HEAD = struct.Struct("<I")
@@ -44,26 +43,29 @@ class PairStore(dist.Store):
         self._lock = threading.Lock()
 
     def set(self, key: str, value: Any) -> None:
+        """Send it to the other side. Raises LaneLost."""
         value = value.encode() if isinstance(value, str) else bytes(value)
         self._values[key] = value
         send_frame(self.connection, [key, value])
 
     def get(self, key: str) -> bytes:
+        """What either side has set. Raises LaneLost."""
         self.wait([key])
         return self._values[key]
 
     def wait(self, keys: list[str], timeout_s: timedelta | None = None) -> None:
-        """Until the other side has set all `keys`; its deadline is that of the socket."""
+        """Until the other side has set all `keys`, within the socket's own timeout. Raises LaneLost."""
         with self._lock:
             while not all(key in self._values for key in keys):
                 key, value = receive_frame(self.connection)
                 self._values[str(key)] = bytes(value)
 
     def check(self, keys: list[str]) -> bool:
+        """Whether all of them are set."""
         return all(key in self._values for key in keys)
 
 
-class Line:
+class MessageSocket:
     """Messages over a socket that is used for nothing else any more. Owns it. See `Link` for who may call what.
 
     Beside a group's bulk, not within it: there a message waits for megabytes to pass, and for the lock that is held meanwhile.
@@ -78,6 +80,7 @@ class Line:
         self.closed = False
 
     def send(self, message: bytes) -> None:
+        """See `Link`."""
         assert len(message) <= MAX_MESSAGE_BYTES, len(message)
         with self._lock:
             if self.closed:
@@ -86,18 +89,20 @@ class Line:
                 self._out.sendall(HEAD.pack(len(message)) + message)
             except OSError as error:
                 self.close()  # half a message may have left: nothing can follow it
-                raise LaneLost(f"the other side does not listen: {error}") from error
+                raise LaneLost(f"cannot send to the peer: {error}") from error
 
     def receive(self, within_s: float) -> bytes:
+        """See `Link`."""
         if self.closed:
             raise LaneLost("the link is closed")
         self._in.settimeout(max(0.001, within_s))
         (num,) = HEAD.unpack(_receive(self._in, HEAD.size))
         if num > MAX_MESSAGE_BYTES:
-            raise LaneLost(f"a message of {num} bytes; the limit is {MAX_MESSAGE_BYTES}")
+            raise LaneLost(f"received a message of {num} bytes; the limit is {MAX_MESSAGE_BYTES}")
         return _receive(self._in, num)
 
     def close(self) -> None:
+        """End both directions. Idempotent."""
         self.closed = True
         try:
             self._out.shutdown(socket.SHUT_RDWR)  # of both ends; wakes whoever waits
@@ -111,18 +116,18 @@ class Line:
 
 
 class Handshake:
-    """Listens on a free port of `host`. Hands the store of everybody who knows the token to `welcome`, each in its own thread."""
+    """Listens on a free port of `host`. Hands the store of every peer that knows the token to `accept`, each in its own thread."""
 
-    def __init__(self, host: str, token: str, within_s: float, welcome: Callable[[dict[str, Any], PairStore], None]):
-        self._token, self._within_s, self._welcome = token, within_s, welcome
+    def __init__(self, host: str, token: str, within_s: float, accept: Callable[[dict[str, Any], PairStore], None]):
+        self._token, self._within_s, self._accept = token, within_s, accept
         self._socket = socket.create_server((host, 0), family=_family(host), backlog=BACKLOG)
         self.host, self.port = self._socket.getsockname()[:2]
         self._closed = False
-        self._thread = threading.Thread(target=self._listen, name="lane-door", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="lane-listener", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Take no more connections. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -139,32 +144,33 @@ class Handshake:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._meet, args=(connection,), name="lane-accept", daemon=True).start()
+            threading.Thread(target=self._greet, args=(connection,), name="lane-accept", daemon=True).start()
 
-    def _meet(self, connection: socket.socket) -> None:
+    def _greet(self, connection: socket.socket) -> None:
         try:
             connection.settimeout(self._within_s)
             hello = receive_frame(connection)
             known = hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode())
             send_frame(connection, known)
             if not known:
-                raise LaneLost("a visitor without the token")
-            self._welcome(hello, PairStore(connection))
-        except Exception as error:  # whatever a stranger sends
+                raise LaneLost("the peer does not know the token")
+            self._accept(hello, PairStore(connection))
+        except Exception as error:  # whatever an unknown peer sends
             connection.close()
-            log.warning("no lane was built: %s", error)
+            log.warning("refused a connection: %s", error)
 
 
-def knock(address: ReceiverAddress, within_s: float, **hello: Any) -> tuple[PairStore, str]:
-    """The store towards a dock, and this side's own address on the way there. Raises LaneLost."""
+def connect(address: ReceiverAddress, within_s: float, **hello: Any) -> tuple[PairStore, str]:
+    """The store towards a receiver, and this side's own address on the way there. Raises LaneLost."""
+    worker, host, port = address.worker, address.host, address.port
     try:
-        connection = socket.create_connection((address.host, address.port), within_s)
+        connection = socket.create_connection((host, port), within_s)
     except OSError as error:
-        raise LaneLost(f"the dock of {address.worker} does not answer: {error}") from error
+        raise LaneLost(f"the receiver of {worker} does not answer at {host}:{port}: {error}", worker) from error
     try:
         send_frame(connection, {"token": address.token, **hello})
         if receive_frame(connection) is not True:
-            raise LaneLost(f"another dock than that of {address.worker} listens on {address.host}:{address.port}")
+            raise LaneLost(f"{host}:{port} does not know the token of {worker}: another receiver listens there", worker)
     except LaneLost:
         connection.close()
         raise
@@ -172,22 +178,23 @@ def knock(address: ReceiverAddress, within_s: float, **hello: Any) -> tuple[Pair
 
 
 def send_frame(connection: socket.socket, content: Any) -> None:
+    """Send one msgpack value. Raises LaneLost."""
     packed = msgpack.packb(content)
     try:
         connection.sendall(HEAD.pack(len(packed)) + packed)
     except OSError as error:
-        raise LaneLost(f"the way to the other side: {error}") from error
+        raise LaneLost(f"cannot send to the peer: {error}") from error
 
 
 def receive_frame(connection: socket.socket) -> Any:
-    """Raises LaneLost: closed, too slow, too large, or no msgpack."""
+    """One msgpack value. Raises LaneLost: closed, too slow, too large, or no msgpack."""
     (num,) = HEAD.unpack(_receive(connection, HEAD.size))
     if num > MAX_BYTES:
-        raise LaneLost(f"a frame of {num} bytes; the limit is {MAX_BYTES}")
+        raise LaneLost(f"received a frame of {num} bytes; the limit is {MAX_BYTES}")
     try:
         return msgpack.unpackb(_receive(connection, num))
     except ValueError as error:
-        raise LaneLost(f"a frame that is no msgpack: {error}") from error
+        raise LaneLost(f"received a frame that is no msgpack: {error}") from error
 
 
 def _receive(connection: socket.socket, num: int) -> bytes:
@@ -197,11 +204,11 @@ def _receive(connection: socket.socket, num: int) -> bytes:
         try:
             came = connection.recv_into(view[got:])
         except TimeoutError as error:
-            raise LaneLost(f"silence of {connection.gettimeout() or 0.0:g} s") from error
+            raise LaneLost(f"nothing was received for {connection.gettimeout() or 0.0:g} s") from error
         except OSError as error:
-            raise LaneLost(f"the other side is gone: {error}") from error
+            raise LaneLost(f"connection lost: {error}") from error
         if not came:
-            raise LaneLost("the other side closed the lane")
+            raise LaneLost("the peer closed the connection")
         got += came
     return bytes(data)
 

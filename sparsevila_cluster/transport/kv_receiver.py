@@ -1,7 +1,4 @@
-"""The receiving side of a worker: who may send what, over which lanes, and what became of it.
-
-Knows: tickets, leases, lanes, and the listeners of every kind. Does not know: chunks, or what a worker does with a prefix.
-"""
+"""The receiving side of a worker: who may send what, over which lanes, and what became of it."""
 
 from __future__ import annotations
 
@@ -16,15 +13,17 @@ from typing import Any
 
 import torch
 
+from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.errors import Incompatible, LaneLost, NotFound, PermissionDenied, QueueFull, Unavailable
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.kvcache.arena import KVSpec
-from sparsevila_cluster.transport.backends.objectstore import ObjectStoreReceiver
-from sparsevila_cluster.transport.link import Link, ObjectStore, PrefixSink, ReceiverAddress, TransferState
+from sparsevila_cluster.transport.backends.objectstore import ObjectStoreLanes
+from sparsevila_cluster.transport.incoming_transfer import TransferState
+from sparsevila_cluster.transport.link import Endpoint, Link, ObjectStore
 from sparsevila_cluster.transport.manifest import VERSION
-from sparsevila_cluster.transport.receive_lane import ReceiveLane
-from sparsevila_cluster.transport.transports import listen, resolve
+from sparsevila_cluster.transport.receive_lane import PrefixSink, ReceiveLane
+from sparsevila_cluster.transport.transports import TRANSPORTS, kind_of_receiver
 
 log = logging.getLogger(__name__)
 MAX_REMEMBERED = 4096  # transfers that are over
@@ -41,7 +40,7 @@ class _Reservation:
 
 
 class KVReceiver:
-    """Receives media prefixes into extents of its `PrefixSink`. Owns a listener, a keeper thread and the lanes.
+    """Receives media prefixes into extents of its `PrefixSink`. Owns a listener, a monitor thread and the lanes.
 
     A transfer is expected before it may come; what nobody expects is refused with NotFound. Every public method may be called from
     any thread, and none but `close` and `exchange` waits. config.host "auto" listens on loopback.
@@ -50,15 +49,16 @@ class KVReceiver:
     def __init__(
         self,
         worker: str,
-        landing: PrefixSink,
+        prefix_sink: PrefixSink,
         spec: KVSpec,
         config: TransportConfig,
         *,
         device: torch.device | str = "cpu",
-        courier: ObjectStore | None = None,
+        object_store: ObjectStore | None = None,
         sink: MetricsSink | None = None,
     ):
-        self._worker, self._landing, self._spec, self._config, self._sink = worker, landing, spec, config, sink
+        """worker: whose receiver this is; spec, device: of its KV; sink: of metrics. Raises BadConfig: see `kind_of_receiver`."""
+        self._worker, self._prefix_sink, self._spec, self._config, self._sink = worker, prefix_sink, spec, config, sink
         self._lock = threading.Lock()
         self._transfers: OrderedDict[str, _Reservation] = OrderedDict()
         self._lanes: list[ReceiveLane] = []
@@ -66,20 +66,22 @@ class KVReceiver:
         self._num_bytes = 0
         self._closed = threading.Event()
         self._token = secrets.token_hex(16)
-        kind = resolve(config.kind, torch.device(device), courier)
-        self._objects = None if courier is None else ObjectStoreReceiver(courier, self._accept)
-        self._listener = listen(kind, self._token, config, torch.device(device), self._accept)
+        endpoint = Endpoint(config, torch.device(device), object_store)
+        kind = kind_of_receiver(endpoint)
+        # Whatever its kind, a receiver takes lanes through the object store as well: its senders fall back to them.
+        self._store_lanes = None if object_store is None else ObjectStoreLanes(object_store, self._accept)
+        self._listener = TRANSPORTS[kind].listen(self._token, endpoint, self._accept)
         host, port = ("", 0) if self._listener is None else (self._listener.host, self._listener.port)
         self.address = ReceiverAddress(worker, kind, host, port, self._token)
-        self._keeper = threading.Thread(target=self._keep, name=f"dock-{worker}", daemon=True)
-        self._keeper.start()
+        self._monitor = threading.Thread(target=self._watch, name=f"kv-receiver-{worker}", daemon=True)
+        self._monitor.start()
 
     # ---- what the worker asks for ----------------------------------------------------------------------------------------------
 
     def expect(self, transfer_id: str, key: str, lease_s: float) -> None:
-        """Let a transfer of this prefix begin within `lease_s`. Raises Unavailable once the dock is closed."""
+        """Let a transfer of this prefix begin within `lease_s`. Raises Unavailable once the receiver is closed."""
         if self._closed.is_set():
-            raise Unavailable(f"the dock of {self._worker} is closed")
+            raise Unavailable(f"the KV receiver of {self._worker} is closed")
         with self._lock:
             assert transfer_id not in self._transfers, f"transfer {transfer_id} was expected before"
             self._transfers[transfer_id] = _Reservation(key, lease_s, time.monotonic() + lease_s)
@@ -104,9 +106,9 @@ class KVReceiver:
             return one.state
 
     def check(self) -> None:
-        """Raises Unavailable: it is closed, or its keeper has ended."""
-        if self._closed.is_set() or not self._keeper.is_alive():
-            raise Unavailable(f"the dock of {self._worker} is closed")
+        """Raises Unavailable: it is closed, or its monitor thread has ended."""
+        if self._closed.is_set() or not self._monitor.is_alive():
+            raise Unavailable(f"the KV receiver of {self._worker} is closed")
 
     def info(self) -> dict[str, Any]:
         """Lanes, transfers by state, KV bytes that have arrived, and those of extents that are being filled. Plain data."""
@@ -114,18 +116,17 @@ class KVReceiver:
             lanes, num_bytes = list(self._lanes), self._num_bytes
             states = Counter(one.state.value for one in self._transfers.values())
         in_flight = sum(lane.bytes_in_flight for lane in lanes)
-        told = [lane.info() for lane in lanes]
-        facts = {"transfers": dict(states), "bytes_landed": num_bytes, "bytes_in_flight": in_flight}
-        return {"kind": self.address.kind, "lanes": told, **facts}
+        facts = {"transfers": dict(states), "bytes_received": num_bytes, "bytes_in_flight": in_flight}
+        return {"kind": self.address.kind, "lanes": [lane.info() for lane in lanes], **facts}
 
     def exchange(self, lane_id: str, messages: list[tuple[str, Any]], wait_s: float) -> list[tuple[str, Any]]:
-        """The dock's end of `ObjectStore.exchange`: take messages of a lane, wait up to `wait_s` for replies. Blocks.
+        """The receiving end of `ObjectStore.exchange`: take messages of a lane, wait up to `wait_s` for replies. Blocks.
 
-        Raises LaneLost: this lane is closed, or the dock takes none of this kind.
+        Raises LaneLost: this lane is closed, or the receiver takes none of this kind.
         """
-        if self._objects is None or self._closed.is_set():
-            raise LaneLost(f"{self._worker} takes no objectstore lanes")
-        return self._objects.exchange(lane_id, messages, wait_s)
+        if self._store_lanes is None or self._closed.is_set():
+            raise LaneLost(f"{self._worker} takes no objectstore lanes", self._worker)
+        return self._store_lanes.exchange(lane_id, messages, wait_s)
 
     def close(self) -> None:
         """End every lane; extents that are not published are cancelled. Idempotent."""
@@ -139,12 +140,12 @@ class KVReceiver:
             lane.fail(Unavailable(f"{self._worker} is closing"), quiet=True)
         for lane in [*lanes, *self._ending]:
             lane.join(self._config.op_timeout_s)
-        self._keeper.join(self._config.op_timeout_s)
+        self._monitor.join(self._config.op_timeout_s)
 
     # ---- lanes -----------------------------------------------------------------------------------------------------------------
 
     def _accept(self, link: Link) -> None:
-        lane = ReceiveLane(link, self, self._landing, self._spec, self._config)
+        lane = ReceiveLane(link, self, self._prefix_sink, self._spec, self._config)
         with self._lock:
             self._lanes.append(lane)
         if self._closed.is_set():
@@ -160,7 +161,7 @@ class KVReceiver:
         if self._sink is not None:
             self._sink.set("lanes", len(self._lanes), direction="in")
 
-    def _keep(self) -> None:
+    def _watch(self) -> None:
         while not self._closed.wait(self._config.beat_s):
             for lane in self._all_lanes():
                 lane.beat()
@@ -177,11 +178,12 @@ class KVReceiver:
         for transfer_id in over[: max(0, len(over) - MAX_REMEMBERED)]:
             del self._transfers[transfer_id]
 
-    # ---- Desk ------------------------------------------------------------------------------------------------------------------
+    # ---- TransferRegistry ----------------------------------------------------------------------------------------------------
 
-    def welcome(self, lane: ReceiveLane, hello: dict[str, Any]) -> None:
+    def open_lane(self, lane: ReceiveLane, hello: dict[str, Any]) -> None:
+        """See `TransferRegistry`."""
         if not hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode()):
-            raise PermissionDenied("a lane without the token of this dock")
+            raise PermissionDenied("a lane without the token of this receiver")
         if hello.get("version") != VERSION:
             raise Incompatible(f"a lane of version {hello.get('version')!r}; this worker speaks {VERSION}")
         with self._lock:
@@ -190,11 +192,12 @@ class KVReceiver:
         if crowded and not idle:
             raise QueueFull(f"{self._worker} has {self._config.max_lanes} lanes, none of them idle")
         if crowded:
-            min(idle, key=lambda one: one.used_s).fail(QueueFull("an idle lane makes way for another one"), quiet=True)
+            min(idle, key=lambda one: one.used_s).fail(QueueFull("an idle lane was closed for another one"), quiet=True)
         lane.lane_id, lane.worker, lane.epoch = str(hello["lane"]), str(hello["worker"]), int(hello["epoch"])
         log.info("lane up", extra={"lane": lane.lane_id, "worker": lane.worker, "epoch": lane.epoch})
 
-    def admit(self, lane: ReceiveLane, transfer_id: str, key: str, attempt: int) -> float | None:
+    def open_transfer(self, lane: ReceiveLane, transfer_id: str, key: str, attempt: int) -> float | None:
+        """See `TransferRegistry`."""
         for _ in range(3):
             with self._lock:
                 one = self._transfers.get(transfer_id)
@@ -205,7 +208,7 @@ class KVReceiver:
                 if one.state.terminal:
                     raise NotFound(f"transfer {transfer_id} is over: {one.state.value}")
                 if attempt < one.attempt:  # it lay unread in a lane that the sender has given up
-                    raise LaneLost(f"attempt {attempt} of transfer {transfer_id} came after attempt {one.attempt}")
+                    raise LaneLost(f"attempt {attempt} of transfer {transfer_id} came after attempt {one.attempt}", lane.worker)
                 one.attempt = attempt
                 if one.lane is None or one.lane is lane:
                     one.lane = lane
@@ -214,12 +217,13 @@ class KVReceiver:
             if before.worker != lane.worker:
                 raise NotFound(f"transfer {transfer_id} is under way from {before.worker}")
             # The sender gave that lane up before this side noticed.
-            before.fail(LaneLost(f"transfer {transfer_id} came again over a newer lane"))
+            before.fail(LaneLost(f"transfer {transfer_id} came again over a newer lane", before.worker))
             if one.lane is before:  # it is being published
                 before.join(self._config.op_timeout_s)
-        raise LaneLost(f"transfer {transfer_id} is still being published")
+        raise LaneLost(f"transfer {transfer_id} is still being published", self._worker)
 
-    def moved(self, lane: ReceiveLane, transfer_id: str, state: TransferState) -> None:
+    def state_changed(self, lane: ReceiveLane, transfer_id: str, state: TransferState) -> None:
+        """See `TransferRegistry`."""
         with self._lock:
             one = self._transfers.get(transfer_id)
             if one is None or one.lane is not lane or one.state.terminal:
@@ -232,13 +236,15 @@ class KVReceiver:
         if state is TransferState.EXPIRED and self._sink is not None:
             self._sink.count("kv_lease_expired_total")
 
-    def landed(self, num_bytes: int, kind: str) -> None:
+    def received(self, num_bytes: int, kind: str) -> None:
+        """See `TransferRegistry`."""
         with self._lock:
             self._num_bytes += num_bytes
         if self._sink is not None:
             self._sink.count("kv_transfer_bytes_total", num_bytes, direction="in", transport=kind)
 
-    def gone(self, lane: ReceiveLane) -> None:
+    def lane_closed(self, lane: ReceiveLane) -> None:
+        """See `TransferRegistry`."""
         with self._lock:
             if lane in self._lanes:
                 self._lanes.remove(lane)

@@ -1,7 +1,4 @@
-"""One media prefix on its way out: what is written, how far it is, how it ended.
-
-Knows: rows that are final, attempts, the waiter. Does not know: lanes, or who decides about another attempt.
-"""
+"""One media prefix on its way out: what is written, how far it is, how it ended."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,17 +14,39 @@ import torch
 from sparsevila_cluster.core.addresses import TransferTicket
 from sparsevila_cluster.core.errors import Cancelled, DeadlineExceeded, SparseVilaError
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
-from sparsevila_cluster.transport.link import TransferReport
 from sparsevila_cluster.transport.manifest import Chunk, Manifest
 
 
+@dataclass(frozen=True)
+class TransferReport:
+    """A transfer that was acknowledged: the prefix is resident over there.
+
+    transfer_s: from the offer of the last attempt to the acknowledgement; hidden_share: of the bytes, those that had arrived when
+    the last row was written; kind, epoch: of the lane that it went over in the end; attempts: 1 when nothing went wrong.
+    """
+
+    transfer_id: str
+    key: str
+    num_bytes: int
+    transfer_s: float
+    hidden_share: float
+    kind: str
+    epoch: int
+    attempts: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
 class OutgoingTransfer:
-    """What `Shipper.begin` returns. `wrote` is called by whoever prefills, `finish` or `abort` by whoever holds the prefix.
+    """What `KVSender.begin` returns. `wrote` is called by whoever prefills, `finish` or `abort` by whoever holds the prefix.
 
     Rows are read until `finish` or `abort` has returned; the caller keeps them until then.
     """
 
     def __init__(self, prefix: MediaPrefix, manifest: Manifest, ticket: TransferTicket, wake: Callable[[], None]):
+        """wake: has the lane look again at what may be sent."""
         self.prefix = prefix
         self.manifest = manifest
         self.ticket = ticket
@@ -35,10 +55,11 @@ class OutgoingTransfer:
         self.num_attempts = 0
         self.num_breaks = 0
         self.num_damaged = 0
-        self.landed_bytes = 0
+        self.received_bytes = 0
         self._hidden_bytes: int | None = None
-        self._announced = [0] * manifest.spec.num_layers  # rows of each layer that `wrote` told of
-        self._rows = [0] * manifest.spec.num_layers  # those of them that the device has come to
+        num_layers = manifest.metadata.spec.num_layers
+        self._announced = [0] * num_layers  # rows of each layer that `wrote` told of
+        self._rows = [0] * num_layers  # those of them that the device has come to
         self._events: deque[tuple[int, int, Any]] = deque()
         home = prefix.extent.arena.k[0].device
         self._device = home if home.type == "cuda" else None
@@ -50,10 +71,12 @@ class OutgoingTransfer:
 
     @property
     def transfer_id(self) -> str:
+        """That of its ticket."""
         return self.ticket.transfer_id
 
     @property
     def done(self) -> bool:
+        """Whether it has succeeded or failed."""
         return self._done.is_set()
 
     def wrote(self, layer: int, start: int, stop: int) -> None:
@@ -67,21 +90,22 @@ class OutgoingTransfer:
             self._events.append((layer, stop, event))
         else:
             self._rows[layer] = max(self._rows[layer], stop)
-        if min(self._announced) == self.manifest.length:
-            self._hidden_bytes = self.landed_bytes
+        if min(self._announced) == self.prefix.length:
+            self._hidden_bytes = self.received_bytes
         self.wake()
 
     def wrote_all(self) -> None:
         """Everything is final: a prefix that was made before."""
         for layer in range(len(self._rows)):
-            self.wrote(layer, 0, self.manifest.length)
+            self.wrote(layer, 0, self.prefix.length)
 
     def finish(self, deadline_s: float) -> TransferReport:
         """Wait until the prefix is resident over there.
 
         Raises:
-            LaneLost: the other worker is gone, or no lane held. DataLoss: damaged on the way, twice. QueueFull, TooLarge,
-            Incompatible, NotFound: what the other worker said. DeadlineExceeded; Cancelled: it was aborted, here or there.
+            LaneLost: the other worker, which it names, is gone, or every lane to it broke. DataLoss: damaged on the way, twice.
+            QueueFull, TooLarge, Incompatible, NotFound: what the other worker said. DeadlineExceeded. Cancelled: aborted on either
+            side.
         """
         until_s = time.monotonic() + deadline_s
         left_s = min(until_s, self.until_s) - time.monotonic()
@@ -101,14 +125,14 @@ class OutgoingTransfer:
     def overdue(self, deadline_s: float | None = None) -> None:
         """Fail because the waiter's deadline is over, or that of the ticket."""
         which = f"{deadline_s:g} s" if deadline_s is not None else f"the {self.ticket.deadline_s:g} s of its ticket"
-        rows = min(self._announced)
+        rows, length = min(self._announced), self.prefix.length
         text = f"transfer {self.transfer_id} took longer than {which}"
-        if rows < self.manifest.length:
-            text += f"; {rows} of {self.manifest.length} rows were written"
+        if rows < length:
+            text += f"; {rows} of {length} rows were written"
         self.fail(DeadlineExceeded(text))
         self.wake()
 
-    # ---- for the route -------------------------------------------------------------------------------------------------------
+    # ---- for the lane --------------------------------------------------------------------------------------------------------
 
     def is_final(self, chunk: Chunk) -> bool:
         """Whether all its rows are written, as far as the device has come."""
@@ -119,13 +143,15 @@ class OutgoingTransfer:
 
     @property
     def waits_for_device(self) -> bool:
+        """Whether rows were announced that the device has not come to yet."""
         return bool(self._events)
 
     def fail(self, error: SparseVilaError) -> bool:
-        """The last word, unless there was one. True if this was it."""
+        """End it with an error. False if it had ended before."""
         return self._settle(error, None)
 
     def succeed(self, num_bytes: int, transfer_s: float, kind: str, epoch: int) -> bool:
+        """End it well; the numbers as in TransferReport. False if it had ended before."""
         hidden = num_bytes if self._hidden_bytes is None else self._hidden_bytes
         share = min(1.0, hidden / max(1, num_bytes))
         report = TransferReport(

@@ -1,7 +1,7 @@
-"""Where a worker dies or stands still: places in the life of a transfer and of a turn, and a trap that springs exactly there.
+"""Where a worker is killed or stopped: places in the life of a transfer and of a turn, and a trap that springs exactly there.
 
-Knows: which method is which state. Does not know: what a test expects. A trap is set in every worker of a pool; the first one that
-comes by takes the token and sends itself the signal, from the very thread, so that nothing of the process runs on.
+A trap is set in every worker of a pool; the first one that comes by takes the token and sends itself the signal, from the very
+thread, so that nothing of the process runs on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-RECEIVER = "sparsevila_cluster.transport.receive_lane:ReceiveLane."
-SENDER = "sparsevila_cluster.transport.send_lane:SendRoute."
-SHIPPER = "sparsevila_cluster.transport.kv_sender:KVSender."
-LANDING = "sparsevila_cluster.cluster.workers.engine_prefix_sink:EnginePrefixSink."
-TURNS = "sparsevila_cluster.cluster.workers.turn_service:TurnService."
+RECEIVE_LANE = "sparsevila_cluster.transport.receive_lane:ReceiveLane."
+SEND_LANE = "sparsevila_cluster.transport.send_lane:SendLane."
+SENDER = "sparsevila_cluster.transport.kv_sender:KVSender."
+PREFIX_SINK = "sparsevila_cluster.cluster.workers.engine_prefix_sink:EnginePrefixSink."
+TURN_SERVICE = "sparsevila_cluster.cluster.workers.turn_service:TurnService."
 RUNNING = "sparsevila_cluster.engine.turn:RunningTurn."
 
 Test = Callable[..., bool]  # (mark, *the method's arguments)
@@ -35,15 +35,18 @@ class Place:
     nth: int = 0
 
 
-def _landing(which: Callable[[int], int]) -> Test:
-    return lambda mark, lane, one, index, *_: one.manifest.key == mark and index == which(len(one.manifest.chunks))
+def _receiving(which: Callable[[int], int]) -> Test:
+    def only(mark: str, lane: Any, incoming: Any, index: int, *_: Any) -> bool:
+        return incoming.manifest.metadata.key == mark and index == which(len(incoming.manifest.chunks))
+
+    return only
 
 
 def _sending(which: Callable[[int], int], sent: int) -> Test:
     """The call that sends chunk `which`, when it has sent `sent` of it."""
 
-    def only(mark: str, route: Any, lane: Any, attempt: Any) -> bool:
-        return attempt.manifest.key == mark and attempt.sent == which(len(attempt.manifest.chunks)) + sent
+    def only(mark: str, lane: Any, connection: Any, attempt: Any) -> bool:
+        return attempt.manifest.metadata.key == mark and attempt.sent == which(len(attempt.manifest.chunks)) + sent
 
     return only
 
@@ -68,40 +71,44 @@ def last(num: int) -> int:
     return num - 1
 
 
-def _shipment(mark: str, shipper: Any, shipment: Any, *_: Any) -> bool:
-    return shipment.manifest.key == mark
+def _outgoing(mark: str, sender: Any, transfer: Any, *_: Any) -> bool:
+    return transfer.prefix.key == mark
 
 
-def _manifest(mark: str, landing: Any, manifest: Any, extent: Any) -> bool:
-    return manifest.key == mark
+def _incoming(mark: str, lane: Any, incoming: Any) -> bool:
+    return incoming.manifest.metadata.key == mark
+
+
+def _manifest(mark: str, prefix_sink: Any, manifest: Any, extent: Any) -> bool:
+    return manifest.metadata.key == mark
 
 
 # mark: the content key.
 DECODE_TRANSFER = {
     "reserved": Place(
-        "sparsevila_cluster.transport.kv_receiver:KVReceiver.expect", "after", lambda mark, dock, _, key, __: key == mark
+        "sparsevila_cluster.transport.kv_receiver:KVReceiver.expect", "after", lambda mark, receiver, _, key, __: key == mark
     ),
-    "granted": Place(RECEIVER + "_allocate", "after", lambda mark, lane, one: one.manifest.key == mark),
-    "first chunk": Place(RECEIVER + "_landed", "before", _landing(first)),
-    "middle chunk": Place(RECEIVER + "_landed", "before", _landing(middle)),
-    "last chunk": Place(RECEIVER + "_landed", "before", _landing(last)),
-    "landed": Place(LANDING + "publish", "before", _manifest),
-    "verified": Place(LANDING + "publish", "after", _manifest),
-    "acked": Place(RECEIVER + "_commit", "after", lambda mark, lane, one: one.manifest.key == mark),
+    "granted": Place(RECEIVE_LANE + "_allocate", "after", _incoming),
+    "first chunk": Place(RECEIVE_LANE + "_take_chunk", "before", _receiving(first)),
+    "middle chunk": Place(RECEIVE_LANE + "_take_chunk", "before", _receiving(middle)),
+    "last chunk": Place(RECEIVE_LANE + "_take_chunk", "before", _receiving(last)),
+    "received": Place(PREFIX_SINK + "publish", "before", _manifest),
+    "verified": Place(PREFIX_SINK + "publish", "after", _manifest),
+    "acked": Place(RECEIVE_LANE + "_commit", "after", _incoming),
 }
 PREFILL_TRANSFER = {
     "reserved": Place(
         "sparsevila_cluster.cluster.workers.prefill_job:PrefillJob.run", "before", lambda mark, job, _: job.key == mark
     ),
-    "granted": Place(SENDER + "_send", "before", _sending(first, 0)),
-    "first chunk": Place(SENDER + "_send", "after", _sending(first, 0)),
-    "middle chunk": Place(SENDER + "_send", "after", _sending(middle, 0)),
-    "last chunk": Place(SENDER + "_send", "after", _sending(last, 0)),
-    "landed": Place(
-        "sparsevila_cluster.transport.messages:Channel.say", "after", lambda mark, channel, name, **_: name == "commit"
+    "granted": Place(SEND_LANE + "_send", "before", _sending(first, 0)),
+    "first chunk": Place(SEND_LANE + "_send", "after", _sending(first, 0)),
+    "middle chunk": Place(SEND_LANE + "_send", "after", _sending(middle, 0)),
+    "last chunk": Place(SEND_LANE + "_send", "after", _sending(last, 0)),
+    "received": Place(
+        "sparsevila_cluster.transport.channel:Channel.send", "after", lambda mark, channel, name, **_: name == "commit"
     ),
-    "verified": Place(SHIPPER + "acked", "before", _shipment),
-    "acked": Place(SHIPPER + "acked", "after", _shipment),
+    "verified": Place(SENDER + "acked", "before", _outgoing),
+    "acked": Place(SENDER + "acked", "after", _outgoing),
 }
 # mark: the turn's id.
 LATER = 6
@@ -113,10 +120,10 @@ DECODE_TURN = {
         RUNNING + "segment", "after", lambda mark, running, *_: running.turn.turn_id == mark and running.phase == "question"
     ),
     "retrieve": Place(RUNNING + "retrieve", "before", lambda mark, running: running.turn.turn_id == mark),
-    "first token": Place(TURNS + "_on_event", "before", _event("token", 0)),
-    "second token": Place(TURNS + "_on_event", "before", _event("token", 1)),
-    "later token": Place(TURNS + "_on_event", "before", _event("token", LATER)),
-    "committed": Place(TURNS + "_on_event", "before", _event("done")),
+    "first token": Place(TURN_SERVICE + "_on_event", "before", _event("token", 0)),
+    "second token": Place(TURN_SERVICE + "_on_event", "before", _event("token", 1)),
+    "later token": Place(TURN_SERVICE + "_on_event", "before", _event("token", LATER)),
+    "committed": Place(TURN_SERVICE + "_on_event", "before", _event("done")),
     "recorded": Place(
         "sparsevila_cluster.cluster.workers.conversation_journals:ConversationJournals.add",
         "after",

@@ -81,11 +81,11 @@ class Host:
             check: Any = worker.copies.check_integrity
         else:
             books = await worker.async_engine.call(self._books)
-            dock = worker.receiver.info()
+            receiver = worker.receiver.info()
             open_states = ("granted", "sending", "landed", "verified")
-            books["in_flight"] = dock["bytes_in_flight"]
-            books["transfers"] = dock["transfers"]
-            books["busy"] += sum(dock["transfers"].get(state, 0) for state in open_states) + len(worker._transfers._transfers)
+            books["in_flight"] = receiver["bytes_in_flight"]
+            books["transfers"] = receiver["transfers"]
+            books["busy"] += sum(receiver["transfers"].get(state, 0) for state in open_states) + len(worker._transfers._transfers)
 
             def check() -> None:
                 return None

@@ -103,10 +103,10 @@ def kept_of(prefix, inputs, plan=None) -> torch.Tensor:
     group, cell = join_places(inputs, torch.device("cpu"))
     structural = cell[:, 0] < 0
     places = [(g, *place) for g, place in zip(group.tolist(), cell.tolist(), strict=True)]
-    found = [tuple(place) for place in prefix.token_map[prefix.visual_index].tolist()]
+    found = [tuple(place) for place in prefix.metadata.token_map[prefix.visual_index].tolist()]
     if plan is not None and len(plan.positions) == 1:
         places = list(zip(places, plan.positions[0, plan.visual_mask].tolist(), strict=True))
-        found = list(zip(found, prefix.positions[0, prefix.visual_index].tolist(), strict=True))
+        found = list(zip(found, prefix.metadata.positions[0, prefix.visual_index].tolist(), strict=True))
     ordinal = {place: i for i, place in enumerate(places)}
     kept = torch.tensor([ordinal[place] for place in found], dtype=torch.int64)
     return torch.cat([kept, structural.nonzero()[:, 0]]).sort().values

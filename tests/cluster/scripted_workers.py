@@ -110,9 +110,9 @@ class ScriptedPrefill:
 
     async def _send(self, handle, ticket):
         await self.lever.passes("send")
-        if ticket.dock not in self._lanes:
-            raise LaneLost(f"the lane to {ticket.dock} broke")
-        await self._lanes[ticket.dock].land(handle, ticket.transfer_id)
+        if ticket.receiver not in self._lanes:
+            raise LaneLost(f"the lane to {ticket.receiver} broke")
+        await self._lanes[ticket.receiver].land(handle, ticket.transfer_id)
 
     def drop(self, key):
         return self.copies.pop(key, None) is not None
@@ -156,7 +156,7 @@ class ScriptedDecode:
     async def ship(self, key, ticket):
         if key not in self.residents:
             raise NotFound(f"no prefix {key}")
-        await self._lanes[ticket.dock].land(self.residents[key], ticket.transfer_id)
+        await self._lanes[ticket.receiver].land(self.residents[key], ticket.transfer_id)
         return {"bytes": KV_BYTES}
 
     async def ask(self, turn, history):

@@ -263,7 +263,7 @@ def test_events_usage_and_stop_strings(model):
     assert kinds[0] == "accepted" and kinds[1] == "evidence" and kinds[-1] == "done" and kinds.count("token") == 12
     assert [e.index for e in events if e.kind == "token"] == list(range(12))
     usage = events[-1].usage
-    assert usage.visual_tokens == prefix.num_visual and usage.visual_tokens_kept == prefix.num_kept
+    assert usage.visual_tokens == prefix.metadata.num_visual and usage.visual_tokens_kept == prefix.num_kept
     assert usage.visual_tokens_retrieved == round(0.25 * prefix.num_kept + 1e-9)
     assert usage.completion_tokens == 12 and events[-1].finish_reason == FinishReason.LENGTH
     evidence = next(e.evidence for e in events if e.kind == "evidence")

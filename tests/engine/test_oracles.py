@@ -160,10 +160,10 @@ def damage_one_position(prefix, inputs, plan):
 
 def damage_one_index(prefix, inputs, plan):
     """The first kept token of the first group is taken for one of its group that was pruned."""
-    rows, cols = prefix.grids[0]
-    taken = {tuple(place) for place in prefix.token_map[prefix.visual_index].tolist()}
+    rows, cols = prefix.metadata.grids[0]
+    taken = {tuple(place) for place in prefix.metadata.token_map[prefix.visual_index].tolist()}
     free = next((0, r, c) for r in range(rows) for c in range(cols) if (0, r, c) not in taken)
-    prefix.token_map[int(prefix.visual_index[0])] = torch.tensor(free, dtype=torch.int32)
+    prefix.metadata.token_map[int(prefix.visual_index[0])] = torch.tensor(free, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("retrieve_keep", [1.0, 0.5])
@@ -194,8 +194,8 @@ def test_compact_positions_of_several_media_equal_masked_transformers(stock, mod
     keep = kept_of(prefix, inputs)
     stays = ~plan.visual_mask
     stays[plan.visual_mask.nonzero()[keep, 0]] = True
-    plan.positions[:, stays] = prefix.positions
-    judge = Judge(stock, model, inputs, replace(plan, question_start_pos=prefix.next_pos), keep, 0.5)
+    plan.positions[:, stays] = prefix.metadata.positions
+    judge = Judge(stock, model, inputs, replace(plan, question_start_pos=prefix.metadata.next_pos), keep, 0.5)
     turns = converse(b, prefix)
     assert worst(turns, judge.logits(turns)) < ATOL
 
@@ -203,12 +203,14 @@ def test_compact_positions_of_several_media_equal_masked_transformers(stock, mod
 def test_compact_positions_change_positions_only(model):
     media = medias_of("video", seed=5)
     keep, compact = (bench(model, prune_keep=0.3, positions=p).prefix(media) for p in ("keep", "compact"))
-    assert torch.equal(keep.token_map, compact.token_map)
-    assert compact.next_pos <= keep.next_pos
-    for row in compact.positions:
-        assert row.unique().tolist() == list(range(int(row.max()) + 1)) or row.max() < compact.next_pos
+    assert torch.equal(keep.metadata.token_map, compact.metadata.token_map)
+    assert compact.metadata.next_pos <= keep.metadata.next_pos
+    for row in compact.metadata.positions:
+        assert row.unique().tolist() == list(range(int(row.max()) + 1)) or row.max() < compact.metadata.next_pos
     order = lambda row: row.unique(return_inverse=True)[1]  # noqa: E731
-    for before, after in zip(keep.positions[:, keep.is_visual], compact.positions[:, compact.is_visual], strict=True):
+    for before, after in zip(
+        keep.metadata.positions[:, keep.metadata.is_visual], compact.metadata.positions[:, compact.metadata.is_visual], strict=True
+    ):
         assert torch.equal(order(before), order(after)), "the grid keeps its order"
 
 
@@ -217,13 +219,13 @@ def test_salience_keeps_every_frame_and_maps_back(model):
     media = random_media("video", 8, 112, 112, seed=6)
     prefix = b.prefix(media)
     inputs, plan = b.unpruned(media)
-    counts = torch.bincount(prefix.token_map[prefix.visual_index, 0].long(), minlength=len(prefix.grids))
-    assert counts.tolist() == [kept_count_of(rows * cols) for rows, cols in prefix.grids]
+    counts = torch.bincount(prefix.metadata.token_map[prefix.visual_index, 0].long(), minlength=len(prefix.metadata.grids))
+    assert counts.tolist() == [kept_count_of(rows * cols) for rows, cols in prefix.metadata.grids]
     ordinals = kept_of(prefix, inputs)
     assert torch.equal(ordinals, ordinals.sort().values)
     stays = ~plan.visual_mask
     stays[plan.visual_mask.nonzero()[ordinals, 0]] = True
-    assert torch.equal(prefix.positions, plan.positions[:, stays]), "original positions, gaps kept"
+    assert torch.equal(prefix.metadata.positions, plan.positions[:, stays]), "original positions, gaps kept"
 
 
 def kept_count_of(total):

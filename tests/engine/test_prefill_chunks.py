@@ -14,7 +14,7 @@ from sparsevila_cluster.core.requests import MediaSource, PrepareRequest
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.engine.prompt_rows import chunk_bounds, kept_prompt_rows
 from sparsevila_cluster.kvcache.arena import Arena, KVSpec
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualTokens
 from sparsevila_cluster.models.text import hf
@@ -85,12 +85,12 @@ def empty_prefix(plan, keep, spec):
     arena.alloc(2)  # so that the extent begins elsewhere than the arena
     for tensor in (*arena.k, *arena.v):
         tensor.fill_(float("nan"))  # a row that is read before it is written shows
-    prefix = MediaPrefix(
-        key="", spec=spec, extent=arena.alloc(len(rows)), is_visual=plan.visual_mask[rows], positions=plan.positions[:, rows],
+    metadata = PrefixMetadata(
+        key="", spec=spec, is_visual=plan.visual_mask[rows], positions=plan.positions[:, rows],
         token_map=torch.zeros(len(rows), 3, dtype=torch.int32), next_pos=0, generation_floor=0, grids=(), media=(), frames=(),
         times_s=(), kind="video", num_frames=1, duration_s=0.0, num_visual=int(plan.visual_mask.sum()),
     )  # fmt: skip
-    return rows, prefix
+    return rows, MediaPrefix(metadata, arena.alloc(len(rows)))
 
 
 def run(text, chunk, prompt, progress=lambda *event: None):
@@ -138,7 +138,7 @@ def test_chunks_of_any_size_equal_one_pass_of_transformers(backend, num_levels, 
         prefix = run(text, chunk, prompt)
         assert_same(kv_of(prefix), want)
         cuts = chunk_bounds(num_rows, chunk)[1:-1]
-        inside_a_run += sum(bool(prefix.is_visual[cut - 1 : cut + 1].all()) for cut in cuts)
+        inside_a_run += sum(bool(prefix.metadata.is_visual[cut - 1 : cut + 1].all()) for cut in cuts)
     assert inside_a_run > 9, "no chunk began in the middle of a visual run"
 
 
@@ -155,7 +155,9 @@ def test_whole_engine_in_chunks_equals_one_shot(backend, tmp_path):
         made[chunk] = PrefillEngine(model, config).prefill(preparation, list(medias), "key", arena.alloc)
     whole = made.pop(10**6)
     for prefix in made.values():
-        assert torch.equal(prefix.token_map, whole.token_map) and prefix.next_pos == whole.next_pos
+        assert (
+            torch.equal(prefix.metadata.token_map, whole.metadata.token_map) and prefix.metadata.next_pos == whole.metadata.next_pos
+        )
         assert_same(kv_of(prefix), kv_of(whole))
 
 
@@ -174,13 +176,13 @@ def test_a_video_encoded_in_pieces_is_pruned_as_a_whole(scope, tmp_path):
         tokens = model.family.encode(inputs)
         made.append((tokens, PrefillEngine(model, config).prefill(preparation, list(medias), "key", arena.alloc)))
     whole, prefix = made.pop(0)
-    kept = torch.bincount(prefix.token_map[prefix.is_visual, 0])
+    kept = torch.bincount(prefix.metadata.token_map[prefix.metadata.is_visual, 0])
     shares = kept / torch.bincount(whole.group)
     assert (shares.std() > 0.05) == (scope == "global"), "the cut over the whole video was made frame by frame, or the other way"
     for tokens, other in made:
         assert_same([tokens.embeds], [whole.embeds])
         torch.testing.assert_close(tokens.salience, whole.salience, atol=1e-5, rtol=0)
-        assert torch.equal(other.token_map, prefix.token_map)
+        assert torch.equal(other.metadata.token_map, prefix.metadata.token_map)
         assert_same(kv_of(other), kv_of(prefix))
 
 

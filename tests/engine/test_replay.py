@@ -56,8 +56,8 @@ def test_answers_that_stand_behind_a_gap_are_cut_there(model):
     b = bench(model, frames=30, video_text_pos="hf5")
     events, _ = ask(b, turn("why?"))
     prefix, rows = b.decode.prefixes.get("m"), len(model.chat.question_ids("why?", True, None)[0])
-    assert prefix.generation_floor > prefix.next_pos + rows, "there is no gap"
-    assert tail_of(b)[1] == prefix.generation_floor + 11 and len(events) == 14
+    assert prefix.metadata.generation_floor > prefix.metadata.next_pos + rows, "there is no gap"
+    assert tail_of(b)[1] == prefix.metadata.generation_floor + 11 and len(events) == 14
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.9}, {"temperature": 1.3, "top_k": 12, "top_p": 0.8}])

@@ -1,4 +1,4 @@
-"""Arenas, prefixes and tails: nothing lost, nothing shared, to the slot. Knows the bookkeeping; does not know models."""
+"""Arenas, prefixes and tails: nothing lost, nothing shared, to the slot."""
 
 import random
 
@@ -8,7 +8,7 @@ import torch
 from sparsevila_cluster.core.errors import QueueFull, TooLarge
 from sparsevila_cluster.kvcache.arena import Arena, KVSpec
 from sparsevila_cluster.kvcache.conversation_store import ConversationStore
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.kvcache.prefix_store import PrefixStore
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32, fingerprint="test")
@@ -16,11 +16,12 @@ SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32, fin
 
 def make_prefix(key, extent):
     n = extent.length
-    return MediaPrefix(
-        key=key, spec=SPEC, extent=extent, is_visual=torch.arange(n) > 0, positions=torch.arange(n)[None],
+    metadata = PrefixMetadata(
+        key=key, spec=SPEC, is_visual=torch.arange(n) > 0, positions=torch.arange(n)[None],
         token_map=torch.zeros(n, 3, dtype=torch.int32), next_pos=n, generation_floor=0, grids=((1, n),), media=(0,), frames=(0,),
         times_s=(0.0,), kind="video", num_frames=1, duration_s=1.0, num_visual=2 * n,
     )  # fmt: skip
+    return MediaPrefix(metadata, extent)
 
 
 def test_arena_against_a_map_of_slots():

@@ -1,7 +1,4 @@
-"""Arenas, prefixes and conversations against naive models, driven by hypothesis: any order of operations, nothing lost or shared.
-
-Knows the bookkeeping and a list of slots with owners. Does not know models or turns.
-"""
+"""Arenas, prefixes and conversations against naive models, driven by hypothesis, in any order: nothing lost or shared."""
 
 import torch
 from hypothesis import settings

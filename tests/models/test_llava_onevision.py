@@ -91,8 +91,8 @@ def test_structural_tokens_survive_any_pruning(model):
         prefix = bench.prefix(medias, key=str(len(medias)) + medias[0].kind + medias[-1].kind)
         newlines = sum(int((one.cell[:, 0] < 0).sum()) for one in inputs)
         text = int((~plan.visual_mask).sum())
-        assert int((~prefix.is_visual).sum()) == text + newlines
-        assert prefix.num_visual == sum(one.num_tokens for one in inputs) - newlines
+        assert int((~prefix.metadata.is_visual).sum()) == text + newlines
+        assert prefix.metadata.num_visual == sum(one.num_tokens for one in inputs) - newlines
 
 
 @pytest.mark.parametrize("value", ["anyres", "anyres_max_", "anyres_max_0", "anyres_max_-1", "square"])

@@ -1,8 +1,8 @@
-"""One dock and one shipper of every kind that runs here."""
+"""One receiver and one sender of every kind that runs here."""
 
 import pytest
 
-from tests.transport.transport_fixtures import FINE, KINDS, Harbour
+from tests.transport.transport_fixtures import FINE, KINDS, Pair
 
 
 @pytest.fixture(params=KINDS)
@@ -11,14 +11,14 @@ def kind(request):
 
 
 @pytest.fixture
-def harbour(kind):
-    one = Harbour(kind)
+def pair(kind):
+    one = Pair(kind)
     yield one
     one.close()
 
 
 @pytest.fixture
 def fine(kind):
-    one = Harbour(kind, **FINE)
+    one = Pair(kind, **FINE)
     yield one
     one.close()

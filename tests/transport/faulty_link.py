@@ -1,7 +1,7 @@
 """A link with scripted faults: what a network, a bug or a hostile peer does to messages and bulk, at a chosen operation.
 
-Fault("drop", "send", at=3)    the fourth message towards the dock never leaves
-Fault("flip", "ship", at=0)    one bit of the first bulk changes on its way
+Fault("drop", "send", at=3)    the fourth message towards the receiver never leaves
+Fault("flip", "send_bulk", at=0)    one bit of the first bulk changes on its way
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from sparsevila_cluster.core.errors import LaneLost
-from sparsevila_cluster.transport import transports
+from sparsevila_cluster.transport import TRANSPORTS
 
-# What can happen to a message (send: to the dock, receive: from it) and to bulk (ship).
+# What can happen to a message (send: to the receiver, receive: from it) and to bulk (send_bulk).
 OF_MESSAGES = ("drop", "duplicate", "reorder", "truncate", "flip", "delay", "break")
 OF_BULK = ("flip", "garbage", "delay", "break")
 
@@ -51,18 +52,17 @@ class Script:
 
     def install(self, monkeypatch: Any) -> Script:
         """Every link dialed from here on has these faults."""
-        dial = transports.dial
-
-        def faulty(kind: str, *given: Any) -> FaultyLink:
-            self.num_links += 1
-            self.kinds.append(kind)
-            if self.every_link:
-                self.counts.clear()
-            link = dial(kind, *given)
-            return link if kind == self.spared else FaultyLink(link, self)
-
-        monkeypatch.setattr(transports, "dial", faulty)
+        for kind, transport in list(TRANSPORTS.items()):
+            monkeypatch.setitem(TRANSPORTS, kind, replace(transport, dial=partial(self._dial, kind, transport.dial)))
         return self
+
+    def _dial(self, kind: str, dial: Any, *given: Any) -> Any:
+        self.num_links += 1
+        self.kinds.append(kind)
+        if self.every_link:
+            self.counts.clear()
+        link = dial(*given)
+        return link if kind == self.spared else FaultyLink(link, self)
 
 
 class FaultyLink:
@@ -90,10 +90,10 @@ class FaultyLink:
                 self._held["receive"].extend(came[1:])
                 return came[0]
 
-    def ship(self, parts: Any) -> Any:
-        fault = self._script.due("ship")
+    def send_bulk(self, parts: Any) -> Any:
+        fault = self._script.due("send_bulk")
         if fault is None:
-            return self._link.ship(parts)
+            return self._link.send_bulk(parts)
         if fault.what == "delay":
             time.sleep(fault.delay_s)
         elif fault.what == "break":
@@ -105,10 +105,10 @@ class FaultyLink:
                 parts[-1][self._dice.randrange(parts[-1].numel())] ^= 4
             else:
                 parts[0].random_(0, 256)
-        return self._link.ship(parts)
+        return self._link.send_bulk(parts)
 
-    def land(self, parts: Any) -> Any:
-        return self._link.land(parts)
+    def receive_bulk(self, parts: Any) -> Any:
+        return self._link.receive_bulk(parts)
 
     def close(self) -> None:
         self._link.close()

@@ -1,6 +1,6 @@
-"""A dock or a shipper in a process of its own, told what to do through a pipe.
+"""A receiver or a sender in a process of its own, told what to do through a pipe.
 
-A dock holds allocations up when told so; a shipper writes as many rows as it is told.
+A receiver holds allocations up when told so; a sender writes as many rows as it is told.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.errors import SparseVilaError
 from sparsevila_cluster.transport import KVReceiver, KVSender, TransferTicket, handshake
-from tests.transport.transport_fixtures import SPEC, Quay, make_prefix, rows_equal
+from tests.transport.transport_fixtures import SPEC, StoreSink, make_prefix, rows_equal
 
 SHORT = {"beat_s": 0.1, "silence_s": 2.0, "op_timeout_s": 3.0, "dial_timeout_s": 3.0, "lease_s": 30.0}
 # torch is imported once, by a server that forks every peer: they begin at once, and each can be killed alone.
@@ -28,7 +28,7 @@ class Peer:
     def __init__(self, role: str, port: int = 0):
         PROCESSES.set_forkserver_preload(["tests.transport.peer_process"])
         self._pipe, theirs = PROCESSES.Pipe()
-        work = {"dock": run_dock, "shipper": run_shipper}[role]
+        work = {"receiver": run_receiver, "sender": run_sender}[role]
         self.process = PROCESSES.Process(target=work, args=(theirs, port), daemon=True)
         self.process.start()
         theirs.close()
@@ -55,43 +55,43 @@ class Peer:
         self._pipe.close()
 
 
-def run_dock(pipe: Connection, port: int) -> None:
+def run_receiver(pipe: Connection, port: int) -> None:
     if port:  # the address of one that died
         create = handshake.socket.create_server
         handshake.socket.create_server = lambda address, **more: create((address[0], port), **more)
-    quay = Quay(100_000)
-    dock = KVReceiver("decode-0", quay, SPEC, TransportConfig(kind="gloo", **SHORT))
-    pipe.send({"address": dock.address})
+    prefix_sink = StoreSink(100_000)
+    receiver = KVReceiver("decode-0", prefix_sink, SPEC, TransportConfig(kind="gloo", **SHORT))
+    pipe.send({"address": receiver.address})
     while True:
         order = pipe.recv()
         what = order.pop("what")
         if what == "expect":
-            dock.expect(order["transfer_id"], order["key"], 30.0)
+            receiver.expect(order["transfer_id"], order["key"], 30.0)
             pipe.send(True)
         elif what == "hold":
-            quay.gate.clear()
+            prefix_sink.gate.clear()
             pipe.send(True)
         elif what == "used_bytes":
-            pipe.send(quay.used_bytes)
+            pipe.send(prefix_sink.used_bytes)
         elif what == "compare":
-            came = quay.store.get(order["key"])
+            came = prefix_sink.store.get(order["key"])
             pipe.send(came is not None and rows_equal(make_prefix(order["key"], order["length"], order["seed"]), came))
 
 
-def run_shipper(pipe: Connection, port: int) -> None:
-    shipper = KVSender("prefill-0", SPEC, TransportConfig(kind="gloo", **SHORT))
+def run_sender(pipe: Connection, port: int) -> None:
+    sender = KVSender("prefill-0", SPEC, TransportConfig(kind="gloo", **SHORT))
     pipe.send("ready")
 
-    def finish(shipment: Any) -> None:
+    def finish(transfer: Any) -> None:
         try:
-            pipe.send(shipment.finish(20.0))
+            pipe.send(transfer.finish(20.0))
         except SparseVilaError as error:
             pipe.send(type(error).__name__)
 
     while True:
         order = pipe.recv()
         prefix = make_prefix(order["key"], order["length"], order["seed"])
-        shipment = shipper.begin(prefix, order["bounds"], TransferTicket(order["transfer_id"], order["address"], 20.0))
+        transfer = sender.begin(prefix, order["bounds"], TransferTicket(order["transfer_id"], order["address"], 20.0))
         for layer in range(SPEC.num_layers):
-            shipment.wrote(layer, 0, order["rows"])
-        threading.Thread(target=partial(finish, shipment), daemon=True).start()
+            transfer.wrote(layer, 0, order["rows"])
+        threading.Thread(target=partial(finish, transfer), daemon=True).start()

@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.errors import LaneLost
-from sparsevila_cluster.transport import OutgoingTransfer, ReceiverAddress, TransferTicket
+from sparsevila_cluster.transport import TRANSPORTS, OutgoingTransfer, ReceiverAddress, TransferTicket
 from sparsevila_cluster.transport.backends import nccl
 from sparsevila_cluster.transport.backends.gloo import build_group
 from sparsevila_cluster.transport.chunks import ChunkBuffers
-from sparsevila_cluster.transport.handshake import Line
+from sparsevila_cluster.transport.handshake import MessageSocket
+from sparsevila_cluster.transport.link import lacks_nothing
 from sparsevila_cluster.transport.manifest import Manifest
-from tests.transport.transport_fixtures import BOUNDS, KINDS, Harbour, make_prefix, rows_equal, until
+from tests.transport.transport_fixtures import BOUNDS, KINDS, Pair, make_prefix, rows_equal, until
 
 HOST = "127.0.0.1"
 
@@ -63,30 +65,28 @@ class Group:
 def groups(monkeypatch):
     made = []
 
-    def build(store, rank, config, device):
-        made.append(Group(build_group(store, rank, HOST, config.dial_timeout_s)))
-        return nccl.NcclLink(Line(store.connection, config.op_timeout_s), made[-1], rank)
+    def build(store, rank, endpoint, host):
+        made.append(Group(build_group(store, rank, HOST, endpoint.config.dial_timeout_s)))
+        return nccl.NcclLink(MessageSocket(store.connection, endpoint.config.op_timeout_s), made[-1], rank)
 
     monkeypatch.setattr(nccl, "build_nccl_link", build)
-    monkeypatch.setattr("sparsevila_cluster.transport.transports.resolve", lambda *_: "nccl")
-    monkeypatch.setattr("sparsevila_cluster.transport.kv_receiver.resolve", lambda *_: "nccl")
-    monkeypatch.setattr("sparsevila_cluster.transport.transports.kind_towards", lambda *_: "nccl")
+    monkeypatch.setitem(TRANSPORTS, "nccl", replace(TRANSPORTS["nccl"], lacks=lacks_nothing))
     return made
 
 
 def test_the_same_lane_over_another_group(groups):
-    harbour = Harbour("nccl", chunk_bytes=65536)
+    pair = Pair("nccl", chunk_bytes=65536)
     try:
         sent = make_prefix()
-        assert harbour.send(sent, BOUNDS).kind == "nccl"
-        assert rows_equal(sent, harbour.resident(sent.key))
-        shipment = harbour.begin(make_prefix("b"), BOUNDS)
-        shipment.wrote(0, 0, 1500)
-        until(lambda: shipment.landed_bytes > 0, "some of it has landed")
-        shipment.abort("enough")
-        harbour.settle(sent.kv_bytes)
+        assert pair.send(sent, BOUNDS).kind == "nccl"
+        assert rows_equal(sent, pair.resident(sent.key))
+        transfer = pair.begin(make_prefix("b"), BOUNDS)
+        transfer.wrote(0, 0, 1500)
+        until(lambda: transfer.received_bytes > 0, "some of it has landed")
+        transfer.abort("enough")
+        pair.settle(sent.kv_bytes)
     finally:
-        harbour.close()
+        pair.close()
     assert len(groups) == 2 and all(group.aborted for group in groups)
 
 
@@ -95,23 +95,23 @@ def test_bulk_leaves_beside_what_a_gpu_still_has_to_do(groups, monkeypatch):
     within, sent = threading.local(), []
 
     @contextmanager
-    def aside(cargo):
+    def own_stream(buffers):
         within.now = True
         yield
         within.now = False
 
-    def ship(link, parts):
+    def send_bulk(link, parts):
         sent.append(getattr(within, "now", False))
         return post(link, parts)
 
-    post = nccl.NcclLink.ship
-    monkeypatch.setattr(ChunkBuffers, "aside", aside)
-    monkeypatch.setattr(nccl.NcclLink, "ship", ship)
-    harbour = Harbour("nccl", chunk_bytes=65536)
+    post = nccl.NcclLink.send_bulk
+    monkeypatch.setattr(ChunkBuffers, "own_stream", own_stream)
+    monkeypatch.setattr(nccl.NcclLink, "send_bulk", send_bulk)
+    pair = Pair("nccl", chunk_bytes=65536)
     try:
-        harbour.send(make_prefix(), BOUNDS)
+        pair.send(make_prefix(), BOUNDS)
     finally:
-        harbour.close()
+        pair.close()
     assert len(sent) > 3 and all(sent)
 
 
@@ -129,7 +129,7 @@ def test_bulk_that_never_comes_ends_the_link_at_its_deadline(groups):
     link = Link()
     start_s = time.monotonic()
     with pytest.raises(LaneLost, match="within 0.1 s"):
-        nccl.Polled(link, [Never()], []).wait(0.1)
+        nccl.PolledWorks(link, [Never()], []).wait(0.1)
     assert link.closed and time.monotonic() - start_s < 1
 
 
@@ -145,29 +145,29 @@ def test_between_two_gpus():
     from sparsevila_cluster.core.cluster_config import TransportConfig
     from sparsevila_cluster.kvcache.arena import Arena
     from sparsevila_cluster.transport import KVReceiver, KVSender, TransferTicket
-    from tests.transport.transport_fixtures import SPEC, Quay
+    from tests.transport.transport_fixtures import SPEC, StoreSink
 
     config = TransportConfig(kind="nccl")
-    quay = Quay()
-    quay.store.arena = Arena(SPEC, 6000, "cuda:1")
-    dock = KVReceiver("decode-0", quay, SPEC, config, device="cuda:1")
-    shipper = KVSender("prefill-0", SPEC, config, device="cuda:0")
+    prefix_sink = StoreSink()
+    prefix_sink.store.arena = Arena(SPEC, 6000, "cuda:1")
+    receiver = KVReceiver("decode-0", prefix_sink, SPEC, config, device="cuda:1")
+    sender = KVSender("prefill-0", SPEC, config, device="cuda:0")
     try:
         sent = make_prefix()
         arena = sent.extent.arena
         arena.k_all, arena.v_all = arena.k_all.to("cuda:0"), arena.v_all.to("cuda:0")
         arena.k, arena.v = list(arena.k_all), list(arena.v_all)
-        dock.expect("t", sent.key, 5.0)
-        shipment = shipper.begin(sent, BOUNDS, TransferTicket("t", dock.address, 30.0))
-        shipment.wrote_all()
-        assert shipment.finish(30.0).kind == "nccl"
-        came = quay.store.get(sent.key)
+        receiver.expect("t", sent.key, 5.0)
+        transfer = sender.begin(sent, BOUNDS, TransferTicket("t", receiver.address, 30.0))
+        transfer.wrote_all()
+        assert transfer.finish(30.0).kind == "nccl"
+        came = prefix_sink.store.get(sent.key)
         for layer in range(SPEC.num_layers):
             for one, other in zip(sent.extent.rows(layer), came.extent.rows(layer), strict=True):
                 assert torch.equal(one.cpu(), other.cpu())
     finally:
-        shipper.close()
-        dock.close()
+        sender.close()
+        receiver.close()
 
 
 def test_rows_are_final_when_the_stream_that_writes_them_has_come_to_them(monkeypatch):
@@ -180,10 +180,10 @@ def test_rows_are_final_when_the_stream_that_writes_them_has_come_to_them(monkey
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where=None: ("stream of", where))
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append, query=lambda: bool(recorded[3:])))
     ticket = TransferTicket("t", ReceiverAddress("d", "nccl", "", 0, ""), 9.0)
-    shipment = OutgoingTransfer(prefix, manifest, ticket, lambda: None)
-    shipment.wrote(0, 0, 8)
+    transfer = OutgoingTransfer(prefix, manifest, ticket, lambda: None)
+    transfer.wrote(0, 0, 8)
     assert recorded == [("stream of", device)]
-    assert not any(map(shipment.is_final, manifest.chunks)), "the device has not come to it"
+    assert not any(map(transfer.is_final, manifest.chunks)), "the device has not come to it"
     for layer in (0, 1, 2):
-        shipment.wrote(layer, 0, 8)
-    assert all(map(shipment.is_final, manifest.chunks))
+        transfer.wrote(layer, 0, 8)
+    assert all(map(transfer.is_final, manifest.chunks))

@@ -1,11 +1,11 @@
-"""A dock and a shipper in this process, prefixes to send, an object store that is a dictionary, and what must be true at rest."""
+"""A receiver and a sender in this process, prefixes to send, an object store in memory, and what must be true at rest."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.errors import LaneLost
 from sparsevila_cluster.core.metrics import Tally
 from sparsevila_cluster.kvcache.arena import Arena, Extent, KVSpec
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.kvcache.prefix_store import PrefixStore
 from sparsevila_cluster.transport import KVReceiver, KVSender, OutgoingTransfer, ReceiverAddress, TransferReport, TransferTicket
 from sparsevila_cluster.transport.manifest import Manifest
@@ -38,10 +38,9 @@ def make_prefix(key: str = "a", length: int = 1500, seed: int = 0, spec: KVSpec 
         tensor.copy_(torch.randn(tensor.shape, generator=random))
     is_visual = torch.arange(length) % 5 != 0
     token_map = torch.where(is_visual[:, None], torch.randint(0, 2, (length, 3), generator=random), -1).to(torch.int32)
-    return MediaPrefix(
+    metadata = PrefixMetadata(
         key=key,
         spec=spec,
-        extent=extent,
         is_visual=is_visual,
         positions=torch.randint(0, 99, (3, length), generator=random),
         token_map=token_map,
@@ -57,6 +56,7 @@ def make_prefix(key: str = "a", length: int = 1500, seed: int = 0, spec: KVSpec 
         num_visual=4 * length,
         tenant="someone",
     )
+    return MediaPrefix(metadata, extent)
 
 
 def rows_equal(one: MediaPrefix, other: MediaPrefix) -> bool:
@@ -64,8 +64,14 @@ def rows_equal(one: MediaPrefix, other: MediaPrefix) -> bool:
     return all(torch.equal(a, b) for i in layers for a, b in zip(one.extent.rows(i), other.extent.rows(i), strict=True))
 
 
-class Quay:
-    """A landing in front of a prefix store. `gate` holds allocations up while it is clear; `refusal` is raised by them."""
+def assert_same_metadata(one: PrefixMetadata, other: PrefixMetadata) -> None:
+    for field in fields(PrefixMetadata):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+
+
+class StoreSink:
+    """A prefix sink over a prefix store. `gate` holds allocations up while it is clear; `refusal` is raised by them."""
 
     def __init__(self, num_slots: int = 6000, spec: KVSpec = SPEC):
         self.store = PrefixStore(Arena(spec, num_slots))
@@ -80,7 +86,7 @@ class Quay:
         if self.refusal is not None:
             raise self.refusal
         with self.lock:
-            return self.store.reserve(manifest.length)
+            return self.store.reserve(manifest.metadata.length)
 
     def publish(self, manifest: Manifest, extent: Extent) -> None:
         with self.lock:
@@ -100,11 +106,11 @@ class Quay:
             return self.store.arena.used_bytes
 
 
-class Cupboard:
-    """A courier between threads. `broken` makes every call fail, as after the death of the other worker."""
+class DictObjectStore:
+    """An object store between threads. `broken` makes every call fail, as after the death of the other worker."""
 
     def __init__(self) -> None:
-        self.docks: dict[str, KVReceiver] = {}
+        self.receivers: dict[str, KVReceiver] = {}
         self.broken = False
         self.num_stored = 0
 
@@ -117,61 +123,63 @@ class Cupboard:
         self._check()
         return token[0]
 
-    def exchange(self, dock: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> list[Any]:
+    def exchange(self, address: ReceiverAddress, lane_id: str, messages: list[Any], wait_s: float) -> list[Any]:
         self._check()
-        return self.docks[dock.worker].exchange(lane_id, messages, wait_s)
+        return self.receivers[address.worker].exchange(lane_id, messages, wait_s)
 
     def _check(self) -> None:
         if self.broken:
             raise LaneLost("the object store is gone")
 
 
-class Harbour:
-    """One dock, one shipper. Deadlines are short, so that tests of silence are."""
+class Pair:
+    """One receiver, one sender. Deadlines are short, so that tests of silence are."""
 
-    def __init__(self, kind: str, courier: Cupboard | None = None, spec: KVSpec = SPEC, num_slots: int = 6000, **fields: Any):
-        courier = courier or (Cupboard() if kind == "objectstore" else None)
+    def __init__(
+        self, kind: str, object_store: DictObjectStore | None = None, spec: KVSpec = SPEC, num_slots: int = 6000, **fields: Any
+    ):
+        object_store = object_store or (DictObjectStore() if kind == "objectstore" else None)
         short = {"beat_s": 0.1, "silence_s": 3.0, "op_timeout_s": 5.0, "dial_timeout_s": 5.0, "lease_s": 5.0}
         self.config = TransportConfig(kind=kind, **{**short, **fields})
-        self.quay = Quay(num_slots)
+        self.prefix_sink = StoreSink(num_slots)
         self.tally = Tally()
-        self.courier = courier
-        self.dock = KVReceiver("decode-0", self.quay, SPEC, self.config, courier=courier, sink=self.tally)
-        self.shipper = KVSender("prefill-0", spec, self.config, courier=courier, sink=self.tally)
-        if courier is not None:
-            courier.docks["decode-0"] = self.dock
+        self.object_store = object_store
+        self.receiver = KVReceiver("decode-0", self.prefix_sink, SPEC, self.config, object_store=object_store, sink=self.tally)
+        self.sender = KVSender("prefill-0", spec, self.config, object_store=object_store, sink=self.tally)
+        if object_store is not None:
+            object_store.receivers["decode-0"] = self.receiver
         self._num = 0
 
     def ticket(self, key: str, deadline_s: float = 10.0, expected: bool = True) -> TransferTicket:
         self._num += 1
         transfer_id = f"transfer-{self._num}"
         if expected:
-            self.dock.expect(transfer_id, key, 5.0)
-        return TransferTicket(transfer_id, self.dock.address, deadline_s)
+            self.receiver.expect(transfer_id, key, 5.0)
+        return TransferTicket(transfer_id, self.receiver.address, deadline_s)
 
     def begin(self, prefix: MediaPrefix, bounds: Sequence[int] | None = None, **ticket: Any) -> OutgoingTransfer:
-        return self.shipper.begin(prefix, bounds or (0, prefix.length), self.ticket(prefix.key, **ticket))
+        return self.sender.begin(prefix, bounds or (0, prefix.length), self.ticket(prefix.key, **ticket))
 
     def send(self, prefix: MediaPrefix, bounds: Sequence[int] | None = None, **ticket: Any) -> TransferReport:
-        shipment = self.begin(prefix, bounds, **ticket)
-        shipment.wrote_all()
-        return shipment.finish(10.0)
+        transfer = self.begin(prefix, bounds, **ticket)
+        transfer.wrote_all()
+        return transfer.finish(10.0)
 
     def resident(self, key: str) -> MediaPrefix | None:
-        with self.quay.lock:
-            return self.quay.store.get(key)
+        with self.prefix_sink.lock:
+            return self.prefix_sink.store.get(key)
 
     def settle(self, used_bytes: int = 0) -> None:
-        """Wait until nothing is under way, then hold the books against each other."""
-        until(lambda: self.dock.info()["bytes_in_flight"] == 0 and self.quay.used_bytes == used_bytes, "bytes come back")
-        until(lambda: not any(lane["transfers"] for lane in self.dock.info()["lanes"]), "no transfer is left on a lane")
-        until(lambda: not any(lane["transfers"] for lane in self.shipper.info()["lanes"]), "the shipper is idle")
-        with self.quay.lock:
-            self.quay.store.check_integrity()
+        """Wait until nothing is under way, then check that every byte has an owner."""
+        until(lambda: self.receiver.info()["bytes_in_flight"] == 0 and self.prefix_sink.used_bytes == used_bytes, "bytes come back")
+        until(lambda: not any(lane["transfers"] for lane in self.receiver.info()["lanes"]), "no transfer is left on a lane")
+        until(lambda: not any(lane["transfers"] for lane in self.sender.info()["lanes"]), "the sender is idle")
+        with self.prefix_sink.lock:
+            self.prefix_sink.store.check_integrity()
 
     def close(self) -> None:
-        self.shipper.close()
-        self.dock.close()
+        self.sender.close()
+        self.receiver.close()
 
 
 def until(truth: Callable[[], bool], what: str, within_s: float = 8.0) -> float:

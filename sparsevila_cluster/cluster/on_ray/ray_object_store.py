@@ -1,4 +1,4 @@
-"""The object store of the `objectstore` transport: Ray's, and calls to a decode worker from the threads of a sender."""
+"""The object store of the `objectstore` transport: Ray's, and calls to the receiver of a decode worker."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class RayObjectStore:
             raise WorkerLost(f"an object of Ray's store is gone: {type(error).__name__}") from error
 
     def exchange(
-        self, dock: ReceiverAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float
+        self, address: ReceiverAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float
     ) -> list[tuple[str, Any]]:
-        """What the receiver there replies. Raises WorkerLost, DeadlineExceeded."""
-        receiver = pool_stub(DecodeWorkerApi, self._decode, dock.worker, wait_s + GRACE_S)
+        """What that receiver replies. Raises WorkerLost, DeadlineExceeded."""
+        receiver = pool_stub(DecodeWorkerApi, self._decode, address.worker, wait_s + GRACE_S)
         replies = asyncio.run_coroutine_threadsafe(receiver.exchange(lane_id, messages, wait_s), self._loop)
         try:
             return replies.result(wait_s + 2 * GRACE_S)
         except TimeoutError as error:
             replies.cancel()
-            raise DeadlineExceeded(f"worker {dock.worker} did not answer within {wait_s + 2 * GRACE_S:g} s") from error
+            raise DeadlineExceeded(f"worker {address.worker} did not answer within {wait_s + 2 * GRACE_S:g} s") from error

@@ -246,11 +246,11 @@ class PrefixProvisioner:
                 attempt.phase = "reserve"
                 left_s = deadline.remaining_s("preparing media")
                 num_bytes = None if handle is None else handle.kv_bytes
-                dock = await clients.decode(target, deadline).reserve(transfer_id, request.key, num_bytes, left_s)
+                address = await clients.decode(target, deadline).reserve(transfer_id, request.key, num_bytes, left_s)
                 attempt.phase = "make" if attempt.making else "ship"
                 if attempt.making and request.again:
                     await self._check_source(sender, request)
-                ticket = TransferTicket(transfer_id, dock, deadline.remaining_s("preparing media"))
+                ticket = TransferTicket(transfer_id, address, deadline.remaining_s("preparing media"))
                 if attempt.making:
                     handle = await self._make(attempt, request, ticket)
                 else:

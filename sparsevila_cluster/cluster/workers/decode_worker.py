@@ -71,8 +71,10 @@ class DecodeWorker:
         self._journals = ConversationJournals(engine.max_conversations)
         self._turns = TurnService(name, self.async_engine, self._journals, self.sink)
         prefixes = EnginePrefixSink(spec, self.async_engine, transport.lease_s)
-        self.receiver = KVReceiver(name, prefixes, spec, transport, device=self.model.device, courier=object_store, sink=self.sink)
-        sender = KVSender(name, spec, transport, courier=object_store, sink=self.sink)
+        self.receiver = KVReceiver(
+            name, prefixes, spec, transport, device=self.model.device, object_store=object_store, sink=self.sink
+        )
+        sender = KVSender(name, spec, transport, object_store=object_store, sink=self.sink)
         self._transfers = TransferTasks(name, sender, transport.dial_timeout_s)
         self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="exchange")
         self._reported: tuple[MediaHandle, ...] | None = None

@@ -1,7 +1,6 @@
 """Media prefixes that a prefill worker keeps in host memory, to send them again without encoding anything.
 
-Knows: a budget in bytes, who holds a copy while it is read, which copy goes first when room is needed. Does not know: how a prefix
-is made or sent. Several threads use it: one prefills, others send, the event loop looks.
+Several threads use it: one prefills, others send, the event loop looks.
 """
 
 from __future__ import annotations
@@ -27,11 +26,13 @@ class HostCopies:
 
     @property
     def used_bytes(self) -> int:
+        """KV bytes of all copies, those that are being made included."""
         with self._lock:
             return self._store.arena.used_bytes
 
     @property
     def budget_bytes(self) -> int:
+        """KV bytes that all copies may take."""
         return self._store.arena.num_slots * self._store.arena.spec.bytes_per_token
 
     @property
@@ -75,6 +76,7 @@ class HostCopies:
             return self._store.hold(key) if key in self._store else None
 
     def release(self, key: str) -> None:
+        """Give a hold back."""
         with self._lock:
             self._store.release(key)
 
@@ -85,6 +87,7 @@ class HostCopies:
             return self._store.remove(key)
 
     def all(self) -> list[MediaPrefix]:
+        """All finished copies."""
         with self._lock:
             return list(self._store)
 
@@ -97,10 +100,4 @@ class HostCopies:
 
 def in_host_memory(prefix: MediaPrefix, extent: Extent) -> MediaPrefix:
     """The same prefix, described by tensors in host memory, with its rows in `extent`."""
-    return replace(
-        prefix,
-        extent=extent,
-        is_visual=prefix.is_visual.cpu(),
-        positions=prefix.positions.cpu(),
-        token_map=prefix.token_map.cpu(),
-    )
+    return replace(prefix, metadata=prefix.metadata.to("cpu"), extent=extent)

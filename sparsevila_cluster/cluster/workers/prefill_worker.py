@@ -31,7 +31,6 @@ from sparsevila_cluster.core.requests import MediaHandle, MediaSource, PrepareRe
 from sparsevila_cluster.engine.async_engine import AsyncPrefillEngine
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine
 from sparsevila_cluster.engine.prompt_rows import chunk_bounds
-from sparsevila_cluster.kvcache.media_handle import handle_of
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.adapter import PREFILL_PARTS, Model
@@ -67,7 +66,7 @@ class PrefillWorker:
         self.copies = HostCopies(spec, config.prefill.copy_bytes)
         # On a CPU the prefill writes into the copy itself.
         self.staging = None if device.type == "cpu" else HostCopies(spec, engine.prefix_bytes, device)
-        self.sender = KVSender(name, spec, config.transport, courier=object_store, sink=self.sink)
+        self.sender = KVSender(name, spec, config.transport, object_store=object_store, sink=self.sink)
         self.num_prefills = 0
         self._transfers = TransferTasks(name, self.sender, config.transport.dial_timeout_s)
         self._jobs: dict[asyncio.Task, PrefillJob] = {}
@@ -152,7 +151,7 @@ class PrefillWorker:
         log.info("media prefix sent", extra={**facts, **report})
         # What the transfer adds behind the prefill; the rest of it was hidden.
         ms["transfer"] = round((time.perf_counter() - made_s) * 1e3, 3)
-        return handle_of(prefix, reused=job.reused, ms=ms), report
+        return prefix.handle(reused=job.reused, ms=ms), report
 
     def _record(self, job: PrefillJob, prefix: MediaPrefix, facts: dict[str, str]) -> dict[str, float]:
         """Count a finished prefill; milliseconds of its stages."""
@@ -207,7 +206,7 @@ class PrefillWorker:
                 turn_bytes=0,
                 turn_budget_bytes=0,
             ),
-            residents=tuple(handle_of(prefix) for prefix in kept) if changed else None,
+            residents=tuple(prefix.handle() for prefix in kept) if changed else None,
             records=None,
         )
 

@@ -27,7 +27,7 @@ def record_prefill(sink: MetricsSink, ms: Mapping[str, float], prefix: MediaPref
     sink.count("prefills_total")
     for stage, spent_ms in ms.items():
         sink.observe(STAGE_METRICS[stage], spent_ms / 1e3)
-    count(sink, "visual_tokens_total", prefix.num_visual, stage="encoded")
+    count(sink, "visual_tokens_total", prefix.metadata.num_visual, stage="encoded")
     count(sink, "visual_tokens_total", prefix.num_kept, stage="kept")
 
 

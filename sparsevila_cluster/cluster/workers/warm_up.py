@@ -1,7 +1,4 @@
-"""Work that is nobody's, so that a worker's first real work finds weights in memory, kernels built and processes started.
-
-Knows: the smallest media and the smallest media prefix that make sense. Does not know: workers.
-"""
+"""The smallest media and media prefix that make sense: with them a worker loads and builds what its first request needs."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from PIL import Image
 
 from sparsevila_cluster.kvcache.arena import Extent
-from sparsevila_cluster.kvcache.prefix import MediaPrefix
+from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 
 SIDE = 64  # pixels of the picture
 ROWS = 16  # tokens of the prefix
@@ -37,10 +34,9 @@ def tiny_prefix(key: str, extent: Extent, num_position_rows: int) -> MediaPrefix
         for rows in extent.rows(layer):
             rows.normal_(generator=noise)
     cells = torch.arange(ROWS, dtype=torch.int32, device=device)
-    return MediaPrefix(
+    metadata = PrefixMetadata(
         key=key,
         spec=arena.spec,
-        extent=extent,
         is_visual=torch.ones(ROWS, dtype=torch.bool, device=device),
         positions=torch.arange(ROWS, device=device).expand(num_position_rows, -1).contiguous(),
         token_map=torch.stack([torch.zeros_like(cells), torch.zeros_like(cells), cells], 1),
@@ -55,3 +51,4 @@ def tiny_prefix(key: str, extent: Extent, num_position_rows: int) -> MediaPrefix
         duration_s=0.0,
         num_visual=ROWS,
     )
+    return MediaPrefix(metadata, extent)

@@ -1,75 +1,44 @@
-"""Links of two processes: messages over a socket, bulk over torch.distributed's gloo, in a group of two of its own.
+"""Links of two processes: messages over a socket, bulk over torch.distributed's gloo.
 
-Knows: how gloo behaves when a peer dies, stops or sends too much (measured; see below). Does not know: what is sent.
-
-The socket tells of a dead peer at once. Gloo does not: bulk that has begun to arrive stays silent until its own deadline. A wait
-that runs into its deadline closes the pair, so a deadline is final; `close` uses exactly that, and nothing is written to a tensor
-afterwards. A tensor larger than the posted one would abort the whole process, so both sides compute sizes alone. A group is
-never built twice on the same store.
+How gloo behaves when a peer dies, stops or sends too much was measured. The socket tells of a dead peer at once; gloo does not:
+bulk that has begun to arrive stays silent until its own deadline. A wait that runs into its deadline closes the pair, so a deadline
+is final; `close` uses exactly that, and nothing is written to a tensor afterwards. A tensor larger than the posted one would abort
+the whole process, so both sides compute sizes alone. A group is never built twice on the same store.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsevila_cluster.core.cluster_config import TransportConfig
+from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.errors import LaneLost
-from sparsevila_cluster.transport.handshake import Handshake, Line, PairStore, knock
-from sparsevila_cluster.transport.link import Accept, Handle, ReceiverAddress
+from sparsevila_cluster.transport.backends.process_group import GroupLink, GroupListener, brief, dial_group, to_timedelta
+from sparsevila_cluster.transport.handshake import MessageSocket, PairStore
+from sparsevila_cluster.transport.link import Accept, Endpoint, Link, PendingBulk
 
 CLOSING_TAG, FIRST_TAG, TAGS = 1, 2, 2**20
 
 
-class GlooLink:
-    """One end. rank 0 is the dock."""
+class GlooLink(GroupLink):
+    """Bulk is in host memory, in the order of its tags."""
 
     kind = "gloo"
-    straight = True
 
-    def __init__(self, line: Line, group: Any, rank: int):
-        self._line, self._group, self._peer = line, group, 1 - rank
-        self._lock = threading.Lock()
-        self._closed = False
+    def __init__(self, messages: MessageSocket, group: Any, rank: int):
+        super().__init__(messages, group, rank)
         self._num_bulk = 0
-        self.send, self.receive = line.send, line.receive
 
     def device_for(self, device: torch.device) -> torch.device:
+        """See `Link`."""
         return torch.device("cpu")
 
-    def ship(self, parts: Sequence[Tensor]) -> Handle:
-        return self._post(self._group.send, parts)
-
-    def land(self, parts: Sequence[Tensor]) -> Handle:
-        return self._post(self._group.recv, parts)
-
-    def close(self) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        self._line.close()
-        self._end_bulk()
-
-    def _post(self, op: Any, parts: Sequence[Tensor]) -> Handle:
-        if self._closed:
-            raise LaneLost("the link is closed")
-        works = []
-        try:
-            for part in parts:
-                works.append(op([part], self._peer, self._tag()))
-        except RuntimeError as error:
-            raise LaneLost(brief(error)) from error
-        return self._handle(works, parts)
-
-    def _handle(self, works: Sequence[Any], parts: Sequence[Tensor]) -> Handle:
-        return Works(works, parts)
+    def _pending(self, works: Sequence[Any], parts: Sequence[Tensor]) -> PendingBulk:
+        return _PendingWorks(works, parts)
 
     def _tag(self) -> int:
         self._num_bulk += 1
@@ -83,8 +52,8 @@ class GlooLink:
             pass
 
 
-class Works:
-    """The handle of bulk: what torch gave for each tensor, and the tensors, which must live as long."""
+class _PendingWorks:
+    """What torch gave for each tensor, and the tensors, which must live as long."""
 
     def __init__(self, works: Sequence[Any], parts: Sequence[Tensor]):
         self._works, self._parts = works, parts
@@ -99,48 +68,20 @@ class Works:
             raise LaneLost(brief(error)) from error
 
 
-def to_timedelta(seconds: float) -> timedelta:
-    return timedelta(milliseconds=max(1, round(seconds * 1000)))
+def listen_gloo(token: str, endpoint: Endpoint, accept: Accept) -> GroupListener:
+    """Listens for gloo links."""
+    return GroupListener({"gloo": build_gloo_link}, token, endpoint, accept)
 
 
-def brief(error: Exception) -> str:
-    """What gloo says, without where in its sources it says it."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.rsplit("] ", 1)[-1].split(". This is typically")[0][:200]
+def dial_gloo(address: ReceiverAddress, lane_id: str, endpoint: Endpoint) -> Link:
+    """Raises LaneLost."""
+    return dial_group("gloo", build_gloo_link, address, endpoint)
 
 
-class GlooListener:
-    """Builds a group with everybody who comes through its door, and a link on it."""
-
-    def __init__(self, token: str, config: TransportConfig, device: torch.device, accept: Accept):
-        self._config, self._device, self._accept = config, device, accept
-        host = "127.0.0.1" if config.host == "auto" else config.host
-        self._door = Handshake(host, token, config.dial_timeout_s, self._build)
-        self.host, self.port = self._door.host, self._door.port
-
-    def close(self) -> None:
-        self._door.close()
-
-    def _build(self, hello: dict[str, Any], store: PairStore) -> None:
-        self._accept(_link_of(hello["kind"], store, 0, self.host, self._config, self._device))
-
-
-def dial_gloo(kind: str, address: ReceiverAddress, config: TransportConfig, device: torch.device) -> GlooLink:
-    """Raises LaneLost: nobody listens, or the dock does not come within config.dial_timeout_s."""
-    store, here = knock(address, config.dial_timeout_s, kind=kind)
-    try:
-        return _link_of(kind, store, 1, here, config, device)
-    except LaneLost:
-        store.connection.close()
-        raise
-
-
-def _link_of(kind: str, store: PairStore, rank: int, host: str, config: TransportConfig, device: torch.device) -> GlooLink:
-    if kind == "nccl":
-        from sparsevila_cluster.transport.backends.nccl import build_nccl_link
-
-        return build_nccl_link(store, rank, config, device)
-    return GlooLink(Line(store.connection, config.op_timeout_s), build_group(store, rank, host, config.dial_timeout_s), rank)
+def build_gloo_link(store: PairStore, rank: int, endpoint: Endpoint, host: str) -> GlooLink:
+    """Raises LaneLost."""
+    messages = MessageSocket(store.connection, endpoint.config.op_timeout_s)
+    return GlooLink(messages, build_group(store, rank, host, endpoint.config.dial_timeout_s), rank)
 
 
 def build_group(store: Any, rank: int, host: str, within_s: float) -> Any:

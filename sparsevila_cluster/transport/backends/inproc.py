@@ -1,7 +1,4 @@
-"""Links between threads of one process: a copy from one arena to the other.
-
-Knows: queues and locks. Does not know: processes, or what is sent. Docks of this process are found by their token.
-"""
+"""Links between threads of one process: a copy from one arena to the other. Receivers are found by their token."""
 
 from __future__ import annotations
 
@@ -13,154 +10,164 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.errors import LaneLost
-from sparsevila_cluster.transport.link import Accept, ReceiverAddress
+from sparsevila_cluster.transport.link import Accept, Endpoint
 
 _LISTENERS: dict[str, InprocListener] = {}
 
 
 @dataclass(eq=False)
-class _Wire:
+class _Shared:
     """What both ends share."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     copying: threading.Lock = field(default_factory=threading.Lock)
     messages: tuple[deque[bytes], deque[bytes]] = field(default_factory=lambda: (deque(), deque()))
-    parcels: deque[_Parcel] = field(default_factory=deque)
+    bulk: deque[_SentBulk] = field(default_factory=deque)
     closed: str = ""
 
 
 @dataclass(eq=False)
-class _Parcel:
-    """Bulk tensors on the way; as a handle, those of the sender."""
+class _SentBulk:
+    """Bulk tensors on their way, as the sender sees them."""
 
-    wire: _Wire
+    shared: _Shared
     parts: list[Tensor]
     taken: bool = False
 
     def wait(self, within_s: float, num: int | None = None) -> None:
-        wire = self.wire
-        with wire.changed:
-            wire.changed.wait_for(lambda: self.taken or wire.closed, within_s)
+        shared = self.shared
+        with shared.changed:
+            shared.changed.wait_for(lambda: self.taken or shared.closed, within_s)
         if not self.taken:
-            _give_up(wire, f"bulk was not taken within {within_s:g} s")
+            _give_up(shared, f"bulk was not taken within {within_s:g} s")
 
 
 @dataclass(eq=False)
-class _Berth:
-    """The handle of the receiver, which copies when it is waited for."""
+class _ReceivedBulk:
+    """Bulk tensors on their way, as the receiver sees them: it copies when it waits."""
 
-    wire: _Wire
+    shared: _Shared
     parts: list[Tensor]
-    landed: bool = False
+    done: bool = False
 
     def wait(self, within_s: float, num: int | None = None) -> None:
-        if not self.landed:
+        if not self.done:
             self._take(within_s)
-            self.landed = True
+            self.done = True
 
     def _take(self, within_s: float) -> None:
-        wire = self.wire
-        with wire.changed:
-            wire.changed.wait_for(lambda: wire.parcels or wire.closed, within_s)
-            if wire.closed or not wire.parcels:
-                parcel = None
+        shared = self.shared
+        with shared.changed:
+            shared.changed.wait_for(lambda: shared.bulk or shared.closed, within_s)
+            if shared.closed or not shared.bulk:
+                sent = None
             else:
-                parcel = wire.parcels.popleft()
-        if parcel is None:
-            _give_up(wire, f"no bulk within {within_s:g} s")
+                sent = shared.bulk.popleft()
+        if sent is None:
+            _give_up(shared, f"no bulk within {within_s:g} s")
             return
-        with wire.copying:
-            came, due = [t.numel() for t in parcel.parts], [t.numel() for t in self.parts]
-            if came == due and not wire.closed:
-                for source, target in zip(parcel.parts, self.parts, strict=True):
+        with shared.copying:
+            came, expected = [t.numel() for t in sent.parts], [t.numel() for t in self.parts]
+            if came == expected and not shared.closed:
+                for source, target in zip(sent.parts, self.parts, strict=True):
                     target.copy_(source)
-        if came != due:
-            _give_up(wire, f"bulk of {came} bytes came where {due} were due")
-        with wire.changed:
-            parcel.taken = True
-            wire.changed.notify_all()
+        if came != expected:
+            _give_up(shared, f"received bulk of {came} bytes, expected {expected}")
+        with shared.changed:
+            sent.taken = True
+            shared.changed.notify_all()
 
 
 class InprocLink:
+    """One end. side 0: the sender, 1: the receiver."""
+
     kind = "inproc"
     straight = True
 
-    def __init__(self, wire: _Wire, side: int):
-        self._wire = wire
-        self._outbox, self._inbox = wire.messages[side], wire.messages[1 - side]
+    def __init__(self, shared: _Shared, side: int):
+        self._shared = shared
+        self._outbox, self._inbox = shared.messages[side], shared.messages[1 - side]
 
     def device_for(self, device: torch.device) -> torch.device:
+        """See `Link`."""
         return device
 
     def send(self, message: bytes) -> None:
-        wire = self._wire
-        with wire.changed:
-            if wire.closed:
-                raise LaneLost(wire.closed)
+        """See `Link`."""
+        shared = self._shared
+        with shared.changed:
+            if shared.closed:
+                raise LaneLost(shared.closed)
             self._outbox.append(message)
-            wire.changed.notify_all()
+            shared.changed.notify_all()
 
     def receive(self, within_s: float) -> bytes:
-        wire = self._wire
-        with wire.changed:
-            wire.changed.wait_for(lambda: self._inbox or wire.closed, within_s)
+        """See `Link`."""
+        shared = self._shared
+        with shared.changed:
+            shared.changed.wait_for(lambda: self._inbox or shared.closed, within_s)
             if self._inbox:
                 return self._inbox.popleft()
-        _give_up(wire, f"silence of {within_s:g} s")
-        raise LaneLost(wire.closed)
+        _give_up(shared, f"nothing was received for {within_s:g} s")
+        raise LaneLost(shared.closed)
 
-    def ship(self, parts: Sequence[Tensor]) -> _Parcel:
-        wire = self._wire
-        parcel = _Parcel(wire, list(parts))
-        with wire.changed:
-            if wire.closed:
-                raise LaneLost(wire.closed)
-            wire.parcels.append(parcel)
-            wire.changed.notify_all()
-        return parcel
+    def send_bulk(self, parts: Sequence[Tensor]) -> _SentBulk:
+        """See `Link`."""
+        shared = self._shared
+        sent = _SentBulk(shared, list(parts))
+        with shared.changed:
+            if shared.closed:
+                raise LaneLost(shared.closed)
+            shared.bulk.append(sent)
+            shared.changed.notify_all()
+        return sent
 
-    def land(self, parts: Sequence[Tensor]) -> _Berth:
-        return _Berth(self._wire, list(parts))
+    def receive_bulk(self, parts: Sequence[Tensor]) -> _ReceivedBulk:
+        """See `Link`."""
+        return _ReceivedBulk(self._shared, list(parts))
 
     def close(self) -> None:
-        _end(self._wire, "the link is closed")
+        """See `Link`."""
+        _end(self._shared, "the link is closed")
 
 
-def _end(wire: _Wire, why: str) -> None:
-    with wire.copying, wire.changed:
-        wire.closed = wire.closed or why
-        wire.parcels.clear()
-        wire.changed.notify_all()
+def _end(shared: _Shared, why: str) -> None:
+    with shared.copying, shared.changed:
+        shared.closed = shared.closed or why
+        shared.bulk.clear()
+        shared.changed.notify_all()
 
 
-def _give_up(wire: _Wire, why: str) -> None:
+def _give_up(shared: _Shared, why: str) -> None:
     """A wait that failed ends the link, as it does where a socket is behind it."""
-    _end(wire, why)
-    raise LaneLost(wire.closed)
+    _end(shared, why)
+    raise LaneLost(shared.closed)
 
 
 class InprocListener:
-    """Docks of this process."""
+    """A receiver of this process."""
 
     host = ""
     port = 0
 
-    def __init__(self, token: str, accept: Accept):
+    def __init__(self, token: str, endpoint: Endpoint, accept: Accept):
         self._token = token
         self.accept = accept
         _LISTENERS[token] = self
 
     def close(self) -> None:
+        """See `Listener`."""
         if _LISTENERS.get(self._token) is self:
             del _LISTENERS[self._token]
 
 
-def dial_inproc(address: ReceiverAddress, within_s: float) -> InprocLink:
-    """Raises LaneLost when no dock of this process has that token."""
+def dial_inproc(address: ReceiverAddress, lane_id: str, endpoint: Endpoint) -> InprocLink:
+    """Raises LaneLost when no receiver of this process has that token."""
     listener = _LISTENERS.get(address.token)
     if listener is None:
-        raise LaneLost(f"no dock of {address.worker} in this process")
-    wire = _Wire()
-    threading.Thread(target=listener.accept, args=(InprocLink(wire, 1),), name="inproc-accept", daemon=True).start()
-    return InprocLink(wire, 0)
+        raise LaneLost(f"no receiver of {address.worker} in this process", address.worker)
+    shared = _Shared()
+    threading.Thread(target=listener.accept, args=(InprocLink(shared, 1),), name="inproc-accept", daemon=True).start()
+    return InprocLink(shared, 0)

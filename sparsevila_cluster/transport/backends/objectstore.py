@@ -1,10 +1,9 @@
-"""Links through an object store: bulk is put there and fetched by token, messages ride on calls to the dock.
+"""Links through an object store: bulk is put there and fetched by token, messages travel in calls to the receiver.
 
-Knows: how messages queue between calls. Does not know: whose object store it is; a `ObjectStore` is handed in. It needs no port of its
-own, which is why it is the fallback of every other kind.
+It needs no port of its own, which is why it is the fallback of every other kind.
 
-    dialer   speaker thread   exchange(messages, 0)        ->   dock   inbox, parcels
-             listener thread  exchange([], beat_s)         <-          outbox
+    sender   send thread      exchange(messages, 0)        ->   receiver   inbox, tokens
+             receive thread   exchange([], beat_s)         <-              outbox
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.core.cluster_config import TransportConfig
+from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.errors import LaneLost
-from sparsevila_cluster.transport.link import Accept, ObjectStore, ReceiverAddress
+from sparsevila_cluster.transport.link import Accept, Endpoint, ObjectStore
 
-MAX_CLOSED = 64  # lanes whose last replies are kept for a dialer that may still ask
+MAX_CLOSED = 64  # lanes whose last replies are kept for a sender that may still ask
 
 
 class ObjectStoreLink:
@@ -31,50 +30,55 @@ class ObjectStoreLink:
     kind = "objectstore"
     straight = False
 
-    def __init__(self, courier: ObjectStore):
-        self._courier = courier
+    def __init__(self, object_store: ObjectStore):
+        self._object_store = object_store
         self._changed = threading.Condition()
         self._copying = threading.Lock()
         self._inbox: deque[bytes] = deque()
-        self._parcels: deque[Any] = deque()
+        self._tokens: deque[Any] = deque()
         self._outbox: list[tuple[str, Any]] = []
         self.why_closed = ""
 
     def device_for(self, device: torch.device) -> torch.device:
+        """See `Link`."""
         return torch.device("cpu")
 
     def send(self, message: bytes) -> None:
+        """See `Link`."""
         self._post(("message", message))
 
     def receive(self, within_s: float) -> bytes:
+        """See `Link`."""
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self.why_closed, within_s)
             if self._inbox:
                 return self._inbox.popleft()
-        self.end(f"silence of {within_s:g} s")
+        self.end(f"nothing was received for {within_s:g} s")
         raise LaneLost(self.why_closed)
 
-    def ship(self, parts: Sequence[Tensor]) -> _Stored:
-        tokens = [self._ask(self._courier.put, part.numpy()) for part in parts]
+    def send_bulk(self, parts: Sequence[Tensor]) -> _StoredBulk:
+        """See `Link`."""
+        tokens = [self._ask(self._object_store.put, part.numpy()) for part in parts]
         for token in tokens:
             self._post(("bulk", token))
-        return _Stored(tokens)
+        return _StoredBulk(tokens)
 
-    def land(self, parts: Sequence[Tensor]) -> _Fetch:
-        return _Fetch(self, parts)
+    def receive_bulk(self, parts: Sequence[Tensor]) -> _FetchedBulk:
+        """See `Link`."""
+        return _FetchedBulk(self, parts)
 
     def fetch(self, parts: Sequence[Tensor], within_s: float) -> None:
         """Copy the next bulk tensors into `parts`."""
         for part in parts:
             with self._changed:
-                self._changed.wait_for(lambda: self._parcels or self.why_closed, within_s)
-                token = None if self.why_closed or not self._parcels else self._parcels.popleft()
+                self._changed.wait_for(lambda: self._tokens or self.why_closed, within_s)
+                token = None if self.why_closed or not self._tokens else self._tokens.popleft()
             if token is None:
                 self.end(f"no bulk within {within_s:g} s")
                 raise LaneLost(self.why_closed)
-            came = self._ask(self._courier.get, token, within_s)
+            came = self._ask(self._object_store.get, token, within_s)
             if came.dtype != np.uint8 or came.shape != tuple(part.shape):
-                self.end(f"bulk of {came.nbytes} bytes came where {part.numel()} were due")
+                self.end(f"received bulk of {came.nbytes} bytes, expected {part.numel()}")
                 raise LaneLost(self.why_closed)
             with self._copying:
                 if self.why_closed:
@@ -91,22 +95,25 @@ class ObjectStoreLink:
             return taken
 
     def deliver(self, messages: Sequence[tuple[str, Any]]) -> None:
+        """What the other end's `take` gave."""
         with self._changed:
             for what, load in messages:
-                (self._inbox if what == "message" else self._parcels).append(load)
+                (self._inbox if what == "message" else self._tokens).append(load)
             self._changed.notify_all()
 
     def close(self) -> None:
+        """See `Link`."""
         self.end("the link is closed")
 
     def end(self, why: str) -> None:
+        """Close this end; every call raises LaneLost(why) from here on. Idempotent: the first reason stays."""
         with self._copying, self._changed:
             self.why_closed = self.why_closed or why
-            self._parcels.clear()
+            self._tokens.clear()
             self._changed.notify_all()
 
     def _ask(self, call: Callable[..., Any], *given: Any) -> Any:
-        """Whatever the object store ends with, the link ends with."""
+        """Call the object store; whatever error it raises ends the link."""
         try:
             return call(*given)
         except Exception as error:
@@ -121,8 +128,8 @@ class ObjectStoreLink:
             self._changed.notify_all()
 
 
-class _Stored:
-    """The sender's handle: keeps the objects until they have landed."""
+class _StoredBulk:
+    """Bulk on its way, as the sender sees it: keeps the objects until they have arrived."""
 
     def __init__(self, tokens: list[Any]):
         self._tokens = tokens
@@ -131,7 +138,9 @@ class _Stored:
         self._tokens.clear()
 
 
-class _Fetch:
+class _FetchedBulk:
+    """Bulk on its way, as the receiver sees it: it fetches when it waits."""
+
     def __init__(self, link: ObjectStoreLink, parts: Sequence[Tensor]):
         self._link, self._parts = link, parts
         self._fetched = False
@@ -142,11 +151,11 @@ class _Fetch:
             self._fetched = True
 
 
-class ObjectStoreReceiver:
-    """The dock's ends of all such lanes, by lane id."""
+class ObjectStoreLanes:
+    """The receiver's ends of all such lanes, by lane id."""
 
-    def __init__(self, courier: ObjectStore, accept: Accept):
-        self._courier, self._accept = courier, accept
+    def __init__(self, object_store: ObjectStore, accept: Accept):
+        self._object_store, self._accept = object_store, accept
         self._lock = threading.Lock()
         self._ends: OrderedDict[str, ObjectStoreLink] = OrderedDict()
 
@@ -161,7 +170,7 @@ class ObjectStoreReceiver:
                 closed = [key for key, one in self._ends.items() if one.why_closed]
                 for key in closed[: max(0, len(closed) - MAX_CLOSED)]:
                     del self._ends[key]
-                end = new = self._ends[lane_id] = ObjectStoreLink(self._courier)
+                end = new = self._ends[lane_id] = ObjectStoreLink(self._object_store)
         end.deliver(messages)
         if new is not None:
             self._accept(new)
@@ -175,32 +184,44 @@ class ObjectStoreReceiver:
             raise
 
 
-def dial_objectstore(address: ReceiverAddress, lane_id: str, courier: ObjectStore, config: TransportConfig) -> ObjectStoreLink:
-    """A link whose two threads call the dock until it is closed."""
-    link = ObjectStoreLink(courier)
+def lacks_for_objectstore(endpoint: Endpoint) -> str:
+    """See `Transport.lacks`."""
+    return "" if endpoint.object_store is not None else "an object store; outside a cluster there is none"
 
-    def speak() -> None:
+
+def listen_objectstore(token: str, endpoint: Endpoint, accept: Accept) -> None:
+    """Links come through `KVReceiver.exchange`."""
+
+
+def dial_objectstore(address: ReceiverAddress, lane_id: str, endpoint: Endpoint) -> ObjectStoreLink:
+    """A link whose two threads call the receiver until it is closed. Raises LaneLost: there is no object store."""
+    store, beat_s = endpoint.object_store, endpoint.config.beat_s
+    if store is None:
+        raise LaneLost("no object store", address.worker)
+    link = ObjectStoreLink(store)
+
+    def send() -> None:
         first = True
         while True:
-            messages = link.take(config.beat_s)
+            messages = link.take(beat_s)
             if messages:
-                courier.exchange(address, lane_id, messages, 0.0)
+                store.exchange(address, lane_id, messages, 0.0)
                 if first:
                     first = False
-                    _start(lambda: _until_lost(link, listen), f"listen-{address.worker}")
+                    _start(lambda: _until_lost(link, receive), f"objectstore-receive-{address.worker}")
 
-    def listen() -> None:
+    def receive() -> None:
         while not link.why_closed:
-            link.deliver(courier.exchange(address, lane_id, [], config.beat_s))
+            link.deliver(store.exchange(address, lane_id, [], beat_s))
 
-    _start(lambda: _until_lost(link, speak), f"speak-{address.worker}")
+    _start(lambda: _until_lost(link, send), f"objectstore-send-{address.worker}")
     return link
 
 
 def _until_lost(link: ObjectStoreLink, work: Callable[[], None]) -> None:
     try:
         work()
-    except Exception as error:  # whatever a call to another process ends with
+    except Exception as error:  # whatever a call to another process raises
         link.end(f"{type(error).__name__}: {error}")
 
 

@@ -1,0 +1,126 @@
+"""PrefixMetadata as the plain fields of a msgpack message, and back, with every field checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsevila_cluster.kvcache.arena import KVSpec
+from sparsevila_cluster.kvcache.prefix import PrefixMetadata
+
+MAX_ROWS = 2**24
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def encode_metadata(metadata: PrefixMetadata) -> dict[str, Any]:
+    """Plain fields of metadata whose tensors are on the CPU. Their order is part of the wire format."""
+    spec = metadata.spec
+    return {
+        "key": metadata.key,
+        "tenant": metadata.tenant,
+        "spec": {
+            "num_layers": spec.num_layers,
+            "num_kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "fingerprint": spec.fingerprint,
+            "layout_version": spec.layout_version,
+        },
+        "length": metadata.length,
+        "is_visual": _raw(metadata.is_visual),
+        "positions": _raw(metadata.positions),
+        "token_map": _raw(metadata.token_map),
+        "next_pos": metadata.next_pos,
+        "generation_floor": metadata.generation_floor,
+        "grids": metadata.grids,
+        "media": metadata.media,
+        "frames": metadata.frames,
+        "times_s": metadata.times_s,
+        "kind": metadata.kind,
+        "num_frames": metadata.num_frames,
+        "duration_s": metadata.duration_s,
+        "num_visual": metadata.num_visual,
+    }
+
+
+def decode_metadata(fields: dict[str, Any]) -> PrefixMetadata:
+    """What `encode_metadata` encoded; other fields are ignored.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, RuntimeError: fields that are missing, of another type, or at odds.
+    """
+    spec, length = fields["spec"], read_int(fields["length"])
+    metadata = PrefixMetadata(
+        key=read_text(fields["key"]),
+        tenant=read_text(fields["tenant"]),
+        spec=KVSpec(
+            num_layers=read_int(spec["num_layers"]),
+            num_kv_heads=read_int(spec["num_kv_heads"]),
+            head_dim=read_int(spec["head_dim"]),
+            dtype=DTYPES[spec["dtype"]],
+            fingerprint=read_text(spec["fingerprint"]),
+            layout_version=read_int(spec["layout_version"]),
+        ),
+        is_visual=_tensor(fields["is_visual"], torch.bool, (length,)),
+        positions=_tensor(fields["positions"], torch.int64, (-1, length)),
+        token_map=_tensor(fields["token_map"], torch.int32, (length, 3)),
+        next_pos=read_int(fields["next_pos"]),
+        generation_floor=read_int(fields["generation_floor"]),
+        grids=tuple((read_int(rows), read_int(cols)) for rows, cols in fields["grids"]),
+        media=tuple(map(read_int, fields["media"])),
+        frames=tuple(map(read_int, fields["frames"])),
+        times_s=tuple(map(float, fields["times_s"])),
+        kind=read_text(fields["kind"]),
+        num_frames=read_int(fields["num_frames"]),
+        duration_s=float(fields["duration_s"]),
+        num_visual=read_int(fields["num_visual"]),
+    )
+    _check(metadata)
+    return metadata
+
+
+def _check(metadata: PrefixMetadata) -> None:
+    spec, token_map, groups = metadata.spec, metadata.token_map, len(metadata.grids)
+    require(1 <= len(metadata.key) <= 256, "key")
+    require(1 <= metadata.length <= MAX_ROWS and min(spec.num_layers, spec.num_kv_heads, spec.head_dim) >= 1, "length, spec")
+    require(metadata.kind in ("video", "image"), "kind")
+    require(metadata.num_frames >= 0 and metadata.num_visual >= int(metadata.is_visual.sum()), "counts")
+    require(groups == len(metadata.media) == len(metadata.frames) == len(metadata.times_s), "groups")
+    require(bool((token_map[:, 0] < groups).all()) and bool((token_map >= -1).all()), "token_map")
+    require(bool((metadata.positions >= 0).all()) and metadata.next_pos >= 0, "positions")
+
+
+def require(truth: bool, what: str) -> None:
+    """Raises ValueError(what) unless `truth`."""
+    if not truth:
+        raise ValueError(what)
+
+
+def read_text(value: Any) -> str:
+    """Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"text expected, not {type(value).__name__}")
+    return value
+
+
+def read_int(value: Any) -> int:
+    """Raises TypeError, also for a bool."""
+    if type(value) is not int:
+        raise TypeError(f"a whole number expected, not {type(value).__name__}")
+    return value
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
+def _tensor(raw: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(raw, bytes):
+        raise TypeError(f"bytes expected, not {type(raw).__name__}")
+    if dtype == torch.bool and raw.strip(b"\0\1"):
+        raise ValueError("a truth value that is neither 0 nor 1")
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
