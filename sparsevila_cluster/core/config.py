@@ -16,6 +16,13 @@ from sparsevila_cluster.core.errors import BadConfig
 GIB = 1024**3
 MIB = 1024**2
 
+# What `None` and `auto` of a SparsityConfig stand for, by the kind of the media; ratios are the fraction kept.
+DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
+DEFAULT_PRUNE_SCOPE: dict[str, Literal["global", "per_group"]] = {"video": "per_group", "image": "global"}
+DEFAULT_RETRIEVE_KEEP = {"video": 0.10, "image": 0.25}
+# The most that a mass may take where nobody names a `retrieve_keep`: above half, packing saves little.
+DEFAULT_MASS_CAP = 0.5
+
 
 class FrozenConfig(BaseModel):
     """Base of every configuration: immutable, and unknown keys are errors."""
@@ -68,6 +75,26 @@ class SparsityConfig(FrozenConfig):
         if value and info.data.get("retrieve", "query_topk") != "query_topk":
             raise ValueError(f"needs retrieve='query_topk', not {info.data['retrieve']!r}")
         return value
+
+    def resolved(self, kind: str, retrieve_mass: float | None = None) -> SparsityConfig:
+        """This configuration for media of `kind` ("video" or "image"), with every `None` keep and `auto` scope filled in.
+
+        retrieve_mass: that of one turn, in place of the configured one. A mass of 1 is none: only `retrieve_keep` can cut.
+        Keeping everything is a keep of 1, whatever was configured.
+        """
+        mass = self.retrieve_mass if retrieve_mass is None else retrieve_mass
+        prune_keep = DEFAULT_PRUNE_KEEP[kind] if self.prune_keep is None else self.prune_keep
+        retrieve_keep = self.retrieve_keep
+        if retrieve_keep is None:
+            retrieve_keep = DEFAULT_RETRIEVE_KEEP[kind] if mass in (None, 1.0) else DEFAULT_MASS_CAP
+        return self.model_copy(
+            update={
+                "prune_keep": 1.0 if self.prune == "keep_all" else prune_keep,
+                "prune_scope": DEFAULT_PRUNE_SCOPE[kind] if self.prune_scope == "auto" else self.prune_scope,
+                "retrieve_keep": 1.0 if self.retrieve == "retrieve_all" else retrieve_keep,
+                "retrieve_mass": mass,
+            }
+        )
 
 
 class EngineConfig(FrozenConfig):

@@ -93,20 +93,7 @@ def talk_document(model: str, sparsity: dict[str, Any], media: MediaHandle, turn
 
 def resolved_sparsity(config: EngineConfig, kind: str) -> dict[str, Any]:
     """The sparsity that media of this kind get, with every default filled in. Ratios are the fraction kept."""
-    from sparsevila_cluster.engine.prefill_engine import DEFAULT_PRUNE_KEEP, DEFAULT_SCOPE
-    from sparsevila_cluster.retrieval import default_keep
-
-    fields = config.sparsity.model_dump()
-    if fields["prune_keep"] is None:
-        fields["prune_keep"] = DEFAULT_PRUNE_KEEP[kind]
-    fields["retrieve_keep"] = default_keep(config.sparsity, kind, fields["retrieve_mass"])
-    if fields["prune_scope"] == "auto":
-        fields["prune_scope"] = DEFAULT_SCOPE[kind]
-    if fields["prune"] == "keep_all":
-        fields["prune_keep"] = 1.0
-    if fields["retrieve"] == "retrieve_all":
-        fields["retrieve_keep"] = 1.0
-    return fields
+    return config.sparsity.resolved(kind).model_dump()
 
 
 def megabytes(num_bytes: int) -> str:
