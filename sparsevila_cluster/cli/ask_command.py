@@ -56,7 +56,7 @@ def add_to(commands: Any) -> None:
     add_compute_options(engine)
     engine.add_argument("--system-prompt", metavar="TEXT", help=fields["system_prompt"].description)
     add_frame_options(engine)
-    add_sparsity_options(ask, policies=True)
+    add_sparsity_options(ask, methods=True)
     add_sampling_options(ask)
     add_output_options(ask)
     ask.add_argument("--heatmap", metavar="OUT.png", help="save a picture of where each question looked")

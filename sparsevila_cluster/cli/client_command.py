@@ -58,7 +58,7 @@ def add_to(commands: Any) -> None:
 
     for action in (ask, prepare):
         add_frame_options(action.add_argument_group("media", "As the server is configured, unless given."))
-    add_sparsity_options(ask, policies=False)
+    add_sparsity_options(ask, methods=False)
     prepare.add_argument("--prune-keep", type=float, metavar="KEEP", help="fraction of the visual tokens that is kept, in (0, 1]")
     _add_action(actions, "info", "show pools, workers, prepared media, lanes and load", _info)
 

@@ -14,6 +14,7 @@ from sparsevila_cluster.cli.options import OK, add_output_options
 from sparsevila_cluster.core.cluster_config import ClusterConfig, cluster_config_of
 from sparsevila_cluster.core.config import load_config, read_yaml
 from sparsevila_cluster.core.progress_line import ProgressLine
+from sparsevila_cluster.engine.config_check import check_choices
 
 
 def add_to(commands: Any) -> None:
@@ -36,7 +37,9 @@ def add_to(commands: Any) -> None:
 def _config_check(args: argparse.Namespace) -> int:
     given = read_yaml(args.file)
     cluster = set(given) & set(ClusterConfig.model_fields)
-    fields = (cluster_config_of(given) if cluster else load_config(args.file)).model_dump()
+    config = cluster_config_of(given) if cluster else load_config(args.file)
+    check_choices(config.engine if isinstance(config, ClusterConfig) else config)
+    fields = config.model_dump()
     if args.json:
         print(json.dumps({"file": args.file, "config": fields}))
     else:

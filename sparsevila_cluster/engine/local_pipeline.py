@@ -25,6 +25,7 @@ from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent
 from sparsevila_cluster.core.single_flight import SingleFlight
 from sparsevila_cluster.core.tenancy import may_use
+from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
 from sparsevila_cluster.engine.engine_thread import EngineThread
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
@@ -51,6 +52,7 @@ class LocalPipeline:
     """Both engines in this process: one thread prefills, one decodes. Create and use it within one event loop."""
 
     def __init__(self, config: EngineConfig, model: Model | None = None):
+        check_choices(config)
         self.config = config
         self.model = model or load_model(config.model_dir, ALL_PARTS, **config.loading)
         self.prefill = PrefillEngine(self.model, config)

@@ -201,7 +201,7 @@ class RunningTurn:
 
     def retrieve(self) -> None:
         """Choose this turn's visual KV from what its last rows looked at. Evidence is of the question's choice."""
-        scores = self.retrieval.choose(self._capture)
+        scores = self.retrieval.choose(self._capture, self.conversation.num_turns, len(self.tokens))
         self._capture, self._packed = None, False
         if self.phase == "question" and self.turn.want_evidence:
             self.sink(TurnEvent("evidence", self.turn.turn_id, evidence=self.retrieval.evidence(scores)))

@@ -8,7 +8,7 @@ Knows: the shapes that cross this boundary. Does not know: any architecture, tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Protocol
@@ -73,7 +73,8 @@ class VisualTokens:
     """Embeddings after the projector, in prompt order.
 
     embeds [N, D]; salience f32 [N], 1.0 = an average patch, NaN = structural (always kept); group i32 [N] (frame or view,
-    counted over all media of the prompt); cell i32 [N, 2] (row, col in the group's grid); deepstack: extra levels [N, D] each.
+    counted over all media of the prompt); cell i32 [N, 2] (row, col in the group's grid); deepstack: extra levels [N, D] each;
+    taps f32 [N, T]: what the salience is of the last of the encoder's T layers that attend over whole frames, of each of them.
     """
 
     embeds: Tensor
@@ -81,6 +82,7 @@ class VisualTokens:
     group: Tensor
     cell: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    taps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,13 @@ class Family(Protocol):
         """Expand the placeholder of each run in `ids` and compute positions on the unpruned prompt."""
         ...
 
-    def encode(self, inputs: Sequence[VisualInputs], capture: bool = True, report: Report = no_report) -> VisualTokens:
-        """Run the vision tower and projector, a few frames at a time. Needs the "vision" part. Without `capture`, the salience of
-        all tokens that are not structural is 1 and free.
+    def encode(
+        self, inputs: Sequence[VisualInputs], needs: Collection[str] = ("salience",), report: Report = no_report
+    ) -> VisualTokens:
+        """Run the vision tower and projector, a few frames at a time. Requires the "vision" part.
+
+        needs: "salience" and "taps" are computed only if named here; "taps" give the salience, too. Without either, the salience of
+        all tokens that are not structural is 1.
         """
         ...
 

@@ -116,7 +116,7 @@ class _Studio:
         loaded = iter(engine.load(request) if sources else [])
         inputs, _ = engine.patchify(one if isinstance(one, Media) else next(loaded) for one in material.media)
         plan = engine.plan(inputs)
-        tokens = model.family.encode(inputs, capture=reading.pruned)
+        tokens = model.family.encode(inputs, ("salience",) if reading.pruned else ())
         keeps = [torch.arange(len(tokens.embeds), device=model.device)]
         if reading.pruned:
             keeps.append(keep_of_each([engine.pruning(request, one.kind) for one in inputs], inputs, tokens))

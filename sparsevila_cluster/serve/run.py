@@ -35,6 +35,7 @@ from sparsevila_cluster.core.errors import (
     from_failure,
 )
 from sparsevila_cluster.core.progress_line import ProgressLine
+from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.serve.application import application
 from sparsevila_cluster.serve.local_ray import REPLICA_ENV, hush, own_ray, within
 
@@ -53,6 +54,7 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         BadConfig, BadCheckpoint: a configuration that cannot be started. Unavailable: the port is taken, no Ray at the address, or
         Ray is gone. DeadlineExceeded: not ready within `start_timeout_s`. KeyboardInterrupt: interrupted before it was ready.
     """
+    check_choices(config.engine)
     start_s, stdout = time.perf_counter(), sys.stdout
     with ExitStack() as stack:
         stack.enter_context(_interrupted_by(signal.SIGTERM))

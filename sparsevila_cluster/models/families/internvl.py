@@ -10,6 +10,7 @@ tower in passes (`crops`), pruning policies, the text decoder, KV.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,18 +139,16 @@ class InternVL(CropFamily):
         first, *others = named
         return first + tuple(piece for frame in others for piece in ("\n", *frame)), (per_tile,) * num_tiles
 
-    def _run(self, media: VisualInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
-        """Salience: what a patch receives from all rows of its tile, with the class token's; averaged where patches are joined."""
+    def _run(self, media: VisualInputs, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
+        """What a patch receives comes from all rows of its tile, with the class token's, and is averaged where patches are joined."""
         assert self._tower is not None
-        hidden, received = self._tower.run(pixels, capture)
+        hidden, received = self._tower.run(pixels, needs)
         patches = self._final_norm(hidden)[:, 1:].unflatten(1, (self._patches, -1))
         tokens = self._projector(shuffle(patches, self._merge).flatten(2))
-        if received is None:
-            return tokens, tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
-        return tokens, shuffle(received[:, 1:].unflatten(1, (self._patches, -1))[..., None], self._merge).mean((2, 3))
+        return tokens, shuffle(received[:, 1:].unflatten(1, (self._patches, -1)), self._merge).mean(2)
 
-    def _pack(self, media: VisualInputs, embeds: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return embeds.flatten(0, 1), salience.flatten()
+    def _pack(self, media: VisualInputs, embeds: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
+        return embeds.flatten(0, 1), received.flatten(0, 1)
 
 
 def shuffle(patches: Tensor, merge: int) -> Tensor:

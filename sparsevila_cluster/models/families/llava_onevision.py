@@ -10,6 +10,7 @@ Knows: which of the three a media is, and where newlines stand in each. Does not
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -67,11 +68,11 @@ class LlavaOnevision(Llava):
         cells, grid = cells_of_square(size, self._side)
         return self._inputs(pixels, "image", pack(cells.flatten(0, 1), None, newline_of(0)), (grid,), (0,), size)
 
-    def _run(self, media: CropInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
-        embeds, salience = super()._run(media, pixels, capture)
+    def _run(self, media: CropInputs, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
+        embeds, received = super()._run(media, pixels, needs)
         if media.kind == "video":
-            embeds, salience = halve(embeds, self._side), halve(salience[..., None], self._side)[..., 0]
-        return embeds, salience
+            embeds, received = halve(embeds, self._side), halve(received, self._side)
+        return embeds, received
 
     def _lay_out_video(self, frames: Tensor, newline: Tensor) -> Tensor:
         return pack(frames.flatten(0, 1), None, newline)

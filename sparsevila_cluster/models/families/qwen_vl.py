@@ -8,7 +8,7 @@ DeepStack, timestamps: the files of the families), pruning policies, the text de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -37,10 +37,12 @@ class GridInputs(VisualInputs):
 
 @dataclass(frozen=True)
 class TowerTokens:
-    """One pass: embeds [n, D], salience f32 [n], deepstack levels [n, D] each."""
+    """One pass: embeds [n, D]; received f32 [n, T], the attention in each scored layer, a column of ones if there is none; deepstack
+    levels [n, D] each.
+    """
 
     embeds: Tensor
-    salience: Tensor
+    received: Tensor
     deepstack: tuple[Tensor, ...] = ()
 
 
@@ -150,8 +152,10 @@ class QwenVL:
         return PromptPlan(tokens, visual, placed, at, floor)
 
     @torch.inference_mode()
-    def encode(self, inputs: Sequence[GridInputs], capture: bool = True, report: Report = no_report) -> VisualTokens:
-        """Run the vision tower, some frames at a time. With capture=False the salience is all ones and costs nothing."""
+    def encode(
+        self, inputs: Sequence[GridInputs], needs: Collection[str] = ("salience",), report: Report = no_report
+    ) -> VisualTokens:
+        """Run the vision tower, some frames at a time."""
         assert self._tower is not None, 'encode needs the "vision" part'
         parts: list[TowerTokens] = []
         total, done = sum(media.num_tokens for media in inputs), 0
@@ -159,16 +163,18 @@ class QwenVL:
             for pixels, grid in self._passes(media):
                 report(done, total)
                 pixels = normalise(pixels.to(self._device, non_blocking=True), self._rules[media.kind])
-                parts.append(self._run_tower(pixels, grid, capture))
+                parts.append(self._run_tower(pixels, grid, needs))
                 done += len(parts[-1].embeds)
         report(done, total)
         group, cell = join_places(inputs, self._device)
+        received = torch.cat([part.received for part in parts])
         return VisualTokens(
             torch.cat([part.embeds for part in parts]),
-            torch.cat([part.salience for part in parts]),
+            received[:, -1],
             group,
             cell,
             tuple(torch.cat(level) for level in zip(*(part.deepstack for part in parts), strict=True)),
+            received if "taps" in needs else None,
         )
 
     def _passes(self, media: GridInputs) -> Iterator[tuple[Tensor, Grid]]:
@@ -192,9 +198,15 @@ class QwenVL:
         """Positions i64 [3, n] of one run, counted from its start."""
         raise NotImplementedError
 
-    def _run_tower(self, pixels: Tensor, grid: Grid, capture: bool) -> TowerTokens:
+    def _run_tower(self, pixels: Tensor, grid: Grid, needs: Collection[str]) -> TowerTokens:
         """One pass over float32 [num_patches, patch_dim]."""
         raise NotImplementedError
+
+    def _of_tokens(self, received: Tensor | None, num: int) -> Tensor:
+        """Attention received by patches f32 [num * merge^2, T] to that of visual tokens f32 [num, T]; None to a column of ones."""
+        if received is None:
+            return torch.ones(num, 1, dtype=torch.float32, device=self._device)
+        return received.unflatten(0, (num, -1)).mean(1)
 
 
 class _PatchEmbed(nn.Module):
