@@ -1,6 +1,4 @@
-"""GPU kernels in Triton, each beside a plain PyTorch path with the same name and arguments, and a reference that judges both.
-
-Knows: tensors. Does not know: sparsevila_cluster, of which it imports nothing. CPU tensors take the best PyTorch path, CUDA tensors
+"""GPU kernels in Triton, each beside a plain PyTorch path with the same name and arguments, and a reference that judges both. CPU tensors take the best PyTorch path, CUDA tensors
 the kernel; `backend` chooses otherwise.
 """
 

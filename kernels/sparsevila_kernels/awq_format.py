@@ -1,7 +1,5 @@
 """The 4-bit format of AutoAWQ (`version: gemm`) as functions of tensors, and the way into it from compressed-tensors.
 
-Knows: nibble orders, groups, zeros and scales. Does not know: checkpoints, which linears of a model are quantised, matmul.
-
     qweight i32 [K, N/8]     8 output columns in a word: nibble i of word w holds column 8w + ORDER[i]
     qzeros  i32 [K/g, N/8]   the same packing; values 0..15, without the "+1" of GPTQ
     scales      [K/g, N]     float16 (AutoAWQ) or bfloat16 (gptqmodel)

@@ -1,7 +1,4 @@
-"""The weight of one quantised linear as matmul wants to read it: repacked once, at load.
-
-Knows: AutoAWQ tensors, the two layouts that the codes lie in, and how to get the numbers back. Does not know: how a product is
-computed, or whose weight it is.
+"""The weight of one quantized linear as matmul wants to read it: repacked once, at load.
 
     planes   i32 [ceil(K/256) * 32, N]    word 32b + r of a column: nibble i holds k = 256b + 32i + r. One load brings 8 planes of
                                           32 consecutive k, so that a group is some whole planes and its scale is applied to

@@ -37,8 +37,8 @@ def decode_again(footage: MediaOrigin) -> list[Media]:
         now = _stamp(source)
         if now is not None and now != stamp:
             raise BadMedia(f"{source.data!r} has changed since it was prepared; prepare it and ask again")
-    with DecoderSandbox() as guard:  # one process for all of them
-        sampled = partial(open_media, fps=footage.fps, max_frames=footage.max_frames, limits=footage.limits, guard=guard)
+    with DecoderSandbox() as sandbox:  # one process for all of them
+        sampled = partial(open_media, fps=footage.fps, max_frames=footage.max_frames, limits=footage.limits, sandbox=sandbox)
         return [sampled(source) for source in footage.sources]
 
 

@@ -1,7 +1,5 @@
 """What a text decoder calls once per layer: write new KV rows, attend. One class for media, one for turns.
 
-Knows: which rows of a flattened step belong to whom and where their keys lie. Does not know: models, policies, scheduling.
-
     flattened step:  [ decode row | decode row | refresh row | question rows ........ | question rows ... ]
                        turn a       turn b       turn c        turn d                   turn e
 """

@@ -1,8 +1,5 @@
 """Attention in plain torch over KV that lies in spans: the prefix (or its packed part) and the conversation's tail.
 
-Knows: shapes, grouped heads (query head h reads KV head h // G), causality and the softmax weights that retrieval scores with.
-Does not know: arenas, turns, policies or models.
-
     keys of one sequence:   [ body: media prefix or packed KV ][ tail: earlier turns | this turn's rows ]
     new rows see:             all of it                          up to and including themselves
 """
@@ -29,7 +26,7 @@ MAX_WEIGHTS = 64 * 1024 * 1024
 class Capture:
     """Which softmax weights to keep from the rows of a question: mean over heads and over rows [first_row, stop_row), per layer.
 
-    visual_index i64 [n]: body rows that are visual. normalise "full_row" divides by the whole causal row, "visual" by its visual
+    visual_index i64 [n]: body rows that are visual. normalize "full_row" divides by the whole causal row, "visual" by its visual
     part. The rows may come in several steps: `num_done` of them came before this one. After the last step `scores()` is what one
     step over all rows would have given (SparseVILA, arXiv 2510.17777, decode-stage retrieval).
     """
@@ -37,7 +34,7 @@ class Capture:
     visual_index: Tensor
     first_row: int
     stop_row: int
-    normalise: Literal["full_row", "visual"] = "full_row"
+    normalize: Literal["full_row", "visual"] = "full_row"
     num_done: int = 0
     _sums: dict[int, Tensor] = field(default_factory=dict)
 
@@ -170,6 +167,6 @@ def _visual_sum(weights: Tensor, capture: Capture) -> Tensor:
     if not weights.shape[1]:
         return weights.new_zeros(len(capture.visual_index))
     visual = weights.index_select(-1, capture.visual_index)
-    if capture.normalise == "visual":
+    if capture.normalize == "visual":
         visual = visual / visual.sum(-1, keepdim=True).clamp_min(torch.finfo(visual.dtype).tiny)
     return visual.sum((0, 1))

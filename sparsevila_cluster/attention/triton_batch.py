@@ -1,7 +1,5 @@
 """What a text decoder calls once per layer, through the kernels: keys are read where they lie, in two arenas, by spans of slots.
 
-Knows: how a step's rows become slots and spans on the device. Does not know: models, policies, turns, how the kernels go about it.
-
     pool 0  arena of media prefixes   [ prefix ][ prefix ]          spans of a row:  (pool, start, length) of its body
     pool 1  arena of turns            [ packed ][ tail ][ packed ]                   (1,    start, length) of its tail
 """
@@ -127,7 +125,7 @@ class _Scored:
             capture.add(layer, torch.zeros(len(visual), device=q.device))
             return
         keys = self._home.rows(layer)[0]
-        if capture.normalise == "visual":
+        if capture.normalize == "visual":
             total = _summed(q[rows], keys.index_select(0, visual), scale, None)
         else:
             total = _summed(q[rows], keys, scale, lse[rows]).index_select(0, visual)
@@ -143,7 +141,7 @@ def _upload(wide: list[int], narrow: Sequence[list[int]], device: torch.device) 
 
 
 def _summed(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
-    """Softmax weights summed over rows and averaged over heads, f32 [N]; `lse`: normalised by more keys than `k` has."""
+    """Softmax weights summed over rows and averaged over heads, f32 [N]; `lse`: normalized by more keys than `k` has."""
     return colreduce(q, k, reduction="sum", heads="mean", scale=scale, lse=lse, backend="triton")
 
 

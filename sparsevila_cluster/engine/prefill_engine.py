@@ -82,7 +82,7 @@ class PrefillEngine:
         self.model = model
         self.config = config
         self.wire = wire
-        self.guard = DecoderSandbox()
+        self.sandbox = DecoderSandbox()
         self.num_prefills = 0
 
     def key_of(self, request: PrepareRequest) -> str:
@@ -112,12 +112,12 @@ class PrefillEngine:
     def load(self, request: PrepareRequest) -> list[Media]:
         """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded, Unavailable (closed)."""
         fps, cap = self._sampling(request)
-        limits, guard = self.config.limits, self.guard
-        return [open_media(source, fps=fps, max_frames=cap, limits=limits, guard=guard) for source in request.sources]
+        limits, sandbox = self.config.limits, self.sandbox
+        return [open_media(source, fps=fps, max_frames=cap, limits=limits, sandbox=sandbox) for source in request.sources]
 
     def close(self) -> None:
         """End the processes that decode. Idempotent."""
-        self.guard.close()
+        self.sandbox.close()
 
     def _sampling(self, request: PrepareRequest) -> tuple[float, int]:
         """Frames per second and most frames."""

@@ -1,7 +1,5 @@
 """The contract between checkpoints and engines: what a model family and a text decoder must offer.
 
-Knows: the shapes that cross this boundary. Does not know: any architecture, transformers, pruning policies, KV layout.
-
     Media -> family.patchify -> VisualInputs -> family.encode -> VisualTokens -> (prune) -> text.forward
                                              -> family.plan   -> PromptPlan
 """
@@ -48,7 +46,7 @@ class Slot:
 class VisualInputs:
     """One media, preprocessed for the vision tower, and where its N visual tokens will stand. Families add fields.
 
-    pixels: uint8, in the family's own order, normalised by `encode`. kind: "video" or "image". spelling: what replaces the media's
+    pixels: uint8, in the family's own order, normalized by `encode`. kind: "video" or "image". spelling: what replaces the media's
     slot in the prompt; each visual placeholder in it is a run of visual tokens, `runs` long. group i32 [N] (frame or view, from
     0) and cell i32 [N, 2] (row, col) in the group's grid, -1 for structural tokens (row ends: always kept, never scored). grids:
     (rows, cols) of each group, each spread over the whole picture; frame_of_group: index of each group's first sampled frame.
@@ -142,7 +140,7 @@ class Family(Protocol):
         ...
 
     def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
-        """Resize, normalise and cut frames exactly as the checkpoint's processor config says. alone: the prompt has no other media
+        """Resize, normalize and cut frames exactly as the checkpoint's processor config says. alone: the prompt has no other media
         of this kind (some families give a lone picture more tokens). Raises BadMedia, TooLarge.
         """
         ...

@@ -1,6 +1,4 @@
-"""Attention inside a vision tower over independent segments (frames, windows), and the salience that falls out of it.
-
-Knows: queries, keys and values of consecutive rows, where segments begin, and one layer whose column means are wanted. Does not
+"""Attention inside a vision tower over independent segments (frames, windows), and the salience that falls out of it. Does not
 know: architectures, patches, pruning.
 
     rows   | frame 0: window 0 | window 1 | ... | frame 1: window 0 | ...        windowed layers attend within windows,

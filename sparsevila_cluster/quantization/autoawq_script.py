@@ -1,7 +1,5 @@
 """What runs inside AutoAWQ's own environment, as a program: reads a request, quantizes, saves.
 
-Knows: AutoAWQ 0.2.9, and what of it breaks without a GPU. Does not know: anything of ours; it must run where nothing of ours is.
-
     python autoawq_script.py request.json      {"source", "target", "ids", "group_size", "clip", "length"}
 """
 

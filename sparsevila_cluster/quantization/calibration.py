@@ -1,8 +1,5 @@
 """From materials to sequences of embeddings, as the text model will see them when it serves.
 
-Knows: how a prompt is made of media, questions and answers, dense and pruned. Does not know: what the sequences are for, where
-materials come from.
-
     media -> patchify -> plan -> encode -> all visual tokens, and again those that serving would keep -> + turns -> Sample
 """
 

@@ -1,8 +1,5 @@
 """How far a quantized checkpoint is from its original: the divergence of their next-token distributions on the same inputs.
 
-Knows: logits of whole sequences, three measures of their distance. Does not know: how checkpoints were quantized, where inputs come
-from.
-
     KL(original || other) of each text token, averaged, in nats | |difference| / |logits| | share of tokens with the same likeliest
 """
 

@@ -1,8 +1,5 @@
 """One decoder layer to 4 bits: what its linears are given, scales folded into what comes before them, clipping, codes.
 
-Knows: which linears share an input and what comes before each, float activations of calibration samples. Does not know: where
-samples come from, files, other layers, transformers.
-
     input norm -> q, k, v | v -> o (without grouped heads) | MLP norm -> gate, up | up -> down        scale s: before / s, after * s
 """
 

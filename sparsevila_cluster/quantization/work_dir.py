@@ -1,7 +1,5 @@
 """The directory beside the destination where a quantization grows, and from where it goes on after it was interrupted.
 
-Knows: which pieces are finished and under which settings, one worker at a time, the last rename. Does not know: what is in them.
-
     .DST.quantizing/   record.json | lock | vision.safetensors | layer-00000.safetensors ... | whole/  -> renamed to DST at the end
 """
 

@@ -92,7 +92,7 @@ async def workers(config, prefill=1, decode=1, **given):
     """(prefill workers, decode workers), closed at the end; then nothing of theirs may be left in an arena."""
     made = [PrefillWorker(f"prefill-{i}", config, sink=Tally(), **given) for i in range(prefill)]
     for worker in made:
-        worker.engine.guard = GUARD
+        worker.engine.sandbox = GUARD
     held = [DecodeWorker(f"decode-{i}", config, sink=Tally(), **given) for i in range(decode)]
     if "courier" in given:
         given["courier"].docks = {worker.name: worker for worker in held}

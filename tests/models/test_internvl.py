@@ -136,7 +136,7 @@ QUESTIONS = ["what colour is the star?", "\n\nyes", " and\nnew lines ", "ünïco
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
 @pytest.mark.parametrize("kinds", ["video", "image", "image,video,image", "video,video"])
 def test_prompts_equal_the_reference_processor(model, processor, kinds, system):
-    """Prefix and question, tokenised apart, against the whole with the processor's own words for each media."""
+    """Prefix and question, tokenized apart, against the whole with the processor's own words for each media."""
     kinds = kinds.split(",")
     inputs = [
         model.family.patchify(clip(2 + i, seed=i) if kind == "video" else picture(150, 200 + 100 * i))

@@ -1,9 +1,6 @@
 """What families whose tower takes crops of one fixed size share: bounded passes, hidden states of chosen layers, salience.
 
-Knows: square crops, one row of positions, how attention in one layer becomes salience. Does not know: how a picture is cut into
-crops, what a projector does, how crops become runs of visual tokens (the files of the families).
-
-    crops u8 [B, 3, side, side] -> a pass: normalise -> embed -> layers up to the last wanted one -> hidden states, salience
+    crops u8 [B, 3, side, side] -> a pass: normalize -> embed -> layers up to the last wanted one -> hidden states, salience
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import PromptPlan, Report, VisualInputs, VisualTokens, no_report
-from sparsevila_cluster.models.preprocess import LevelRules, normalise, read_levels
+from sparsevila_cluster.models.preprocess import LevelRules, normalize, read_levels
 from sparsevila_cluster.models.prompt_plan import join_places, linear_plan
 from sparsevila_cluster.models.vision_attention import Segments, TowerPass, layers_to_score, number_layers
 
@@ -135,7 +132,7 @@ class CropFamily:
 
     def pixel_values(self, inputs: VisualInputs) -> Tensor:
         """float32 [B, 3, side, side]: what the tower sees."""
-        return self._normalise(inputs.pixels, inputs.kind)
+        return self._normalize(inputs.pixels, inputs.kind)
 
     def plan(
         self, ids: Sequence[int], inputs: Sequence[VisualInputs], video_text_pos: Literal["max+1", "hf5"] = "max+1"
@@ -155,7 +152,7 @@ class CropFamily:
             passes = []
             for pixels in media.pixels.split(self.crops_per_pass):
                 report(done, total)
-                values = self._normalise(pixels.to(self._device, non_blocking=True), media.kind)
+                values = self._normalize(pixels.to(self._device, non_blocking=True), media.kind)
                 passes.append(self._run(media, values, needs))
                 done += len(pixels)
             packed.append(self._pack(media, *(torch.cat(parts) for parts in zip(*passes, strict=True))))
@@ -167,8 +164,8 @@ class CropFamily:
             salience = torch.ones_like(salience).masked_fill(cell[:, 0] < 0, torch.nan)
         return VisualTokens(embeds, salience, group, cell, taps=received if "taps" in needs else None)
 
-    def _normalise(self, crops: Tensor, kind: str) -> Tensor:
-        return normalise(crops.flatten(1), self._rules[kind]).view(crops.shape)
+    def _normalize(self, crops: Tensor, kind: str) -> Tensor:
+        return normalize(crops.flatten(1), self._rules[kind]).view(crops.shape)
 
     def _run(self, media: Any, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
         """One pass: float32 [b, 3, side, side] -> visual tokens [b, n, D] and attention received f32 [b, n, T] (`CropTower.run`)."""

@@ -1,8 +1,5 @@
 """The InternVL family as transformers reads it (checkpoints named -hf): square tiles through InternViT, shuffled into tokens.
 
-Knows: how a picture is cut into tiles and written in the prompt, how patches become tokens. Does not know: how tiles go through the
-tower in passes (`crops`), pruning policies, the text decoder, KV.
-
     image   <img> tile 0, tile 1, ..., thumbnail </img>           the tiles are one grid over the picture, the thumbnail another
     video   Frame1: <img> frame 0 </img>, Frame2: <img> ...       one tile for each frame
 """

@@ -1,8 +1,4 @@
-"""What the LLaVA families share: a CLIP or SigLIP tower, chosen hidden states, a projector, tiles and newlines.
-
-Knows: which layers give the features and the salience, how crops become visual tokens and places, what a processor config must
-agree on with config.json. Does not know: when a picture is tiled and what a video is (the files of the two families).
-"""
+"""What the LLaVA families share: a CLIP or SigLIP tower, chosen hidden states, a projector, tiles and newlines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """The LLaVA-OneVision family: a lone picture in tiles, several pictures as one crop each, videos as pooled frames.
 
-Knows: which of the three a media is, and where newlines stand in each. Does not know: towers, projectors, the geometry of tiles
-(`llava`, `anyres`).
-
     a lone picture     base view, then the tiled view row by row, a newline after each row
     several pictures   each padded to a square: its cells, one newline
     a video            each frame squashed to a square and pooled to half its side; one newline after the last frame

@@ -1,7 +1,4 @@
-"""The Qwen2.5-VL family: a tower that attends within windows except in a few layers, and positions that count time.
-
-Knows: windows, salience through the window order, seconds in positions. Does not know: what `qwen_vl` does for all of its kind.
-"""
+"""The Qwen2.5-VL family: a tower that attends within windows except in a few layers, and positions that count time."""
 
 from __future__ import annotations
 

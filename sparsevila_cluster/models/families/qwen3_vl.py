@@ -1,8 +1,5 @@
 """The Qwen3-VL family: a tower with DeepStack levels, and videos written as one timestamped block per group of frames.
 
-Knows: timestamps, the levels that are added to the first layers of the text model. Does not know: what `qwen_vl` does for all of
-its kind, or which tokens are pruned (the same ones in every level).
-
     <0.3 seconds> <|vision_start|> group 0 <|vision_end|> <1.2 seconds> <|vision_start|> group 1 <|vision_end|> ...
 """
 

@@ -1,8 +1,5 @@
 """What the Qwen-VL families share: grids of merged patches, M-RoPE positions, and a tower that takes many frames in one pass.
 
-Knows: patches in merge order, three rows of positions, passes of bounded size. Does not know: what one tower computes (windows,
-DeepStack, timestamps: the files of the families), pruning policies, the text decoder, KV.
-
     grid (groups, rows, cols) counts visual tokens; each token is merge x merge patches, each patch t frames deep
 """
 
@@ -20,7 +17,7 @@ from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import Piece, PromptPlan, Report, Slot, VisualInputs, VisualTokens, no_report
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint
-from sparsevila_cluster.models.preprocess import KindRules, PixelRules, cut_patches, normalise, read_rules, resize
+from sparsevila_cluster.models.preprocess import KindRules, PixelRules, cut_patches, normalize, read_rules, resize
 from sparsevila_cluster.models.prompt_plan import expand, grid_places, join_places, split_runs
 from sparsevila_cluster.models.vision_attention import number_layers
 
@@ -126,7 +123,7 @@ class QwenVL:
 
     def pixel_values(self, inputs: VisualInputs) -> Tensor:
         """float32 [num_patches, patch_dim]: what the tower sees."""
-        return normalise(inputs.pixels, self._rules[inputs.kind])
+        return normalize(inputs.pixels, self._rules[inputs.kind])
 
     def plan(
         self, ids: Sequence[int], inputs: Sequence[GridInputs], video_text_pos: Literal["max+1", "hf5"] = "max+1"
@@ -162,7 +159,7 @@ class QwenVL:
         for media in inputs:
             for pixels, grid in self._passes(media):
                 report(done, total)
-                pixels = normalise(pixels.to(self._device, non_blocking=True), self._rules[media.kind])
+                pixels = normalize(pixels.to(self._device, non_blocking=True), self._rules[media.kind])
                 parts.append(self._run_tower(pixels, grid, needs))
                 done += len(parts[-1].embeds)
         report(done, total)

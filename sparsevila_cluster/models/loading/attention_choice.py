@@ -1,7 +1,4 @@
-"""With which kernels a text decoder computes: `auto` resolved once, before anything is loaded.
-
-Knows: the device, whether Triton is here and whether it interprets. Does not know: models, weights, what the kernels do.
-"""
+"""With which kernels a text decoder computes: `auto` resolved once, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Load the wanted parts of a checkpoint.
 
-Knows: which families exist and what each step of loading needs. Does not know: architectures (their file says), devices and dtypes
-(`placement`), how tensors find their modules (`weights`), preprocessing, engines.
-
     config.json -> family, rules, chat format -> tensors of the wanted parts -> family + text backend -> Model
 """
 
@@ -56,8 +53,8 @@ def load_model(
     """Load `parts` of the checkpoint in `directory` (or one that is open already); tensors of other parts are never read.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU, bfloat16 for a
-    quantised checkpoint. text_backend: "lean", "hf", or "auto" for lean wherever it knows the text model. quantization: "auto" runs
-    quantised weights as they are stored where that is fast (`runs_as_stored`), "none" makes them plain as they are loaded.
+    quantized checkpoint. text_backend: "lean", "hf", or "auto" for lean wherever it knows the text model. quantization: "auto" runs
+    quantized weights as they are stored where that is fast (`runs_as_stored`), "none" makes them plain as they are loaded.
     attention: the kernels of the text decoder (`resolve_attention`).
 
     Raises:
@@ -133,7 +130,7 @@ def family_class_of(files: Checkpoint) -> Any:
 
 
 def read_config(files: Checkpoint) -> Any:
-    """config.json as transformers' config class of its model_type, without a word about quantisation.
+    """config.json as transformers' config class of its model_type, without a word about quantization.
 
     Raises:
         BadCheckpoint: a value that the class does not take.

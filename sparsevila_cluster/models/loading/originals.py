@@ -1,8 +1,5 @@
 """A checkpoint taken apart for quantizing: its text model layer by layer, the linears of its tower, and their names on disk.
 
-Knows: the modules of transformers, which linears a decoder layer has and how they hang together. Does not know: how anything is
-rounded, calibration, files that are written.
-
     h -> norm_in -> q, k, v -> attention -> o -> + -> norm_mlp -> gate, up -> * -> down -> +
 """
 

@@ -1,8 +1,6 @@
 """Where a model's weights go and in which numbers: `auto` resolved once, for a whole model and for a language model alone.
 
-Knows: devices, dtypes, and when quantised weights run as they are stored. Does not know: files, architectures, modules.
-
-A quantised checkpoint and its plain weights are one model up to the rounding of its matrix products, as they are with another GEMM:
+A quantized checkpoint and its plain weights are one model up to the rounding of its matrix products, as they are with another GEMM:
 the fingerprint is the same, and the KV of a prefill worker that runs plain weights (fast for many rows) may go to a decode worker
 that runs 4-bit ones (fast for few). What differs by more than that, the dtype, is part of `KVSpec`.
 """
@@ -36,7 +34,7 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 def find_dtype(dtype: str | torch.dtype, device: torch.device, config: Any, scheme: Scheme | None) -> torch.dtype:
-    """ "auto" is float32 on a CPU and the checkpoint's own on a GPU; of a quantised checkpoint always bfloat16: quantisers write
+    """ "auto" is float32 on a CPU and the checkpoint's own on a GPU; of a quantized checkpoint always bfloat16: quantizers write
     float16 into the config whatever a model was trained in, and what was trained in bfloat16 may overflow in it.
 
     Raises:
@@ -55,7 +53,7 @@ def find_dtype(dtype: str | torch.dtype, device: torch.device, config: Any, sche
 
 
 def runs_as_stored(quantization: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether quantised weights stay quantised in memory: on a GPU in 16 bits, and on a CPU in bfloat16 with AVX-512, where the
+    """Whether quantized weights stay quantized in memory: on a GPU in 16 bits, and on a CPU in bfloat16 with AVX-512, where the
     products are fast. float32 is the exact form on every device.
 
     Raises:

@@ -1,7 +1,4 @@
-"""The text decoder through the checkpoint's own transformers modules: for text models that `lean` does not know, and as oracle.
-
-Knows: how to make those modules hand their attention to a step batch. Does not know: their arithmetic, KV memory, sampling.
-"""
+"""The text decoder through the checkpoint's own transformers modules: for text models that `lean` does not know, and as oracle."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Our text decoder: Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 text models as one loop of few, large operations.
 
-Knows: the arithmetic of a pre-norm decoder with rotary positions, grouped heads and a gated MLP. Does not know: KV memory,
-attention kernels, sampling, and transformers' module code (it takes the weights and the rotary frequencies once, at load).
-
 Decoding one token of a small model costs what its operations cost to launch, so the loop is written for few launches: fused
 qkv and gate/up weights, residual additions inside the matrix product, no shape that depends on data, no device sync.
 """

@@ -1,7 +1,4 @@
-"""The text decoder of a filled transformers model: which backend runs it, and what its config must not ask for.
-
-Knows: both backends, and rules that every text model keeps. Does not know: files, vision, how weights got into the modules.
-"""
+"""The text decoder of a filled transformers model: which backend runs it, and what its config must not ask for."""
 
 from __future__ import annotations
 

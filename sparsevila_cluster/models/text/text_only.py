@@ -1,7 +1,4 @@
-"""Load a language model by itself: the same decoders, weights and quantised forms, for tools and oracles.
-
-Knows: which text models there are. Does not know: media, chat templates, engines; it is no model that can be served.
-"""
+"""Load a language model by itself: the same decoders, weights and quantized forms, for tools and oracles."""
 
 from __future__ import annotations
 
