@@ -1,5 +1,6 @@
-"""GPU kernels in Triton, each beside a plain PyTorch path with the same name and arguments, and a reference that judges both. CPU tensors take the best PyTorch path, CUDA tensors
-the kernel; `backend` chooses otherwise.
+"""GPU kernels in Triton, each beside a PyTorch path and a reference (`reference.py`) with the same name and arguments.
+
+CPU tensors take the best PyTorch path, CUDA tensors the kernel; `backend` chooses otherwise.
 """
 
 from ._launch import HAS_TRITON, INTERPRETED

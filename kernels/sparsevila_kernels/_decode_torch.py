@@ -1,4 +1,7 @@
-"""decode_attention on PyTorch operators: the CPU's fused kernel per span, and plain products where that does not run. Reads the spans on the host."""
+"""decode_attention on PyTorch operators: the CPU's fused kernel per span, and plain products where that does not run.
+
+Reads the spans on the host.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """y = x W for a W4A16 weight: 4-bit codes in groups, activations in 16 bits or float32.
 
-                   few rows                                         many rows
-    CUDA           fused Triton product, words read once            unpacked by a kernel in pieces, then torch.mm
-    CPU, AVX-512   torch's int4 operator, bfloat16 only             unpacked in pieces that stay in the L2, then torch.mm
-    other CPU      unpacked in pieces, then torch.mm
+               few rows                                         many rows
+CUDA           fused Triton product, words read once            unpacked by a kernel in pieces, then torch.mm
+CPU, AVX-512   torch's int4 operator, bfloat16 only             unpacked in pieces that stay in the L2, then torch.mm
+other CPU      unpacked in pieces, then torch.mm
 """
 
 from __future__ import annotations

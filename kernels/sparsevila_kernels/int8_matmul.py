@@ -57,14 +57,17 @@ class Int8Weight:
 
     @property
     def num_in(self) -> int:
+        """K."""
         return self.values.shape[1]
 
     @property
     def num_out(self) -> int:
+        """N."""
         return self.values.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the weight is."""
         return self.values.device
 
     @property
@@ -73,6 +76,7 @@ class Int8Weight:
         return self.values.nbytes + self.scales.nbytes + (0 if self.smooth is None else self.smooth.nbytes)
 
     def to(self, device: torch.device | str) -> Int8Weight:
+        """On another device; what is there already is not copied."""
         smooth = None if self.smooth is None else self.smooth.to(device)
         return Int8Weight(self.values.to(device), self.scales.to(device), smooth)
 

@@ -1,4 +1,4 @@
-"""What each kernel computes, in plain PyTorch and written from the definition: the judge of both of its paths."""
+"""What each kernel computes, in plain PyTorch and written from the definition: what both of its paths are tested against."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsevila_cluster.attention.torch_batch import Segment
+from sparsevila_cluster.attention.interface import Segment
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import (
     BadRequest,

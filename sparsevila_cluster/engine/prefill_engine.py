@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_batch import MediaBatch
+from sparsevila_cluster.attention.torch_backend import MediaBatch
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import BadRequest, TooLarge
 from sparsevila_cluster.core.protocols import Progress

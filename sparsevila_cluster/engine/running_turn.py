@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from sparsevila_cluster.attention.torch_batch import Segment
-from sparsevila_cluster.attention.torch_ops import Capture, Span
+from sparsevila_cluster.attention.interface import Capture, Segment, Span
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import TooLarge
 from sparsevila_cluster.core.requests import FinishReason, Timeline, Turn, TurnEvent, Usage

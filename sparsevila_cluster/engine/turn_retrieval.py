@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_ops import Capture, Span
+from sparsevila_cluster.attention.interface import Capture, Span
 from sparsevila_cluster.core.config import SparsityConfig
 from sparsevila_cluster.core.evidence import Evidence
 from sparsevila_cluster.core.requests import Turn

@@ -1,7 +1,7 @@
 """The contract between checkpoints and engines: what a model family and a text decoder must offer.
 
-    Media -> family.patchify -> VisualInputs -> family.encode -> VisualTokens -> (prune) -> text.forward
-                                             -> family.plan   -> PromptPlan
+Media -> family.patchify -> VisualInputs -> family.encode -> VisualTokens -> (prune) -> text.forward
+                                         -> family.plan   -> PromptPlan
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint
@@ -63,6 +64,7 @@ class VisualInputs:
 
     @property
     def num_tokens(self) -> int:
+        """N."""
         return sum(self.runs)
 
 
@@ -157,26 +159,6 @@ class Family(Protocol):
         needs: "salience" and "taps" are computed only if named here; "taps" give the salience, too. Without either, the salience of
         all tokens that are not structural is 1.
         """
-        ...
-
-
-class StepBatch(Protocol):
-    """What a text decoder calls once per layer: write the new KV rows and attend. Implemented by the engines."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D], after RoPE -> [T, Hq, D]."""
-        ...
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k and v [T, Hkv, D] as in `attend`, which is not called for this layer: nobody reads its result."""
-        ...
-
-    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Where a decoder that writes the rows itself puts them: k and v [slots, Hkv, D] of an arena, slots i64 [T]."""
-        ...
-
-    def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """What `attend` does once the rows are written."""
         ...
 
 

@@ -1,8 +1,7 @@
-"""Attention inside a vision tower over independent segments (frames, windows), and the salience that falls out of it. Does not
-know: architectures, patches, pruning.
+"""Attention inside a vision tower over independent segments (frames, windows), and the salience that falls out of it.
 
-    rows   | frame 0: window 0 | window 1 | ... | frame 1: window 0 | ...        windowed layers attend within windows,
-           |<---------------- a full segment -->|                                full layers within frames
+rows   | frame 0: window 0 | window 1 | ... | frame 1: window 0 | ...        windowed layers attend within windows,
+       |<---------------- a full segment -->|                                full layers within frames
 """
 
 from __future__ import annotations

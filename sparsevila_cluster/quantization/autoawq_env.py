@@ -156,7 +156,7 @@ def run_process(command: Sequence[str], within_s: float, what: str, report: Repo
 
 
 def _follow(process: subprocess.Popen[bytes], said: deque[str], report: Report) -> None:
-    """Lines end with \\n, or \\r where a progress bar is drawn anew."""
+    """Lines end with a newline, or a carriage return where a progress bar is drawn anew."""
     assert process.stdout is not None
     line = b""
     while byte := process.stdout.read(1):

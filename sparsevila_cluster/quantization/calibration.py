@@ -1,6 +1,6 @@
 """From materials to sequences of embeddings, as the text model will see them when it serves.
 
-    media -> patchify -> plan -> encode -> all visual tokens, and again those that serving would keep -> + turns -> Sample
+media -> patchify -> plan -> encode -> all visual tokens, and again those that serving would keep -> + turns -> Sample
 """
 
 from __future__ import annotations

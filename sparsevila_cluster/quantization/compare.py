@@ -1,6 +1,6 @@
 """How far a quantized checkpoint is from its original: the divergence of their next-token distributions on the same inputs.
 
-    KL(original || other) of each text token, averaged, in nats | |difference| / |logits| | share of tokens with the same likeliest
+KL(original || other) of each text token, averaged, in nats | |difference| / |logits| | share of tokens with the same likeliest
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Distance:
     stored_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
         return asdict(self)
 
 

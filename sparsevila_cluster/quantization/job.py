@@ -1,6 +1,6 @@
 """A quantization from beginning to end: calibrate, tower, layer by layer, write, rename.
 
-    original -> samples (and a look at the tower) -> vision -> layer 0 ... layer n -> whole checkpoint -> its final name
+original -> samples (and a look at the tower) -> vision -> layer 0 ... layer n -> whole checkpoint -> its final name
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """safetensors files written tensor by tensor: nothing but one tensor is in memory at a time.
 
-    [ u64 header length | header JSON: name -> dtype, shape, [begin, end) | tensor bytes ]
+[ u64 header length | header JSON: name -> dtype, shape, [begin, end) | tensor bytes ]
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsevila_cluster.attention import torch_ops
-from sparsevila_cluster.attention.torch_ops import Capture, attend_causal, attend_gathered, attend_question, attend_spans
+from sparsevila_cluster.attention.interface import Capture
+from sparsevila_cluster.attention.torch_ops import attend_causal, attend_gathered, attend_question, attend_spans
 
 
 def random_case(num_rows, body, past, heads, kv_heads, dim, seed):

@@ -1,6 +1,6 @@
 """What families whose tower takes crops of one fixed size share: bounded passes, hidden states of chosen layers, salience.
 
-    crops u8 [B, 3, side, side] -> a pass: normalize -> embed -> layers up to the last wanted one -> hidden states, salience
+crops u8 [B, 3, side, side] -> a pass: normalize -> embed -> layers up to the last wanted one -> hidden states, salience
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class CropFamily:
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """Ids of the placeholders that stand for visual tokens."""
         raise NotImplementedError
 
     def pixel_values(self, inputs: VisualInputs) -> Tensor:
@@ -168,7 +169,7 @@ class CropFamily:
         return normalize(crops.flatten(1), self._rules[kind]).view(crops.shape)
 
     def _run(self, media: Any, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
-        """One pass: float32 [b, 3, side, side] -> visual tokens [b, n, D] and attention received f32 [b, n, T] (`CropTower.run`)."""
+        """One pass: float32 [b, 3, side, side] -> visual tokens [b, n, D] and attention received f32 [b, n, T]: `CropTower.run`."""
         raise NotImplementedError
 
     def _pack(self, media: Any, embeds: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:

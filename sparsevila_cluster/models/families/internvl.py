@@ -1,7 +1,7 @@
 """The InternVL family as transformers reads it (checkpoints named -hf): square tiles through InternViT, shuffled into tokens.
 
-    image   <img> tile 0, tile 1, ..., thumbnail </img>           the tiles are one grid over the picture, the thumbnail another
-    video   Frame1: <img> frame 0 </img>, Frame2: <img> ...       one tile for each frame
+image   <img> tile 0, tile 1, ..., thumbnail </img>           the tiles are one grid over the picture, the thumbnail another
+video   Frame1: <img> frame 0 </img>, Frame2: <img> ...       one tile for each frame
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class InternVL(CropFamily):
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The one placeholder of pictures and frames."""
         return (config.image_token_id,)
 
     def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
@@ -137,7 +138,7 @@ class InternVL(CropFamily):
         return first + tuple(piece for frame in others for piece in ("\n", *frame)), (per_tile,) * num_tiles
 
     def _run(self, media: VisualInputs, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
-        """What a patch receives comes from all rows of its tile, with the class token's, and is averaged where patches are joined."""
+        """Attention comes from all rows of a tile, the class token's with them, and is averaged where patches are joined."""
         assert self._tower is not None
         hidden, received = self._tower.run(pixels, needs)
         patches = self._final_norm(hidden)[:, 1:].unflatten(1, (self._patches, -1))

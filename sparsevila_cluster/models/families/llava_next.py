@@ -36,6 +36,7 @@ class LlavaNext(Llava):
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The one placeholder of pictures and frames."""
         return (config.image_token_id,)
 
     def patchify(self, media: Media, alone: bool = True) -> CropInputs:

@@ -1,8 +1,8 @@
 """The LLaVA-OneVision family: a lone picture in tiles, several pictures as one crop each, videos as pooled frames.
 
-    a lone picture     base view, then the tiled view row by row, a newline after each row
-    several pictures   each padded to a square: its cells, one newline
-    a video            each frame squashed to a square and pooled to half its side; one newline after the last frame
+a lone picture     base view, then the tiled view row by row, a newline after each row
+several pictures   each padded to a square: its cells, one newline
+a video            each frame squashed to a square and pooled to half its side; one newline after the last frame
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class LlavaOnevision(Llava):
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The placeholders of pictures and of videos."""
         return config.image_token_id, config.video_token_id
 
     @classmethod

@@ -1,6 +1,6 @@
 """The Qwen3-VL family: a tower with DeepStack levels, and videos written as one timestamped block per group of frames.
 
-    <0.3 seconds> <|vision_start|> group 0 <|vision_end|> <1.2 seconds> <|vision_start|> group 1 <|vision_end|> ...
+<0.3 seconds> <|vision_start|> group 0 <|vision_end|> <1.2 seconds> <|vision_start|> group 1 <|vision_end|> ...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the Qwen-VL families share: grids of merged patches, M-RoPE positions, and a tower that takes many frames in one pass.
 
-    grid (groups, rows, cols) counts visual tokens; each token is merge x merge patches, each patch t frames deep
+grid (groups, rows, cols) counts visual tokens; each token is merge x merge patches, each patch t frames deep
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GridInputs(VisualInputs):
 
 @dataclass(frozen=True)
 class TowerTokens:
-    """One pass: embeds [n, D]; received f32 [n, T], the attention in each scored layer, a column of ones if there is none; deepstack
+    """One pass: embeds [n, D]; received f32 [n, T], the attention in each scored layer, or a column of ones without any; deepstack
     levels [n, D] each.
     """
 
@@ -89,6 +89,7 @@ class QwenVL:
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The placeholders of pictures and of videos."""
         return config.image_token_id, config.video_token_id
 
     def patchify(self, media: Media, alone: bool = True) -> GridInputs:

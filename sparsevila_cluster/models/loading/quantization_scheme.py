@@ -1,8 +1,10 @@
-"""What a checkpoint says of its quantization: `quantization_config` of config.json, read into one frozen value. Whether the files keep what the config says is the reader's to find out.
+"""What a checkpoint says of its quantization: `quantization_config` of config.json, read into one frozen value.
 
-    {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm", "modules_to_not_convert": [...]}
-    {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {...}, "ignore": ["lm_head", ...]}
-    {..., "vision": {"bits": 8, "scheme": "w8a8", "weights": "per_channel", "activations": "per_token"}}
+Whether the files keep what the config says shows when they are read.
+
+{"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm", "modules_to_not_convert": [...]}
+{"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {...}, "ignore": ["lm_head", ...]}
+{..., "vision": {"bits": 8, "scheme": "w8a8", "weights": "per_channel", "activations": "per_token"}}
 """
 
 from __future__ import annotations
@@ -167,7 +169,7 @@ def _names(data: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _is_part(entry: str, name: str) -> bool:
-    """ "visual" is a part of "model.visual.blocks.0" and not of "audiovisual.blocks"."""
+    """So that "visual" is a part of "model.visual.blocks.0" and not of "audiovisual.blocks"."""
     if entry.startswith("re:"):
         return re.match(entry[3:], name) is not None
     return f".{entry.strip('.')}." in f".{name}."

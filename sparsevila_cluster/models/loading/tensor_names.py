@@ -1,7 +1,7 @@
 """Names of tensors: on disk, in memory, and which part of a model they belong to.
 
-    visual.blocks.0.attn.qkv.weight  -> model.visual.blocks.0.attn.qkv.weight
-    model.layers.0.mlp.up_proj.qweight -> model.language_model.layers.0.mlp.up_proj.qweight     as its .weight would be renamed
+visual.blocks.0.attn.qkv.weight  -> model.visual.blocks.0.attn.qkv.weight
+model.layers.0.mlp.up_proj.qweight -> model.language_model.layers.0.mlp.up_proj.qweight     as its .weight would be renamed
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.kvcache.arena import KVSpec
-from sparsevila_cluster.models.adapter import StepBatch
 
 # Must not contain "flash": transformers would prepare arguments for packed flash attention. An unknown name also means that no
 # mask is ever built; the step batch knows what each row may see.

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.kvcache.arena import KVSpec
-from sparsevila_cluster.models.adapter import StepBatch
 from sparsevila_cluster.models.text.linear import Matrix, take_matrix
 from sparsevila_cluster.models.text.rotary import Rotary
 

@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.kvcache.arena import KVSpec
-from sparsevila_cluster.models.adapter import StepBatch
 from sparsevila_cluster.models.text.lean import LeanDecoder, Plain
 from sparsevila_kernels import rms_norm, rope_write, silu_mul
 

@@ -1,7 +1,7 @@
 """Linear maps in the forms that weights come in: plain, 4-bit, 8-bit; for our own loop and as modules for transformers' code.
 
-    lean:           Matrix.mm(x), Matrix.addmm(base, x), Matrix.tail_mm(x, first)        [in, out]
-    transformers:   AwqLinear, Int8Linear in the place of nn.Linear                      [out, in]
+lean:           Matrix.mm(x), Matrix.addmm(base, x), Matrix.tail_mm(x, first)        [in, out]
+transformers:   AwqLinear, Int8Linear in the place of nn.Linear                      [out, in]
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ class DenseMatrix:
         self._weight = weight
 
     def mm(self, x: Tensor) -> Tensor:
+        """x @ W [T, N]."""
         return torch.mm(x, self._weight)
 
     def addmm(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + x @ W [T, N]."""
         return torch.addmm(base, x, self._weight)
 
     def tail_mm(self, x: Tensor, first: int) -> Tensor:
+        """The columns of x @ W from `first` on: a view of the weight is enough."""
         return torch.mm(x, self._weight[:, first:])
 
 
@@ -58,9 +61,11 @@ class AwqMatrix:
         self._weight = weight
 
     def mm(self, x: Tensor) -> Tensor:
+        """x @ W [T, N]."""
         return awq_matmul(x, self._weight)
 
     def addmm(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + x @ W [T, N]."""
         return awq_matmul(x, self._weight, base)
 
     def tail_mm(self, x: Tensor, first: int) -> Tensor:

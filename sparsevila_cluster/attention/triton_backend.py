@@ -1,7 +1,7 @@
-"""What a text decoder calls once per layer, through the kernels: keys are read where they lie, in two arenas, by spans of slots.
+"""Attention through the Triton kernels: keys are read where they lie, in two arenas, by spans of slots.
 
-    pool 0  arena of media prefixes   [ prefix ][ prefix ]          spans of a row:  (pool, start, length) of its body
-    pool 1  arena of turns            [ packed ][ tail ][ packed ]                   (1,    start, length) of its tail
+pool 0  arena of media prefixes   [ prefix ][ prefix ]          spans of a row:  (pool, start, length) of its body
+pool 1  arena of turns            [ packed ][ tail ][ packed ]                   (1,    start, length) of its tail
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_batch import Segment
-from sparsevila_cluster.attention.torch_ops import Capture
+from sparsevila_cluster.attention.interface import Capture, Segment
 from sparsevila_cluster.kvcache.arena import Arena
 from sparsevila_kernels import colreduce, decode_attention
 
@@ -69,6 +68,7 @@ class DecodeRows(_NewRows):
         self._spans, self._max_keys = spans, max_keys
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """One row of each turn, its keys and values written: q [B, Hq, D] -> [B, Hq, D]."""
         pools = _pools(self._arenas, layer)
         return cast(Tensor, decode_attention(q, pools, self._spans, scale=scale, max_keys=self._max_keys, backend="triton"))
 
@@ -95,6 +95,7 @@ class TritonBatch(_NewRows):
         self._scored = [_Scored(s, s.first - len(decode)) for s in others if s.capture is not None]
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """As `attend`, of rows that are written: q [T, Hq, D] -> [T, Hq, D]; fills captures."""
         num = self._num_decode
         if not self._max_rows:
             return self._decode.attend_written(layer, q, scale)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparsevila_cluster.attention.torch_batch import Segment, TurnBatch
-from sparsevila_cluster.attention.torch_ops import Capture
-from sparsevila_cluster.attention.triton_batch import TritonBatch
+from sparsevila_cluster.attention.interface import Capture, Segment
+from sparsevila_cluster.attention.torch_backend import TurnBatch
+from sparsevila_cluster.attention.triton_backend import TritonBatch
 from sparsevila_cluster.kvcache.arena import Arena, KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, fingerprint="test")
