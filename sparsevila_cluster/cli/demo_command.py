@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsevila_cluster.cli.options import OK, add_output_options
+from sparsevila_cluster.cluster.check_cluster import check_cluster
 from sparsevila_cluster.core.cluster_config import ClusterConfig, cluster_config_of
 from sparsevila_cluster.core.config import load_config, read_yaml
 from sparsevila_cluster.core.progress_line import ProgressLine
@@ -38,7 +39,10 @@ def _config_check(args: argparse.Namespace) -> int:
     given = read_yaml(args.file)
     cluster = set(given) & set(ClusterConfig.model_fields)
     config = cluster_config_of(given) if cluster else load_config(args.file)
-    check_choices(config.engine if isinstance(config, ClusterConfig) else config)
+    if isinstance(config, ClusterConfig):
+        check_cluster(config)
+    else:
+        check_choices(config)
     fields = config.model_dump()
     if args.json:
         print(json.dumps({"file": args.file, "config": fields}))

@@ -24,7 +24,7 @@ from sparsevila_kernels import kv_pack
 
 
 class TurnRetrieval:
-    """Raises BadRequest if the turn asks for what the configured policy cannot do."""
+    """Raises BadRequest if the turn asks for what the configured method cannot do."""
 
     def __init__(self, turn: Turn, prefix: MediaPrefix, sparsity: SparsityConfig, attention: Literal["torch", "triton"]):
         """attention: how rows are copied, too."""

@@ -15,6 +15,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from sparsevila_cluster.cluster.check_cluster import check_cluster
 from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
 from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
@@ -32,7 +33,6 @@ from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
 from sparsevila_cluster.core.cluster_config import ClusterConfig, PoolConfig, cluster_config_of, load_cluster_config
 from sparsevila_cluster.core.errors import BadConfig, Unavailable
 from sparsevila_cluster.core.json_logging import log_to_stderr
-from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.serve.local_ray import REPLICA_ENV
 
 # Whom to refuse is for engines and doors to say, which know their queues.
@@ -60,7 +60,7 @@ def application(config: ClusterConfig, env: dict[str, str], verbose: bool = Fals
     env: what their processes need beside what they inherit; with an empty one Ray takes processes that it has ready. verbose:
     replicas log what they do, not only what goes wrong. Raises BadConfig: a choice that no table has.
     """
-    check_choices(config.engine)
+    check_cluster(config)
     registry = _deployment(RegistryReplica, REGISTRY, config, 1, _actor(0.0, env), verbose).bind(config, verbose)
     pools = [
         _deployment(kind, name, config, pool.replicas, _worker(pool, env), verbose).bind(config, registry, verbose)

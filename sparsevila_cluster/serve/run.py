@@ -21,6 +21,7 @@ import ray
 from ray import serve
 from ray.serve import RunTarget
 
+from sparsevila_cluster.cluster.check_cluster import check_cluster
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.cluster.on_ray.replicas import ROUTER
 from sparsevila_cluster.core.cluster_config import ClusterConfig
@@ -35,7 +36,6 @@ from sparsevila_cluster.core.errors import (
     from_failure,
 )
 from sparsevila_cluster.core.progress_line import ProgressLine
-from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.serve.application import application
 from sparsevila_cluster.serve.local_ray import REPLICA_ENV, hush, own_ray, within
 
@@ -54,7 +54,7 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         BadConfig, BadCheckpoint: a configuration that cannot be started. Unavailable: the port is taken, no Ray at the address, or
         Ray is gone. DeadlineExceeded: not ready within `start_timeout_s`. KeyboardInterrupt: interrupted before it was ready.
     """
-    check_choices(config.engine)
+    check_cluster(config)
     start_s, stdout = time.perf_counter(), sys.stdout
     with ExitStack() as stack:
         stack.enter_context(_interrupted_by(signal.SIGTERM))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import AwqWeight, _awq_triton, awq_matmul, awq_weight, dequantize_gemm, pack, reference
-from tests.kernels.kernel_judge import assert_as_exact_as_torch
+from tests.kernels.kernel_accuracy import assert_as_exact_as_torch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of the error of dequantizing to x's dtype and multiplying in it. Our kernels round no weight; torch's operator rounds scales

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import colreduce, reference
-from tests.kernels.kernel_judge import assert_as_exact_as_torch, offsets
+from tests.kernels.kernel_accuracy import assert_as_exact_as_torch, offsets
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Plain torch in the same dtype rounds its logits to it; every path here keeps them in fp32.

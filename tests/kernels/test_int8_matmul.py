@@ -6,7 +6,7 @@ import torch
 from sparsevila_kernels import Int8Weight, int8_matmul, reference
 from sparsevila_kernels import int8_matmul as public
 from sparsevila_kernels._int8_triton import NARROW_ROWS
-from tests.kernels.kernel_judge import error
+from tests.kernels.kernel_accuracy import error
 
 module = __import__("sys").modules[public.__module__]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
