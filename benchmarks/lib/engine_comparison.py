@@ -101,14 +101,14 @@ class EngineComparison:
         inputs = family.patchify(video)
         assert isinstance(inputs, GridInputs), "the mid-size and the demo model are of the Qwen-VL kind"
 
-        def encode(capture: bool) -> None:
-            family.encode([inputs], capture=capture)
+        def encode(*needs: str) -> None:
+            family.encode([inputs], needs)
             synchronize(model.device)
 
         works = {
             "patchify": lambda: family.patchify(video),
-            "plain": lambda: encode(False),
-            "with salience": lambda: encode(True),
+            "plain": lambda: encode(),
+            "with salience": lambda: encode("salience"),
         }
         times = in_turns(works, plan.encodes)
         work = encode_work(model.config, inputs.grid, model.spec.dtype.itemsize)

@@ -1,7 +1,6 @@
-"""GPU kernels in Triton, each beside a plain PyTorch path with the same name and arguments, and a reference that judges both.
+"""GPU kernels in Triton, each beside a PyTorch path and a reference (`reference.py`) with the same name and arguments.
 
-Knows: tensors. Does not know: sparsevila_cluster, of which it imports nothing. CPU tensors take the best PyTorch path, CUDA tensors
-the kernel; `backend` chooses otherwise.
+CPU tensors take the best PyTorch path, CUDA tensors the kernel; `backend` chooses otherwise.
 """
 
 from ._launch import HAS_TRITON, INTERPRETED

@@ -1,7 +1,5 @@
 """W4A16 on a GPU: the fused product for few rows, and the kernel that unpacks a weight for the product of many.
 
-Knows: weights in planes (awq_weight.py), tiles, splits of K. Does not know: when which of the two is faster.
-
     columns  [--- 128 ---][--- 128 ---] ...     one program each: (tile of rows, tile of columns, split)
     K        [ 256 ][ 256 ][ 256 ][ 256 ] ...   steps of one program: a tile of words i32 [32, 128], then its 8 planes
     plane    sum += x[:, 32 k] (code - zero)[32 k, 128]      after the last plane of a group: total += sum * scale

@@ -1,7 +1,5 @@
 """The kernels behind colreduce: row norms, and softmax weights summed by column.
 
-Knows: tiles, masks and packed rows. Does not know who launches them, or with which tile sizes.
-
 Two passes over the keys; the first falls away when the caller brings the log-sum-exp.
 
     1  row norms  (row tile, KV head, key split)  peak and sum of its rows over its keys; a small kernel joins the splits in order

@@ -1,7 +1,4 @@
-"""colreduce on PyTorch operators: what serves a CPU, and any device without Triton.
-
-Knows: how to keep the softmax weights that exist at one time below a fixed size. Does not know Triton.
-"""
+"""colreduce on PyTorch operators: what serves a CPU, and any device without Triton."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """decode_attention on PyTorch operators: the CPU's fused kernel per span, and plain products where that does not run.
 
-Knows: attention over parts of the keys, joined by log-sum-exps. Does not know Triton. Reads the spans on the host.
+Reads the spans on the host.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Small functions that run inside kernels: finding a tile's sequence, dot products, logarithms of sums.
-
-Knows: Triton's language. Does not know which kernel calls.
-"""
+"""Small functions that run inside kernels: finding a tile's sequence, dot products, logarithms of sums."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""W8A8 on a GPU: rows to int8 in one pass, and the int8 product with both scales, bias and cast in its last lines.
-
-Knows: i8 operands whose rows begin at multiples of 16 bytes, tiles for int8 tensor cores. Does not know: weights as a model has
-them (int8_matmul.py).
-"""
+"""W8A8 on a GPU: rows to int8 in one pass, and the int8 product with both scales, bias and cast in its last lines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Copies of KV rows on a GPU: every layer, keys and values, in one launch; with int8 in between.
-
-Knows: arenas and rows that kv_pack.py has checked. Does not know: what they are for.
-"""
+"""Copies of KV rows on a GPU: every layer, keys and values, in one launch; with int8 in between."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """How every kernel of this package is compiled and launched, with or without Triton on the machine.
 
-Knows: whether Triton can be imported, whether it interprets, which of torch and Triton serves a tensor, and how a kernel is
-launched on the tensors' own device with settled floating-point rules. Does not know any kernel.
-
 Triton's interpreter (TRITON_INTERPRET=1, read when this file is imported) runs kernels on CPU tensors, slowly, for tests. What
 version 3.9 of it gets wrong, and kernels must go around by casting to fp32 when INTERPRETED: tl.dot of bf16 operands, int -> bf16,
 and fp32 -> bf16, which truncates.

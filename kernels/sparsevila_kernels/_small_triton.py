@@ -1,7 +1,4 @@
-"""The small operations of small_ops.py as kernels: a few rows to a program, all arithmetic in fp32.
-
-Knows: shapes and strides that small_ops.py has checked. Does not know: what comes before or after.
-"""
+"""The small operations of small_ops.py as kernels: a few rows to a program, all arithmetic in fp32."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
 """The 4-bit format of AutoAWQ (`version: gemm`) as functions of tensors, and the way into it from compressed-tensors.
 
-Knows: nibble orders, groups, zeros and scales. Does not know: checkpoints, which linears of a model are quantised, matmul.
-
-    qweight i32 [K, N/8]     8 output columns in a word: nibble i of word w holds column 8w + ORDER[i]
-    qzeros  i32 [K/g, N/8]   the same packing; values 0..15, without the "+1" of GPTQ
-    scales      [K/g, N]     float16 (AutoAWQ) or bfloat16 (gptqmodel)
-    W[k, n] = (q[k, n] - z[k // g, n]) * s[k // g, n],  which is the transpose of nn.Linear's weight [N, K]
+qweight i32 [K, N/8]     8 output columns in a word: nibble i of word w holds column 8w + ORDER[i]
+qzeros  i32 [K/g, N/8]   the same packing; values 0..15, without the "+1" of GPTQ
+scales      [K/g, N]     float16 (AutoAWQ) or bfloat16 (gptqmodel)
+W[k, n] = (q[k, n] - z[k // g, n]) * s[k // g, n],  which is the transpose of nn.Linear's weight [N, K]
 """
 
 from __future__ import annotations

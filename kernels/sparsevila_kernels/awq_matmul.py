@@ -1,11 +1,9 @@
 """y = x W for a W4A16 weight: 4-bit codes in groups, activations in 16 bits or float32.
 
-Knows: which way is fastest for how many rows, on which device. Does not know: models, or where weights come from.
-
-                   few rows                                         many rows
-    CUDA           fused Triton product, words read once            unpacked by a kernel in pieces, then torch.mm
-    CPU, AVX-512   torch's int4 operator, bfloat16 only             unpacked in pieces that stay in the L2, then torch.mm
-    other CPU      unpacked in pieces, then torch.mm
+               few rows                                         many rows
+CUDA           fused Triton product, words read once            unpacked by a kernel in pieces, then torch.mm
+CPU, AVX-512   torch's int4 operator, bfloat16 only             unpacked in pieces that stay in the L2, then torch.mm
+other CPU      unpacked in pieces, then torch.mm
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ PIECE_BYTES = 2 << 20  # of an unpacked piece on a CPU; 1 to 4 MiB took the same
 
 
 def awq_matmul(x: Tensor, weight: AwqWeight, bias: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
-    """x [M, K] times the dequantised weight, plus bias [N] or [M, N] -> [M, N] in x's dtype (bfloat16, float16, float32).
+    """x [M, K] times the dequantized weight, plus bias [N] or [M, N] -> [M, N] in x's dtype (bfloat16, float16, float32).
 
     Sums are in fp32. On CUDA, up to 16 rows the bits of a row do not depend on the other rows. float32 rows are multiplied with
-    the exact dequantised weight.
+    the exact dequantized weight.
 
     Raises:
         ValueError: x is not [M, K] in such a dtype on the weight's device, bias is not of such a shape in x's dtype, or backend is

@@ -1,13 +1,10 @@
-"""The weight of one quantised linear as matmul wants to read it: repacked once, at load.
+"""The weight of one quantized linear as matmul wants to read it: repacked once, at load.
 
-Knows: AutoAWQ tensors, the two layouts that the codes lie in, and how to get the numbers back. Does not know: how a product is
-computed, or whose weight it is.
-
-    planes   i32 [ceil(K/256) * 32, N]    word 32b + r of a column: nibble i holds k = 256b + 32i + r. One load brings 8 planes of
-                                          32 consecutive k, so that a group is some whole planes and its scale is applied to
-                                          their sum, not to weights. Neighbouring columns lie side by side.
-    blocks   u8 [ceil(N/64), K, 32]       what torch's int4 operator for CPUs reads with AVX-512: byte j of a row holds column j
-                                          of the block in its low nibble and column j + 32 in its high one
+planes   i32 [ceil(K/256) * 32, N]    word 32b + r of a column: nibble i holds k = 256b + 32i + r. One load brings 8 planes of
+                                      32 consecutive k, so that a group is some whole planes and its scale is applied to
+                                      their sum, not to weights. Neighbouring columns lie side by side.
+blocks   u8 [ceil(N/64), K, 32]       what torch's int4 operator for CPUs reads with AVX-512: byte j of a row holds column j
+                                      of the block in its low nibble and column j + 32 in its high one
 """
 
 from __future__ import annotations
@@ -86,14 +83,17 @@ class AwqWeight:
 
     @property
     def num_out(self) -> int:
+        """N."""
         return self.scales.shape[1]
 
     @property
     def group_size(self) -> int:
+        """Rows of the weight that share a scale and a zero."""
         return self.num_in // self.scales.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the weight is."""
         return self.scales.device
 
     @property

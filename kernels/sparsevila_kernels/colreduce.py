@@ -1,9 +1,4 @@
-"""How much each key is attended to: softmax(q k^T) reduced over its rows, never written out as a matrix.
-
-Knows: grouped heads (query head h reads KV head h // G), causal offsets, sequences packed one behind the other, a log-sum-exp
-that the caller may bring, and how the two passes of `_colreduce_kernels` are launched. Does not know: values, policies, or what
-the sums are for.
-"""
+"""How much each key is attended to: softmax(q k^T) reduced over its rows, never written out as a matrix."""
 
 from __future__ import annotations
 
@@ -44,7 +39,7 @@ def colreduce(
     D^-0.5 by default. `cu_rows` and `cu_keys` i32 [B + 1], on the same device and ending at M and N, cut them into B sequences
     that know nothing of each other; any of them may be empty. `causal`: row i of m sees the keys up to i + (n - m); a row that
     sees none counts as 0. "mean" divides by the number m of rows of the sequence. `lse` f32 [M, Hq] is the natural log-sum-exp
-    of each row over whatever keys it is to be normalised by (also others than k); with it k is read once instead of twice.
+    of each row over whatever keys it is to be normalized by (also others than k); with it k is read once instead of twice.
 
     Raises ValueError for shapes, dtypes, strides and words other than these. The result is deterministic, and a sequence's part
     of it depends on its neighbours only through the average number of rows, which chooses the tiles.

@@ -1,8 +1,5 @@
 """A few new rows of many sequences against keys and values that lie in arenas, all in one launch.
 
-Knows: arenas [slots, Hkv, D] in two pools, a sequence as two spans of slots (prefix or packed KV, then its tail), grouped heads,
-causal rows at the end. Does not know: who filled the arenas, turns, or the rest of the step.
-
     split  0         1         2         3           one program each: (sequence and tile of its rows, KV head, split)
            [--------][--------][--------][----]      size = max(256, ceil(n / 64) rounded up to 64) keys of the sequence's own n
     span   [----------- 0 -----------][-- 1 --]      a split may lie in both

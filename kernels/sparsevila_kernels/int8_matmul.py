@@ -1,7 +1,4 @@
-"""y = x W^T of a W8A8 linear: int8 weights with a scale per output channel, activations quantised per token on the way.
-
-Knows: symmetric int8, exact integer sums, which ways of multiplying int8 are exact where. Does not know: which linears of a model
-are quantised, or how the smoothing of inputs was found.
+"""y = x W^T of a W8A8 linear: int8 weights with a scale per output channel, activations quantized per token on the way.
 
 On a GPU always our kernels: torch._int_mm takes no less than 17 rows there and only multiples of 8, and its 32-bit result would
 cross the memory twice more before it has become 16 bits.
@@ -42,7 +39,7 @@ class Int8Weight:
 
     @classmethod
     def of(cls, weight: Tensor, smooth: Tensor | None = None) -> Int8Weight:
-        """Quantise nn.Linear's weight [N, K] to nearest, its columns times `smooth` first; a channel of zeros gets scale 0.
+        """Quantize nn.Linear's weight [N, K] to nearest, its columns times `smooth` first; a channel of zeros gets scale 0.
 
         Raises:
             ValueError: the weight is not finite, or smooth is not finite and positive.
@@ -60,14 +57,17 @@ class Int8Weight:
 
     @property
     def num_in(self) -> int:
+        """K."""
         return self.values.shape[1]
 
     @property
     def num_out(self) -> int:
+        """N."""
         return self.values.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the weight is."""
         return self.values.device
 
     @property
@@ -76,6 +76,7 @@ class Int8Weight:
         return self.values.nbytes + self.scales.nbytes + (0 if self.smooth is None else self.smooth.nbytes)
 
     def to(self, device: torch.device | str) -> Int8Weight:
+        """On another device; what is there already is not copied."""
         smooth = None if self.smooth is None else self.smooth.to(device)
         return Int8Weight(self.values.to(device), self.scales.to(device), smooth)
 
@@ -103,7 +104,7 @@ def quantize_rows(x: Tensor, smooth: Tensor | None = None, *, backend: Backend =
 
 
 def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
-    """x [M, K] quantised per row, times the weight, plus bias [N] -> [M, N] in x's dtype.
+    """x [M, K] quantized per row, times the weight, plus bias [N] -> [M, N] in x's dtype.
 
     The sum over K is exact: 32 bits hold it for K up to 133,000.
 

@@ -1,7 +1,5 @@
 """Rows of KV from anywhere in one arena to anywhere in another, for all layers in one launch; also as int8 on the way.
 
-Knows: arenas [L, slots, Hkv, D] for keys and for values, rows by index. Does not know: extents, wires, who chose the rows.
-
 One index serves every use: many extents into contiguous packed KV (gather), what came over a wire into an arena (scatter),
 rows of one arena closer together (compaction, with `overlapping`).
 """

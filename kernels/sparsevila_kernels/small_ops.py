@@ -1,8 +1,5 @@
 """What stands between the matrix products of a decoder layer, each as one launch on a GPU.
 
-Knows: root-mean-square norms, rotary positions, SwiGLU, and arenas [slots, Hkv, D] as far as one step writes them. Does not know:
-layers, models, attention.
-
 The kernels compute in fp32 and round once. The torch paths round where the operators that they are made of round.
 """
 

@@ -27,6 +27,7 @@ from sparsevila_cluster.core.deadline import GRACE_S, wait_within
 from sparsevila_cluster.core.errors import BadRequest, Unavailable
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnEvent
+from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 
 
@@ -50,6 +51,7 @@ class AsyncVideoQA:
             config = build_config(**({} if model is None else {"model": fspath(model)}), **fields)
         elif fields or model is not None:
             raise BadRequest("give either config= or single fields, not both")
+        check_choices(config)
         self.config = config
         self._loaded: Future[LocalPipeline] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

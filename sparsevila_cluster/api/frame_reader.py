@@ -34,8 +34,8 @@ def read_frames_again(origin: MediaOrigin) -> list[Media]:
         now = _stamp(source)
         if now is not None and now != stamp:
             raise BadMedia(f"{source.data!r} has changed since it was prepared; prepare it and ask again")
-    with DecoderSandbox() as guard:  # one process for all of them
-        sampled = partial(open_media, fps=origin.fps, max_frames=origin.max_frames, limits=origin.limits, guard=guard)
+    with DecoderSandbox() as sandbox:  # one process for all of them
+        sampled = partial(open_media, fps=origin.fps, max_frames=origin.max_frames, limits=origin.limits, sandbox=sandbox)
         return [sampled(source) for source in origin.sources]
 
 

@@ -1,1 +1,1 @@
-"""What a text decoder calls once per layer: one batch interface, in plain torch and through Triton kernels."""
+"""What a text decoder calls once per layer: one interface, in plain torch and through Triton kernels."""

@@ -1,61 +1,18 @@
-"""Attention in plain torch over KV that lies in spans: the prefix (or its packed part) and the conversation's tail.
-
-Knows: shapes, grouped heads (query head h reads KV head h // G), causality and the softmax weights that retrieval scores with.
-Does not know: arenas, turns, policies or models.
-
-    keys of one sequence:   [ body: media prefix or packed KV ][ tail: earlier turns | this turn's rows ]
-    new rows see:             all of it                          up to and including themselves
-"""
+"""Attention in plain torch over KV that lies in spans: the prefix (or its packed part) and the conversation's tail."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-# Keys and values of consecutive rows, head-major: two views [1, Hkv, rows, D].
-Span = tuple[Tensor, Tensor]
+from sparsevila_cluster.attention.interface import Capture, Span
 
 # Most softmax weights held at once while question rows attend: 64 Mi floats = 256 MiB.
 MAX_WEIGHTS = 64 * 1024 * 1024
-
-
-@dataclass
-class Capture:
-    """Which softmax weights to keep from the rows of a question: mean over heads and over rows [first_row, stop_row), per layer.
-
-    visual_index i64 [n]: body rows that are visual. normalise "full_row" divides by the whole causal row, "visual" by its visual
-    part. The rows may come in several steps: `num_done` of them came before this one. After the last step `scores()` is what one
-    step over all rows would have given (SparseVILA, arXiv 2510.17777, decode-stage retrieval).
-    """
-
-    visual_index: Tensor
-    first_row: int
-    stop_row: int
-    normalise: Literal["full_row", "visual"] = "full_row"
-    num_done: int = 0
-    _sums: dict[int, Tensor] = field(default_factory=dict)
-
-    def overlap(self, start: int, stop: int) -> tuple[int, int]:
-        """The captured rows among [start, stop) of this step's rows, relative to start; none if the second is not larger."""
-        first, last = self.first_row - self.num_done, self.stop_row - self.num_done
-        return max(first - start, 0), max(min(last, stop) - start, 0)
-
-    def add(self, layer: int, total: Tensor) -> None:
-        """Count in f32 [n]: weights of some captured rows, summed over rows, averaged over heads."""
-        if layer in self._sums:
-            self._sums[layer] += total
-        else:
-            self._sums[layer] = total
-
-    def scores(self) -> Tensor:
-        """f32 [L, n]."""
-        return torch.stack([self._sums[layer] for layer in range(len(self._sums))]) / max(1, self.stop_row - self.first_row)
 
 
 def attend_causal(q: Tensor, span: Span, scale: float) -> Tensor:
@@ -170,6 +127,6 @@ def _visual_sum(weights: Tensor, capture: Capture) -> Tensor:
     if not weights.shape[1]:
         return weights.new_zeros(len(capture.visual_index))
     visual = weights.index_select(-1, capture.visual_index)
-    if capture.normalise == "visual":
+    if capture.normalize == "visual":
         visual = visual / visual.sum(-1, keepdim=True).clamp_min(torch.finfo(visual.dtype).tiny)
     return visual.sum((0, 1))

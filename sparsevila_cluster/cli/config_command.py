@@ -6,8 +6,10 @@ import argparse
 import json
 
 from sparsevila_cluster.cli.options import OK, add_output_options
+from sparsevila_cluster.cluster.check_cluster import check_cluster
 from sparsevila_cluster.core.cluster_config import ClusterConfig, cluster_config_of
 from sparsevila_cluster.core.config import load_config, read_yaml
+from sparsevila_cluster.engine.config_check import check_choices
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _check(args: argparse.Namespace) -> int:
     given = read_yaml(args.file)
     cluster = set(given) & set(ClusterConfig.model_fields)
-    fields = (cluster_config_of(given) if cluster else load_config(args.file)).model_dump()
+    config = cluster_config_of(given) if cluster else load_config(args.file)
+    if isinstance(config, ClusterConfig):
+        check_cluster(config)
+    else:
+        check_choices(config)
+    fields = config.model_dump()
     if args.json:
         print(json.dumps({"file": args.file, "config": fields}))
     else:

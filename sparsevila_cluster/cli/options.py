@@ -9,6 +9,8 @@ from typing import Any, get_args
 from sparsevila_cluster.core.config import EngineConfig, SparsityConfig
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import SamplingParams, Turn, check_ratio, with_defaults
+from sparsevila_cluster.pruning import PRUNING
+from sparsevila_cluster.retrieval import RETRIEVAL
 
 OK = 0
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
@@ -49,12 +51,12 @@ def add_sparsity_options(parser: argparse.ArgumentParser, *, methods: bool) -> N
     """How much is kept and retrieved; `methods`: also by which method, which only the owner of an engine chooses."""
     sparsity = SparsityConfig.model_fields
     knobs = parser.add_argument_group("sparsity", "Ratios are the fraction kept, in (0, 1].")
-    for side, kept in (("prune", "0.25 for video, 0.4 for images"), ("retrieve", "0.10 for video, 0.25 for images")):
-        keep, policy = sparsity[f"{side}_keep"], sparsity[side]
+    sides = ("prune", PRUNING, "0.25 for video, 0.4 for images"), ("retrieve", RETRIEVAL, "0.10 for video, 0.25 for images")
+    for side, table, kept in sides:
+        keep, method = sparsity[f"{side}_keep"], sparsity[side]
         knobs.add_argument(f"--{side}-keep", type=_ratio, metavar="KEEP", help=f"{keep.description} ({kept})")
         if methods:
-            legal = get_args(policy.annotation)
-            knobs.add_argument(f"--{side}", choices=legal, help=f"{policy.description} ({policy.default})")
+            knobs.add_argument(f"--{side}", choices=tuple(table), help=f"{method.description} ({method.default})")
     knobs.add_argument("--retrieve-mass", type=_ratio, metavar="SHARE", help=sparsity["retrieve_mass"].description)
     knobs.add_argument("--refresh-every", type=int, metavar="N", help=sparsity["refresh_every"].description)
 

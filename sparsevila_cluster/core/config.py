@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsevila_cluster.core.errors import BadConfig
 
@@ -43,12 +43,12 @@ class MediaLimits(FrozenConfig):
 class SparsityConfig(FrozenConfig):
     """Two-sided sparsity. Ratios are the fraction kept. None = 0.25 / 0.10 for video and 0.4 / 0.25 for images."""
 
-    prune: Literal["keep_all", "random", "uniform", "salience"] = Field("salience", description="Pruning policy (prefill).")
+    prune: str = Field("salience", description="Pruning method (prefill).")
     prune_keep: float | None = Field(None, gt=0, le=1, description="Fraction of visual tokens kept at prefill.")
     prune_scope: Literal["auto", "global", "per_group"] = Field(
         "auto", description="Cut over the whole media or per frame. auto: per_group for video, global for images."
     )
-    retrieve: Literal["retrieve_all", "random", "query_topk"] = Field("query_topk", description="Retrieval policy (decode).")
+    retrieve: str = Field("query_topk", description="Retrieval method (decode).")
     retrieve_keep: float | None = Field(None, gt=0, le=1, description="Fraction of the pruned visual KV that a turn attends to.")
     retrieve_mass: float | None = Field(
         None,
@@ -63,14 +63,7 @@ class SparsityConfig(FrozenConfig):
     )
     normalise: Literal["full_row", "visual"] = Field("full_row", description="Softmax denominator of the retrieval scores.")
     brownout_floor: float = Field(0.05, gt=0, le=1, description="Lowest retrieve_keep that an engine under pressure goes down to.")
-    seed: int = Field(0, ge=0, description="Seed of the random policies.")
-
-    @field_validator("retrieve_mass", "refresh_every")
-    @classmethod
-    def _needs_scores(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value and info.data.get("retrieve", "query_topk") != "query_topk":
-            raise ValueError(f"needs retrieve='query_topk', not {info.data['retrieve']!r}")
-        return value
+    seed: int = Field(0, ge=0, description="Seed of the random methods.")
 
     def resolved(self, kind: str, retrieve_mass: float | None = None) -> SparsityConfig:
         """This configuration for media of `kind` ("video" or "image"), with every `None` keep and `auto` scope filled in.

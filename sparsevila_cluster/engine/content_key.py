@@ -24,7 +24,7 @@ def content_key(
 ) -> str:
     """BLAKE2b-256, 64 hex digits, over a canonical msgpack of its arguments.
 
-    media_hashes: source bytes and sampling of each media, in prompt order; pruning: each media's policy, whose repr names its
+    media_hashes: source bytes and sampling of each media, in prompt order; pruning: each media's method, whose repr names its
     parameters; prefix_ids: the template's tokens with one placeholder per media, so system prompt and chat template count; salt:
     the tenant; wire: quantization on the wire.
     """
@@ -34,7 +34,7 @@ def content_key(
         list(media_hashes),
         processor_hash,
         [spec.fingerprint, spec.num_layers, spec.num_kv_heads, spec.head_dim, str(spec.dtype)],
-        [repr(policy) for policy in pruning],
+        [repr(method) for method in pruning],
         [positions, video_text_pos],
         list(prefix_ids),
         salt,

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_batch import Segment
-from sparsevila_cluster.attention.triton_batch import Arenas, DecodeRows, spans_of
+from sparsevila_cluster.attention.interface import Segment
+from sparsevila_cluster.attention.triton_backend import Arenas, DecodeRows, spans_of
 from sparsevila_cluster.models.adapter import Model
 
 log = logging.getLogger(__name__)

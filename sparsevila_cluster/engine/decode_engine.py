@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsevila_cluster.attention.torch_batch import Segment
+from sparsevila_cluster.attention.interface import Segment
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import (
     BadRequest,
@@ -31,6 +31,7 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.core.requests import Turn, TurnEvent, check_brownout
 from sparsevila_cluster.core.tenancy import may_use
+from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.engine.model_runner import ModelRunner
 from sparsevila_cluster.engine.sampling import sample
 from sparsevila_cluster.engine.scheduler import Scheduler
@@ -41,7 +42,7 @@ from sparsevila_cluster.kvcache.conversation_store import Conversation, Conversa
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.kvcache.prefix_store import PrefixStore
 from sparsevila_cluster.models.adapter import Model
-from sparsevila_cluster.retrieval import budget_of
+from sparsevila_cluster.retrieval.budget import budget_of
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class DecodeEngine:
     """Holds media prefixes and conversations and generates answers."""
 
     def __init__(self, model: Model, config: EngineConfig):
+        check_choices(config)
         self.model = model
         self.config = config
         per_token = model.spec.bytes_per_token

@@ -23,6 +23,7 @@ from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, 
 from sparsevila_cluster.core.single_flight import SingleFlight
 from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.async_engine import AsyncDecodeEngine, AsyncPrefillEngine, Submit
+from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
 from sparsevila_cluster.kvcache.arena import Extent
@@ -40,6 +41,7 @@ class LocalPipeline:
     """A `Pipeline` over both engines. Create and use it within one event loop."""
 
     def __init__(self, config: EngineConfig, model: Model | None = None):
+        check_choices(config)
         self.config = config
         self.model = model or load_model(config.model_dir, ALL_PARTS, **config.loading)
         self.prefill = AsyncPrefillEngine(PrefillEngine(self.model, config), "the pipeline")

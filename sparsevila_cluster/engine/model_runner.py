@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_batch import Segment, TurnBatch
-from sparsevila_cluster.attention.triton_batch import Arenas, TritonBatch
+from sparsevila_cluster.attention.interface import Segment
+from sparsevila_cluster.attention.torch_backend import TurnBatch
+from sparsevila_cluster.attention.triton_backend import Arenas, TritonBatch
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.engine.cuda_graph import DecodeGraphs
 from sparsevila_cluster.models.adapter import Model

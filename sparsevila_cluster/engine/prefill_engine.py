@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_batch import MediaBatch
+from sparsevila_cluster.attention.torch_backend import MediaBatch
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import BadRequest, TooLarge
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import PrepareRequest, Timeline
+from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.engine.content_key import content_key
 from sparsevila_cluster.engine.prompt_rows import chunk_bounds, close_gaps, keep_of_each, kept_prompt_rows
 from sparsevila_cluster.kvcache.arena import Extent
 from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 from sparsevila_cluster.media import DecoderSandbox, Media, identify, open_media
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
-from sparsevila_cluster.pruning import PruningPolicy, Scope, build_pruning
+from sparsevila_cluster.pruning import build_pruning
+from sparsevila_cluster.pruning.pruning_method import PruningMethod
 
-DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
-DEFAULT_SCOPE: dict[str, Scope] = {"video": "per_group", "image": "global"}
 STAGES = ("decode", "encode", "prune", "prefill")
 
 
@@ -78,6 +78,7 @@ class PrefillEngine:
 
     def __init__(self, model: Model, config: EngineConfig, wire: str = "none"):
         """wire: how KV is quantized on its way to where it is used; it is part of the content key."""
+        check_choices(config)
         self.model = model
         self.config = config
         self.wire = wire
@@ -112,7 +113,7 @@ class PrefillEngine:
         """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded, Unavailable (closed)."""
         fps, cap = self._sampling(request)
         limits, sandbox = self.config.limits, self.sandbox
-        return [open_media(source, fps=fps, max_frames=cap, limits=limits, guard=sandbox) for source in request.sources]
+        return [open_media(source, fps=fps, max_frames=cap, limits=limits, sandbox=sandbox) for source in request.sources]
 
     def close(self) -> None:
         """End the processes that decode. Idempotent."""
@@ -126,12 +127,12 @@ class PrefillEngine:
             raise TooLarge(f"max_frames={cap} is over the limit of {self.config.limits.max_frames}")
         return float(fps), cap
 
-    def pruning(self, request: PrepareRequest, kind: str) -> PruningPolicy:
-        """The pruning policy for media of this kind."""
-        sparsity = self.config.sparsity
-        keep = next(k for k in (request.prune_keep, sparsity.prune_keep, DEFAULT_PRUNE_KEEP[kind]) if k is not None)
-        scope = DEFAULT_SCOPE[kind] if sparsity.prune_scope == "auto" else sparsity.prune_scope
-        return build_pruning(sparsity.prune, keep, scope, sparsity.seed)
+    def pruning(self, request: PrepareRequest, kind: str) -> PruningMethod:
+        """The pruning method for media of this kind ("video" or "image")."""
+        sparsity = self.config.sparsity.resolved(kind)
+        keep = sparsity.prune_keep if request.prune_keep is None else request.prune_keep
+        assert keep is not None and sparsity.prune_scope != "auto"
+        return build_pruning(sparsity.prune, keep, sparsity.prune_scope, sparsity.seed)
 
     def prepare(
         self, preparation: Preparation, key: str, reserve: Callable[[int], Extent], observer: PrefillObserver | None = None
@@ -162,15 +163,15 @@ class PrefillEngine:
         preparation.stage("encode")
         inputs, medias = self.patchify(medias)
         plan = self.plan(inputs)
-        policies = [self.pruning(preparation.request, media.kind) for media in inputs]
+        methods = [self.pruning(preparation.request, media.kind) for media in inputs]
         tokens = self.model.family.encode(
             inputs,
-            capture=any(policy.needs_salience for policy in policies),
+            needs=frozenset().union(*(method.needs for method in methods)),
             report=lambda done, total: preparation.progress("encode", done, total),
         )
         inputs = [replace(one, pixels=one.pixels.new_empty(0)) for one in inputs]
         preparation.stage("prune")
-        keep = keep_of_each(policies, inputs, tokens)
+        keep = keep_of_each(methods, inputs, tokens)
         preparation.stage("prefill")
         kept_rows = kept_prompt_rows(plan, keep)
         extent = reserve(len(kept_rows))

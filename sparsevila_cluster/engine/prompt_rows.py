@@ -6,16 +6,25 @@ import torch
 from torch import Tensor
 
 from sparsevila_cluster.models.adapter import PromptPlan, VisualInputs, VisualTokens
-from sparsevila_cluster.pruning import PruningPolicy
+from sparsevila_cluster.pruning.pruning_method import PruningInput, PruningMethod
 
 
-def keep_of_each(policies: list[PruningPolicy], inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
-    """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by its own policy."""
-    kept, start = [], 0
-    for policy, media in zip(policies, inputs, strict=True):
+def keep_of_each(methods: list[PruningMethod], inputs: list[VisualInputs], tokens: VisualTokens) -> Tensor:
+    """Indices i64 [K] of the visual tokens that stay, ascending: each media is cut by its own method."""
+    kept, start, first_group = [], 0, 0
+    for method, media in zip(methods, inputs, strict=True):
         rows = slice(start, start + media.num_tokens)
-        kept.append(start + policy.keep(tokens.salience[rows], tokens.group[rows]))
-        start = rows.stop
+        given = PruningInput(
+            embeddings=tokens.embeds[rows],
+            salience=tokens.salience[rows],
+            groups=tokens.group[rows] - first_group,
+            cells=tokens.cell[rows],
+            grids=media.grids,
+            kind=media.kind,
+            taps=None if tokens.taps is None else tokens.taps[rows],
+        )
+        kept.append(start + method.keep(given))
+        start, first_group = rows.stop, first_group + len(media.grids)
     return torch.cat(kept)
 
 

@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from sparsevila_cluster.attention.torch_batch import Segment
-from sparsevila_cluster.attention.torch_ops import Capture, Span
+from sparsevila_cluster.attention.interface import Capture, Segment, Span
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import TooLarge
 from sparsevila_cluster.core.requests import FinishReason, Timeline, Turn, TurnEvent, Usage
@@ -201,7 +200,7 @@ class RunningTurn:
 
     def retrieve(self) -> None:
         """Choose this turn's visual KV from what its last rows attended to. Evidence is of the question's choice."""
-        scores = self.retrieval.choose(self._capture)
+        scores = self.retrieval.choose(self._capture, self.conversation.num_turns, len(self.tokens))
         self._capture, self._packed = None, False
         if self.phase == "question" and self.turn.want_evidence:
             self.sink(TurnEvent("evidence", self.turn.turn_id, evidence=self.retrieval.evidence(scores)))

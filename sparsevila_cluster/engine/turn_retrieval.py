@@ -11,14 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_ops import Capture, Span
+from sparsevila_cluster.attention.interface import Capture, Span
 from sparsevila_cluster.core.config import SparsityConfig
 from sparsevila_cluster.core.evidence import Evidence
 from sparsevila_cluster.core.requests import Turn
 from sparsevila_cluster.engine.attention_evidence import build_evidence
 from sparsevila_cluster.kvcache.arena import Extent
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
-from sparsevila_cluster.retrieval import budget_of
+from sparsevila_cluster.retrieval.budget import budget_of
+from sparsevila_cluster.retrieval.retrieval_method import RetrievalInput
 from sparsevila_kernels import kv_pack
 
 
@@ -41,7 +42,7 @@ class TurnRetrieval:
         """Fix the budget: the turn starts under this level of pressure and keeps it to its end."""
         self.brownout = brownout
         self._budget = self._wanted.lowered(brownout, self._sparsity.brownout_floor)
-        self._policy = self._budget.policy()
+        self._method = self._budget.method()
 
     # ---- room --------------------------------------------------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ class TurnRetrieval:
     def most_rows(self) -> int:
         """Rows of packed KV at most; 0 if the turn attends to the whole prefix whatever it scores."""
         kept = self._prefix.num_kept
-        most = self._policy.budget(kept)
+        most = self._method.budget(kept)
         # A mass that may take everything may also take one token less, and then needs more room than everything does.
         return self._packed_rows(most if self._budget.mass is None or most < kept else max(kept - 1, 0))
 
@@ -88,7 +89,7 @@ class TurnRetrieval:
 
     def capture_question(self, num_rows: int, question_span: tuple[int, int]) -> Capture | None:
         """What to keep from the attention of a question of `num_rows`, whose own tokens are the rows [question_span)."""
-        if not (self._policy.needs_scores or self._want_evidence):
+        if not ("scores" in self._method.needs or self._want_evidence):
             return None
         rows = {"all": (0, num_rows), "question": question_span, "last": (num_rows - 1, num_rows)}[self._sparsity.retrieve_rows]
         return Capture(self._prefix.visual_index, *rows, self._sparsity.normalise)
@@ -102,22 +103,36 @@ class TurnRetrieval:
         every = self._budget.refresh_every
         return every > 0 and num_tokens % every == 0 and self.most_rows > 0
 
-    def choose(self, capture: Capture | None) -> Tensor:
-        """Decide on the rows to attend to from now on. Returns the scores f32 [L, n], all zero where nothing was captured."""
+    def choose(self, capture: Capture | None, turn: int, num_tokens: int) -> Tensor:
+        """Decide on the rows to attend to from now on. Returns the scores f32 [L, n], all zero where nothing was captured.
+
+        turn: turns that the conversation had before this one; num_tokens: tokens of the answer so far.
+        """
         prefix = self._prefix
         if capture is not None:
             scores = capture.scores()
         else:
             scores = torch.zeros(prefix.spec.num_layers, prefix.num_kept, device=prefix.visual_index.device)
-        self._chosen = self._policy.select(scores)
-        self.num_retrieved = prefix.num_kept if self._chosen is None else self._chosen.shape[1]
+        given = RetrievalInput(
+            scores=scores,
+            keys=lambda layer: prefix.extent.rows(layer)[0].index_select(0, prefix.visual_index),
+            positions=prefix.metadata.positions[:, prefix.visual_index],
+            groups=prefix.metadata.token_map[prefix.visual_index, 0],
+            turn=turn,
+            num_tokens=num_tokens,
+        )
+        self._chosen = self._method.select(given)
+        self.num_retrieved = self._count(self._chosen)
         if self._budget != self._wanted:
-            self.degraded |= self.num_retrieved < self._wanted.policy().count(scores)
+            self.degraded |= self.num_retrieved < self._count(self._wanted.method().select(given))
         if self.rows:
-            assert self._chosen is not None, "a policy that takes everything needs no rows of its own"
+            assert self._chosen is not None, "a method that takes everything needs no rows of its own"
             others = prefix.other_index.expand(len(self._chosen), -1)
             self._rows = torch.cat([prefix.visual_index[self._chosen], others], 1).sort(1).values
         return scores
+
+    def _count(self, chosen: Tensor | None) -> int:
+        return self._prefix.num_kept if chosen is None else chosen.shape[1]
 
     def evidence(self, scores: Tensor) -> Evidence:
         """Where the rows that gave `scores` looked, among what was chosen from them."""

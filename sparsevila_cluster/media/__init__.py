@@ -1,4 +1,4 @@
-"""Media: what the user sent, decoded to frames. Re-exports `opening`, `guard` and `selection`."""
+"""Media: from bytes that somebody sent to the frames that a model looks at."""
 
 from sparsevila_cluster.media.frame_selection import sample_times
 from sparsevila_cluster.media.opening import Media, identify, open_media

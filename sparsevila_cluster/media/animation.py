@@ -1,7 +1,4 @@
-"""An animated WebP to the frames that show at its sample times. (FFmpeg reads animated GIFs; of WebP it reads no animations.)
-
-Knows: frames' own durations, and Pillow as the decoder of WebP. Does not know: other formats, or where the bytes came from.
-"""
+"""An animated WebP to the frames that show at its sample times. (FFmpeg reads animated GIFs; of WebP it reads no animations.)"""
 
 from __future__ import annotations
 

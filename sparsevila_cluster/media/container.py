@@ -1,7 +1,4 @@
-"""Video files opened for reading: which containers and decoders are trusted with a stranger's bytes, and how.
-
-Knows: FFmpeg through PyAV, what it raises, and the limits that it is given. Does not know: timestamps or what frames show.
-"""
+"""Video files opened for reading: which containers and decoders are trusted with untrusted bytes, and how."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
     from sparsevila_cluster.core.config import MediaLimits
 
 # Containers that hold their own bytes. Playlists and lists of files (HLS, DASH, concat, SDP) would make FFmpeg open
-# whatever path or address a stranger wrote into them, so they are not on the list, and no protocol is allowed either.
+# whatever path or address stands in them, so they are not on the list, and no protocol is allowed either.
 # The audio formats are here only for a better message.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,av1,obu,ivf,m4v,mxf,nut,dv,"
@@ -49,7 +46,7 @@ def open_video(
         options = {
             "format_whitelist": CONTAINERS,
             "protocol_whitelist": "none",
-            # The decoder's own guard, before it allocates a frame; the option is an int of 32 bits.
+            # The decoder's own check, before it allocates a frame; the option is an int of 32 bits.
             "max_pixels": str(min(limits.max_pixels, 2**31 - 1)),
             "err_detect": "explode",  # report damage instead of painting over it
         }
@@ -92,5 +89,6 @@ def is_end(packet: av.Packet) -> bool:
 
 
 def check_lost(lost: int, total: int, what: str, name: str) -> None:
+    """Raises BadMedia: more than `MAX_LOST_SHARE` of a file's packets or frames are lost; `what` names them."""
     if lost > MAX_LOST_SHARE * total:
         raise BadMedia(f"{name}: {lost} of {total} {what}; at most {MAX_LOST_SHARE:.0%} are tolerated")

@@ -1,10 +1,10 @@
-"""The process that decodes: `python -m sparsevila_cluster.media.decoder_main <socket> <parent>`. Started by `guard`, never by hand.
+"""The process that decodes: `python -m sparsevila_cluster.media.decoder_main <socket> <parent>`, started by `DecoderProcess`.
 
-Knows: its limits, and how to hand frames over without copying: they are decoded into shared memory whose descriptor goes back.
-Does not know: torch, models, where bytes came from, or who waits. It lives no longer than its parent.
+It imports neither torch nor models, and lives no longer than its parent. Frames are decoded into shared memory, whose descriptor
+goes back with the reply. retire: the process should not be used again.
 
-    job {name, kind, fps, max_frames, timeout_s, left_s, limits} + source file  ->  {shape, times_s, duration_s, worn} + frames
-                                                                                or  {error, message, worn}
+    job {name, kind, fps, max_frames, timeout_s, left_s, limits} + source file  ->  {shape, times_s, duration_s, retire} + frames
+                                                                                or  {error, message, retire}
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sparsevila_cluster.media.media_source import DecodeDeadline
 
 PR_SET_PDEATHSIG = 1
 # A process that keeps more than this share of its limit after a source has leaked or is in pieces; its successor starts small.
-WORN_SHARE = 1 / 8
+RETIRE_SHARE = 1 / 8
 # What the allocator may keep between sources: new memory costs more than decoding a small picture.
 KEEP_BYTES = 128 << 20
 
@@ -47,6 +47,7 @@ class SharedFrames:
         self.shape: tuple[int, ...] = (0,)
 
     def allocate(self, shape: tuple[int, ...]) -> SharedFrames:
+        """Make room for frames of this shape [F, H, W, 3], letting go of what was there."""
         self.close()
         self.fd, self.shape = _nameless_file(), shape
         os.ftruncate(self.fd, prod(shape))
@@ -84,7 +85,7 @@ def serve(sock: socket.socket) -> None:
         try:
             assert fd is not None, "a job comes with its file"
             reply = _reply(job, fd, shared)
-            send(sock, reply | {"worn": kept_bytes > WORN_SHARE * job["limits"]["decode_memory_bytes"]}, shared.fd)
+            send(sock, reply | {"retire": kept_bytes > RETIRE_SHARE * job["limits"]["decode_memory_bytes"]}, shared.fd)
         finally:
             shared.close()
         gc.collect()  # PyAV's objects hold one another, and with them their decoders' threads and frames
@@ -108,7 +109,7 @@ def _reply(job: Message, fd: int, shared: SharedFrames) -> Message:
     except MemoryError:
         failed = TooLarge.__name__, str(out_of_memory(job["name"], limits))
     except Exception as error:
-        traceback.print_exc()  # what is said here is logged by the guard
+        traceback.print_exc()  # what is said here is logged by the sandbox
         failed = Internal.__name__, f"{job['name']}: {type(error).__name__}: {error}"
     finally:
         _limit_memory(None)
@@ -145,7 +146,7 @@ def _nameless_file() -> int:
         return os.dup(file.fileno())
 
 
-def _die_with(parent: int) -> None:
+def _end_with(parent: int) -> None:
     """Whatever this process is doing when its parent dies, the kernel ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -153,7 +154,7 @@ def _die_with(parent: int) -> None:
         sys.exit(0)
 
 
-def _be_the_first_to_go() -> None:
+def _prefer_for_oom() -> None:
     """When the machine runs out of memory, the kernel should end this process and not its parent."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -162,8 +163,9 @@ def _be_the_first_to_go() -> None:
 
 
 def main() -> None:
-    _die_with(int(sys.argv[2]))
-    _be_the_first_to_go()
+    """Get ready, say so, and decode until the parent hangs up."""
+    _end_with(int(sys.argv[2]))
+    _prefer_for_oom()
     for end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's business; it will end us
         signal.signal(end, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,7 +1,4 @@
-"""One decoding process as its parent sees it: started, spoken to, killed, reaped.
-
-Knows: how to start a Python process that imports what this one does, whatever started this one. Does not know: jobs, or callers.
-"""
+"""One decoding process as its parent sees it: started, spoken to, killed, reaped."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ MODULE = "sparsevila_cluster.media.decoder_main"
 ROOT = str(Path(__file__).parents[2])
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
-LAST_WORDS_BYTES = 2000
+STDERR_BYTES = 2000
 
 
 class DecoderProcess:
@@ -28,10 +25,10 @@ class DecoderProcess:
 
     def __init__(self) -> None:
         self.ready = False
-        self._words = b""
+        self._stderr_bytes = b""
         self._sock, theirs = socket.socketpair()
         self._stderr, their_stderr = os.pipe()
-        os.set_blocking(their_stderr, False)  # words beyond what the pipe holds are lost: nobody listens until the end
+        os.set_blocking(their_stderr, False)  # what the pipe does not hold is lost: it is read at the end
         os.set_blocking(self._stderr, False)
         try:
             self._process = subprocess.Popen(
@@ -53,6 +50,7 @@ class DecoderProcess:
 
     @property
     def alive(self) -> bool:
+        """Whether it has not ended yet."""
         return self._process.poll() is None
 
     def wait_ready(self) -> None:
@@ -64,8 +62,8 @@ class DecoderProcess:
             self.ready = bool(message["ready"])
         except (OSError, EOFError, ValueError, LookupError) as error:
             self.end()
-            words = self.last_words() or f"{type(error).__name__}: {error}"
-            raise Unavailable(f"the process to decode in does not start: {words}") from error
+            said = self.stderr_text() or f"{type(error).__name__}: {error}"
+            raise Unavailable(f"the process to decode in does not start: {said}") from error
 
     def send(self, message: fd_channel.Message, fd: int) -> None:
         """Raises OSError: it is dead."""
@@ -77,9 +75,10 @@ class DecoderProcess:
         return fd_channel.receive(self._sock, timeout_s)
 
     def kill(self) -> None:
+        """End it at once; `end` must follow."""
         self._process.kill()
 
-    def wait_for_its_end(self) -> str:
+    def wait_for_exit(self) -> str:
         """How a process that is about to end by itself did so: a signal's name, or an exit code."""
         try:
             code = self._process.wait(END_TIMEOUT_S)
@@ -97,12 +96,12 @@ class DecoderProcess:
         with suppress(subprocess.TimeoutExpired):  # in the kernel, and killed as soon as it comes out
             self._process.wait(END_TIMEOUT_S)
         with suppress(OSError):
-            self._words = os.read(self._stderr, 1 << 16)[-LAST_WORDS_BYTES:]
+            self._stderr_bytes = os.read(self._stderr, 1 << 16)[-STDERR_BYTES:]
         self._close_files()
 
-    def last_words(self) -> str:
+    def stderr_text(self) -> str:
         """What it said on stderr before it ended, for a log."""
-        return self._words.decode(errors="replace").strip()
+        return self._stderr_bytes.decode(errors="replace").strip()
 
     def _close_files(self) -> None:
         self._sock.close()

@@ -1,7 +1,4 @@
-"""Bytes of a known kind to frames, in this process.
-
-Knows: which decoder is for what. Does not know: that it usually runs in a guarded process (`worker`), or how bytes were found.
-"""
+"""Bytes of a known kind to frames, in this process."""
 
 from __future__ import annotations
 

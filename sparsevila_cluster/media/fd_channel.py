@@ -1,7 +1,4 @@
-"""Messages with open files between the guard and its decoding processes, over a pair of sockets.
-
-Knows: one length, one msgpack map, at most one descriptor per message. Does not know: what they mean.
-"""
+"""Messages with open files between the sandbox and its decoding processes, over a pair of sockets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Whether bytes are a picture or a video, told by their first bytes and by walking over block headers.
 
-Knows: signatures of picture formats, the blocks of GIF and WebP. Does not know: pixels; nothing is decompressed here, so that
-a stranger's bytes meet no decoder before they are in the guarded process.
+Nothing is decompressed here: untrusted bytes meet no decoder before they are in a process of the sandbox.
 """
 
 from __future__ import annotations

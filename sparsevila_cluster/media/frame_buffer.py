@@ -1,7 +1,4 @@
-"""The chosen frames, upright and RGB, in one array.
-
-Knows: rotation and pixel shape, colours, and how much memory frames may take. Does not know: which frames are chosen, or how.
-"""
+"""The chosen frames, upright and RGB, in one array."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which frames show at the sample times.
-
-Knows: starts of frames and sample times, in seconds after the first frame. Does not know: containers, codecs or pixels.
-"""
+"""Which frames show at the sample times."""
 
 from __future__ import annotations
 

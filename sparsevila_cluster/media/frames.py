@@ -1,7 +1,4 @@
-"""What decoding gives, and how large it may be.
-
-Knows: arrays of frames and the limits on them. Does not know: decoders; the process that only waits for frames imports none.
-"""
+"""What decoding gives, and how large it may be."""
 
 from __future__ import annotations
 

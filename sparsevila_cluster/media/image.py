@@ -1,8 +1,4 @@
-"""One picture to one upright RGB frame.
-
-Knows: Pillow, EXIF orientation, transparency (composited on white) and deep grey scales.
-Does not know: where the bytes came from, or sampling. The size in the header is checked before a pixel is decoded.
-"""
+"""One picture to one upright RGB frame. The size in the header is checked before a pixel is decoded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Whether a fresh decoder can start at a packet that the container calls a key frame.
-
-Knows: the first bytes of H.264 and HEVC access units (ITU-T H.264 table 7-1, H.265 table 7-1). Does not know: other codecs, whose
-decoders tell a key frame that is none, or timestamps: pictures that show before the key frame are somebody else's question.
-"""
+"""Whether a fresh decoder can start at a packet that the container calls a key frame."""
 
 from __future__ import annotations
 

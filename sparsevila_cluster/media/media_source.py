@@ -1,8 +1,6 @@
 """From what the user named (a path, raw bytes or a data URL) to one open file, its kind and its hash.
 
-Knows: where bytes come from, how many are legal, how media are named by content, when time is up.
-Does not know: codecs, frames or pixels. One open file with a descriptor serves hashing and decoding, in whichever process, so a
-name belongs to its frames.
+The same open file serves hashing and decoding, in whichever process, so that a hash belongs to its frames.
 """
 
 from __future__ import annotations
@@ -44,9 +42,11 @@ class DecodeDeadline:
         self.at_s = time.monotonic() + (timeout_s if left_s is None else left_s)
 
     def left_s(self) -> float:
+        """Seconds until then; negative afterwards."""
         return self.at_s - time.monotonic()
 
     def check(self) -> None:
+        """Raises DeadlineExceeded: time is up."""
         if self.left_s() <= 0:
             raise DeadlineExceeded(f"{self.name}: decoding took longer than decode_timeout_s = {self.timeout_s:g} s")
 

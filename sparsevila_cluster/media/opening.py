@@ -1,9 +1,6 @@
-"""The door of this folder: a source in, `Media` out.
+"""Open a source as `Media`: the order of reading, hashing and decoding, and the legal range of the sampling.
 
-Knows: the order of the work (open, hash, decode) and the legal range of the sampling parameters.
-Does not know: how a source is read (`source`), how its bytes are decoded (`decoding`) and where (`guard`), or any model.
-
-    source -> open file + kind -> hash -> [guard: worker: decoding: picture, animation or video] -> frames
+source -> open file + kind -> hash -> [process of the sandbox: picture, animation or video] -> frames
 """
 
 from __future__ import annotations
@@ -41,32 +38,32 @@ class Media:
 
 
 def open_media(
-    source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits, guard: DecoderSandbox | None = None
+    source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits, sandbox: DecoderSandbox | None = None
 ) -> Media:
-    """Decode at most `max_frames` frames of a source, `fps` per second of video, in a process of `guard`.
+    """Decode at most `max_frames` frames of a source, `fps` per second of video, in a process of `sandbox`.
 
-    Without a guard there is one for this call only, which takes the start of a process: a quarter of a second.
+    Without one there is one for this call only, which takes the start of a process: a quarter of a second.
 
     Raises:
         BadMedia: nothing readable, no picture and no video, more than a small part of it is broken, or its decoder crashes.
         TooLarge: over one of `limits` (bytes, duration, pixels, memory), or frames that would not fit into memory.
         DeadlineExceeded: not done within `limits.decode_timeout_s`.
         BadRequest: `fps` or `max_frames` outside its legal range.
-        Unavailable: `guard` is closed, or no process can be started.
+        Unavailable: `sandbox` is closed, or no process can be started.
     """
     cap = _check_sampling(fps, max_frames, limits)
     with open_source(source, limits) as blob:
-        if guard is None:
-            with DecoderSandbox() as guard:
-                return _load(blob, fps, cap, limits, guard)
-        return _load(blob, fps, cap, limits, guard)
+        if sandbox is None:
+            with DecoderSandbox() as sandbox:
+                return _load(blob, fps, cap, limits, sandbox)
+        return _load(blob, fps, cap, limits, sandbox)
 
 
-def _load(blob: Blob, fps: float, max_frames: int, limits: MediaLimits, guard: DecoderSandbox) -> Media:
-    guard.warm()  # a process that is not there yet starts while the bytes are hashed
+def _load(blob: Blob, fps: float, max_frames: int, limits: MediaLimits, sandbox: DecoderSandbox) -> Media:
+    sandbox.warm()  # a process that is not there yet starts while the bytes are hashed
     deadline = DecodeDeadline(blob.name, limits.decode_timeout_s)
     media_hash = hash_blob(blob, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
-    done = guard.decode(blob, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
+    done = sandbox.decode(blob, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
     blob.check_unchanged()
     return Media(done.frames, done.times_s, blob.kind, media_hash, done.duration_s)
 

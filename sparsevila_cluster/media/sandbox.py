@@ -1,9 +1,7 @@
 """Decoding where it can do no harm: in processes of their own, with limits on memory and time.
 
-Knows: how these processes are started, watched, killed and replaced. Does not know: how anything is decoded.
-
-    idle -> a caller takes it -> job and open file -> reply and shared memory -> idle
-                                   '-> no reply in time, a crash, nonsense: killed; the next caller gets a fresh one
+idle -> a caller takes it -> job and open file -> reply and shared memory -> idle
+                               '-> no reply in time, a crash, nonsense: killed; the next caller gets a fresh one
 """
 
 from __future__ import annotations
@@ -54,8 +52,8 @@ class DecoderSandbox:
         self._lock = threading.Lock()
         self._idle: list[DecoderProcess] = []
         self._all: set[DecoderProcess] = set()
-        # The kernel ends a process with the thread that started it: this thread lives as long as the guard.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="decode-guard")
+        # The kernel ends a process with the thread that started it: this thread lives as long as the sandbox.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="decode-sandbox")
         self._finalizer = weakref.finalize(self, _end_all, self._all, self._pid)
 
     def warm(self) -> None:
@@ -67,13 +65,13 @@ class DecoderSandbox:
             self._give_back(self._start())
 
     def decode(self, blob: Blob, *, fps: float, max_frames: int, limits: MediaLimits, deadline: DecodeDeadline) -> Decoded:
-        """`decoding.decode` in a guarded process. The frames are memory that was shared with it and is now the caller's alone.
+        """`decoding.decode` in a process of its own. The frames are memory that was shared with it and is now the caller's alone.
 
         A process that has to start first does so on its own time, not on the deadline's.
 
         Raises:
             BadMedia, TooLarge, DeadlineExceeded: as `open_media`; also for bytes that crash, exhaust or stop their decoder.
-            Internal: a bug of ours in there. Unavailable: the guard is closed, or no process starts.
+            Internal: a bug of ours in there. Unavailable: the sandbox is closed, or no process starts.
         """
         deadline.check()
         job: Message = {
@@ -89,12 +87,12 @@ class DecoderSandbox:
         except BaseException:  # the caller was interrupted; nobody will ask for this reply any more
             self._discard(process)
             raise
-        if reply.get("worn") or isinstance(outcome, Internal):
+        if reply.get("retire") or isinstance(outcome, Internal):
             self._discard(process)
         else:
             self._give_back(process)
         if isinstance(outcome, Internal):
-            log.error("decoding %s failed:\n%s", blob.name, process.last_words())
+            log.error("decoding %s failed:\n%s", blob.name, process.stderr_text())
         if isinstance(outcome, SparseVilaError):
             raise outcome
         return outcome
@@ -188,11 +186,11 @@ class DecoderSandbox:
     def _explain(self, process: DecoderProcess, error: Exception, name: str, limits: MediaLimits) -> SparseVilaError:
         """What to tell the caller of a process that did not answer well; ends it."""
         hung = isinstance(error, TimeoutError)
-        died = None if hung else process.wait_for_its_end() if isinstance(error, EOFError | OSError) else "answered nonsense"
+        died = None if hung else process.wait_for_exit() if isinstance(error, EOFError | OSError) else "answered nonsense"
         self._discard(process)
         if self._closed:
-            return Unavailable("decoding was ended: its guard is closed")
-        if words := process.last_words():
+            return Unavailable("decoding was ended: its sandbox is closed")
+        if words := process.stderr_text():
             log.warning("decoding %s: %s", name, words)
         if hung:
             return DeadlineExceeded(
@@ -207,7 +205,7 @@ class DecoderSandbox:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise Unavailable("the decode guard is closed")
+            raise Unavailable("the decode sandbox is closed")
 
     def _after_fork(self) -> None:
         """A forked copy of this process has none of its children and threads: it begins anew."""

@@ -2,9 +2,6 @@
 
     wanted frames -> the last key frame that each can be decoded from -> runs of packets -> cost -> seek, decode, take
 
-Knows: which key frames lead to exactly the frames of a full decode, and what that costs. Does not know: how a full decode is done;
-wherever something is not as the survey said, `take_around` gives up and its caller decodes everything.
-
 What is decoded must be whole: the first damaged packet or frame sends the file to the full decode, which says how much is lost and
 refuses more than a small part. Damage in what is skipped (between the runs, and frames that are no reference) is not found; packets
 that are missing there, or that the container itself calls broken, are, by the survey.
@@ -45,7 +42,7 @@ SEEK_COST, DELAY_COST = 8, 8
 # Less is not worth it; and a file that costs little is decoded as a whole, so that damage anywhere in it shows.
 MIN_SAVED, MAX_COST_SHARE = 250, 0.7
 # How far to read for a key frame after a seek, and to decode for a wanted frame after its packet, in packets.
-LANDING, PATIENCE = 1024, 64
+MAX_TO_ENTRY, MAX_TO_FRAME = 1024, 64
 
 
 @dataclass
@@ -77,9 +74,9 @@ def plan_runs(survey: Survey, codec: str, format_name: str, times_s: np.ndarray)
 
 def take_around(
     container: av.container.InputContainer, stream: av.VideoStream, survey: Survey,
-    runs: list[Run], shelf: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
+    runs: list[Run], buffer: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
 ) -> bool:  # fmt: skip
-    """Put the wanted frames of all runs on the shelf. False: something is not as surveyed, or damaged; the shelf is worthless.
+    """Put the wanted frames of all runs into `buffer`. False: something is damaged or not as surveyed; the buffer is no use then.
 
     container, stream: freshly opened. Raises TooLarge, DeadlineExceeded.
     """
@@ -96,7 +93,7 @@ def take_around(
         for run in runs:
             if run.entry > 0:
                 container.seek(seek_by[run.entry], stream=stream)
-            if not all(_taken(run, container, stream, survey, index, shelf, limits, deadline)):
+            if not all(_taken(run, container, stream, survey, index, buffer, limits, deadline)):
                 return False
     except (av.error.MemoryError, av.error.ExitError):
         raise
@@ -107,21 +104,21 @@ def take_around(
 
 def _taken(
     run: Run, container: av.container.InputContainer, stream: av.VideoStream, survey: Survey, index: PacketIndex,
-    shelf: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
+    buffer: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
 ) -> Iterator[bool]:  # fmt: skip
-    """True for each wanted frame that is on the shelf; a False ends it."""
+    """True for each wanted frame that went into the buffer; a False ends it."""
     pts = index.pts
     wanted, rows = deque(pts[row] for row in run.wanted), set(run.wanted)
     last_pts = pts[run.entry] - 1 if run.entry > 0 else min(pts) - 1
     for row, packet in _packets(run.entry, container, stream, index, deadline):
-        if row is None or row > run.last + PATIENCE:
+        if row is None or row > run.last + MAX_TO_FRAME:
             yield False
             return
         if stream.codec_context.codec.canonical_name in SKIPPABLE_CODECS:
             stream.codec_context.skip_frame = "DEFAULT" if row in rows or row == run.entry else "NONREF"
         for frame in packet.decode():
             deadline.check()
-            check_pixels(frame.width, frame.height, shelf.name, limits)
+            check_pixels(frame.width, frame.height, buffer.name, limits)
             if frame.pts is not None and run.entry > 0 and frame.pts < pts[run.entry]:
                 continue  # shows before the key frame and needs what came before it
             bad_entry = frame.pts == pts[run.entry] and run.entry > 0 and not frame.key_frame
@@ -130,7 +127,7 @@ def _taken(
                 return
             last_pts = frame.pts
             if frame.pts == wanted[0]:
-                shelf.put(frame, survey.start_s(wanted.popleft()))
+                buffer.put(frame, survey.start_s(wanted.popleft()))
                 yield True
                 if not wanted:
                     return
@@ -151,7 +148,7 @@ def _packets(
         if index.holds(row, packet):
             yield row, packet
             row += 1
-        elif row > entry or num_read > LANDING:
+        elif row > entry or num_read > MAX_TO_ENTRY:
             yield None, packet
             return
 

@@ -1,8 +1,4 @@
-"""What the packets of a video say, before any is decoded: how long it is, whether it is whole, where decoding can start.
-
-Knows: packets, timestamps, key frames, and where headers lie (about the duration, by counting the audio, by saying nothing).
-Does not know: decoders, or which frames are wanted.
-"""
+"""What the packets of a video say, before any is decoded: how long it is, whether it is whole, where decoding can start."""
 
 from __future__ import annotations
 
@@ -35,6 +31,7 @@ class PacketIndex:
     flags: array = field(default_factory=lambda: array("B"))
 
     def add(self, packet: av.Packet, stream: av.VideoStream) -> None:
+        """Append the row of a packet that has a pts."""
         pts, dts, pos, corrupt = packet.pts, packet.dts, packet.pos, packet.is_corrupt
         self.pts.append(pts)
         self.dts.append(pts if dts is None else dts)

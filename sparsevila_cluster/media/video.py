@@ -1,8 +1,5 @@
 """One video to the frames that show at its sample times.
 
-Knows: the order of the passes over the open file, and the full decode, which is the reference for seeking.
-Does not know: where the bytes came from, which process this is, or any model.
-
 The first pass reads packets without decoding: the duration as the video stream itself tells it, and whether the file ends early.
 The second decodes: around the sample times where that is exact and worth it, else from start to end. It holds one undecided frame
 at a time, and converts to RGB only what is kept.
@@ -47,19 +44,19 @@ def decode_video(
     if survey.duration_s > limits.max_duration_s:
         raise TooLarge(f"{name}: {survey.duration_s:.6g} s are longer than max_duration_s = {limits.max_duration_s:g}")
     times_s = sample_times(survey.duration_s, fps, max_frames)
-    shelf = FrameBuffer(len(times_s), aspect, name, limits, allocate)
+    buffer = FrameBuffer(len(times_s), aspect, name, limits, allocate)
     if seek and (runs := plan_runs(survey, codec, format_name, times_s)):
         # A fresh container each time: raw streams cannot seek back, and parsers keep state.
         with open_video(file, name, limits, deadline) as (container, stream):
-            done = take_around(container, stream, survey, runs, shelf, limits, deadline)
+            done = take_around(container, stream, survey, runs, buffer, limits, deadline)
         if done:
-            return shelf.decoded(survey.duration_s)
-        shelf.clear()
+            return buffer.decoded(survey.duration_s)
+        buffer.clear()
     with open_video(file, name, limits, deadline) as (container, stream):
         whole = _whole_frames(container, stream, survey, name, limits, deadline)
         for frame, start_s in choose(_timed(whole, survey), times_s):
-            shelf.put(frame, start_s)
-    return shelf.decoded(survey.duration_s)
+            buffer.put(frame, start_s)
+    return buffer.decoded(survey.duration_s)
 
 
 def _whole_frames(
@@ -84,7 +81,7 @@ def _whole_frames(
         except av.error.FFmpegError as error:
             check_pixels(context.width, context.height, name, limits)
             if isinstance(error, av.error.ArgumentError) and context.width == 0:
-                # FFmpeg's guard refused the size and forgot it.
+                # FFmpeg refused the size and forgot it.
                 raise TooLarge(f"{name}: a frame's pixels are not in [1, max_pixels = {limits.max_pixels}]") from error
             num_errors, damaged = num_errors + 1, True
             continue

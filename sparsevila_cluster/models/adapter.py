@@ -1,14 +1,12 @@
 """The contract between checkpoints and engines: what a model family and a text decoder must offer.
 
-Knows: the shapes that cross this boundary. Does not know: any architecture, transformers, pruning policies, KV layout.
-
-    Media -> family.patchify -> VisualInputs -> family.encode -> VisualTokens -> (prune) -> text.forward
-                                             -> family.plan   -> PromptPlan
+Media -> family.patchify -> VisualInputs -> family.encode -> VisualTokens -> (prune) -> text.forward
+                                         -> family.plan   -> PromptPlan
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Protocol
@@ -16,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint
@@ -48,7 +47,7 @@ class Slot:
 class VisualInputs:
     """One media, preprocessed for the vision tower, and where its N visual tokens will stand. Families add fields.
 
-    pixels: uint8, in the family's own order, normalised by `encode`. kind: "video" or "image". spelling: what replaces the media's
+    pixels: uint8, in the family's own order, normalized by `encode`. kind: "video" or "image". spelling: what replaces the media's
     slot in the prompt; each visual placeholder in it is a run of visual tokens, `runs` long. group i32 [N] (frame or view, from
     0) and cell i32 [N, 2] (row, col) in the group's grid, -1 for structural tokens (row ends: always kept, never scored). grids:
     (rows, cols) of each group, each spread over the whole picture; frame_of_group: index of each group's first sampled frame.
@@ -65,6 +64,7 @@ class VisualInputs:
 
     @property
     def num_tokens(self) -> int:
+        """N."""
         return sum(self.runs)
 
 
@@ -73,7 +73,8 @@ class VisualTokens:
     """Embeddings after the projector, in prompt order.
 
     embeds [N, D]; salience f32 [N], 1.0 = an average patch, NaN = structural (always kept); group i32 [N] (frame or view,
-    counted over all media of the prompt); cell i32 [N, 2] (row, col in the group's grid); deepstack: extra levels [N, D] each.
+    counted over all media of the prompt); cell i32 [N, 2] (row, col in the group's grid); deepstack: extra levels [N, D] each;
+    taps f32 [N, T]: what the salience is of the last of the encoder's T layers that attend over whole frames, of each of them.
     """
 
     embeds: Tensor
@@ -81,6 +82,7 @@ class VisualTokens:
     group: Tensor
     cell: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    taps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Family(Protocol):
         ...
 
     def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
-        """Resize, normalise and cut frames exactly as the checkpoint's processor config says. alone: the prompt has no other media
+        """Resize, normalize and cut frames exactly as the checkpoint's processor config says. alone: the prompt has no other media
         of this kind (some families give a lone picture more tokens). Raises BadMedia, TooLarge.
         """
         ...
@@ -149,30 +151,14 @@ class Family(Protocol):
         """Expand the placeholder of each run in `ids` and compute positions on the unpruned prompt."""
         ...
 
-    def encode(self, inputs: Sequence[VisualInputs], capture: bool = True, report: Report = no_report) -> VisualTokens:
-        """Run the vision tower and projector, a few frames at a time. Needs the "vision" part. Without `capture`, the salience of
-        all tokens that are not structural is 1 and free.
+    def encode(
+        self, inputs: Sequence[VisualInputs], needs: Collection[str] = ("salience",), report: Report = no_report
+    ) -> VisualTokens:
+        """Run the vision tower and projector, a few frames at a time. Requires the "vision" part.
+
+        needs: "salience" and "taps" are computed only if named here; "taps" give the salience, too. Without either, the salience of
+        all tokens that are not structural is 1.
         """
-        ...
-
-
-class StepBatch(Protocol):
-    """What a text decoder calls once per layer: write the new KV rows and attend. Implemented by the engines."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D], after RoPE -> [T, Hq, D]."""
-        ...
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k and v [T, Hkv, D] as in `attend`, which is not called for this layer: nobody reads its result."""
-        ...
-
-    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Where a decoder that writes the rows itself puts them: k and v [slots, Hkv, D] of an arena, slots i64 [T]."""
-        ...
-
-    def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """What `attend` does once the rows are written."""
         ...
 
 

@@ -1,11 +1,9 @@
 """The checkpoint's chat template and tokenizer, cut where media prefixes, questions and answers meet.
 
-Knows: templates, control tokens, text <-> token ids. Does not know: visual tokens, positions, KV.
-
     <system> <user> <media> | question <end of user> <assistant> | answer ... | <end of turn> <user> question <assistant> | ...
     |<---- prefix_ids ----->|<------- question_ids(first) ------>|<- model -->|<------------- question_ids ------------->|
 
-Every cut stands at a control token, so that tokenising the pieces equals tokenising the whole.
+Every cut stands at a control token, so that tokenizing the pieces equals tokenizing the whole.
 """
 
 from __future__ import annotations
@@ -149,7 +147,7 @@ class TemplateChat:
         return self._render(messages + [_message(role, text) for role, text in more])
 
     def _cut_at_media(self, text: str, kinds: Sequence[str], spellings: Sequence[Sequence[Piece]] | None = None) -> tuple[str, str]:
-        """`text` up to and including its last control token, with the media's slots filled, and the rest: it is tokenised with
+        """`text` up to and including its last control token, with the media's slots filled, and the rest: it is tokenized with
         the question.
         """
         wanted, done = [self._slot_text[kind] for kind in kinds], ""

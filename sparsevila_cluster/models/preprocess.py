@@ -1,10 +1,7 @@
-"""Frames to patches as Qwen-style processors do it: resize to whole tokens, cut into patches; normalise last.
-
-Knows: pixel budgets, resampling and patch order, all from the checkpoint's processor config; what other kinds of processors share
-with that. Does not know: models, prompts.
+"""Frames to patches as Qwen-style processors do it: resize to whole tokens, cut into patches; normalize last.
 
 Resized pixels are whole numbers in every reference implementation, so patches are kept as uint8 (a quarter of the memory of
-float32 on the host and on the way to the device) and normalised where they are used.
+float32 on the host and on the way to the device) and normalized where they are used.
 """
 
 from __future__ import annotations
@@ -199,7 +196,7 @@ def _rules(data: dict[str, Any], default: PixelRules) -> PixelRules:
 
 
 def read_levels(data: dict[str, Any], default: LevelRules, source: str) -> LevelRules:
-    """Resampling and normalisation from a processor's settings; what is left out is taken from `default`.
+    """Resampling and normalization from a processor's settings; what is left out is taken from `default`.
 
     Raises:
         BadCheckpoint: an illegal value; `source` names the file in the message.
@@ -268,8 +265,8 @@ def cut_patches(frames: Tensor, rules: PixelRules) -> tuple[Tensor, tuple[int, i
     return patches, (groups, rows, cols)
 
 
-def normalise(patches: Tensor, rules: LevelRules) -> Tensor:
-    """u8 [n, C * m], channel by channel -> float32, rescaled and normalised per channel in one step as the processors do."""
+def normalize(patches: Tensor, rules: LevelRules) -> Tensor:
+    """u8 [n, C * m], channel by channel -> float32, rescaled and normalized per channel in one step as the processors do."""
     pixels = patches.to(torch.float32, copy=True)
     if not rules.do_normalize:
         return pixels * rules.rescale_factor if rules.do_rescale else pixels

@@ -1,7 +1,4 @@
-"""From prompt ids with one placeholder per run of visual tokens to the unpruned media prefix, token by token.
-
-Knows: placeholders, runs, one-row positions, how the tokens of several media are counted. Does not know: templates, towers, KV.
-"""
+"""From prompt ids with one placeholder per run of visual tokens to the unpruned media prefix, token by token."""
 
 from __future__ import annotations
 

@@ -1,15 +1,12 @@
 """Attention inside a vision tower over independent segments (frames, windows), and the salience that falls out of it.
 
-Knows: queries, keys and values of consecutive rows, where segments begin, and one layer whose column means are wanted. Does not
-know: architectures, patches, pruning.
-
-    rows   | frame 0: window 0 | window 1 | ... | frame 1: window 0 | ...        windowed layers attend within windows,
-           |<---------------- a full segment -->|                                full layers within frames
+rows   | frame 0: window 0 | window 1 | ... | frame 1: window 0 | ...        windowed layers attend within windows,
+       |<---------------- a full segment -->|                                full layers within frames
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -73,12 +70,13 @@ class TowerPass:
     Not a call argument, because some towers drop the arguments that they do not know.
     """
 
-    def __init__(self, full: Segments, windowed: Segments | None, full_layers: frozenset[int], salience_layer: int | None):
-        self.salience: Tensor | None = None
+    def __init__(self, full: Segments, windowed: Segments | None, full_layers: frozenset[int], scored_layers: Sequence[int]):
+        """scored_layers: those whose column means are kept, ascending."""
         self._full = full
         self._windowed = windowed
         self._full_layers = full_layers
-        self._salience_layer = salience_layer
+        self._scored_layers = scored_layers
+        self._received: list[Tensor] = []
 
     def __enter__(self) -> TowerPass:
         self._before = _RUNNING.set(self)
@@ -88,12 +86,22 @@ class TowerPass:
         _RUNNING.reset(self._before)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q, k, v [S, H, D] of one layer -> [S, H, D]; in the chosen layer the column means are kept as `salience` f32 [S]."""
+        """q, k, v [S, H, D] of one layer -> [S, H, D]; of a scored layer the column means are kept."""
         segments = self._full if layer in self._full_layers or self._windowed is None else self._windowed
-        if layer != self._salience_layer:
+        if layer not in self._scored_layers:
             return segments.attend(q, k, v, scale)
-        out, self.salience = segments.attend_scored(q, k, v, scale)
+        out, received = segments.attend_scored(q, k, v, scale)
+        self._received.append(received)
         return out
+
+    def received(self) -> Tensor | None:
+        """What each row received in each scored layer, f32 [S, number of scored layers]; None without any."""
+        return torch.stack(self._received, -1) if self._received else None
+
+
+def layers_to_score(needs: Collection[str], layers: Sequence[int]) -> Sequence[int]:
+    """Of the layers that attend over whole frames, ascending: all for "taps", the last for "salience", else none."""
+    return layers if "taps" in needs else layers[-1:] if "salience" in needs else ()
 
 
 _RUNNING: ContextVar[TowerPass] = ContextVar("tower_pass")

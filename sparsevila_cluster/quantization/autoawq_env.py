@@ -1,8 +1,5 @@
 """AutoAWQ 0.2.9 as a second engine, in an environment of its own: created on request, run as a process with a deadline.
 
-Knows: the pinned packages, where the environment lives, what a run is given and what it leaves. Does not know: its
-arithmetic.
-
 AutoAWQ is archived and names no upper bounds: beside the transformers of this package it installs and then fails. It knows text
 only, so that it sees the words of a dialogue and none of its media.
 """
@@ -159,7 +156,7 @@ def run_process(command: Sequence[str], within_s: float, what: str, report: Repo
 
 
 def _follow(process: subprocess.Popen[bytes], said: deque[str], report: Report) -> None:
-    """Lines end with \\n, or \\r where a progress bar is drawn anew."""
+    """Lines end with a newline, or a carriage return where a progress bar is drawn anew."""
     assert process.stdout is not None
     line = b""
     while byte := process.stdout.read(1):

@@ -1,8 +1,6 @@
 """What runs inside AutoAWQ's own environment, as a program: reads a request, quantizes, saves.
 
-Knows: AutoAWQ 0.2.9, and what of it breaks without a GPU. Does not know: anything of ours; it must run where nothing of ours is.
-
-    python autoawq_script.py request.json      {"source", "target", "ids", "group_size", "clip", "length"}
+python autoawq_script.py request.json      {"source", "target", "ids", "group_size", "clip", "length"}
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ class NoProcessor:
 
     @staticmethod
     def from_pretrained(*_args: Any, **_kwargs: Any) -> None:
+        """Nothing."""
         return None
 
 
@@ -34,6 +33,7 @@ def end_with_parent() -> None:
 
 
 def main(path: str) -> None:
+    """Quantize what the request in the JSON file at `path` names."""
     end_with_parent()
     with open(path, encoding="utf-8") as file:
         request = json.load(file)

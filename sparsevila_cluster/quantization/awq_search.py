@@ -1,7 +1,5 @@
 """Activation-aware 4-bit rounding (arXiv 2306.00978): which input channels to enlarge, where to clip, and the codes.
 
-Knows: weights, activations, groups; tensors only. Does not know: layers, checkpoints, how codes are packed.
-
 Everything is float32. Two rules differ from AutoAWQ 0.2.9: a group's range always holds 0, so that a group of one sign does not
 saturate, and codes are made with the scale as it will be stored (float16).
 

@@ -1,9 +1,6 @@
 """From materials to sequences of embeddings, as the text model will see them when it serves.
 
-Knows: how a prompt is made of media, questions and answers, dense and pruned. Does not know: what the sequences are for, where
-materials come from.
-
-    media -> patchify -> plan -> encode -> all visual tokens, and again those that serving would keep -> + turns -> Sample
+media -> patchify -> plan -> encode -> all visual tokens, and again those that serving would keep -> + turns -> Sample
 """
 
 from __future__ import annotations
@@ -116,7 +113,7 @@ class _Studio:
         loaded = iter(engine.load(request) if sources else [])
         inputs, _ = engine.patchify(one if isinstance(one, Media) else next(loaded) for one in material.media)
         plan = engine.plan(inputs)
-        tokens = model.family.encode(inputs, capture=reading.pruned)
+        tokens = model.family.encode(inputs, ("salience",) if reading.pruned else ())
         keeps = [torch.arange(len(tokens.embeds), device=model.device)]
         if reading.pruned:
             keeps.append(keep_of_each([engine.pruning(request, one.kind) for one in inputs], inputs, tokens))

@@ -1,8 +1,4 @@
-"""The quantized checkpoint put together: the source's shards under the source's own names, with new tensors in place of some.
-
-Knows: which tensors replace which, the index, the other files, what config.json says afterwards. Does not know: how tensors were
-quantized, or where the directory ends up.
-"""
+"""The quantized checkpoint put together: the source's shards under the source's own names, with new tensors in place of some."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 """How far a quantized checkpoint is from its original: the divergence of their next-token distributions on the same inputs.
 
-Knows: logits of whole sequences, three measures of their distance. Does not know: how checkpoints were quantized, where inputs come
-from.
-
-    KL(original || other) of each text token, averaged, in nats | |difference| / |logits| | share of tokens with the same likeliest
+KL(original || other) of each text token, averaged, in nats | |difference| / |logits| | share of tokens with the same likeliest
 """
 
 from __future__ import annotations
@@ -40,6 +37,7 @@ class Distance:
     stored_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
         return asdict(self)
 
 

@@ -1,9 +1,6 @@
 """A quantization from beginning to end: calibrate, tower, layer by layer, write, rename.
 
-Knows: the order of the work and what is left of it after an interruption. Does not know: how a layer is quantized, what a
-calibration is made of, what a user typed.
-
-    original -> samples (and a look at the tower) -> vision -> layer 0 ... layer n -> whole checkpoint -> its final name
+original -> samples (and a look at the tower) -> vision -> layer 0 ... layer n -> whole checkpoint -> its final name
 """
 
 from __future__ import annotations

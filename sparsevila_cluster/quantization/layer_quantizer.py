@@ -1,9 +1,6 @@
 """One decoder layer to 4 bits: what its linears are given, scales folded into what comes before them, clipping, codes.
 
-Knows: which linears share an input and what comes before each, float activations of calibration samples. Does not know: where
-samples come from, files, other layers, transformers.
-
-    input norm -> q, k, v | v -> o (without grouped heads) | MLP norm -> gate, up | up -> down        scale s: before / s, after * s
+input norm -> q, k, v | v -> o (without grouped heads) | MLP norm -> gate, up | up -> down        scale s: before / s, after * s
 """
 
 from __future__ import annotations
@@ -49,6 +46,7 @@ class TextSettings:
     keep: tuple[str, ...] = ()
 
     def keeps(self, name: str) -> bool:
+        """Whether the linear called `name` stays as it is."""
         return any(f".{name}".endswith(f".{end}") for end in self.keep)
 
 

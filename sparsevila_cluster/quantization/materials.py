@@ -1,10 +1,7 @@
 """What one calibrates on or compares with: a directory of media and texts, read into a list.
 
-Knows: how files of a directory become texts and dialogues about media, and what is wrong with a broken one. Does not know: models,
-tokens, how media are decoded.
-
-    clip.mp4 (questions in clip.txt beside it, a line each) | notes.txt (plain text) | samples.jsonl (one object a line)
-    {"text": "..."} | {"ids": [1, 2, 3]} | {"media": "clip.mp4" or [...], "turns": [["question", "answer"], ...]}
+clip.mp4 (questions in clip.txt beside it, a line each) | notes.txt (plain text) | samples.jsonl (one object a line)
+{"text": "..."} | {"ids": [1, 2, 3]} | {"media": "clip.mp4" or [...], "turns": [["question", "answer"], ...]}
 """
 
 from __future__ import annotations

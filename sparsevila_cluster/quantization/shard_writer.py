@@ -1,8 +1,6 @@
 """safetensors files written tensor by tensor: nothing but one tensor is in memory at a time.
 
-Knows: the layout of a safetensors file, how a file becomes visible only once it is whole. Does not know: what the tensors are.
-
-    [ u64 header length | header JSON: name -> dtype, shape, [begin, end) | tensor bytes ]
+[ u64 header length | header JSON: name -> dtype, shape, [begin, end) | tensor bytes ]
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """8-bit weights and activations (SmoothQuant, arXiv 2211.10438): moving outliers of activations into weights before rounding.
 
-Knows: weights, maxima of activations, the integer arithmetic that serves them; tensors only. Does not know: towers, checkpoints.
-
-    y = (x / smooth) (W * smooth)^T     int8 by row of x (token) and by row of W (output channel), int32 sums
+y = (x / smooth) (W * smooth)^T     int8 by row of x (token) and by row of W (output channel), int32 sums
 """
 
 from __future__ import annotations

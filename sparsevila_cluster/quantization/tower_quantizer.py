@@ -1,7 +1,4 @@
-"""The vision tower's linears to 8 bits: what they are given while calibration runs through the tower, and their stored form.
-
-Knows: linears by name, maxima and rows of their inputs. Does not know: towers, media, files.
-"""
+"""The vision tower's linears to 8 bits: what they are given while calibration runs through the tower, and their stored form."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """The directory beside the destination where a quantization grows, and from where it goes on after it was interrupted.
 
-Knows: which pieces are finished and under which settings, one worker at a time, the last rename. Does not know: what is in them.
-
-    .DST.quantizing/   record.json | lock | vision.safetensors | layer-00000.safetensors ... | whole/  -> renamed to DST at the end
+.DST.quantizing/   record.json | lock | vision.safetensors | layer-00000.safetensors ... | whole/  -> renamed to DST at the end
 """
 
 from __future__ import annotations
@@ -40,9 +38,11 @@ class WorkDir:
         return self.directory / "whole"
 
     def path_of(self, piece: str) -> Path:
+        """Where a piece ("vision", "layer-00000") is kept."""
         return self.directory / f"{piece}.safetensors"
 
     def has(self, piece: str) -> bool:
+        """Whether a piece is finished."""
         return self.path_of(piece).is_file()
 
     def save(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
@@ -51,6 +51,7 @@ class WorkDir:
             write_file(self.path_of(piece), {name: entry_of(tensor) for name, tensor in tensors.items()})
 
     def open(self, piece: str) -> Shard:
+        """Read a finished piece. Raises BadCheckpoint: its file is damaged."""
         return open_shard(self.path_of(piece))
 
     def publish(self, target: Path) -> None:

@@ -14,6 +14,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from sparsevila_cluster.cluster.check_cluster import check_cluster
 from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
 from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
@@ -58,8 +59,9 @@ def application(config: ClusterConfig, env: dict[str, str], verbose: bool = Fals
     """All deployments of `config`.
 
     env: what their processes need beside what they inherit; with an empty one Ray takes processes that it has ready. verbose:
-    replicas log what they do, not only what goes wrong.
+    replicas log what they do, not only what goes wrong. Raises BadConfig: a choice that no table has.
     """
+    check_cluster(config)
     directory = _deployment(DirectoryReplica, REGISTRY, config, 1, _actor(0.0, env), verbose).bind(config, verbose)
     pools = [
         _deployment(kind, name, config, pool.replicas, _worker(pool, env), verbose).bind(config, directory, verbose)

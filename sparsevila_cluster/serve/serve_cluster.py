@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatusOverview, ReplicaState
 
+from sparsevila_cluster.cluster.check_cluster import check_cluster
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.cluster.on_ray.replicas import REGISTRY, ROUTER
 from sparsevila_cluster.core.cluster_config import ClusterConfig
@@ -49,6 +50,7 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         BadConfig, BadCheckpoint: a configuration that cannot be started. Unavailable: the port is taken, no Ray at the address, or
         Ray is gone. DeadlineExceeded: not ready within `start_timeout_s`. KeyboardInterrupt: interrupted before it was ready.
     """
+    check_cluster(config)
     start_s, stdout = time.perf_counter(), sys.stdout
     with ExitStack() as stack:
         stack.enter_context(_interrupted_by(signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Attention over spans equals one softmax over all keys, written out. Knows the definition; does not know the engines."""
+"""Attention over spans equals one softmax over all keys, written out."""
 
 import warnings
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsevila_cluster.attention import torch_ops
-from sparsevila_cluster.attention.torch_ops import Capture, attend_causal, attend_gathered, attend_question, attend_spans
+from sparsevila_cluster.attention.interface import Capture
+from sparsevila_cluster.attention.torch_ops import attend_causal, attend_gathered, attend_question, attend_spans
 
 
 def random_case(num_rows, body, past, heads, kv_heads, dim, seed):
@@ -53,32 +54,32 @@ def test_several_sequences_over_their_own_spans():
 
 @pytest.mark.parametrize("num_rows, body, past", [(1, 5, 0), (9, 40, 0), (17, 129, 23)])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (7, 1)])
-@pytest.mark.parametrize("normalise", ["full_row", "visual"])
+@pytest.mark.parametrize("normalize", ["full_row", "visual"])
 @pytest.mark.parametrize("max_weights", [10, 10**9])
-def test_question_rows_and_their_scores(monkeypatch, num_rows, body, past, heads, kv_heads, normalise, max_weights):
+def test_question_rows_and_their_scores(monkeypatch, num_rows, body, past, heads, kv_heads, normalize, max_weights):
     monkeypatch.setattr(torch_ops, "MAX_WEIGHTS", max_weights)  # 10: one row at a time
     q, k, v = random_case(num_rows, body, past, heads, kv_heads, 24, seed=num_rows + heads)
     want, weights = reference(q, k, v, 0.3)
     visual = torch.arange(1, body, 2)
     for rows in {(0, num_rows), (num_rows - 1, num_rows), (num_rows // 3, num_rows // 2 + 1)}:
-        capture = Capture(visual, *rows, normalise)
+        capture = Capture(visual, *rows, normalize)
         got = attend_question(q, *spans(k, v, body), 0.3, capture)
         torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
         share = weights[..., visual]
-        if normalise == "visual":
+        if normalize == "visual":
             share = share / share.sum(-1, keepdim=True)
         expected = share[:, rows[0] : rows[1]].mean((0, 1))
         torch.testing.assert_close(capture.scores()[0].double(), expected, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("normalise", ["full_row", "visual"])
+@pytest.mark.parametrize("normalize", ["full_row", "visual"])
 @pytest.mark.parametrize("cuts", [(4,), (1, 2, 3), (9, 16)])
-def test_rows_in_several_steps_are_as_in_one(cuts, normalise):
+def test_rows_in_several_steps_are_as_in_one(cuts, normalize):
     num_rows, body, past = 17, 61, 5
     q, k, v = random_case(num_rows, body, past, 6, 2, 24, seed=7)
     visual = torch.arange(2, body, 3)
     for rows in {(0, num_rows), (num_rows - 1, num_rows), (3, 10)}:
-        whole, parts = Capture(visual, *rows, normalise), Capture(visual, *rows, normalise)
+        whole, parts = Capture(visual, *rows, normalize), Capture(visual, *rows, normalize)
         want = [attend_question(q, *spans(k, v, body), 0.3, whole, layer) for layer in range(2)]
         got = []
         for start, stop in zip((0, *cuts), (*cuts, num_rows), strict=True):

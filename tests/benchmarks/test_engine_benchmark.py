@@ -113,7 +113,7 @@ def test_encode_work_is_what_torch_counts(model):
     assert (groups, rows, cols) == (2, 5, 5)
     # 10 patches a side: windows of 6 and 4, and whole frames in the full layer
     pairs = groups * (6 + 4) ** 2 * 100 + groups * (36 + 16) ** 2
-    counted = products(lambda: model.family.encode([inputs], capture=False))
+    counted = products(lambda: model.family.encode([inputs], needs=()))
     assert counted == encode_work(model.config, inputs.grid).flop - 4 * TOY.vision_hidden * pairs
 
 

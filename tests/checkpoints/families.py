@@ -1,6 +1,6 @@
 """Every supported family as tests see it: its tiny checkpoint, and how stock transformers is given the same media.
 
-A row knows how our inputs become a stock model's arguments and what its vision side returns; it does not know engines.
+A row says how our inputs become a stock model's arguments, and what its vision side returns.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """An independent judge: stock transformers run over the whole unpruned conversation with masks.
 
-Knows: Hugging Face's forward pass, 4-D masks, what SparseVILA hides from which row. Does not know our decoder, KV or batching:
-from our engine it takes only the prompt plan and which visual tokens were kept.
-
 Rows that hold pruned tokens are computed and never looked at. In turn t the rows of the question see every kept token; rows of
 generated tokens see, in each layer, the ones that were retrieved for that turn.
 """

@@ -49,8 +49,8 @@ def recorded_gaps() -> Iterator[list[float]]:
     gaps: list[float] = []
     plain = turn_retrieval.TurnRetrieval.choose
 
-    def choose(self, capture):
-        scores = plain(self, capture)
+    def choose(self, *args):
+        scores = plain(self, *args)
         ranked, count = scores.double().sort(-1, descending=True).values, self.num_retrieved
         if 0 < count < ranked.shape[1]:
             gaps.append(float(((ranked[:, count - 1] - ranked[:, count]) / ranked[:, count - 1]).min()))

@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsevila_cluster.attention import triton_batch
-from sparsevila_cluster.attention.torch_batch import Segment
-from sparsevila_cluster.attention.triton_batch import TritonBatch
+from sparsevila_cluster.attention import triton_backend
+from sparsevila_cluster.attention.interface import Segment
+from sparsevila_cluster.attention.triton_backend import TritonBatch
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.engine import cuda_graph
 from sparsevila_cluster.engine.cuda_graph import DecodeGraphs, bucket_sizes
@@ -149,7 +149,7 @@ def shapes(monkeypatch):
         num_rows, (_, num_kv_heads, head_dim) = len(qkv), k_arena.shape
         return qkv.new_zeros(num_rows, qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
 
-    monkeypatch.setattr(triton_batch, "decode_attention", lambda q, *args, **kwargs: torch.zeros_like(q))
+    monkeypatch.setattr(triton_backend, "decode_attention", lambda q, *args, **kwargs: torch.zeros_like(q))
     monkeypatch.setattr(lean_kernels, "rms_norm", normed)
     monkeypatch.setattr(lean_kernels, "rope_write", turned)
     monkeypatch.setattr(lean_kernels, "silu_mul", lambda x, **kwargs: x.new_zeros(len(x), x.shape[1] // 2))

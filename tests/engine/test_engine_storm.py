@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsevila_cluster.attention.torch_ops import Capture
+from sparsevila_cluster.attention.interface import Capture
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import Cancelled, NotFound, QueueFull
 from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, SamplingParams, Turn

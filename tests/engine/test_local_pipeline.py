@@ -260,14 +260,14 @@ def test_closing_refuses_new_work_and_ends_old_work(checkpoint, clips):
 
 def test_a_decoder_that_hangs_costs_one_preparation(checkpoint, clips):
     with VideoQA(checkpoint, decode_timeout_s=5.0) as qa:
-        guard = qa.pipeline.prefill.engine.sandbox
+        sandbox = qa.pipeline.prefill.engine.sandbox
         assert qa.conversation(qa.prepare(clips[0])).ask("what?", max_tokens=2).text is not None
-        for pid in guard.pids():
+        for pid in sandbox.pids():
             os.kill(pid, signal.SIGSTOP)
         with pytest.raises(DeadlineExceeded, match="hung and was killed.*decode_timeout_s = 5 s"):
             qa.prepare(clips[1])
-        assert qa.prepare(clips[1]).num_frames == 6 and guard.num_started == 2
-    assert guard.pids() == []
+        assert qa.prepare(clips[1]).num_frames == 6 and sandbox.num_started == 2
+    assert sandbox.pids() == []
 
 
 def test_a_caller_who_leaves_while_the_turn_is_taken_leaves_no_turn(checkpoint, clips):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsevila_cluster.attention import torch_batch
+from sparsevila_cluster.attention import torch_backend
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import Answer, FinishReason, Replay, SamplingParams
 from sparsevila_cluster.engine.sampling import Sampler
@@ -188,14 +188,14 @@ def draw_from_the_beginning(patch):
 
 
 def see_what_comes_later(patch):
-    plain = torch_batch.attend_question
+    plain = torch_backend.attend_question
 
     def attend(q, body, tail, scale, capture, layer=0):
         if capture is not None or len(q) == 1:
             return plain(q, body, tail, scale, capture, layer)
         return torch.cat([plain(row[None], body, tail, scale, None, layer) for row in q])
 
-    patch.setattr(torch_batch, "attend_question", attend)
+    patch.setattr(torch_backend, "attend_question", attend)
 
 
 def stand_where_the_question_ended(patch):

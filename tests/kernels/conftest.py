@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsevila_kernels._launch import HAS_TRITON, INTERPRETED
-from tests.kernels.kernel_judge import Place
+from tests.kernels.kernel_accuracy import Place
 
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 no_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import colreduce, decode_attention, reference
-from tests.kernels.kernel_judge import assert_as_exact_as_torch, offsets
+from tests.kernels.kernel_accuracy import assert_as_exact_as_torch, offsets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

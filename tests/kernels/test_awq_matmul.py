@@ -1,13 +1,13 @@
-"""W4A16 products on every path against the dequantised weight in fp64; a weight keeps its numbers in every layout."""
+"""W4A16 products on every path against the dequantized weight in fp64; a weight keeps its numbers in every layout."""
 
 import pytest
 import torch
 
 from sparsevila_kernels import AwqWeight, _awq_triton, awq_matmul, awq_weight, dequantize_gemm, pack, reference
-from tests.kernels.kernel_judge import assert_as_exact_as_torch
+from tests.kernels.kernel_accuracy import assert_as_exact_as_torch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# Of the error of dequantising to x's dtype and multiplying in it. Our kernels round no weight; torch's operator rounds scales
+# Of the error of dequantizing to x's dtype and multiplying in it. Our kernels round no weight; torch's operator rounds scales
 # and offsets instead.
 RATIO = {F32: 2.0, F16: 1.0, BF16: 1.5}
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import colreduce, reference
-from tests.kernels.kernel_judge import assert_as_exact_as_torch, offsets
+from tests.kernels.kernel_accuracy import assert_as_exact_as_torch, offsets
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Plain torch in the same dtype rounds its logits to it; every path here keeps them in fp32.
@@ -109,7 +109,7 @@ def test_twice_the_same_bits(place):
 
 
 def test_a_given_norm_may_come_from_more_keys_than_these(place):
-    """Each row normalised over everything it sees, of which k is a part; and over itself, which is as without."""
+    """Each row normalized over everything it sees, of which k is a part; and over itself, which is as without."""
     q, k = make(6, 210, (8, 2), 64, F32, place.device)
     logits = reference.attention_logits(q.double(), k.double(), None, causal=False)
     lse = torch.logsumexp(logits, -1).T.float().contiguous()

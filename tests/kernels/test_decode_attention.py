@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import decode_attention, reference
-from tests.kernels.kernel_judge import NoHostReads, Place, assert_as_exact_as_torch, offsets
+from tests.kernels.kernel_accuracy import NoHostReads, Place, assert_as_exact_as_torch, offsets
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SLOTS = (900, 350)

@@ -6,7 +6,7 @@ import torch
 from sparsevila_kernels import Int8Weight, int8_matmul, reference
 from sparsevila_kernels import int8_matmul as public
 from sparsevila_kernels._int8_triton import NARROW_ROWS
-from tests.kernels.kernel_judge import error
+from tests.kernels.kernel_accuracy import error
 
 module = __import__("sys").modules[public.__module__]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -26,9 +26,9 @@ def test_sums_are_exact(place, num_rows, num_in, num_out, way, monkeypatch):
     if way == "without int8":
         monkeypatch.setattr(module, "_int_mm_is_exact", lambda: False)
     x, weight = whole_numbers(num_rows * place.scale, num_in, num_out, place.device)
-    quantised = Int8Weight.of(weight)
-    assert torch.equal(quantised.scales, torch.ones_like(quantised.scales))
-    assert torch.equal(int8_matmul(x, quantised, backend=place.backend).long(), x.long() @ weight.long().t())
+    quantized = Int8Weight.of(weight)
+    assert torch.equal(quantized.scales, torch.ones_like(quantized.scales))
+    assert torch.equal(int8_matmul(x, quantized, backend=place.backend).long(), x.long() @ weight.long().t())
 
 
 @pytest.mark.parametrize("value", [127, -127])
@@ -92,13 +92,13 @@ def test_no_rows_and_strides(place):
     assert torch.equal(int8_matmul(x, weight, backend=place.backend), int8_matmul(x.contiguous(), weight, backend=place.backend))
 
 
-def test_dequantised_weight_is_within_half_a_step():
+def test_dequantized_weight_is_within_half_a_step():
     weight, smooth = torch.randn(24, 40), torch.rand(40) + 0.5
-    quantised = Int8Weight.of(weight, smooth)
-    step = quantised.scales[:, None] / smooth
-    assert ((quantised.dequantize() - weight).abs() <= step * 0.501).all()
-    assert quantised.nbytes == 24 * 40 + 24 * 4 + 40 * 4
-    assert torch.equal(quantised.to("cpu").values, quantised.values)
+    quantized = Int8Weight.of(weight, smooth)
+    step = quantized.scales[:, None] / smooth
+    assert ((quantized.dequantize() - weight).abs() <= step * 0.501).all()
+    assert quantized.nbytes == 24 * 40 + 24 * 4 + 40 * 4
+    assert torch.equal(quantized.to("cpu").values, quantized.values)
 
 
 def test_what_does_not_fit_is_refused_by_name():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsevila_kernels import reference, rms_norm, rope_write, silu_mul
-from tests.kernels.kernel_judge import assert_as_exact_as_torch
+from tests.kernels.kernel_accuracy import assert_as_exact_as_torch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F32, F16, BF16]
@@ -16,7 +16,7 @@ def random(place, *shape, dtype=F32):
     return torch.randn(*shape).to(place.device, dtype)
 
 
-def judge(found, exact, plain, dtype, *names):
+def assert_accurate(found, exact, plain, dtype, *names):
     assert all(f.dtype == dtype for f in found)
     assert_as_exact_as_torch(found, exact, plain, dict.fromkeys(names, RATIO[dtype]), dtype=dtype)
 
@@ -30,7 +30,7 @@ NORMS = [((1, 8), False), ((7, 131), False), ((3, 3584), False), ((5, 3, 64), Fa
 def test_norm(place, shape, own, dtype):
     x, weight = random(place, *shape, dtype=dtype), random(place, *shape[1 if own else -1 :], dtype=dtype)
     exact, plain = (reference.rms_norm(x, weight, 1e-6, dtype=d) for d in (torch.float64, dtype))
-    judge([rms_norm(x, weight, 1e-6, backend=place.backend)], [exact], [plain], dtype, "normed")
+    assert_accurate([rms_norm(x, weight, 1e-6, backend=place.backend)], [exact], [plain], dtype, "normed")
 
 
 @pytest.mark.parametrize("shape, own", NORMS)
@@ -42,7 +42,7 @@ def test_norm_of_a_sum(place, shape, own, dtype):
     truncates = dtype == BF16 and place == ("cpu", "triton")  # Triton's interpreter does
     torch.testing.assert_close(total, x + residual, rtol=2.0**-7 if truncates else 0, atol=0)
     exact, plain = (reference.rms_norm(total, weight, 1e-5, dtype=d) for d in (torch.float64, dtype))
-    judge([normed], [exact], [plain], dtype, "normed")
+    assert_accurate([normed], [exact], [plain], dtype, "normed")
 
 
 def test_norm_of_strided_rows_and_of_nothing(place):
@@ -84,7 +84,7 @@ def test_rope_writes_keys_and_values(place, num_rows, heads, kv_heads, dim, dtyp
         k, v = torch.zeros(2, *k_arena.shape, dtype=d, device=place.device)
         results.append((reference.rope_write(qkv, cos, sin, qk_norm, 1e-6, k, v, slots, dtype=d), k[slots]))
         assert torch.equal(v_arena[slots], v[slots].to(dtype))
-    judge((q, k_arena[slots]), *results, dtype, "queries", "keys")
+    assert_accurate((q, k_arena[slots]), *results, dtype, "queries", "keys")
     others = torch.ones(len(k_arena), dtype=torch.bool, device=place.device)
     others[slots] = False
     assert torch.isnan(arenas[:, others, 0]).all() and (arenas[:, :, 1] == 7).all()
@@ -107,7 +107,7 @@ def test_rope_turns_by_the_angle(place):
 def test_silu_mul(place, shape, dtype):
     gate_up = random(place, *shape, dtype=dtype) * 4
     exact, plain = (reference.silu_mul(gate_up, dtype=d) for d in (torch.float64, dtype))
-    judge([silu_mul(gate_up, backend=place.backend)], [exact], [plain], dtype, "product")
+    assert_accurate([silu_mul(gate_up, backend=place.backend)], [exact], [plain], dtype, "product")
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")

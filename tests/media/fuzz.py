@@ -52,11 +52,11 @@ class Tally:
         )
 
 
-def attempt(data: bytes, number: int, limits: MediaLimits, guard: DecoderSandbox) -> tuple[str, str | None]:
+def attempt(data: bytes, number: int, limits: MediaLimits, sandbox: DecoderSandbox) -> tuple[str, str | None]:
     """The outcome's name, and what is wrong with it."""
     fps, max_frames = ((0.5, 3), (2.0, 8), (30.0, 64))[number % 3]
     try:
-        media = open_media(MediaSource(data), fps=fps, max_frames=max_frames, limits=limits, guard=guard)
+        media = open_media(MediaSource(data), fps=fps, max_frames=max_frames, limits=limits, sandbox=sandbox)
     except (BadMedia, TooLarge, DeadlineExceeded) as error:
         return type(error).__name__, None if len(str(error)) > 10 else f"says only {str(error)!r}"
     except BaseException as error:
@@ -79,9 +79,9 @@ def unsound(media: Media, max_frames: int, limits: MediaLimits) -> str | None:
     return None
 
 
-def leftovers(guard: DecoderSandbox, num_files: int, others: set[int]) -> str | None:
+def leftovers(sandbox: DecoderSandbox, num_files: int, others: set[int]) -> str | None:
     """Open files, processes (but for `others`) and shared memory that nobody owns any more."""
-    pids = guard.pids()
+    pids = sandbox.pids()
     files = len(os.listdir("/proc/self/fd"))
     if files != num_files + 2 * len(pids):
         return f"{files} open files; there were {num_files} and {len(pids)} workers"
@@ -114,17 +114,17 @@ def fuzz(
     seeds()
     gc.collect()
     num_files, others = len(os.listdir("/proc/self/fd")), child_pids()
-    with DecoderSandbox() as guard:
+    with DecoderSandbox() as sandbox:
         for count, number in enumerate(numbers):
             name, way, data = mutant(seed, number)
             label = f"{name}: {way}, seed {seed} number {number}"
-            starts, begun_s = guard.num_started, time.monotonic()
-            outcome, wrong = attempt(data, number, limits, guard)
+            starts, begun_s = sandbox.num_started, time.monotonic()
+            outcome, wrong = attempt(data, number, limits, sandbox)
             took_s = time.monotonic() - begun_s
-            allowed_s = deadline_s + GRACE_S + SLACK_S + START_S * (guard.num_started - starts)
+            allowed_s = deadline_s + GRACE_S + SLACK_S + START_S * (sandbox.num_started - starts)
             if wrong is None and took_s > allowed_s:
                 wrong = f"took {took_s:.2f} s of {allowed_s:.2f} s"
-            wrong = wrong or leftovers(guard, num_files, others)
+            wrong = wrong or leftovers(sandbox, num_files, others)
             tally.add(name, outcome, took_s, label)
             if wrong is not None:
                 tally.violations.append(f"{label}: {wrong}")
@@ -137,9 +137,9 @@ def fuzz(
         gc.collect()
         if settled_bytes is not None and (growth := resident_bytes() - settled_bytes) > MAX_GROWTH_BYTES:
             tally.violations.append(f"this process grew by {growth} bytes")
-        restarts = guard.num_started - 1
+        restarts = sandbox.num_started - 1
     if left := child_pids() - others:
-        tally.violations.append(f"processes {sorted(left)} outlive their guard")
+        tally.violations.append(f"processes {sorted(left)} outlive their sandbox")
     if (files := len(os.listdir("/proc/self/fd"))) != num_files:
         tally.violations.append(f"{files} files are open after the run, {num_files} before it")
     return tally, tally.line(len(numbers), seed, restarts)

@@ -157,13 +157,13 @@ def picture_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 @functools.cache
-def guard() -> DecoderSandbox:
+def sandbox() -> DecoderSandbox:
     """One for all tests; the interpreter's end closes it."""
     return DecoderSandbox()
 
 
 def load(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Media:
-    return open_media(MediaSource(data, kind), fps=fps, max_frames=max_frames, limits=MediaLimits(**limits), guard=guard())
+    return open_media(MediaSource(data, kind), fps=fps, max_frames=max_frames, limits=MediaLimits(**limits), sandbox=sandbox())
 
 
 def load_here(data, *, kind="auto", fps=2.0, max_frames=64, **limits) -> Decoded:

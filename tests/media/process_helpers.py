@@ -16,8 +16,8 @@ from tests.media.media_files import picture_bytes
 PICTURE = picture_bytes(Image.new("RGB", (8, 6), (1, 2, 3)))
 
 
-def show(guard: DecoderSandbox, data=PICTURE, **limits) -> Media:
-    return open_media(MediaSource(data), fps=2.0, max_frames=64, limits=MediaLimits(**limits), guard=guard)
+def show(sandbox: DecoderSandbox, data=PICTURE, **limits) -> Media:
+    return open_media(MediaSource(data), fps=2.0, max_frames=64, limits=MediaLimits(**limits), sandbox=sandbox)
 
 
 def wait_for(condition, timeout_s: float = 20.0) -> None:

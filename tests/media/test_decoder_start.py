@@ -23,10 +23,10 @@ import sys; sys.path.append({ROOT!r})
 from sparsevila_cluster.core.config import MediaLimits
 from sparsevila_cluster.media import DecoderSandbox, open_media
 from sparsevila_cluster.core.requests import MediaSource
-def show(guard):
-    return open_media(MediaSource({PICTURE!r}), fps=2.0, max_frames=4, limits=MediaLimits(), guard=guard).frames.shape
-guard = DecoderSandbox()
-print(show(guard), *guard.pids(), flush=True)
+def show(sandbox):
+    return open_media(MediaSource({PICTURE!r}), fps=2.0, max_frames=4, limits=MediaLimits(), sandbox=sandbox).frames.shape
+sandbox = DecoderSandbox()
+print(show(sandbox), *sandbox.pids(), flush=True)
 """
 
 
@@ -66,12 +66,12 @@ def test_a_forked_copy_has_processes_of_its_own(tmp_path):
     fork = """
 import os
 child = os.fork()
-print(show(guard), *guard.pids(), flush=True)
+print(show(sandbox), *sandbox.pids(), flush=True)
 if child:
     os.waitpid(child, 0)
-    print(show(guard), *guard.pids(), flush=True)
+    print(show(sandbox), *sandbox.pids(), flush=True)
 else:
-    guard.close(); sys.exit()
+    sandbox.close(); sys.exit()
 """
     output, errors = python(SCRIPT + fork, tmp_path).communicate(timeout=60)
     lines = output.splitlines()
@@ -81,22 +81,22 @@ else:
 
 
 def test_neither_side_imports_what_it_does_not_need():
-    with DecoderSandbox() as guard:
-        show(guard)
-        assert "torch" not in Path(f"/proc/{guard.pids()[0]}/maps").read_text()
+    with DecoderSandbox() as sandbox:
+        show(sandbox)
+        assert "torch" not in Path(f"/proc/{sandbox.pids()[0]}/maps").read_text()
     code = "import sys, sparsevila_cluster.media; sys.exit(bool({'torch', 'av', 'PIL', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_a_process_that_does_not_start_is_unavailable(monkeypatch):
     before = child_pids()
-    with DecoderSandbox() as guard:
+    with DecoderSandbox() as sandbox:
         monkeypatch.setattr("sparsevila_cluster.media.decoder_process.MODULE", "sparsevila_cluster.media.missing")
         with pytest.raises(Unavailable, match="does not start.*No module named sparsevila_cluster.media.missing"):
-            show(guard)
+            show(sandbox)
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         with pytest.raises(Unavailable, match="cannot start a process"):
-            show(guard)
+            show(sandbox)
         monkeypatch.undo()
-        assert show(guard).kind == "image"
+        assert show(sandbox).kind == "image"
     assert child_pids() == before

@@ -24,9 +24,9 @@ def test_mutants_give_media_or_a_typed_error(tmp_path):
 
 def test_whole_seeds_are_media():
     limits = fuzz.MediaLimits()
-    with DecoderSandbox() as guard:
+    with DecoderSandbox() as sandbox:
         for name, data in mutants.seeds().items():
-            assert fuzz.attempt(data, 1, limits, guard) == ("media", None), name
+            assert fuzz.attempt(data, 1, limits, sandbox) == ("media", None), name
 
 
 def test_a_mutant_is_its_numbers():

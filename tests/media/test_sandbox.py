@@ -128,7 +128,7 @@ def test_memory_is_limited(guard):
     video = video_bytes(4, size=(256, 256))
     starved = MediaLimits().model_copy(update={"decode_memory_bytes": 1 << 20})
     with pytest.raises((TooLarge, BadMedia)):
-        open_media(MediaSource(video), fps=2.0, max_frames=4, limits=starved, guard=guard)
+        open_media(MediaSource(video), fps=2.0, max_frames=4, limits=starved, sandbox=guard)
     assert len(show(guard, video).frames) == 1
 
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoint directories for tests, and what their weights are worth, read in the plainest way.
+"""Quantized checkpoint directories for tests, and what their weights are worth, read in the plainest way.
 
 Nothing here uses the product's own reading or packing: the oracle unpacks words nibble by nibble, as the format is published.
 """
@@ -45,7 +45,7 @@ def awq_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     return ((awq_codes(qweight) - zeros) * steps).t()
 
 
-def quantise_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """nn.Linear's weight [N, K] -> codes i64 [K, N], zeros i64 [K / g, N], scales f16 [K / g, N]; any 4-bit rounding would do."""
     groups = weight.float().t().unflatten(0, (-1, group))
     low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
@@ -73,7 +73,7 @@ def rewrite(source: Path, target: Path, weights: dict[str, Tensor], quantization
 
 
 def config_of(directory: Path) -> dict[str, Any]:
-    """What a directory's config.json says of its quantisation."""
+    """What a directory's config.json says of its quantization."""
     return json.loads((directory / "config.json").read_text())["quantization_config"]
 
 
@@ -96,7 +96,7 @@ def as_awq(
     weights = {}
     for name, tensor in weights_of(source).items():
         if wanted(name):
-            codes, zeros, scales = quantise_rows(tensor, group)
+            codes, zeros, scales = quantize_rows(tensor, group)
             base = name.removesuffix("weight")
             weights |= {f"{base}qweight": awq_words(codes), f"{base}qzeros": awq_words(zeros), f"{base}scales": scales.to(dtype)}
         else:

@@ -90,7 +90,7 @@ def test_missing_tensor(directory):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_quantised_tensors_without_a_word_about_it(directory, dtype):
+def test_quantized_tensors_without_a_word_about_it(directory, dtype):
     file, name = change(directory, MLP, lambda name, old: {name: old.to(dtype)})
     refused(directory, file, name, "stored as", "F32")
 

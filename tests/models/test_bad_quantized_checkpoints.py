@@ -1,4 +1,4 @@
-"""Every way to break a quantised checkpoint that we know: refused before serving, file, tensor and rule named."""
+"""Every way to break a quantized checkpoint that we know: refused before serving, file, tensor and rule named."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def plain(name):
     return change
 
 
-def quantise(name, num_in, num_out):
+def quantize(name, num_in, num_out):
     def change(weights):
         weights.pop(f"{name}.weight")
         weights[f"{name}.qweight"] = torch.zeros(num_in, num_out // 8, dtype=torch.int32)
@@ -97,11 +97,11 @@ BROKEN = {
     "no codes": (drop("qweight"), CONFIG, [f"{LINEAR}.qweight", "missing beside", FILE]),
     "nothing": (lambda w: [drop(leaf)(w) for leaf in LEAVES], CONFIG, ["down_proj.weight", "is missing"]),
     "both": (put("weight", lambda _: torch.ones(64, 128)), CONFIG, [FILE, f"{LINEAR}.weight", "same linear"]),
-    "plain": (plain(LINEAR), CONFIG, [FILE, f"{LINEAR}.weight", "is not quantised", "quantization_config says that"]),
+    "plain": (plain(LINEAR), CONFIG, [FILE, f"{LINEAR}.weight", "is not quantized", "quantization_config says that"]),
     "spared": (lambda w: None, {**CONFIG, "modules_to_not_convert": ["visual", "mlp.down_proj"]},
                [FILE, "down_proj", "quantization_config says that this linear is not"]),
-    "config says nothing": (lambda w: None, None, [FILE, "quantised linear", "no quantization_config"]),
-    "nothing is quantised": (all_plain, CONFIG, ["quantization_config", "no tensor", FILE, "qweight"]),
+    "config says nothing": (lambda w: None, None, [FILE, "quantized linear", "no quantization_config"]),
+    "nothing is quantized": (all_plain, CONFIG, ["quantization_config", "no tensor", FILE, "qweight"]),
     "other groups": (lambda w: None, {**CONFIG, "group_size": 64}, [FILE, "shape [4, 8]", "[2, 8]", "groups of 64"]),
     "groups do not divide": (lambda w: None, {**CONFIG, "group_size": 48}, [FILE, "groups of 48", "multiple"]),
     "wrong shape": (put("qweight", lambda t: t[:-8]), CONFIG, [FILE, f"{LINEAR}.qweight", "shape [120, 8]", "[128, 8]"]),
@@ -113,8 +113,8 @@ BROKEN = {
     "negative": (poison(-0.5), CONFIG, [FILE, f"{LINEAR}.scales", "negative"]),
     "another layer": (put("qweight", lambda _: torch.zeros(128, 8, dtype=torch.int32), "model.layers.7.mlp.down_proj"), CONFIG,
                       [FILE, "model.layers.7.mlp.down_proj.qweight", "no layer that config.json describes"]),
-    "head": (quantise("lm_head", 64, 320), CONFIG, [FILE, "lm_head", "not the head or the embedding"]),
-    "embedding": (quantise("model.embed_tokens", 64, 320), CONFIG, [FILE, "embed_tokens", "not the head or the embedding"]),
+    "head": (quantize("lm_head", 64, 320), CONFIG, [FILE, "lm_head", "not the head or the embedding"]),
+    "embedding": (quantize("model.embed_tokens", 64, 320), CONFIG, [FILE, "embed_tokens", "not the head or the embedding"]),
     "norm": (put("scales", lambda _: torch.ones(2, 64), "model.norm"), CONFIG, [FILE, "model.norm.scales", "only linears"]),
     "gptq": (put("g_idx", lambda _: torch.arange(128)), CONFIG, [FILE, f"{LINEAR}.g_idx", "belongs to no layer"]),
     "other form": (lambda w: None, pack_config(True), [FILE, "'gemm'", "'pack-quantized'"]),
@@ -160,16 +160,16 @@ def test_outputs_that_fill_no_word(tmp_path):
     Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2)).save_pretrained(tmp_path / "fp")
     directory = as_awq(tmp_path / "fp", tmp_path / "awq", wanted=lambda name: "self_attn" in name and name.endswith("proj.weight"))
     weights = weights_of(directory)
-    quantise("model.layers.0.mlp.up_proj", 32, 36)(weights)
+    quantize("model.layers.0.mlp.up_proj", 32, 36)(weights)
     with pytest.raises(BadCheckpoint, match="up_proj.* 36 outputs.* multiple of 8"):
         load_text(rewrite(directory, tmp_path / "odd", weights, AWQ), device="cpu")
 
 
 @pytest.mark.parametrize("spared,words", [(["visual"], ["says that this linear is not"]), ([], [])])
-def test_a_quantised_tower_must_not_be_denied(awq, tmp_path, spared, words):
+def test_a_quantized_tower_must_not_be_denied(awq, tmp_path, spared, words):
     """Linears of the tower in 4 bits are read, where the files hold them; a config that denies them is refused."""
     weights = weights_of(awq)
-    quantise(TOWER, 64, 192)(weights)
+    quantize(TOWER, 64, 192)(weights)
     directory = rewrite(awq, tmp_path / "tower", weights, {**AWQ, "modules_to_not_convert": spared})
     if words:
         refused(directory, FILE, TOWER, *words, parts=PREFILL_PARTS)

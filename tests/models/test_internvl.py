@@ -136,7 +136,7 @@ QUESTIONS = ["what colour is the star?", "\n\nyes", " and\nnew lines ", "ünïco
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
 @pytest.mark.parametrize("kinds", ["video", "image", "image,video,image", "video,video"])
 def test_prompts_equal_the_reference_processor(model, processor, kinds, system):
-    """Prefix and question, tokenised apart, against the whole with the processor's own words for each media."""
+    """Prefix and question, tokenized apart, against the whole with the processor's own words for each media."""
     kinds = kinds.split(",")
     inputs = [
         model.family.patchify(clip(2 + i, seed=i) if kind == "video" else picture(150, 200 + 100 * i))
@@ -189,7 +189,7 @@ def test_tokens_equal_the_stock_model(model, stock, name, crops, monkeypatch):
     seen = []
     got = model.family.encode(inputs, report=lambda done, total: seen.append((done, total)))
     torch.testing.assert_close(got.embeds, want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.family.encode(inputs, capture=False).embeds, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.family.encode(inputs, needs=()).embeds, want, atol=1e-5, rtol=1e-5)
     assert len(got.embeds) == len(got.salience) == len(got.group) == len(got.cell) == sum(media.num_tokens for media in inputs)
     assert got.group.max() + 1 == sum(len(media.grids) for media in inputs)
     done = [at for at, _ in seen]
@@ -221,7 +221,7 @@ def test_salience_equals_weights_written_out(model, stock, name):
         got = model.family.encode(inputs).salience
         torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
     assert got.dtype == torch.float32 and got.std() > 0.02
-    assert torch.equal(model.family.encode(inputs, capture=False).salience, torch.ones(len(want)))
+    assert torch.equal(model.family.encode(inputs, needs=()).salience, torch.ones(len(want)))
 
 
 VARIANTS = {

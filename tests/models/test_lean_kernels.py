@@ -97,7 +97,7 @@ def test_positions_of_three_rows(hub):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
-def test_quantised_matrices_between_kernels(tmp_path):
+def test_quantized_matrices_between_kernels(tmp_path):
     """In bfloat16, in which a CPU with AVX-512 multiplies 4-bit weights as they are stored: as near to float32 as plain torch."""
     directory = as_awq(make_qwen2_5_vl(tmp_path / "fp", layers=2), tmp_path / "awq", modules_to_not_convert=["visual"])
     ids, logits = torch.arange(ROWS) * 11 % 200, []

@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsevila_cluster.models.text.linear import AwqLinear, AwqMatrix, DenseMatrix, Int8Linear, take_matrix, weight_bytes
 from sparsevila_kernels import AwqWeight, Int8Weight
-from tests.models.quantized_files import awq_weight, awq_words, quantise_rows
+from tests.models.quantized_files import awq_weight, awq_words, quantize_rows
 
 NUM_IN = 64
 
@@ -14,13 +14,13 @@ NUM_IN = 64
 def drawn(num_out, group=32, seed=0):
     """(a 4-bit weight, what it means as nn.Linear's weight)."""
     weight = torch.randn(num_out, NUM_IN, generator=torch.Generator().manual_seed(seed + num_out))
-    codes, zeros, scales = quantise_rows(weight, group)
+    codes, zeros, scales = quantize_rows(weight, group)
     stored = awq_words(codes), awq_words(zeros), scales
     return AwqWeight.from_gemm(*stored), awq_weight(*stored)
 
 
 def parallel(*forms):
-    """Linears of one input, each quantised in groups of so many, or plain for 0; and their weights one below the other."""
+    """Linears of one input, each quantized in groups of so many, or plain for 0; and their weights one below the other."""
     modules, weights = [], []
     for i, group in enumerate(forms):
         packed, weight = drawn(8 * (i + 2), group or 32)

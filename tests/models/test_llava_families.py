@@ -51,8 +51,8 @@ def test_tokens_equal_the_stock_model(model, stock, name):
     family = FAMILIES[model.family.name]
     with torch.inference_mode():
         want, _ = family.stock_features(stock, family.stock_inputs(model, inputs))
-    for capture in (True, False):
-        got = model.family.encode(inputs, capture=capture)
+    for needs in (("salience",), ("taps",), ()):
+        got = model.family.encode(inputs, needs)
         torch.testing.assert_close(got.embeds, want, atol=1e-5, rtol=1e-5)
         structural = got.cell[:, 0] < 0
         assert torch.equal(got.salience.isnan(), structural) and torch.equal(got.cell[:, 1] < 0, structural)
@@ -62,10 +62,14 @@ def test_tokens_equal_the_stock_model(model, stock, name):
     assert len(want) == sum(one.num_tokens for one in inputs)
 
 
-def explicit_salience(model, stock, media):
+def last_layer(stock):
+    """Index of the last layer of the tower that gives features."""
+    return range(stock.config.vision_config.num_hidden_layers + 1)[stock.config.vision_feature_layer] - 1
+
+
+def attention_received(model, stock, media, layer):
     """From the stock tower's own attention weights, packed by the stock model's own functions with NaN for a newline."""
     core, config = stock.model, stock.config
-    layer = range(config.vision_config.num_hidden_layers + 1)[config.vision_feature_layer] - 1
     weights = core.vision_tower(model.family.pixel_values(media), output_attentions=True).attentions[layer]
     length, nan = weights.shape[-1], torch.tensor([torch.nan])
     if model.family.name == "llava_next":
@@ -84,9 +88,11 @@ def test_salience_equals_weights_written_out(model, stock, name):
     inputs, _ = patchify(model, PROMPTS[name])
     stock.set_attn_implementation("eager")
     with torch.inference_mode():
-        want = torch.cat([explicit_salience(model, stock, media) for media in inputs])
+        layers = range(last_layer(stock) + 1)
+        want = torch.stack([torch.cat([attention_received(model, stock, media, i) for media in inputs]) for i in layers], 1)
     got = model.family.encode(inputs).salience
-    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(got, want[:, -1], atol=2e-5, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(model.family.encode(inputs, ("taps",)).taps, want, atol=2e-5, rtol=1e-5, equal_nan=True)
     assert got.dtype == torch.float32 and got.nan_to_num(1.0).std() > 0.05
 
 
@@ -106,7 +112,7 @@ def test_passes_of_any_size_agree(directory, model, crops):
 
 def test_places_of_several_media(model):
     inputs, _ = patchify(model, PROMPTS["image and video"])
-    tokens = model.family.encode(inputs, capture=False)
+    tokens = model.family.encode(inputs, needs=())
     groups = sum(len(one.grids) for one in inputs)
     assert tokens.group.unique().tolist() == list(range(groups))
     scored = tokens.cell[:, 0] >= 0

@@ -1,4 +1,4 @@
-"""`auto` resolved: which dtype a checkpoint gets, and where quantised weights stay quantised."""
+"""`auto` resolved: which dtype a checkpoint gets, and where quantized weights stay quantized."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def test_dtypes(dtype, device, found, scheme, expected):
 
 
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
-def test_where_quantised_weights_stay_so(monkeypatch, capability):
+def test_where_quantized_weights_stay_so(monkeypatch, capability):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     kept = {(device.type, dtype) for device in (CPU, GPU) for dtype in DTYPES if runs_as_stored("auto", device, dtype)}
     fast = {("cuda", torch.bfloat16), ("cuda", torch.float16)}

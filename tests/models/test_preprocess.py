@@ -10,7 +10,7 @@ from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.families.qwen2_5_vl import Qwen25VL
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint
-from sparsevila_cluster.models.preprocess import PixelRules, cut_patches, normalise, read_rules, resize
+from sparsevila_cluster.models.preprocess import PixelRules, cut_patches, normalize, read_rules, resize
 from tests.checkpoints import tiny_qwen2_5_vl
 
 LOW, HIGH = 56 * 56, 28 * 28 * 64
@@ -21,13 +21,13 @@ def run(frames, rules):
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     height, width = rules.frame_size(*frames.shape[1:3], len(frames))
     patches, grid = cut_patches(resize(pixels, height, width, rules.resample), rules)
-    return normalise(patches, rules), grid
+    return normalize(patches, rules), grid
 
 
 @pytest.mark.parametrize("height,width", SIZES)
 def test_images_equal_the_stock_processor(height, width):
     """Without resizing to float rounding. With resizing, the stock processor that runs here uses Pillow, whose fixed-point
-    bicubic differs from torch's by single grey levels (0.015 after normalisation)."""
+    bicubic differs from torch's by single grey levels (0.015 after normalization)."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     image = tiny_qwen2_5_vl.media("image", height=height, width=width).frames

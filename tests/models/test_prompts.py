@@ -1,4 +1,4 @@
-"""Prompts of every family, with their real spellings: the pieces that we tokenise must be the whole that transformers would."""
+"""Prompts of every family, with their real spellings: the pieces that we tokenize must be the whole that transformers would."""
 
 import numpy as np
 import pytest

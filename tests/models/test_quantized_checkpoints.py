@@ -1,4 +1,4 @@
-"""Quantised checkpoints of every family, way of naming, form and way to run: the same logits as their plain twins."""
+"""Quantized checkpoints of every family, way of naming, form and way to run: the same logits as their plain twins."""
 
 import gc
 
@@ -44,7 +44,7 @@ def far(got, expected):
 
 @pytest.fixture(scope="module")
 def awq(tmp_path_factory):
-    """A quantised checkpoint in the published layout, and its plain twin."""
+    """A quantized checkpoint in the published layout, and its plain twin."""
     root = tmp_path_factory.mktemp("awq")
     directory = as_awq(tiny_qwen2_5_vl.make_qwen2_5_vl(root / "fp"), root / "awq", modules_to_not_convert=["visual"])
     return directory, plain_twin(directory, root / "twin")
@@ -78,9 +78,9 @@ def test_bfloat16_is_as_near_as_a_plain_model_in_bfloat16(awq, expected, backend
     """Four bits as they are stored add less to the error than bfloat16 makes anyway."""
     plain = logits_of(load_model(awq[1], device="cpu", dtype="bfloat16", text_backend=backend))
     stored = load_model(awq[0], device="cpu", text_backend=backend)
-    dequantised = load_model(awq[0], device="cpu", text_backend=backend, quantization="none")
-    assert stored.spec.dtype == dequantised.spec.dtype == torch.bfloat16
-    assert torch.equal(logits_of(dequantised), plain)
+    dequantized = load_model(awq[0], device="cpu", text_backend=backend, quantization="none")
+    assert stored.spec.dtype == dequantized.spec.dtype == torch.bfloat16
+    assert torch.equal(logits_of(dequantized), plain)
     assert 0 < far(logits_of(stored), expected) < 1.5 * far(plain, expected) < 0.15
 
 
@@ -97,7 +97,7 @@ def test_auto_keeps_four_bits_and_none_does_not(awq):
 
 
 @pytest.mark.skipif(not FAST_CPU, reason="only a CPU with AVX-512 runs 4 bits as they are stored")
-def test_modules_of_transformers_are_replaced_where_the_files_are_quantised(awq):
+def test_modules_of_transformers_are_replaced_where_the_files_are_quantized(awq):
     model = load_model(awq[0], device="cpu", text_backend="hf")
     found = [name for name, module in model.text.modules.named_modules() if isinstance(module, AwqLinear)]
     assert len(found) == 3 * 7 and all("_proj" in name for name in found)

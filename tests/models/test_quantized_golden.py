@@ -1,7 +1,7 @@
 """Checkpoints that AutoAWQ 0.2.9 itself wrote, against their plain float32 twins in stock transformers.
 
 The originals are random models of two layers. One of them is kept here, cut down to its first layer and 64 tokens, with the logits
-of the original, cut down likewise, before it was quantised.
+of the original, cut down likewise, before it was quantized.
 """
 
 import json

@@ -108,7 +108,7 @@ BROKEN = {
     "NaN": (put(f"{QKV}.weight_scale", lambda t: t * torch.nan), VISION, [f"{QKV}.weight_scale", "NaN"]),
     "smooth of 0": (put(f"{QKV}.smooth", lambda t: t * 0), VISION, [f"{QKV}.smooth", "no scales"]),
     "smooth of others": (put(f"{QKV}.smooth", lambda t: t[:8]), VISION, [f"{QKV}.smooth", "shape [8]"]),
-    "not said": (lambda w: None, None, ["visual.blocks.0", "quantised linear", "no quantization_config"]),
+    "not said": (lambda w: None, None, ["visual.blocks.0", "quantized linear", "no quantization_config"]),
     "other bits": (lambda w: None, {**VISION, "bits": 4}, ["vision", "'bits': 4", "'bits': 8"]),
     "a convolution": (put("visual.patch_embed.proj.weight_scale", lambda _: torch.ones(64, 1)), VISION, ["only linears"]),
 }
@@ -129,7 +129,7 @@ def test_broken_towers_are_refused(tmp_path, name):
         assert load_model(broken, DECODE_PARTS, device="cpu").parts == DECODE_PARTS, "a decode worker does not look at the tower"
 
 
-def test_a_tower_that_is_said_to_be_quantised_and_is_not(tmp_path):
+def test_a_tower_that_is_said_to_be_quantized_and_is_not(tmp_path):
     source = tiny_qwen2_5_vl.make_qwen2_5_vl(tmp_path / "fp", layers=1)
     directory = rewrite(source, tmp_path / "said", weights_of(source), {"vision": VISION})
     assert any(in_tower_blocks(name) for name in weights_of(source))

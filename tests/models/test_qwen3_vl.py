@@ -8,7 +8,8 @@ from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.preprocess import ClipRules
-from sparsevila_cluster.pruning import Salience
+from sparsevila_cluster.pruning.keep_salient import KeepSalient
+from sparsevila_cluster.pruning.pruning_method import PruningInput
 from tests.checkpoints import tiny_qwen2_5_vl
 from tests.checkpoints.families import qwen_features, qwen_inputs, type_ids
 from tests.checkpoints.tiny_qwen3_vl import make_qwen3_vl
@@ -125,7 +126,9 @@ def test_every_level_is_pruned_with_the_same_index(model):
         def spoiled(inputs, **options):
             tokens = original(inputs, **options)
             kept = torch.zeros(len(tokens.embeds), dtype=torch.bool)
-            kept[Salience(0.4, "per_group").keep(tokens.salience, tokens.group)] = True
+            [media] = inputs
+            given = PruningInput(tokens.embeds, tokens.salience, tokens.group, tokens.cell, media.grids, media.kind)
+            kept[KeepSalient(0.4, "per_group").keep(given)] = True
             if spoil is not None:
                 tokens.deepstack[1][kept if spoil == "kept" else ~kept] = 0.0
             return tokens

@@ -30,17 +30,18 @@ def test_tokens_equal_the_stock_tower(model, oracle, kind, height, width):
     media = model.family.patchify(tiny_qwen2_5_vl.media(kind, frames=5, height=height, width=width))
     with torch.inference_mode():
         expected = stock_tower(model, oracle, [media])
-    for capture in (True, False):
-        got = model.family.encode([media], capture=capture)
+    for needs in ((), ("salience",), ("taps",)):
+        got = model.family.encode([media], needs)
         torch.testing.assert_close(got.embeds, expected, atol=1e-5, rtol=1e-5)
+        assert (got.taps is None) == ("taps" not in needs)
     assert len(got.embeds) == media.num_tokens
 
 
-def explicit_salience(model, oracle, media):
-    """Column means of the last full-attention layer, frame by frame, from the stock eager attention's own weights."""
+def column_means(model, oracle, media, layer):
+    """Of a full-attention layer, frame by frame, from the stock eager attention's own weights."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 
-    layer = oracle.model.visual.blocks[max(oracle.config.vision_config.fullatt_block_indexes)].attn
+    layer = oracle.model.visual.blocks[layer].attn
     seen, original = [], stock.eager_attention_forward
 
     def watched(module, *args, **kwargs):
@@ -66,12 +67,15 @@ def explicit_salience(model, oracle, media):
 
 
 @pytest.mark.parametrize("height,width", [(84, 112), (140, 84)])
-def test_salience_equals_explicit_column_means(model, oracle, height, width):
+def test_salience_and_taps_equal_explicit_column_means(model, oracle, height, width):
     media = model.family.patchify(tiny_qwen2_5_vl.media(frames=4, height=height, width=width))
     with torch.inference_mode():
-        expected = explicit_salience(model, oracle, media)
-    got = model.family.encode([media]).salience
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+        layers = sorted(oracle.config.vision_config.fullatt_block_indexes)
+        expected = torch.stack([column_means(model, oracle, media, layer) for layer in layers], 1)
+    got, tapped = model.family.encode([media]).salience, model.family.encode([media], ("taps",))
+    torch.testing.assert_close(got, expected[:, -1], atol=2e-5, rtol=0)
+    torch.testing.assert_close(tapped.taps, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(tapped.salience, got, atol=1e-5, rtol=0)
     assert got.dtype == torch.float32 and got.std() > 0.02
     per_group = got.view(media.grid[0], -1).mean(1)
     torch.testing.assert_close(per_group, torch.ones(media.grid[0]))
@@ -102,9 +106,9 @@ def test_passes_of_any_size_agree(hub):
         torch.testing.assert_close(got.salience, expected.salience, atol=1e-5, rtol=0)
 
 
-def test_without_capture_salience_is_flat(model):
+def test_salience_that_nobody_needs_is_flat(model):
     media = model.family.patchify(tiny_qwen2_5_vl.media())
-    assert torch.equal(model.family.encode([media], capture=False).salience, torch.ones(media.num_tokens))
+    assert torch.equal(model.family.encode([media], needs=()).salience, torch.ones(media.num_tokens))
 
 
 def test_concurrent_calls_do_not_share_state(model):

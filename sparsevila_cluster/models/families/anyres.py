@@ -1,13 +1,10 @@
 """Pictures of any resolution in tiles of one size: which tiles, which of their cells are picture, and in what order cells stand.
 
-Knows: sizes, padding, cells, row ends. Does not know: models, pixels' values, what a cell holds (an embedding, its salience, its
-place): one function lays out them all, so that they cannot disagree.
-
-    base view: the whole picture squashed into one tile           | tiled view: the picture fitted into a canvas of tiles
-    a b          <- side x side cells                             | . . . . . . . .      <- padding: cut off again
-    c d                                                           | e f g h i j k l NEWLINE
-                                                                  | m n o p q r s t NEWLINE
-    visual tokens: a b c d, e ... l NEWLINE, m ... t NEWLINE      | . . . . . . . .
+base view: the whole picture squashed into one tile           | tiled view: the picture fitted into a canvas of tiles
+a b          <- side x side cells                             | . . . . . . . .      <- padding: cut off again
+c d                                                           | e f g h i j k l NEWLINE
+                                                              | m n o p q r s t NEWLINE
+visual tokens: a b c d, e ... l NEWLINE, m ... t NEWLINE      | . . . . . . . .
 """
 
 from __future__ import annotations

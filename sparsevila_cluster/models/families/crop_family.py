@@ -1,14 +1,11 @@
 """What families whose tower takes crops of one fixed size share: bounded passes, hidden states of chosen layers, salience.
 
-Knows: square crops, one row of positions, how attention in one layer becomes salience. Does not know: how a picture is cut into
-crops, what a projector does, how crops become runs of visual tokens (the files of the families).
-
-    crops u8 [B, 3, side, side] -> a pass: normalise -> embed -> layers up to the last wanted one -> hidden states, salience
+crops u8 [B, 3, side, side] -> a pass: normalize -> embed -> layers up to the last wanted one -> hidden states, salience
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +15,9 @@ from torch import Tensor, nn
 from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import PromptPlan, Report, VisualInputs, VisualTokens, no_report
-from sparsevila_cluster.models.preprocess import LevelRules, normalise, read_levels
+from sparsevila_cluster.models.preprocess import LevelRules, normalize, read_levels
 from sparsevila_cluster.models.prompt_plan import join_places, linear_plan
-from sparsevila_cluster.models.vision_attention import Segments, TowerPass, number_layers
+from sparsevila_cluster.models.vision_attention import Segments, TowerPass, layers_to_score, number_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,36 +72,39 @@ class CropTower:
         assert 0 < max(states) <= len(layers)
         return cls(embed, layers[: max(states)], states, by_first_row)
 
-    def run(self, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor | None]:
-        """float [B, 3, side, side] -> hidden [B, S, C * len(states)], and with `capture` the salience f32 [B, S] in the last layer:
-        attention received, averaged over heads (and rows), times S, so that 1.0 is an average row of its crop.
+    def run(self, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
+        """float [B, 3, side, side] -> hidden [B, S, C * len(states)], and attention received f32 [B, S, T] in each of T layers: the
+        last one for "salience", every one for "taps", else none and a single column of ones. It is averaged over heads (and rows),
+        times S, so that 1.0 is an average row of its crop.
         """
         hidden = self.embed(pixels)
         num, length = hidden.shape[:2]
         found = {0: hidden}
-        with _CropPass(num, length, len(self.layers) - 1 if capture else None, self.by_first_row, hidden.device) as running:
+        scored_layers = layers_to_score(needs, range(len(self.layers)))
+        with _CropPass(num, length, scored_layers, self.by_first_row, hidden.device) as running:
             for i, layer in enumerate(self.layers, 1):
                 hidden = layer(hidden)
                 if i in self.states:
                     found[i] = hidden
-        salience = None if running.salience is None else running.salience.view(num, length)
-        return torch.cat([found[i] for i in self.states], -1), salience
+        received = running.received()
+        ones = hidden.new_ones(num * length, 1, dtype=torch.float32)
+        return torch.cat([found[i] for i in self.states], -1), (ones if received is None else received).view(num, length, -1)
 
 
 class _CropPass(TowerPass):
     """Every crop is a segment of its own, in every layer."""
 
-    def __init__(self, num: int, length: int, salience_layer: int | None, by_first_row: bool, device: torch.device):
-        super().__init__(Segments([length] * num, device), None, frozenset(), salience_layer)
+    def __init__(self, num: int, length: int, scored_layers: Sequence[int], by_first_row: bool, device: torch.device):
+        super().__init__(Segments([length] * num, device), None, frozenset(), scored_layers)
         self._shape = (num, length)
         self._by_first_row = by_first_row
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        if layer != self._salience_layer or not self._by_first_row:
+        if layer not in self._scored_layers or not self._by_first_row:
             return super().attend(layer, q, k, v, scale)
         queries, keys = (t.unflatten(0, self._shape) for t in (q, k))
         scores = torch.einsum("bhd,bshd->bhs", queries[:, 0] * scale, keys)
-        self.salience = torch.softmax(scores, -1, dtype=torch.float32).mean(1).mul(self._shape[1]).flatten()
+        self._received.append(torch.softmax(scores, -1, dtype=torch.float32).mean(1).mul(self._shape[1]).flatten())
         return self._full.attend(q, k, v, scale)
 
 
@@ -128,11 +128,12 @@ class CropFamily:
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """Ids of the placeholders that stand for visual tokens."""
         raise NotImplementedError
 
     def pixel_values(self, inputs: VisualInputs) -> Tensor:
         """float32 [B, 3, side, side]: what the tower sees."""
-        return self._normalise(inputs.pixels, inputs.kind)
+        return self._normalize(inputs.pixels, inputs.kind)
 
     def plan(
         self, ids: Sequence[int], inputs: Sequence[VisualInputs], video_text_pos: Literal["max+1", "hf5"] = "max+1"
@@ -141,8 +142,10 @@ class CropFamily:
         return linear_plan(ids, inputs, self.visual_ids(self._config))
 
     @torch.inference_mode()
-    def encode(self, inputs: Sequence[VisualInputs], capture: bool = True, report: Report = no_report) -> VisualTokens:
-        """Run tower and projector, `crops_per_pass` crops at a time. Without `capture` all salience that is not NaN is 1."""
+    def encode(
+        self, inputs: Sequence[VisualInputs], needs: Collection[str] = ("salience",), report: Report = no_report
+    ) -> VisualTokens:
+        """Run tower and projector, `crops_per_pass` crops at a time."""
         assert self._tower is not None, 'encode needs the "vision" part'
         total, done = sum(len(media.pixels) for media in inputs), 0
         packed = []
@@ -150,29 +153,28 @@ class CropFamily:
             passes = []
             for pixels in media.pixels.split(self.crops_per_pass):
                 report(done, total)
-                values = self._normalise(pixels.to(self._device, non_blocking=True), media.kind)
-                passes.append(self._run(media, values, capture))
+                values = self._normalize(pixels.to(self._device, non_blocking=True), media.kind)
+                passes.append(self._run(media, values, needs))
                 done += len(pixels)
             packed.append(self._pack(media, *(torch.cat(parts) for parts in zip(*passes, strict=True))))
         report(done, total)
         group, cell = join_places(inputs, self._device)
-        embeds, salience = (torch.cat(parts) for parts in zip(*packed, strict=True))
-        if not capture:
+        embeds, received = (torch.cat(parts) for parts in zip(*packed, strict=True))
+        salience = received[:, -1]
+        if not needs:
             salience = torch.ones_like(salience).masked_fill(cell[:, 0] < 0, torch.nan)
-        return VisualTokens(embeds, salience, group, cell)
+        return VisualTokens(embeds, salience, group, cell, taps=received if "taps" in needs else None)
 
-    def _normalise(self, crops: Tensor, kind: str) -> Tensor:
-        return normalise(crops.flatten(1), self._rules[kind]).view(crops.shape)
+    def _normalize(self, crops: Tensor, kind: str) -> Tensor:
+        return normalize(crops.flatten(1), self._rules[kind]).view(crops.shape)
 
-    def _run(self, media: Any, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
-        """One pass: float32 [b, 3, side, side] -> visual tokens [b, n, D] and salience f32 [b, n] (of any value without
-        `capture`).
-        """
+    def _run(self, media: Any, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
+        """One pass: float32 [b, 3, side, side] -> visual tokens [b, n, D] and attention received f32 [b, n, T]: `CropTower.run`."""
         raise NotImplementedError
 
-    def _pack(self, media: Any, embeds: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        """All crops of a media (the family's own inputs), [B, n, D] and f32 [B, n], to its visual tokens in prompt order [N, D] and
-        f32 [N], structural ones NaN.
+    def _pack(self, media: Any, embeds: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
+        """All crops of a media (the family's own inputs), [B, n, D] and f32 [B, n, T], to its visual tokens in prompt order [N, D]
+        and f32 [N, T], structural ones NaN.
         """
         raise NotImplementedError
 

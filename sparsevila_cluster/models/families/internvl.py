@@ -1,15 +1,13 @@
 """The InternVL family as transformers reads it (checkpoints named -hf): square tiles through InternViT, shuffled into tokens.
 
-Knows: how a picture is cut into tiles and written in the prompt, how patches become tokens. Does not know: how tiles go through the
-tower in passes (`crops`), pruning policies, the text decoder, KV.
-
-    image   <img> tile 0, tile 1, ..., thumbnail </img>           the tiles are one grid over the picture, the thumbnail another
-    video   Frame1: <img> frame 0 </img>, Frame2: <img> ...       one tile for each frame
+image   <img> tile 0, tile 1, ..., thumbnail </img>           the tiles are one grid over the picture, the thumbnail another
+video   Frame1: <img> frame 0 </img>, Frame2: <img> ...       one tile for each frame
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +102,7 @@ class InternVL(CropFamily):
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The one placeholder of pictures and frames."""
         return (config.image_token_id,)
 
     def patchify(self, media: Media, alone: bool = True) -> VisualInputs:
@@ -138,18 +137,16 @@ class InternVL(CropFamily):
         first, *others = named
         return first + tuple(piece for frame in others for piece in ("\n", *frame)), (per_tile,) * num_tiles
 
-    def _run(self, media: VisualInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
-        """Salience: what a patch receives from all rows of its tile, with the class token's; averaged where patches are joined."""
+    def _run(self, media: VisualInputs, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
+        """Attention comes from all rows of a tile, the class token's with them, and is averaged where patches are joined."""
         assert self._tower is not None
-        hidden, received = self._tower.run(pixels, capture)
+        hidden, received = self._tower.run(pixels, needs)
         patches = self._final_norm(hidden)[:, 1:].unflatten(1, (self._patches, -1))
         tokens = self._projector(shuffle(patches, self._merge).flatten(2))
-        if received is None:
-            return tokens, tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
-        return tokens, shuffle(received[:, 1:].unflatten(1, (self._patches, -1))[..., None], self._merge).mean((2, 3))
+        return tokens, shuffle(received[:, 1:].unflatten(1, (self._patches, -1)), self._merge).mean(2)
 
-    def _pack(self, media: VisualInputs, embeds: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return embeds.flatten(0, 1), salience.flatten()
+    def _pack(self, media: VisualInputs, embeds: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
+        return embeds.flatten(0, 1), received.flatten(0, 1)
 
 
 def shuffle(patches: Tensor, merge: int) -> Tensor:

@@ -1,11 +1,8 @@
-"""What the LLaVA families share: a CLIP or SigLIP tower, chosen hidden states, a projector, tiles and newlines.
-
-Knows: which layers give the features and the salience, how crops become visual tokens and places, what a processor config must
-agree on with config.json. Does not know: when a picture is tiled and what a video is (the files of the two families).
-"""
+"""What the LLaVA families share: a CLIP or SigLIP tower, chosen hidden states, a projector, tiles and newlines."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -99,16 +96,14 @@ class Llava(CropFamily):
         """How the chat template writes each kind of media."""
         raise NotImplementedError
 
-    def _run(self, media: CropInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, media: CropInputs, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
         assert self._tower is not None
-        hidden, salience = self._tower.run(pixels, capture)
-        if salience is None:
-            salience = hidden.new_ones(hidden.shape[:2], dtype=torch.float32)
-        return self._projector(hidden[:, self._skip :]), salience[:, self._skip :]
+        hidden, received = self._tower.run(pixels, needs)
+        return self._projector(hidden[:, self._skip :]), received[:, self._skip :]
 
-    def _pack(self, media: CropInputs, embeds: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        nan = salience.new_full((1,), torch.nan)
-        return self._lay_out(media, embeds, self._newline), self._lay_out(media, salience[..., None], nan)[:, 0]
+    def _pack(self, media: CropInputs, embeds: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
+        nan = received.new_full(received.shape[2:], torch.nan)
+        return self._lay_out(media, embeds, self._newline), self._lay_out(media, received, nan)
 
     def _lay_out(self, media: CropInputs, crops: Tensor, newline: Tensor) -> Tensor:
         """Crops [B, n, C] of a media to [N, C] in prompt order."""

@@ -1,7 +1,5 @@
 """The LLaVA-NeXT family: pictures in tiles with a newline after each row; videos as so many pictures of one crop.
 
-Knows: the two shapes. Does not know: towers, projectors, the geometry of tiles (`llava`, `anyres`).
-
     a picture   base view, then the tiled view row by row, a newline after each row
     a video     each frame squashed to a square as the base view is: its cells, one newline
 
@@ -38,6 +36,7 @@ class LlavaNext(Llava):
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The one placeholder of pictures and frames."""
         return (config.image_token_id,)
 
     def patchify(self, media: Media, alone: bool = True) -> CropInputs:

@@ -1,15 +1,13 @@
 """The LLaVA-OneVision family: a lone picture in tiles, several pictures as one crop each, videos as pooled frames.
 
-Knows: which of the three a media is, and where newlines stand in each. Does not know: towers, projectors, the geometry of tiles
-(`llava`, `anyres`).
-
-    a lone picture     base view, then the tiled view row by row, a newline after each row
-    several pictures   each padded to a square: its cells, one newline
-    a video            each frame squashed to a square and pooled to half its side; one newline after the last frame
+a lone picture     base view, then the tiled view row by row, a newline after each row
+several pictures   each padded to a square: its cells, one newline
+a video            each frame squashed to a square and pooled to half its side; one newline after the last frame
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ class LlavaOnevision(Llava):
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The placeholders of pictures and of videos."""
         return config.image_token_id, config.video_token_id
 
     @classmethod
@@ -67,11 +66,11 @@ class LlavaOnevision(Llava):
         cells, grid = cells_of_square(size, self._side)
         return self._inputs(pixels, "image", pack(cells.flatten(0, 1), None, newline_of(0)), (grid,), (0,), size)
 
-    def _run(self, media: CropInputs, pixels: Tensor, capture: bool) -> tuple[Tensor, Tensor]:
-        embeds, salience = super()._run(media, pixels, capture)
+    def _run(self, media: CropInputs, pixels: Tensor, needs: Collection[str]) -> tuple[Tensor, Tensor]:
+        embeds, received = super()._run(media, pixels, needs)
         if media.kind == "video":
-            embeds, salience = halve(embeds, self._side), halve(salience[..., None], self._side)[..., 0]
-        return embeds, salience
+            embeds, received = halve(embeds, self._side), halve(received, self._side)
+        return embeds, received
 
     def _lay_out_video(self, frames: Tensor, newline: Tensor) -> Tensor:
         return pack(frames.flatten(0, 1), None, newline)

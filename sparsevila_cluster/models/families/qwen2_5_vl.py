@@ -1,10 +1,8 @@
-"""The Qwen2.5-VL family: a tower that attends within windows except in a few layers, and positions that count time.
-
-Knows: windows, salience through the window order, seconds in positions. Does not know: what `qwen_vl` does for all of its kind.
-"""
+"""The Qwen2.5-VL family: a tower that attends within windows except in a few layers, and positions that count time."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from sparsevila_cluster.models.adapter import Piece
 from sparsevila_cluster.models.families.qwen_vl import Grid, GridInputs, QwenVL, TowerTokens, patch_positions
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import KindRules, PixelRules
-from sparsevila_cluster.models.vision_attention import Segments, TowerPass
+from sparsevila_cluster.models.vision_attention import Segments, TowerPass, layers_to_score
 
 
 class Qwen25VL(QwenVL):
@@ -52,14 +50,15 @@ class Qwen25VL(QwenVL):
         time = (torch.arange(groups) * step).long()
         return torch.stack(torch.meshgrid(time, torch.arange(rows), torch.arange(cols), indexing="ij")).reshape(3, -1)
 
-    def _run_tower(self, pixels: Tensor, grid: Grid, capture: bool) -> TowerTokens:
+    def _run_tower(self, pixels: Tensor, grid: Grid, needs: Collection[str]) -> TowerTokens:
         groups, rows, cols = grid
         order, window_lengths = window_order(grid, self._window)
         unit = self._merge**2
         full = Segments([rows * cols * unit] * groups, self._device)
         windowed = Segments([n * unit for n in window_lengths], self._device)
         order = order.to(self._device)
-        with TowerPass(full, windowed, self._full_layers, max(self._full_layers) if capture else None) as run:
+        scored_layers = layers_to_score(needs, sorted(self._full_layers))
+        with TowerPass(full, windowed, self._full_layers, scored_layers) as run:
             tokens = self._tower(
                 pixels.to(self._tower.dtype),
                 grid_thw=self._patch_grid(grid),
@@ -70,11 +69,10 @@ class Qwen25VL(QwenVL):
                 window_index=order,
                 position_ids=patch_positions(grid, self._merge).to(self._device),
             ).pooler_output
-        if run.salience is None:
-            return TowerTokens(tokens, torch.ones(len(tokens), dtype=torch.float32, device=self._device))
-        salience = torch.empty(len(tokens), dtype=torch.float32, device=self._device)
-        salience[order] = run.salience.view(-1, unit).mean(-1)
-        return TowerTokens(tokens, salience)
+        by_window = self._of_tokens(run.received(), len(tokens))
+        received = torch.empty_like(by_window)
+        received[order] = by_window
+        return TowerTokens(tokens, received)
 
 
 def window_order(grid: Grid, window: int) -> tuple[Tensor, list[int]]:

@@ -1,13 +1,11 @@
 """The Qwen3-VL family: a tower with DeepStack levels, and videos written as one timestamped block per group of frames.
 
-Knows: timestamps, the levels that are added to the first layers of the text model. Does not know: what `qwen_vl` does for all of
-its kind, or which tokens are pruned (the same ones in every level).
-
-    <0.3 seconds> <|vision_start|> group 0 <|vision_end|> <1.2 seconds> <|vision_start|> group 1 <|vision_end|> ...
+<0.3 seconds> <|vision_start|> group 0 <|vision_end|> <1.2 seconds> <|vision_start|> group 1 <|vision_end|> ...
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from sparsevila_cluster.models.adapter import Piece, Slot
 from sparsevila_cluster.models.families.qwen_vl import Grid, GridInputs, QwenVL, TowerTokens, patch_positions
 from sparsevila_cluster.models.preprocess import ClipRules, PixelRules
-from sparsevila_cluster.models.vision_attention import Segments, TowerPass
+from sparsevila_cluster.models.vision_attention import Segments, TowerPass, layers_to_score
 
 _HALF = (0.5, 0.5, 0.5)
 
@@ -54,12 +52,11 @@ class Qwen3VL(QwenVL):
         axes = torch.meshgrid(torch.arange(1), torch.arange(rows), torch.arange(cols), indexing="ij")
         return torch.stack(axes).reshape(3, -1)
 
-    def _run_tower(self, pixels: Tensor, grid: Grid, capture: bool) -> TowerTokens:
+    def _run_tower(self, pixels: Tensor, grid: Grid, needs: Collection[str]) -> TowerTokens:
         groups, rows, cols = grid
         unit = self._merge**2
         full = Segments([rows * cols * unit] * groups, self._device)
-        last = len(self._tower.blocks) - 1
-        with TowerPass(full, None, frozenset(), last if capture else None) as run:
+        with TowerPass(full, None, frozenset(), layers_to_score(needs, range(len(self._tower.blocks)))) as run:
             out = self._tower(
                 pixels.to(self._tower.dtype),
                 grid_thw=self._patch_grid(grid).to(self._device),
@@ -68,7 +65,4 @@ class Qwen3VL(QwenVL):
                 position_ids=patch_positions(grid, self._merge).to(self._device),
             )
         tokens = out.pooler_output
-        salience = torch.ones(len(tokens), dtype=torch.float32, device=self._device)
-        if run.salience is not None:
-            salience = run.salience.view(-1, unit).mean(-1)
-        return TowerTokens(tokens, salience, tuple(out.deepstack_features))
+        return TowerTokens(tokens, self._of_tokens(run.received(), len(tokens)), tuple(out.deepstack_features))

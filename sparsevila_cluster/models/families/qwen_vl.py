@@ -1,14 +1,11 @@
 """What the Qwen-VL families share: grids of merged patches, M-RoPE positions, and a tower that takes many frames in one pass.
 
-Knows: patches in merge order, three rows of positions, passes of bounded size. Does not know: what one tower computes (windows,
-DeepStack, timestamps: the files of the families), pruning policies, the text decoder, KV.
-
-    grid (groups, rows, cols) counts visual tokens; each token is merge x merge patches, each patch t frames deep
+grid (groups, rows, cols) counts visual tokens; each token is merge x merge patches, each patch t frames deep
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +17,7 @@ from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import Piece, PromptPlan, Report, Slot, VisualInputs, VisualTokens, no_report
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint
-from sparsevila_cluster.models.preprocess import KindRules, PixelRules, cut_patches, normalise, read_rules, resize
+from sparsevila_cluster.models.preprocess import KindRules, PixelRules, cut_patches, normalize, read_rules, resize
 from sparsevila_cluster.models.prompt_plan import expand, grid_places, join_places, split_runs
 from sparsevila_cluster.models.vision_attention import number_layers
 
@@ -37,10 +34,12 @@ class GridInputs(VisualInputs):
 
 @dataclass(frozen=True)
 class TowerTokens:
-    """One pass: embeds [n, D], salience f32 [n], deepstack levels [n, D] each."""
+    """One pass: embeds [n, D]; received f32 [n, T], the attention in each scored layer, or a column of ones without any; deepstack
+    levels [n, D] each.
+    """
 
     embeds: Tensor
-    salience: Tensor
+    received: Tensor
     deepstack: tuple[Tensor, ...] = ()
 
 
@@ -90,6 +89,7 @@ class QwenVL:
 
     @classmethod
     def visual_ids(cls, config: Any) -> tuple[int, ...]:
+        """The placeholders of pictures and of videos."""
         return config.image_token_id, config.video_token_id
 
     def patchify(self, media: Media, alone: bool = True) -> GridInputs:
@@ -124,7 +124,7 @@ class QwenVL:
 
     def pixel_values(self, inputs: VisualInputs) -> Tensor:
         """float32 [num_patches, patch_dim]: what the tower sees."""
-        return normalise(inputs.pixels, self._rules[inputs.kind])
+        return normalize(inputs.pixels, self._rules[inputs.kind])
 
     def plan(
         self, ids: Sequence[int], inputs: Sequence[GridInputs], video_text_pos: Literal["max+1", "hf5"] = "max+1"
@@ -150,25 +150,29 @@ class QwenVL:
         return PromptPlan(tokens, visual, placed, at, floor)
 
     @torch.inference_mode()
-    def encode(self, inputs: Sequence[GridInputs], capture: bool = True, report: Report = no_report) -> VisualTokens:
-        """Run the vision tower, some frames at a time. With capture=False the salience is all ones and costs nothing."""
+    def encode(
+        self, inputs: Sequence[GridInputs], needs: Collection[str] = ("salience",), report: Report = no_report
+    ) -> VisualTokens:
+        """Run the vision tower, some frames at a time."""
         assert self._tower is not None, 'encode needs the "vision" part'
         parts: list[TowerTokens] = []
         total, done = sum(media.num_tokens for media in inputs), 0
         for media in inputs:
             for pixels, grid in self._passes(media):
                 report(done, total)
-                pixels = normalise(pixels.to(self._device, non_blocking=True), self._rules[media.kind])
-                parts.append(self._run_tower(pixels, grid, capture))
+                pixels = normalize(pixels.to(self._device, non_blocking=True), self._rules[media.kind])
+                parts.append(self._run_tower(pixels, grid, needs))
                 done += len(parts[-1].embeds)
         report(done, total)
         group, cell = join_places(inputs, self._device)
+        received = torch.cat([part.received for part in parts])
         return VisualTokens(
             torch.cat([part.embeds for part in parts]),
-            torch.cat([part.salience for part in parts]),
+            received[:, -1],
             group,
             cell,
             tuple(torch.cat(level) for level in zip(*(part.deepstack for part in parts), strict=True)),
+            received if "taps" in needs else None,
         )
 
     def _passes(self, media: GridInputs) -> Iterator[tuple[Tensor, Grid]]:
@@ -192,9 +196,15 @@ class QwenVL:
         """Positions i64 [3, n] of one run, counted from its start."""
         raise NotImplementedError
 
-    def _run_tower(self, pixels: Tensor, grid: Grid, capture: bool) -> TowerTokens:
+    def _run_tower(self, pixels: Tensor, grid: Grid, needs: Collection[str]) -> TowerTokens:
         """One pass over float32 [num_patches, patch_dim]."""
         raise NotImplementedError
+
+    def _of_tokens(self, received: Tensor | None, num: int) -> Tensor:
+        """Attention received by patches f32 [num * merge^2, T] to that of visual tokens f32 [num, T]; None to a column of ones."""
+        if received is None:
+            return torch.ones(num, 1, dtype=torch.float32, device=self._device)
+        return received.unflatten(0, (num, -1)).mean(1)
 
 
 class _PatchEmbed(nn.Module):

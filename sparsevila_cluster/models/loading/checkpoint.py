@@ -1,8 +1,6 @@
 """A checkpoint directory as bytes: its JSON files, its safetensors shards and the name that identifies both.
 
-Knows: file layouts on disk and what is wrong with a broken directory. Does not know: modules, architectures, devices.
-
-    [ u64 header length | header JSON: name -> dtype, shape, [begin, end) | tensor bytes ]      one safetensors file
+[ u64 header length | header JSON: name -> dtype, shape, [begin, end) | tensor bytes ]      one safetensors file
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """Load the wanted parts of a checkpoint.
 
-Knows: which families exist and what each step of loading needs. Does not know: architectures (their file says), devices and dtypes
-(`placement`), how tensors find their modules (`weights`), preprocessing, engines.
-
-    config.json -> family, rules, chat format -> tensors of the wanted parts -> family + text backend -> Model
+config.json -> family, rules, chat format -> tensors of the wanted parts -> family + text backend -> Model
 """
 
 from __future__ import annotations
@@ -20,28 +17,13 @@ import torch
 from sparsevila_cluster.core.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.models.adapter import ALL_PARTS, Model, Part
 from sparsevila_cluster.models.chat_template import TemplateChat
-from sparsevila_cluster.models.loading.attention_choice import resolve_attention
+from sparsevila_cluster.models.families import CONVERTED, FAMILIES
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint, canonical_json, one_line
-from sparsevila_cluster.models.loading.placement import find_device, find_dtype, runs_as_stored
+from sparsevila_cluster.models.loading.placement import find_device, find_dtype, resolve_attention, runs_as_stored
 from sparsevila_cluster.models.loading.quantization_scheme import read_scheme
 from sparsevila_cluster.models.loading.weights import fill
 from sparsevila_cluster.models.text.linear import weight_bytes
 from sparsevila_cluster.models.text.text_backend import build_text, check_backend, check_text, kv_spec
-
-FAMILIES = {
-    "internvl": "sparsevila_cluster.models.families.internvl:InternVL",
-    "llava_next": "sparsevila_cluster.models.families.llava_next:LlavaNext",
-    "llava_onevision": "sparsevila_cluster.models.families.llava_onevision:LlavaOnevision",
-    "qwen2_5_vl": "sparsevila_cluster.models.families.qwen2_5_vl:Qwen25VL",
-    "qwen3_vl": "sparsevila_cluster.models.families.qwen3_vl:Qwen3VL",
-}
-"""model_type -> the class that implements `Family`, imported when a checkpoint needs it."""
-
-TWINS = {
-    "internvl_chat": "it runs by code of its own, which is never loaded; take the twin that is published for transformers, named "
-    "with -hf at the end: OpenGVLab/InternVL3-8B-hf for OpenGVLab/InternVL3-8B, OpenGVLab/InternVL3_5-8B-HF for InternVL3_5-8B",
-}
-"""model_type of checkpoints that are also published in a form that is supported -> where to find that."""
 
 
 def load_model(
@@ -56,8 +38,8 @@ def load_model(
     """Load `parts` of the checkpoint in `directory` (or one that is open already); tensors of other parts are never read.
 
     device: "auto" is a GPU if there is one. dtype: "auto" is float32 on a CPU and the checkpoint's own on a GPU, bfloat16 for a
-    quantised checkpoint. text_backend: "lean", "hf", or "auto" for lean wherever it knows the text model. quantization: "auto" runs
-    quantised weights as they are stored where that is fast (`runs_as_stored`), "none" makes them plain as they are loaded.
+    quantized checkpoint. text_backend: "lean", "hf", or "auto" for lean wherever it knows the text model. quantization: "auto" runs
+    quantized weights as they are stored where that is fast (`runs_as_stored`), "none" makes them plain as they are loaded.
     attention: the kernels of the text decoder (`resolve_attention`).
 
     Raises:
@@ -121,8 +103,8 @@ def load_modules(
 def family_class_of(files: Checkpoint) -> Any:
     """The class that implements `Family` for a checkpoint. Raises BadCheckpoint: none does."""
     model_type = files.config.get("model_type")
-    if model_type in TWINS:
-        raise BadCheckpoint(f"config.json: model_type {model_type!r} is not supported: {TWINS[model_type]}")
+    if model_type in CONVERTED:
+        raise BadCheckpoint(f"config.json: model_type {model_type!r} is not supported: {CONVERTED[model_type]}")
     if model_type not in FAMILIES:
         raise BadCheckpoint(
             f"config.json: unsupported architecture: model_type {model_type!r}, architectures {files.config.get('architectures')}; "
@@ -133,7 +115,7 @@ def family_class_of(files: Checkpoint) -> Any:
 
 
 def read_config(files: Checkpoint) -> Any:
-    """config.json as transformers' config class of its model_type, without a word about quantisation.
+    """config.json as transformers' config class of its model_type, without a word about quantization.
 
     Raises:
         BadCheckpoint: a value that the class does not take.

@@ -1,9 +1,6 @@
 """A checkpoint taken apart for quantizing: its text model layer by layer, the linears of its tower, and their names on disk.
 
-Knows: the modules of transformers, which linears a decoder layer has and how they hang together. Does not know: how anything is
-rounded, calibration, files that are written.
-
-    h -> norm_in -> q, k, v -> attention -> o -> + -> norm_mlp -> gate, up -> * -> down -> +
+h -> norm_in -> q, k, v -> attention -> o -> + -> norm_mlp -> gate, up -> * -> down -> +
 """
 
 from __future__ import annotations
@@ -98,6 +95,7 @@ class WholeSequence:
     """What of a `StepBatch` the backend "hf" calls: one sequence, whose rows see themselves and what comes before."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D], causally."""
         queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)

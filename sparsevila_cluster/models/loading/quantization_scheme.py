@@ -1,11 +1,10 @@
-"""What a checkpoint says of its quantisation: `quantization_config` of config.json, read into one frozen value.
+"""What a checkpoint says of its quantization: `quantization_config` of config.json, read into one frozen value.
 
-Knows: the keys of AutoAWQ and gptqmodel, of compressed-tensors, and of our own 8-bit vision section; what of them can be served.
-Does not know: tensors, files, modules. Whether the files keep what the config says is the reader's to find out.
+Whether the files keep what the config says shows when they are read.
 
-    {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm", "modules_to_not_convert": [...]}
-    {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {...}, "ignore": ["lm_head", ...]}
-    {..., "vision": {"bits": 8, "scheme": "w8a8", "weights": "per_channel", "activations": "per_token"}}
+{"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm", "modules_to_not_convert": [...]}
+{"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {...}, "ignore": ["lm_head", ...]}
+{..., "vision": {"bits": 8, "scheme": "w8a8", "weights": "per_channel", "activations": "per_token"}}
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _WHOLE_INPUT = -1  # group_size of one group that spans all inputs
 @dataclass(frozen=True)
 class TextScheme:
     """4-bit weights of the language model. form: how their tensors are named and packed. group_size: inputs that share a scale, -1
-    for all. symmetric: no zero points are stored. spared: names or "re:" patterns of modules that are not quantised.
+    for all. symmetric: no zero points are stored. spared: names or "re:" patterns of modules that are not quantized.
     """
 
     form: Literal["gemm", "pack-quantized"]
@@ -44,7 +43,7 @@ class TextScheme:
         return num_in if self.group_size == _WHOLE_INPUT else self.group_size
 
     def spares(self, names: Sequence[str]) -> bool:
-        """Whether every reader would take a linear for one that is not quantised: an entry is whole parts of one of its names."""
+        """Whether every reader would take a linear for one that is not quantized: an entry is whole parts of one of its names."""
         return any(_is_part(entry, name) for entry in self.spared for name in names)
 
     def may_spare(self, names: Sequence[str]) -> bool:
@@ -54,14 +53,14 @@ class TextScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """text: how the language model is quantised, None if it is not. vision: whether the linears of the vision tower are W8A8."""
+    """text: how the language model is quantized, None if it is not. vision: whether the linears of the vision tower are W8A8."""
 
     text: TextScheme | None
     vision: bool
 
 
 def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
-    """The quantisation that config.json (as parsed) describes, at its top or in its text_config; None if it speaks of none.
+    """The quantization that config.json (as parsed) describes, at its top or in its text_config; None if it speaks of none.
 
     Raises:
         BadCheckpoint: a kind that cannot be served, or values that contradict each other; names the value and what is supported.
@@ -170,7 +169,7 @@ def _names(data: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _is_part(entry: str, name: str) -> bool:
-    """ "visual" is a part of "model.visual.blocks.0" and not of "audiovisual.blocks"."""
+    """So that "visual" is a part of "model.visual.blocks.0" and not of "audiovisual.blocks"."""
     if entry.startswith("re:"):
         return re.match(entry[3:], name) is not None
     return f".{entry.strip('.')}." in f".{name}."

@@ -1,7 +1,4 @@
-"""Quantised linears of a checkpoint: which ones the files hold, whether config.json agrees, and their tensors as weights.
-
-Knows: names, shapes and dtypes of stored forms, and every way in which files and config can contradict each other. Does not know:
-how modules are filled with plain tensors (`weights`), what a format's bits mean (the kernels), architectures.
+"""Quantized linears of a checkpoint: which ones the files hold, whether config.json agrees, and their tensors as weights.
 
 What the files hold decides. Names in config.json are compared with it and never choose a module: they are written for other
 loaders, whose rules of matching differ ("visual" is no module of a model that says "model.visual").
@@ -30,7 +27,7 @@ _WORD = 8  # 4-bit codes in a 32-bit word
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One nn.Linear [num_out, num_in] whose weight is quantised on disk. form: a key of `STORED_AS`; tensors: leaf -> name on disk;
+    """One nn.Linear [num_out, num_in] whose weight is quantized on disk. form: a key of `STORED_AS`; tensors: leaf -> name on disk;
     group_size: inputs that share a scale (all for w8a8).
     """
 
@@ -78,7 +75,7 @@ class StoredLinear:
 def find_linears(
     files: Checkpoint, scheme: Scheme | None, skeleton: Any, sources: dict[str, str], parts: Sequence[Part]
 ) -> dict[str, StoredLinear]:
-    """Path in memory -> the linear, of all that `parts` need and the files hold quantised. Only headers are read.
+    """Path in memory -> the linear, of all that `parts` need and the files hold quantized. Only headers are read.
 
     skeleton: the transformers model without memory; sources: name in memory -> name on disk.
 
@@ -93,7 +90,7 @@ def find_linears(
     if scheme is None:
         for forms in stored.values():
             source = next(iter(next(iter(forms.values())).values()))
-            raise BadCheckpoint(_at(files, source) + "belongs to a quantised linear, but config.json has no quantization_config")
+            raise BadCheckpoint(_at(files, source) + "belongs to a quantized linear, but config.json has no quantization_config")
         return {}
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     found = {}
@@ -126,7 +123,7 @@ def _one_linear(
     some = [tensors for _, tensors in sorted(forms.items())]
     first = next(iter(some[0].values()))
     if linear is None or part_of(path + ".") not in ("llm", "vision"):
-        what = "is quantised; only linears of decoder layers and of the vision tower may be, not the head or the embedding"
+        what = "is quantized; only linears of decoder layers and of the vision tower may be, not the head or the embedding"
         raise BadCheckpoint(_at(files, first) + what)
     (form, tensors), *others = sorted(forms.items())
     plain = sources.get(f"{path}.weight") if "weight" not in tensors else None
@@ -218,12 +215,12 @@ def _check_agreement(
     for path, row in found.items():
         source = next(iter(row.tensors.values()))
         if row.form != "w8a8" and scheme.text.spares((path, source.rpartition(".")[0])):
-            raise BadCheckpoint(_at(files, source) + "is quantised; quantization_config says that this linear is not")
+            raise BadCheckpoint(_at(files, source) + "is quantized; quantization_config says that this linear is not")
     for path in linears:
         source = sources.get(f"{path}.weight", "")
         if source and in_text_layer(path + ".") and path not in found:
             if not scheme.text.may_spare((path, source.rpartition(".")[0])):
-                raise BadCheckpoint(_at(files, source) + "is not quantised; quantization_config says that this linear is")
+                raise BadCheckpoint(_at(files, source) + "is not quantized; quantization_config says that this linear is")
 
 
 def _at(files: Checkpoint, source: str) -> str:

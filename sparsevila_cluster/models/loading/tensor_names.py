@@ -1,10 +1,7 @@
 """Names of tensors: on disk, in memory, and which part of a model they belong to.
 
-Knows: transformers' renamings of older checkpoints, and the names under which quantised weights are stored. Does not know: tensors,
-shapes that are right or wrong, families.
-
-    visual.blocks.0.attn.qkv.weight  -> model.visual.blocks.0.attn.qkv.weight
-    model.layers.0.mlp.up_proj.qweight -> model.language_model.layers.0.mlp.up_proj.qweight     as its .weight would be renamed
+visual.blocks.0.attn.qkv.weight  -> model.visual.blocks.0.attn.qkv.weight
+model.layers.0.mlp.up_proj.qweight -> model.language_model.layers.0.mlp.up_proj.qweight     as its .weight would be renamed
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ STORED_AS = {
     "pack-quantized": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     "w8a8": ("weight", "weight_scale", "smooth"),
 }
-"""Form of a quantised linear -> the leaves under its name, the one that holds the weights first."""
+"""Form of a quantized linear -> the leaves under its name, the one that holds the weights first."""
 
 _QUANTISED = frozenset(leaf for leaves in STORED_AS.values() for leaf in leaves) - {"weight"}
 _TEXT_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
@@ -52,7 +49,7 @@ def in_text_layer(name: str) -> bool:
 def names_on_disk(files: Checkpoint, skeleton: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Name in memory -> name on disk, of every tensor in the files. shapes: of the skeleton's own tensors.
 
-    A tensor of a quantised linear is renamed as the linear's `.weight` would be, so that both ways of naming modules work for it.
+    A tensor of a quantized linear is renamed as the linear's `.weight` would be, so that both ways of naming modules work for it.
 
     Raises:
         BadCheckpoint: two tensors under one name, one that needs more than a new name, or one of a decoder layer that is not there.

@@ -1,8 +1,4 @@
-"""From tensors on disk to modules in memory: a skeleton without memory, filled with only the tensors that a worker needs.
-
-Knows: tied heads, shapes and dtypes, and how plain and quantised weights get into modules. Does not know: how names are found
-(`names`), how weights are quantised (`quantised`), families, preprocessing, text backends.
-"""
+"""From tensors on disk to modules in memory: a skeleton without memory, filled with only the tensors that a worker needs."""
 
 from __future__ import annotations
 
@@ -39,8 +35,8 @@ def fill(
 ) -> Any:
     """A transformers model of which `parts` hold weights and everything else is gone.
 
-    scheme: what config.json says of quantised weights. as_stored: they stay so, in the place of the linears that the files hold
-    quantised; otherwise they become plain weights of `dtype`. text_only: the config is one of a language model without vision.
+    scheme: what config.json says of quantized weights. as_stored: they stay so, in the place of the linears that the files hold
+    quantized; otherwise they become plain weights of `dtype`. text_only: the config is one of a language model without vision.
 
     Raises:
         BadCheckpoint: a tensor is missing, of a wrong shape or dtype, there twice, or unknown to the config; the message names it
@@ -58,7 +54,7 @@ def fill(
     for source, tensor in files.read(target_of, device):
         _place(skeleton, target_of[source], tensor.to(dtype))
     for linear in stored.values():
-        _place_quantised(skeleton, linear.path, linear.read(files, device), dtype, as_stored)
+        _place_quantized(skeleton, linear.path, linear.read(files, device), dtype, as_stored)
     for name, source in tied.items():
         if part_of(name) in parts:
             _place(skeleton, name, skeleton.get_parameter(source).data)
@@ -144,7 +140,7 @@ def _place(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
-def _place_quantised(skeleton: nn.Module, path: str, weight: AwqWeight | Int8Weight, dtype: torch.dtype, as_stored: bool) -> None:
+def _place_quantized(skeleton: nn.Module, path: str, weight: AwqWeight | Int8Weight, dtype: torch.dtype, as_stored: bool) -> None:
     """A module that holds everything it needs takes the linear's place, or the linear gets a plain weight; also where a CPU has no
     fast product for this one weight (a group size that torch's operator does not take).
     """

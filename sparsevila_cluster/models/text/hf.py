@@ -1,7 +1,4 @@
-"""The text decoder through the checkpoint's own transformers modules: for text models that `lean` does not know, and as oracle.
-
-Knows: how to make those modules hand their attention to a step batch. Does not know: their arithmetic, KV memory, sampling.
-"""
+"""The text decoder through the checkpoint's own transformers modules: for text models that `lean` does not know, and as oracle."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.kvcache.arena import KVSpec
-from sparsevila_cluster.models.adapter import StepBatch
 
 # Must not contain "flash": transformers would prepare arguments for packed flash attention. An unknown name also means that no
 # mask is ever built; the step batch knows what each row may see.

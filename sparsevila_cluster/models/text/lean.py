@@ -1,8 +1,5 @@
 """Our text decoder: Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 text models as one loop of few, large operations.
 
-Knows: the arithmetic of a pre-norm decoder with rotary positions, grouped heads and a gated MLP. Does not know: KV memory,
-attention kernels, sampling, and transformers' module code (it takes the weights and the rotary frequencies once, at load).
-
 Decoding one token of a small model costs what its operations cost to launch, so the loop is written for few launches: fused
 qkv and gate/up weights, residual additions inside the matrix product, no shape that depends on data, no device sync.
 """
@@ -16,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.kvcache.arena import KVSpec
-from sparsevila_cluster.models.adapter import StepBatch
 from sparsevila_cluster.models.text.linear import Matrix, take_matrix
 from sparsevila_cluster.models.text.rotary import Rotary
 

@@ -1,8 +1,5 @@
 """The lean decoder in fewer launches: what stands between its matrix products is one kernel each time.
 
-Knows: how the small operations of a layer go together. Does not know: what the kernels do inside, KV memory beyond where a step
-batch says that its rows go.
-
     launches of a layer:  add + norm | qkv | rope, head norms, KV rows | attention | out | add + norm | gate, up | silu * up | down
                           '--- of the layer before, or none in the first
 
@@ -18,8 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.kvcache.arena import KVSpec
-from sparsevila_cluster.models.adapter import StepBatch
 from sparsevila_cluster.models.text.lean import LeanDecoder, Plain
 from sparsevila_kernels import rms_norm, rope_write, silu_mul
 

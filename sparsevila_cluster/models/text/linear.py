@@ -1,10 +1,7 @@
 """Linear maps in the forms that weights come in: plain, 4-bit, 8-bit; for our own loop and as modules for transformers' code.
 
-Knows: which product belongs to which form, and how parallel projections are fused. Does not know: layers, files, how the products
-are computed (the kernels).
-
-    lean:           Matrix.mm(x), Matrix.addmm(base, x), Matrix.tail_mm(x, first)        [in, out]
-    transformers:   AwqLinear, Int8Linear in the place of nn.Linear                      [out, in]
+lean:           Matrix.mm(x), Matrix.addmm(base, x), Matrix.tail_mm(x, first)        [in, out]
+transformers:   AwqLinear, Int8Linear in the place of nn.Linear                      [out, in]
 """
 
 from __future__ import annotations
@@ -43,12 +40,15 @@ class DenseMatrix:
         self._weight = weight
 
     def mm(self, x: Tensor) -> Tensor:
+        """x @ W [T, N]."""
         return torch.mm(x, self._weight)
 
     def addmm(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + x @ W [T, N]."""
         return torch.addmm(base, x, self._weight)
 
     def tail_mm(self, x: Tensor, first: int) -> Tensor:
+        """The columns of x @ W from `first` on: a view of the weight is enough."""
         return torch.mm(x, self._weight[:, first:])
 
 
@@ -61,9 +61,11 @@ class AwqMatrix:
         self._weight = weight
 
     def mm(self, x: Tensor) -> Tensor:
+        """x @ W [T, N]."""
         return awq_matmul(x, self._weight)
 
     def addmm(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + x @ W [T, N]."""
         return awq_matmul(x, self._weight, base)
 
     def tail_mm(self, x: Tensor, first: int) -> Tensor:
@@ -104,7 +106,7 @@ class Int8Linear(nn.Module):
 def take_matrix(modules: Sequence[Any], dense_form: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Matrix:
     """Parallel linears (of the same input) as one matrix, their outputs side by side; biases are not looked at.
 
-    modules: nn.Linear or AwqLinear. dense_form: weight [N, K] -> [K, N], as plain products want it. Where not all are quantised, or
+    modules: nn.Linear or AwqLinear. dense_form: weight [N, K] -> [K, N], as plain products want it. Where not all are quantized, or
     not in groups of one size, all become plain weights of `dtype`.
     """
     packed = [module.packed for module in modules if isinstance(module, AwqLinear)]
@@ -116,5 +118,5 @@ def take_matrix(modules: Sequence[Any], dense_form: Callable[[Tensor], Tensor], 
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all weights below a module, shared ones once."""
-    quantised = sum(m.packed.nbytes for m in module.modules() if isinstance(m, AwqLinear | Int8Linear))
-    return quantised + sum({p.data_ptr(): p.nbytes for p in module.parameters()}.values())
+    quantized = sum(m.packed.nbytes for m in module.modules() if isinstance(m, AwqLinear | Int8Linear))
+    return quantized + sum({p.data_ptr(): p.nbytes for p in module.parameters()}.values())

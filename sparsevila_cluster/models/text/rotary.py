@@ -1,7 +1,4 @@
-"""Rotary positions: from the position of each token to the cos and sin that turn its queries and keys.
-
-Knows: frequencies, one-row and M-RoPE layouts. Does not know: layers, heads, who chose the positions.
-"""
+"""Rotary positions: from the position of each token to the cos and sin that turn its queries and keys."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The text decoder of a filled transformers model: which backend runs it, and what its config must not ask for.
-
-Knows: both backends, and rules that every text model keeps. Does not know: files, vision, how weights got into the modules.
-"""
+"""The text decoder of a filled transformers model: which backend runs it, and what its config must not ask for."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from sparsevila_cluster.core.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.models.adapter import Part, TextBackend
-from sparsevila_cluster.models.loading.attention_choice import Kernels
+from sparsevila_cluster.models.loading.placement import Kernels
 from sparsevila_cluster.models.loading.weights import language_model_of
 from sparsevila_cluster.models.text import hf, lean
 from sparsevila_cluster.models.text.lean_kernels import KernelDecoder

@@ -1,7 +1,4 @@
-"""Load a language model by itself: the same decoders, weights and quantised forms, for tools and oracles.
-
-Knows: which text models there are. Does not know: media, chat templates, engines; it is no model that can be served.
-"""
+"""Load a language model by itself: the same decoders, weights and quantized forms, for tools and oracles."""
 
 from __future__ import annotations
 
@@ -16,8 +13,9 @@ from sparsevila_cluster.core.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.models.adapter import Part, TextBackend
 from sparsevila_cluster.models.chat_template import load_tokenizer
+from sparsevila_cluster.models.families import FAMILIES
 from sparsevila_cluster.models.loading.checkpoint import Checkpoint
-from sparsevila_cluster.models.loading.loader import FAMILIES, read_config
+from sparsevila_cluster.models.loading.loader import read_config
 from sparsevila_cluster.models.loading.placement import find_device, find_dtype, runs_as_stored
 from sparsevila_cluster.models.loading.quantization_scheme import read_scheme
 from sparsevila_cluster.models.loading.weights import fill

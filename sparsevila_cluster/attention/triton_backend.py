@@ -1,9 +1,7 @@
-"""What a text decoder calls once per layer, through the kernels: keys are read where they lie, in two arenas, by spans of slots.
+"""Attention through the Triton kernels: keys are read where they lie, in two arenas, by spans of slots.
 
-Knows: how a step's rows become slots and spans on the device. Does not know: models, policies, turns, how the kernels go about it.
-
-    pool 0  arena of media prefixes   [ prefix ][ prefix ]          spans of a row:  (pool, start, length) of its body
-    pool 1  arena of turns            [ packed ][ tail ][ packed ]                   (1,    start, length) of its tail
+pool 0  arena of media prefixes   [ prefix ][ prefix ]          spans of a row:  (pool, start, length) of its body
+pool 1  arena of turns            [ packed ][ tail ][ packed ]                   (1,    start, length) of its tail
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_batch import Segment
-from sparsevila_cluster.attention.torch_ops import Capture
+from sparsevila_cluster.attention.interface import Capture, Segment
 from sparsevila_cluster.kvcache.arena import Arena
 from sparsevila_kernels import colreduce, decode_attention
 
@@ -71,6 +68,7 @@ class DecodeRows(_NewRows):
         self._spans, self._max_keys = spans, max_keys
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """One row of each turn, its keys and values written: q [B, Hq, D] -> [B, Hq, D]."""
         pools = _pools(self._arenas, layer)
         return cast(Tensor, decode_attention(q, pools, self._spans, scale=scale, max_keys=self._max_keys, backend="triton"))
 
@@ -97,6 +95,7 @@ class TritonBatch(_NewRows):
         self._scored = [_Scored(s, s.first - len(decode)) for s in others if s.capture is not None]
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """As `attend`, of rows that are written: q [T, Hq, D] -> [T, Hq, D]; fills captures."""
         num = self._num_decode
         if not self._max_rows:
             return self._decode.attend_written(layer, q, scale)
@@ -127,7 +126,7 @@ class _Scored:
             capture.add(layer, torch.zeros(len(visual), device=q.device))
             return
         keys = self._home.rows(layer)[0]
-        if capture.normalise == "visual":
+        if capture.normalize == "visual":
             total = _summed(q[rows], keys.index_select(0, visual), scale, None)
         else:
             total = _summed(q[rows], keys, scale, lse[rows]).index_select(0, visual)
@@ -143,7 +142,7 @@ def _upload(wide: list[int], narrow: Sequence[list[int]], device: torch.device) 
 
 
 def _summed(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
-    """Softmax weights summed over rows and averaged over heads, f32 [N]; `lse`: normalised by more keys than `k` has."""
+    """Softmax weights summed over rows and averaged over heads, f32 [N]; `lse`: normalized by more keys than `k` has."""
     return colreduce(q, k, reduction="sum", heads="mean", scale=scale, lse=lse, backend="triton")
 
 

@@ -1,20 +1,14 @@
-"""What a text decoder calls once per layer: write new KV rows, attend. One class for media, one for turns.
-
-Knows: which rows of a flattened step belong to whom and where their keys lie. Does not know: models, policies, scheduling.
-
-    flattened step:  [ decode row | decode row | refresh row | question rows ........ | question rows ... ]
-                       turn a       turn b       turn c        turn d                   turn e
-"""
+"""Attention in plain torch: a batch over a chunk of media, and one over the rows of many turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.attention.torch_ops import Capture, Span, attend_causal, attend_gathered, attend_question, attend_spans
+from sparsevila_cluster.attention.interface import Segment
+from sparsevila_cluster.attention.torch_ops import attend_causal, attend_gathered, attend_question, attend_spans
 from sparsevila_cluster.kvcache.arena import Arena, Extent
 
 
@@ -33,54 +27,31 @@ class MediaBatch:
         self._slots: Tensor | None = None
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Copy a chunk's keys and values [n, Hkv, D] into the extent, and say so."""
         for rows, new in zip(self._extent.rows(layer), (k, v), strict=True):
             rows[self._start : self._stop] = new
         self._wrote(layer, self._start, self._stop)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [n, Hq, D], k and v [n, Hkv, D] -> [n, Hq, D]."""
         self.write(layer, k, v)
         return self._attend(layer, q, scale)
 
     def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The arena's k and v [slots, Hkv, D], and the slots i64 [n] of the chunk."""
         arena, first = self._extent.arena, self._extent.start
         if self._slots is None:
             self._slots = torch.arange(first + self._start, first + self._stop, device=arena.k_all.device)
         return arena.k[layer], arena.v[layer], self._slots
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """As `attend`, of rows that are written: q [n, Hq, D] -> [n, Hq, D]."""
         self._wrote(layer, self._start, self._stop)
         return self._attend(layer, q, scale)
 
     def _attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         keys, values = (rows[: self._stop].transpose(0, 1)[None] for rows in self._extent.rows(layer))
         return attend_causal(q, (keys, values), scale)
-
-
-@dataclass(eq=False)
-class Segment:
-    """The rows [first, first + num) of a step that belong to one turn.
-
-    body: per-layer spans of what the rows attend to besides the tail; home: its extent, in the arena of media prefixes or, packed,
-    in that of turns. tail: per-layer spans of the whole extent of the tail, of which the first `past` rows hold KV before this
-    step; tail_start: arena slot of its first row. capture: see `attend_question`; None for decode rows. phase: "decode" for one
-    row, usually over packed KV; whatever else attends row by row, "question" or "refresh", comes after all of those.
-    """
-
-    first: int
-    num: int
-    body: list[Span]
-    home: Extent
-    tail: list[Span]
-    tail_start: int
-    past: int
-    capture: Capture | None = None
-    phase: str = "decode"
-
-    def tail_span(self, layer: int) -> Span:
-        """The tail up to and including this step's rows."""
-        k, v = self.tail[layer]
-        stop = self.past + self.num
-        return k[:, :, :stop], v[:, :, :stop]
 
 
 # Gathering copies the KV of a step, looping launches a dozen small operations for each turn: up to this many elements of K per
@@ -104,17 +75,21 @@ class TurnBatch:
         self._num_decode = len(decode)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Copy new keys and values [T, Hkv, D] to the tails of their conversations."""
         self._arena.k[layer].index_copy_(0, self._slots, k)
         self._arena.v[layer].index_copy_(0, self._slots, v)
 
     def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The arena's k and v [slots, Hkv, D], and the slots i64 [T] of the new rows."""
         return self._arena.k[layer], self._arena.v[layer], self._slots
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
         self.write(layer, k, v)
         return self.attend_written(layer, q, scale)
 
     def attend_written(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """As `attend`, of rows that are written: q [T, Hq, D] -> [T, Hq, D]; fills captures."""
         if not self._questions:
             return self._attend_decode(layer, q, scale)
         out = torch.empty_like(q)

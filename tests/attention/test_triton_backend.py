@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparsevila_cluster.attention.torch_batch import Segment, TurnBatch
-from sparsevila_cluster.attention.torch_ops import Capture
-from sparsevila_cluster.attention.triton_batch import TritonBatch
+from sparsevila_cluster.attention.interface import Capture, Segment
+from sparsevila_cluster.attention.torch_backend import TurnBatch
+from sparsevila_cluster.attention.triton_backend import TritonBatch
 from sparsevila_cluster.kvcache.arena import Arena, KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, fingerprint="test")
@@ -22,7 +22,7 @@ OTHERS = [
 ]
 
 
-def make(rows, normalise):
+def make(rows, normalize):
     """(arena of prefixes, arena of turns), segments: the same each time."""
     noise = torch.Generator().manual_seed(3)
     arenas = Arena(SPEC, 200), Arena(SPEC, 600)
@@ -36,7 +36,7 @@ def make(rows, normalise):
         tail = arenas[1].alloc(past + num + 2)
         capture = None
         if captured is not None:
-            capture = Capture(VISUAL, captured[0], captured[1], normalise, captured[2])
+            capture = Capture(VISUAL, captured[0], captured[1], normalize, captured[2])
         segments.append(Segment(first, num, home.spans(), home, tail.spans(), tail.start, past, capture, phase))
         first += num
     return arenas, segments
@@ -49,9 +49,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("rows, normalise", CASES.values(), ids=CASES)
-def test_kernels_do_what_torch_does(rows, normalise):
-    (arenas, segments), (other_arenas, other_segments) = make(rows, normalise), make(rows, normalise)
+@pytest.mark.parametrize("rows, normalize", CASES.values(), ids=CASES)
+def test_kernels_do_what_torch_does(rows, normalize):
+    (arenas, segments), (other_arenas, other_segments) = make(rows, normalize), make(rows, normalize)
     num = sum(s.num for s in segments)
     plain, kernels = TurnBatch(segments, arenas[1]), TritonBatch(other_segments, other_arenas)
     for layer in range(2):
