@@ -1,4 +1,4 @@
-"""The face for event loops, with a real engine: many tasks, cancelling at any moment, leaving early, deadlines, closing."""
+"""AsyncVideoQA with a real engine: many tasks, cancelling at any moment, leaving early, deadlines, closing."""
 
 import asyncio
 import gc
@@ -114,7 +114,7 @@ def test_options_are_known_by_name(checkpoint, clips):
     """A check on each side: what type checkers read is what is taken, and that is every field of a turn that users may set."""
     assert set(AskOptions.__annotations__) == ASK_OPTIONS and set(PrepareOptions.__annotations__) == PREPARE_OPTIONS
     fixed = {"turn_id", "conversation_id", "media_id", "question", "sampling", "want_evidence", "deadline_s"}
-    fixed |= {"tenant", "after", "replay"}  # a door and a router set these
+    fixed |= {"tenant", "after", "replay"}  # the gateway and a router set these
     assert set(Turn.__dataclass_fields__) - fixed <= ASK_OPTIONS
     assert set(PrepareRequest.__dataclass_fields__) - {"sources", "deadline_s", "tenant"} <= PREPARE_OPTIONS
 
@@ -185,9 +185,9 @@ def test_leaving_a_stream_aborts_and_forgets_the_turn(checkpoint, clips):
             break
         gc.collect()
         await settled(qa)  # nobody holds the iterator any more
-        held = chat.stream("tell me everything", max_tokens=2000)
-        await anext(held)
-        await held.aclose()
+        open_stream = chat.stream("tell me everything", max_tokens=2000)
+        await anext(open_stream)
+        await open_stream.aclose()
         await settled(qa)
         assert chat.turns == []
         assert (await chat.ask("what?", max_tokens=6)).token_ids == (await fresh.ask("what?", max_tokens=6)).token_ids
@@ -235,12 +235,12 @@ def test_of_several_callers_one_may_leave(checkpoint, clips):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_grace(monkeypatch):
     for module in (async_video_qa, turn_events):
         monkeypatch.setattr(module, "GRACE_S", 0.05)
 
 
-def test_a_turn_has_a_deadline_even_when_the_engine_hangs(checkpoint, clips, impatient):
+def test_a_turn_has_a_deadline_even_when_the_engine_hangs(checkpoint, clips, short_grace):
     async def work(qa):
         chat, hang = qa.conversation(await qa.prepare(clips[0])), threading.Event()
         engine = await qa.ready()
@@ -256,7 +256,7 @@ def test_a_turn_has_a_deadline_even_when_the_engine_hangs(checkpoint, clips, imp
     run(checkpoint, work)
 
 
-def test_a_slow_reader_gets_what_has_arrived(checkpoint, clips, impatient):
+def test_a_slow_reader_gets_what_has_arrived(checkpoint, clips, short_grace):
     async def work(qa):
         chat = qa.conversation(await qa.prepare(clips[0]))
         (await qa.ready()).model.chat.eos_ids = frozenset()
@@ -271,7 +271,7 @@ def test_a_slow_reader_gets_what_has_arrived(checkpoint, clips, impatient):
     run(checkpoint, work)
 
 
-def test_closing_has_a_deadline_even_when_the_engine_hangs(checkpoint, impatient):
+def test_closing_has_a_deadline_even_when_the_engine_hangs(checkpoint, short_grace):
     async def main():
         qa, hang = AsyncVideoQA(checkpoint, close_timeout_s=0.05), threading.Event()
         thread = (await qa.ready()).decode._thread

@@ -26,7 +26,7 @@ def frames(num=4, height=64, width=64, color=GREEN):
     return np.full((num, height, width, 3), color, np.uint8)
 
 
-def film(pictures, kind=None):
+def a_media(pictures, kind=None):
     """Media of these frames, one per second; one frame alone is an image."""
     times_s = np.arange(len(pictures), dtype=np.float64)
     return Media(pictures, times_s, kind or ("image" if len(pictures) == 1 else "video"), "hash", float(len(pictures)))
@@ -85,7 +85,7 @@ def test_a_page_holds_frames_and_a_row_per_question():
         ("Where is the star?", "at the top left", evidence((0.1, 0.7, 0.2, 0.0))),
         ("And?", "", evidence((1, 0, 0, 0))),
     ]
-    one, two = draw_heatmap([film(frames())], rows[:1]), draw_heatmap([film(frames())], rows)
+    one, two = draw_heatmap([a_media(frames())], rows[:1]), draw_heatmap([a_media(frames())], rows)
     assert one.mode == "RGB" and one.width == two.width and two.height > one.height + 100
     pixels = np.asarray(two).reshape(-1, 3)
     assert (pixels == GREEN).all(1).sum() > 4 * 100 * 100  # the plain frames, enlarged
@@ -96,19 +96,19 @@ def test_a_page_holds_frames_and_a_row_per_question():
 
 def test_small_frames_grow_and_large_ones_shrink():
     row = ("q", "a", evidence((0.5, 0.5)))
-    small, large = (draw_heatmap([film(frames(2, size, size))], [row]) for size in (16, 2000))
+    small, large = (draw_heatmap([a_media(frames(2, size, size))], [row]) for size in (16, 2000))
     assert small.size == large.size
 
 
 @pytest.mark.parametrize("shape", [(1, 50, 50), (1, 40, 400), (2, 400, 40), (40, 36, 64), (3, 8, 8)])
 def test_any_shape_of_media_fits_the_page(shape):
     num = shape[0]
-    image = draw_heatmap([film(frames(*shape))], [("q " * 200, "a" * 5000, evidence(np.ones(num) / num))])
+    image = draw_heatmap([a_media(frames(*shape))], [("q " * 200, "a" * 5000, evidence(np.ones(num) / num))])
     assert 600 <= image.width <= 1700 and image.height < 3000
 
 
 def test_rows_without_evidence_are_text_only():
-    image = draw_heatmap([film(frames(30))], [("What?", "nothing", Evidence())])
+    image = draw_heatmap([a_media(frames(30))], [("What?", "nothing", Evidence())])
     assert (np.asarray(image) == GREEN).all(2).sum() > 1000
 
 
@@ -134,12 +134,12 @@ BLUE, BROWN = (10, 20, 200), (120, 80, 40)
 def test_a_group_is_shown_by_its_first_frame():
     pictures = frames(4)
     pictures[2:] = BLUE
-    image = draw_heatmap([film(pictures)], [("q", "a", Evidence((look(0, 0.5), look(2, 0.5))))])
+    image = draw_heatmap([a_media(pictures)], [("q", "a", Evidence((look(0, 0.5), look(2, 0.5))))])
     assert has(image, GREEN) and has(image, BLUE)
 
 
 def test_several_media_stand_side_by_side_in_their_own_shapes():
-    medias = [film(frames(2)), film(frames(1, 40, 90, BLUE)), film(frames(3, 90, 40, BROWN))]
+    medias = [a_media(frames(2)), a_media(frames(1, 40, 90, BLUE)), a_media(frames(3, 90, 40, BROWN))]
     pruned = {"cells": (), "kept": ()}  # dark everywhere: what has its colour is in the first row
     looks = [look(0, 0.2, **pruned), look(0, 0.3, media=1, **pruned), look(2, 0.5, media=2, **pruned)]
     pixels = np.asarray(draw_heatmap(medias, [("q", "a", Evidence(tuple(looks)))], ["a.mp4", "b.png", "c.mp4"]))
@@ -152,7 +152,7 @@ def test_several_media_stand_side_by_side_in_their_own_shapes():
 def test_frames_that_the_source_does_not_hold_any_more_are_an_error():
     for gone in (look(4), look(0, media=1)):
         with pytest.raises(BadMedia, match="does not hold"):
-            draw_heatmap([film(frames(4))], [("q", "a", Evidence((gone,)))])
+            draw_heatmap([a_media(frames(4))], [("q", "a", Evidence((gone,)))])
 
 
 def test_views_of_one_frame_are_one_tile():
@@ -160,9 +160,9 @@ def test_views_of_one_frame_are_one_tile():
         look(grid=(2, 2), share=0.5, cells=((0, 0, 0.5),), kept=((0, 0),)),
         look(grid=(4, 6), share=0.5, cells=(), kept=()),
     )
-    one = draw_heatmap([film(frames(1))], [("q", "a", Evidence((base, tiles)))])
-    assert one.size == draw_heatmap([film(frames(1))], [("q", "a", Evidence((base,)))]).size
-    assert np.asarray(one).shape == np.asarray(draw_heatmap([film(frames(1))], [("q", "a", Evidence((tiles,)))])).shape
+    one = draw_heatmap([a_media(frames(1))], [("q", "a", Evidence((base, tiles)))])
+    assert one.size == draw_heatmap([a_media(frames(1))], [("q", "a", Evidence((base,)))]).size
+    assert np.asarray(one).shape == np.asarray(draw_heatmap([a_media(frames(1))], [("q", "a", Evidence((tiles,)))])).shape
 
 
 def test_long_text_is_wrapped_and_cut():

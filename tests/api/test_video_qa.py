@@ -1,4 +1,4 @@
-"""The blocking face: waits that end, threads that share it, Ctrl-C, callbacks; what it answers is tested in test_pipeline."""
+"""VideoQA, which blocks: waits that end, threads that share it, Ctrl-C, callbacks; what it answers is tested in test_pipeline."""
 
 import asyncio
 import os

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +11,10 @@ from sparsevila_cluster.cli import main as cli
 from sparsevila_cluster.cli.client_command import KEY_VARIABLE
 from sparsevila_cluster.client import call_errors
 from sparsevila_cluster.core.errors import Internal, NotFound, QueueFull, Unauthenticated, Unavailable
-from tests.cli.test_main import TRIP_MS
+from tests.cli.test_main import SUMMARY_MS
 from tests.client.scripted_server import MEDIA_ID, TEXT, TOKENS
-from tests.structure import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 DETAILS = {
     "uptime_s": 12.34567,
@@ -32,7 +34,7 @@ def run(served, monkeypatch, capsys, tmp_path):
     """Run `sparsevila client` against the scripted server. Returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    (tmp_path / "film.mp4").write_bytes(b"film" * 1000)
+    (tmp_path / "clip.mp4").write_bytes(b"clip" * 1000)
     (tmp_path / "cup.png").write_bytes(b"cup")
     target = f"127.0.0.1:{served[1]}"
 
@@ -45,7 +47,7 @@ def run(served, monkeypatch, capsys, tmp_path):
 
 def test_asking_prints_the_same_document_as_a_local_engine(run, served):
     options = "--json --seed 7 --max-frames 8 --retrieve-keep 0.2".split()
-    code, out, err = run("ask", "film.mp4", "What?", "And then?", *options)
+    code, out, err = run("ask", "clip.mp4", "What?", "And then?", *options)
     assert (code, err) == (0, "") and out.count("\n") == 1
     document = json.loads(out)
     assert set(document) == {"answers", "trip", "model", "sparsity"}
@@ -54,7 +56,7 @@ def test_asking_prints_the_same_document_as_a_local_engine(run, served):
         assert set(one) == {"question", "answer", "num_tokens", "finish_reason", "evidence", "ms"}
         assert (one["answer"], one["num_tokens"], one["finish_reason"]) == (TEXT, len(TOKENS), "stop")
         assert one["evidence"] == [{"frame": 2, "time_s": 1.5, "share": 1.0}]
-    assert set(document["trip"]["ms"]) == TRIP_MS and document["trip"]["visual_tokens_retrieved"] == 16
+    assert set(document["trip"]["ms"]) == SUMMARY_MS and document["trip"]["visual_tokens_retrieved"] == 16
     assert document["model"] == "tiny" and document["sparsity"] == {"prune_keep": 0.25, "retrieve_keep": 0.1}
     first, second = served[0].of("Ask")
     assert first.sampling.seed == 7 and first.retrieval.keep == 0.2 and second.conversation_id == "c1"
@@ -62,11 +64,11 @@ def test_asking_prints_the_same_document_as_a_local_engine(run, served):
 
 
 def test_asking_prints_turns_and_the_trip(run):
-    code, out, err = run("ask", "film.mp4", "What?", "And then?")
+    code, out, err = run("ask", "clip.mp4", "What?", "And then?")
     assert (code, err) == (0, "")
     assert out.count(f"A: {TEXT}\n   looked at 1.5 s (100%); 9 tokens in 2 ms") == 2
-    card = f'10 frames -> 640 visual tokens -> 160 kept -> 0.001 MB KV -> 2 ms wire -> 16 packed -> "{TEXT}"'
-    assert out.splitlines()[-1] == card
+    line = f'10 frames -> 640 visual tokens -> 160 kept -> 0.001 MB KV -> 2 ms wire -> 16 packed -> "{TEXT}"'
+    assert out.splitlines()[-1] == line
 
 
 def test_prepared_media_are_asked_about_by_their_id(run, served):
@@ -79,16 +81,16 @@ def test_prepared_media_are_asked_about_by_their_id(run, served):
 
 
 def test_preparing_prints_ids_and_trips(run, served):
-    code, out, err = run("prepare", "film.mp4", "cup.png", "--prune-keep", "0.5")
+    code, out, err = run("prepare", "clip.mp4", "cup.png", "--prune-keep", "0.5")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == lines[2] == MEDIA_ID
-    assert lines[1] == "   film.mp4: 10 frames -> 640 visual tokens -> 160 kept -> 0.001 MB KV -> 2 ms wire"
+    assert lines[1] == "   clip.mp4: 10 frames -> 640 visual tokens -> 160 kept -> 0.001 MB KV -> 2 ms wire"
     assert [len(request.sources) for request in served[0].of("PrepareMedia")] == [1, 1]
-    code, out, _ = run("prepare", "film.mp4", "cup.png", "--together", "--json")
+    code, out, _ = run("prepare", "clip.mp4", "cup.png", "--together", "--json")
     (media,) = json.loads(out)["media"]
-    assert code == 0 and media["files"] == ["film.mp4", "cup.png"] and media["media_id"] == MEDIA_ID
-    assert media["reused"] is False and set(media["trip"]["ms"]) == TRIP_MS
+    assert code == 0 and media["files"] == ["clip.mp4", "cup.png"] and media["media_id"] == MEDIA_ID
+    assert media["reused"] is False and set(media["trip"]["ms"]) == SUMMARY_MS
     assert len(served[0].of("PrepareMedia")[-1].sources) == 2
 
 
@@ -123,15 +125,15 @@ def test_the_key_comes_from_the_environment_unless_it_is_typed(run, served, monk
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("ask", "film.mp4"), "QUESTION"),
+        (("ask", "clip.mp4"), "QUESTION"),
         (("ask", "missing.mp4", "q"), "'missing.mp4'"),
-        (("ask", "film.mp4", " "), "non-empty"),
-        (("ask", "film.mp4", "\udcff"), "UTF-8"),
-        (("ask", "film.mp4", "q", "--top-p", "2"), "top_p must be in (0, 1], got 2.0"),
-        (("ask", "film.mp4", "q", "--retrieve-keep", "2"), "--retrieve-keep: must be in (0, 1], got '2'"),
-        (("ask", "film.mp4", "q", "--model", "demo"), "--model"),
-        (("prepare", "film.mp4", "--prune-keep", "0"), "prune_keep must be in (0, 1], got 0.0"),
-        (("prepare", "film.mp4", "--fps", "-1"), "fps"),
+        (("ask", "clip.mp4", " "), "non-empty"),
+        (("ask", "clip.mp4", "\udcff"), "UTF-8"),
+        (("ask", "clip.mp4", "q", "--top-p", "2"), "top_p must be in (0, 1], got 2.0"),
+        (("ask", "clip.mp4", "q", "--retrieve-keep", "2"), "--retrieve-keep: must be in (0, 1], got '2'"),
+        (("ask", "clip.mp4", "q", "--model", "demo"), "--model"),
+        (("prepare", "clip.mp4", "--prune-keep", "0"), "prune_keep must be in (0, 1], got 0.0"),
+        (("prepare", "clip.mp4", "--fps", "-1"), "fps"),
         (("info", "--target", "nowhere"), "target must be host:port, got 'nowhere'"),
         (("info", "--timeout-s", "0"), "deadline_s must be a number > 0"),
         (("info", "--tls", "missing.pem"), "'missing.pem'"),
@@ -161,16 +163,16 @@ def test_the_servers_errors_are_told_with_their_exit_code(run, served, monkeypat
     monkeypatch.setattr(call_errors, "RETRY_FOR_S", 0)
     monkeypatch.setattr(call_errors, "MAX_REFUSALS", 0)
     served[0].script["Ask"] = [error]
-    found, out, err = run("ask", "film.mp4", "q", "--json")
+    found, out, err = run("ask", "clip.mp4", "q", "--json")
     assert (found, out) == (code, "") and err.startswith(f"{lead}: 127.0.0.1:{served[1]}: {error}") and err.count("\n") == 1
 
 
 def test_no_client_command_imports_a_tensor_library(served, tmp_path):
     served[0].details = json.dumps(DETAILS)
-    (tmp_path / "film.mp4").write_bytes(b"film")
+    (tmp_path / "clip.mp4").write_bytes(b"clip")
     code = (
         "import sys; from sparsevila_cluster.cli.main import main\n"
-        "for words in ('ask film.mp4 q', 'ask film.mp4 q --json', 'prepare film.mp4', 'info', 'info --json', '--help'):\n"
+        "for words in ('ask clip.mp4 q', 'ask clip.mp4 q --json', 'prepare clip.mp4', 'info', 'info --json', '--help'):\n"
         "    assert main(['client', *words.split(), *(sys.argv[1:] if words != '--help' else ())]) == 0, words\n"
         "heavy = {'torch', 'numpy', 'ray', 'av', 'transformers', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -20,10 +20,11 @@ from sparsevila_cluster.core.errors import Internal, QueueFull
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.core.test_progress_line import Terminal
 from tests.media.media_files import audio_bytes, picture_bytes, video_bytes
-from tests.structure import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
-TRIP_MS = {"decode", "encode", "prune", "prefill", "transfer", "question", "retrieve", "step"}
+SUMMARY_MS = {"decode", "encode", "prune", "prefill", "transfer", "question", "retrieve", "step"}
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +89,16 @@ def test_json_is_one_document_with_every_field(run):
         assert shares == sorted(shares, reverse=True) and min(shares) > 0 and sum(shares) == pytest.approx(1, abs=1e-4)
         assert all(set(seen) == {"frame", "time_s", "share"} for seen in answer["evidence"])
         assert {"ttft", "total"} <= set(answer["ms"])
-    trip = document["trip"]
-    assert set(trip["ms"]) == TRIP_MS and trip["ms"]["transfer"] == 0 and trip["ms"]["decode"] > 0
-    assert trip["num_frames"] == 8
-    assert 0 < trip["visual_tokens_retrieved"] < trip["visual_tokens_kept"] < trip["visual_tokens"]
-    assert 0 < trip["kv_bytes"] < trip["dense_kv_bytes"]
+    summary = document["trip"]
+    assert set(summary["ms"]) == SUMMARY_MS and summary["ms"]["transfer"] == 0 and summary["ms"]["decode"] > 0
+    assert summary["num_frames"] == 8
+    assert 0 < summary["visual_tokens_retrieved"] < summary["visual_tokens_kept"] < summary["visual_tokens"]
+    assert 0 < summary["kv_bytes"] < summary["dense_kv_bytes"]
     assert document["sparsity"]["prune_keep"] == 0.25 and document["sparsity"]["retrieve_keep"] == 0.10
     assert document["sparsity"]["prune_scope"] == "per_group" and document["model"] == "model"
 
 
-def test_text_ends_with_the_trip_card(run):
+def test_text_ends_with_the_summary_line(run):
     code, out, err = run("ask", "good.mp4", "What is there?", "And then?", "{model}", "--max-tokens", "4")
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -106,7 +107,7 @@ def test_text_ends_with_the_trip_card(run):
     assert lines[-1].startswith("8 frames -> ") and " packed -> " in lines[-1] and "wire" not in lines[-1]
 
 
-def test_options_change_the_trip(run):
+def test_options_change_the_summary(run):
     base = ("ask", "good.mp4", "What?", "{model}", "--json", "--max-tokens", "2")
     dense = json.loads(run(*base, "--prune", "keep_all", "--retrieve", "retrieve_all")[1])
     assert dense["trip"]["visual_tokens"] == dense["trip"]["visual_tokens_kept"] == dense["trip"]["visual_tokens_retrieved"]

@@ -24,7 +24,7 @@ async def test_an_answer_is_whole():
         (seen,) = answer.evidence
         assert (seen.frame, seen.time_s, seen.share, seen.grid) == (2, 1.5, 1.0, (2, 3))
         assert seen.cells == ((0, 1, 0.75), (1, 2, 0.25)) and answer.evidence.places() == "1.5 s (100%)"
-        with pytest.raises(NotFound, match="does not know its media"):
+        with pytest.raises(NotFound, match="cannot be read again"):
             answer.evidence.show()
         assert [piece async for piece in client.stream(MEDIA_ID, "What?")][-1] == "."
     assert [request.conversation_id for request in servicer.of("CloseConversation")] == ["c0", "c1"]

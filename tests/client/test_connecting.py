@@ -1,9 +1,10 @@
-"""Statuses as errors of the house, targets, keys and TLS; event loops and threads; what importing the client imports."""
+"""Statuses as typed errors, targets, keys and TLS; event loops and threads; what importing the client imports."""
 
 import asyncio
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import grpc
 import pytest
@@ -22,7 +23,8 @@ from sparsevila_cluster.core.errors import (
     Unavailable,
 )
 from tests.client.scripted_server import MEDIA_ID, TEXT, Scripted, connect, serving
-from tests.structure import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One maker for many callers: what they share, and what becomes of the others when it gives up."""
+"""One call for many callers: what they share, and what happens to the others when it fails."""
 
 import asyncio
 
@@ -24,20 +24,20 @@ def together(scenario, num=4):
     """Run `scenario(work, tasks)` with `num` callers of one key, then return (work, what each was told)."""
 
     async def main():
-        work, sharing = Work(), SingleFlight()
-        tasks = [asyncio.create_task(sharing.get("key", work)) for _ in range(num)]
+        work, flights = Work(), SingleFlight()
+        tasks = [asyncio.create_task(flights.get("key", work)) for _ in range(num)]
         await asyncio.sleep(0)
-        other = asyncio.create_task(sharing.get("other", lambda: asyncio.sleep(0, "other")))
+        other = asyncio.create_task(flights.get("other", lambda: asyncio.sleep(0, "other")))
         assert await other == ("other", False)
         await scenario(work, tasks)
         told = await asyncio.gather(*tasks, return_exceptions=True)
-        assert sharing._making == {}
+        assert flights._in_flight == {}
         return work, told
 
     return asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_the_work_is_done_once_and_the_maker_knows_that_it_was_the_maker():
+def test_the_work_is_done_once_and_the_first_caller_is_told_apart():
     async def scenario(work, tasks):
         work.ends[0].set_result("made")
 
@@ -54,7 +54,7 @@ def test_an_error_is_told_to_all():
 
 
 @pytest.mark.parametrize("ending", [None, Cancelled("enough"), DeadlineExceeded("its own"), RuntimeError("a bug")], ids=repr)
-def test_a_maker_that_gives_up_is_followed_by_the_next_caller(ending):
+def test_a_call_that_is_given_up_is_followed_by_the_next_caller(ending):
     async def scenario(work, tasks):
         if ending is None:
             tasks[0].cancel()

@@ -1,4 +1,4 @@
-"""The trip card and its JSON, from data alone."""
+"""The summary line and its JSON, from data alone."""
 
 from dataclasses import replace
 
@@ -23,13 +23,13 @@ def seen(frame, share, media=0):
     return FrameEvidence(frame, frame / 2, share, (2, 2), (), (), media)
 
 
-def test_the_card_is_one_line():
-    trip = media_summary(MEDIA, [answer()])
-    card = '64 frames -> 4096 visual tokens -> 1024 kept -> 12.6 MB KV -> 102 packed -> "a red star"'
-    assert summary_line(trip, "a red\nstar") == card
-    trip["ms"]["transfer"] = 8.2
-    assert summary_line(trip, "a red star") == card.replace("KV -> ", "KV -> 8 ms wire -> ")
-    single = {**trip, "num_frames": 1, "visual_tokens": 1}
+def test_the_summary_is_one_line():
+    summary = media_summary(MEDIA, [answer()])
+    line = '64 frames -> 4096 visual tokens -> 1024 kept -> 12.6 MB KV -> 102 packed -> "a red star"'
+    assert summary_line(summary, "a red\nstar") == line
+    summary["ms"]["transfer"] = 8.2
+    assert summary_line(summary, "a red star") == line.replace("KV -> ", "KV -> 8 ms wire -> ")
+    single = {**summary, "num_frames": 1, "visual_tokens": 1}
     assert summary_line(single, "").startswith("1 frame -> 1 visual token -> ")
 
 

@@ -40,12 +40,12 @@ def videos():
 
 @pytest.fixture(scope="module")
 def dataset(model, videos):
-    seen = StepDataset.see(videos, len(videos), VisionRunner(model.model.visual))
+    encoded = StepDataset.encode(videos, len(videos), VisionRunner(model.model.visual))
     # the dataset is stored in half precision; comparisons with the stock model want all digits
     patches = patchify(np.stack([video.frames for video in videos]))
     with torch.no_grad():
         exact = VisionRunner(model.model.visual)(patches).tokens
-    return StepDataset(seen.steps, exact, seen.salience, seen.owner, seen.steps_per_video)
+    return StepDataset(encoded.steps, exact, encoded.salience, encoded.owner, encoded.steps_per_video)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_tiny_run_leaves_a_checkpoint_that_loads(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.decode(tokenizer.encode("Describe step 3. Größe?")) == "Describe step 3. Größe?"
     batches = BatchBuilder(tokenizer)
-    held_out = StepDataset.see(map(make_held_out_video, count()), 1, VisionRunner(loaded.model.visual))
+    held_out = StepDataset.encode(map(make_held_out_video, count()), 1, VisionRunner(loaded.model.visual))
     assert Evaluator(held_out, batches).evaluate(loaded.eval())["num_questions"] == 8
     assert (tmp_path / "training_log.jsonl").stat().st_size > 0
 
