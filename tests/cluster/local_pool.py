@@ -1,4 +1,4 @@
-"""A `Pool` over objects of this process, whose workers can be killed, stopped and replaced while calls are under way."""
+"""A `WorkerPool` over objects of this process, whose workers can be killed, stopped and replaced while calls are under way."""
 
 import asyncio
 import inspect

@@ -1,7 +1,7 @@
 """Workers without models that keep the workers' promises, for tests of the router, and a cluster made of them.
 
 An answer is a pure function of the media, of everything said before, and of the pressure under which it began, so a turn that goes
-on elsewhere with the wrong history, the wrong words or the wrong pressure gives other tokens. Every byte reserved has an owner.
+on elsewhere with the wrong history, the wrong beginning or the wrong pressure gives other tokens. Every byte reserved has an owner.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from sparsevila_cluster.core.requests import FinishReason, MediaHandle, TurnEven
 KV_BYTES = 100
 
 
-def said(media_id, records, question, brownout, num):
+def answer_tokens(media_id, records, question, brownout, num):
     """The right answer: `num` token ids."""
     past = [(record.turn.question, record.token_ids) for record in records]
     seed = repr((media_id, past, question, brownout)).encode()
@@ -28,11 +28,11 @@ def conversation(media_id, questions, num, brownout=0.0):
     records = []
     for question in questions:
         turn = type("Asked", (), {"question": question})
-        records.append(TurnRecord(turn, said(media_id, records, question, brownout, num), brownout))
+        records.append(TurnRecord(turn, answer_tokens(media_id, records, question, brownout, num), brownout))
     return [record.token_ids for record in records]
 
 
-class Lever:
+class Breakpoints:
     """Holds what passes a named point until it is let through, or makes it fail: `errors[point]` are raised one by one.
 
     pace_s: what it takes to pass any point.
@@ -63,22 +63,22 @@ class Lever:
 
 
 class ScriptedPrefill:
-    """Makes media whose bytes say anything but "bad". Keeps a copy of each; sends to docks that it reaches in `lanes`."""
+    """Makes media whose bytes say anything but "bad". Keeps a copy of each; sends to workers that it reaches in `lanes`."""
 
     def __init__(self, name, lanes):
         self.name, self._lanes = name, lanes
-        self.copies, self.lever = {}, Lever()
+        self.copies, self.breakpoints = {}, Breakpoints()
         self.num_encoded = self.num_making = self.num_cancelled = 0
 
     async def key_of(self, request):
-        await self.lever.passes("key_of")
+        await self.breakpoints.passes("key_of")
         keep = 0.25 if request.prune_keep is None else request.prune_keep
         return hashlib.blake2b(repr((request.sources, keep, request.tenant)).encode(), digest_size=32).hexdigest()
 
     async def make(self, request, key, ticket):
         self.num_making += 1
         try:
-            await self.lever.passes("make")
+            await self.breakpoints.passes("make")
             if key in self.copies:
                 await self._send(self.copies[key], ticket)
                 yield "made", replace(self.copies[key], reused=True, ms={}), {"bytes": KV_BYTES}
@@ -86,7 +86,7 @@ class ScriptedPrefill:
             if any(source.data == b"bad" for source in request.sources):
                 raise BadMedia("no frame in it")
             yield "progress", "decode", 0, 1
-            await self.lever.passes("encode")
+            await self.breakpoints.passes("encode")
             self.num_encoded += 1
             yield "progress", "prefill", 0, 1
             facts = {"tenant": request.tenant, "ms": {"encode": 1.0}}
@@ -102,14 +102,14 @@ class ScriptedPrefill:
             self.num_making -= 1
 
     async def ship(self, key, ticket):
-        await self.lever.passes("ship")
+        await self.breakpoints.passes("ship")
         if key not in self.copies:
             raise NotFound(f"no copy of {key}")
         await self._send(self.copies[key], ticket)
         return {"bytes": KV_BYTES}
 
     async def _send(self, handle, ticket):
-        await self.lever.passes("send")
+        await self.breakpoints.passes("send")
         if ticket.receiver not in self._lanes:
             raise LaneLost(f"the lane to {ticket.receiver} broke")
         await self._lanes[ticket.receiver].land(handle, ticket.transfer_id)
@@ -129,11 +129,11 @@ class ScriptedDecode:
     def __init__(self, name, lanes, budget_bytes=10 * KV_BYTES):
         self.name, self._lanes, self.budget_bytes = name, lanes, budget_bytes
         self.residents, self.reserved, self.chats, self.running = {}, {}, {}, {}
-        self.lever, self.brownout, self.num_answered, self.num_replayed = Lever(), 0.0, 0, 0
-        self.tokens_told = Counter()
+        self.breakpoints, self.brownout, self.num_answered, self.num_replayed = Breakpoints(), 0.0, 0, 0
+        self.num_tokens_sent = Counter()
 
     async def reserve(self, transfer_id, key, num_bytes, lease_s):
-        await self.lever.passes("reserve")
+        await self.breakpoints.passes("reserve")
         if len(self.reserved) * KV_BYTES >= self.budget_bytes:
             raise QueueFull("no room", 0.5)
         assert lease_s > 0
@@ -144,7 +144,7 @@ class ScriptedDecode:
         return self.reserved.pop(transfer_id, None) is not None
 
     async def land(self, handle, transfer_id):
-        await self.lever.passes("land")
+        await self.breakpoints.passes("land")
         if self.reserved.get(transfer_id) != handle.media_id:
             raise NotFound(f"transfer {transfer_id} is not expected")
         del self.reserved[transfer_id]
@@ -160,7 +160,7 @@ class ScriptedDecode:
         return {"bytes": KV_BYTES}
 
     async def ask(self, turn, history):
-        await self.lever.passes("ask")
+        await self.breakpoints.passes("ask")
         if turn.turn_id in self.running:
             raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
         if turn.media_id not in self.residents:
@@ -180,16 +180,16 @@ class ScriptedDecode:
             yield [TurnEvent("accepted", turn.turn_id, conversation_id=turn.conversation_id)]
             known = turn.replay.token_ids if turn.replay is not None else ()
             brownout = turn.replay.brownout if turn.replay is not None else self.brownout
-            answer = said(turn.media_id, chat, turn.question, brownout, turn.sampling.max_tokens)
-            assert answer[: len(known)] == known, "it was told to repeat what nobody ever said"
+            answer = answer_tokens(turn.media_id, chat, turn.question, brownout, turn.sampling.max_tokens)
+            assert answer[: len(known)] == known, "a replay of tokens that were never sent"
             if turn.want_evidence:
                 yield [TurnEvent("evidence", turn.turn_id)]
             for index in range(len(known), len(answer)):
-                await _either(self.lever.passes(f"token {index}"), ended)
-                self.tokens_told[turn.turn_id] += 1
+                await _either(self.breakpoints.passes(f"token {index}"), ended)
+                self.num_tokens_sent[turn.turn_id] += 1
                 text = f"{answer[index]} "
                 yield [TurnEvent("token", turn.turn_id, index, (answer[index],), text, brownout=brownout)]
-            await _either(self.lever.passes("done"), ended)
+            await _either(self.breakpoints.passes("done"), ended)
             asked = replace(turn, replay=None, after=None, deadline_s=None)
             self.chats[turn.conversation_id] = [*chat, TurnRecord(asked, answer, brownout)]
             self.num_answered += 1

@@ -67,12 +67,12 @@ def test_turns_of_one_conversation_wait_for_each_other():
         answers = await asyncio.gather(*(ask(router, key, question, name) for question in QUESTIONS[1:]))
         assert [first.token_ids, *(answer.token_ids for answer, _ in answers)] == conversation(key, QUESTIONS, NUM)
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("token 2")
+        worker.breakpoints.hold("token 2")
         running = asyncio.create_task(ask(router, key, "a long one", name))
-        await worker.lever.reached("token 2")
+        await worker.breakpoints.reached("token 2")
         with pytest.raises(DeadlineExceeded, match="turns before"):
             await ask(router, key, "an impatient one", name, deadline_s=0.05)
-        worker.lever.free("token 2")
+        worker.breakpoints.free("token 2")
         await running
 
     run_prepared(scenario)
@@ -151,13 +151,13 @@ def test_a_question_about_media_in_the_making_is_refused_and_does_not_spoil_it()
         request = video(b"a video 42")
         another = await worker.key_of(request)
         for maker in cluster.prefill.workers.values():
-            maker.lever.hold("encode")
+            maker.breakpoints.hold("encode")
         preparing = asyncio.create_task(router.prepare(request))
         asked = [asyncio.create_task(ask(router, another, "what is it?")) for _ in range(3)]
         told = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(error, NotFound) for error in told) and not preparing.done()
         for maker in cluster.prefill.workers.values():
-            maker.lever.free("encode")
+            maker.breakpoints.free("encode")
         assert (await preparing).media_id == another and (await ask(router, another, "what is it?"))[0].token_ids
 
     run_prepared(scenario)
@@ -178,7 +178,7 @@ def test_a_prefix_of_which_only_a_copy_is_left_is_shipped_first():
 @pytest.mark.parametrize("error", [BadRequest("too hot"), DeadlineExceeded("slow"), QueueFull("full", 2.0)], ids=repr)
 def test_what_the_worker_says_of_the_turn_itself_is_told_at_once(error):
     async def scenario(cluster, router, key):
-        cluster.decode.workers[home(cluster, key)].lever.errors["ask"] = [error]
+        cluster.decode.workers[home(cluster, key)].breakpoints.errors["ask"] = [error]
         with pytest.raises(type(error), match=str(error)):
             await ask(router, key, "what is it?")
         assert cluster.decode.num("ask") == 1
@@ -192,7 +192,7 @@ def test_a_new_conversation_goes_to_another_holder_when_one_is_full():
         for worker in cluster.decodes:
             worker.residents[key] = cluster.directory.media(key)
         cluster.report()
-        cluster.decode.workers["d0"].lever.errors["ask"] = [QueueFull("full")]
+        cluster.decode.workers["d0"].breakpoints.errors["ask"] = [QueueFull("full")]
         _, name = await ask(router, key, "what is it?")
         assert ConversationToken.parse(name).worker == "d1"
 
@@ -221,16 +221,16 @@ def test_a_turn_is_aborted_through_any_router(elsewhere):
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("token 2")
+        worker.breakpoints.hold("token 2")
         asked = turn(key, "never mind", name)
         task = asyncio.create_task(listen(router, asked))
-        await worker.lever.reached("token 2")
+        await worker.breakpoints.reached("token 2")
         aborter = cluster.router("other") if elsewhere else router
         assert await aborter.abort(asked.turn_id)
         with pytest.raises(Cancelled):
             await task
         assert not await aborter.abort(asked.turn_id) and not await aborter.abort("nobody's")
-        worker.lever.free("token 2")
+        worker.breakpoints.free("token 2")
         answer, _ = await ask(router, key, QUESTIONS[1], name)
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1]
 
@@ -241,14 +241,14 @@ def test_a_turn_that_waits_for_its_conversation_can_be_aborted():
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("token 2")
+        worker.breakpoints.hold("token 2")
         running = asyncio.create_task(ask(router, key, QUESTIONS[1], name))
-        await worker.lever.reached("token 2")
+        await worker.breakpoints.reached("token 2")
         waiting = turn(key, "never mind", name)
         task = asyncio.create_task(listen(router, waiting))
         await asyncio.sleep(0.01)
         assert await router.abort(waiting.turn_id)
-        worker.lever.free("token 2")
+        worker.breakpoints.free("token 2")
         await running
         with pytest.raises(Cancelled):
             await task
@@ -259,12 +259,12 @@ def test_a_turn_that_waits_for_its_conversation_can_be_aborted():
 def test_an_id_in_use_is_refused_for_another_conversation():
     async def scenario(cluster, router, key):
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("token 2")
+        worker.breakpoints.hold("token 2")
         running = asyncio.create_task(listen(router, turn(key, QUESTIONS[0], turn_id="mine")))
-        await worker.lever.reached("token 2")
+        await worker.breakpoints.reached("token 2")
         with pytest.raises(BadRequest, match="already in use"):
             await listen(router, turn(key, QUESTIONS[0], turn_id="mine"))
-        worker.lever.free("token 2")
+        worker.breakpoints.free("token 2")
         assert (await running)[-1].kind == "done"
 
     run_prepared(scenario)
@@ -288,11 +288,11 @@ def test_closing_a_conversation_frees_it_everywhere():
 def test_media_in_use_is_not_deleted():
     async def scenario(cluster, router, key):
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("token 2")
+        worker.breakpoints.hold("token 2")
         running = asyncio.create_task(ask(router, key, QUESTIONS[0]))
-        await worker.lever.reached("token 2")
+        await worker.breakpoints.reached("token 2")
         assert not await router.delete_media(key) and key in worker.residents
-        worker.lever.free("token 2")
+        worker.breakpoints.free("token 2")
         await running
         assert await router.delete_media(key)
         with pytest.raises(NotFound):

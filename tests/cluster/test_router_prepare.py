@@ -57,13 +57,13 @@ def test_callers_at_the_same_time_share_one_prefill(num_routers):
     async def scenario(cluster, router):
         routers = [router, *(cluster.router(f"r{i}") for i in range(1, num_routers))]
         for worker in cluster.prefill.workers.values():
-            worker.lever.hold("encode")
+            worker.breakpoints.hold("encode")
         tasks = [asyncio.create_task(routers[i % num_routers].prepare(video(prune_keep=[None, 0.25][i % 2]))) for i in range(8)]
         asked, claimed = cluster.prefill, cluster.directory_pool
         await until(lambda: asked.num("key_of") == 2 * num_routers and claimed.num("claim") >= num_routers and asked.num("make"))
         assert cluster.prefill.num("make") == 1
         for worker in cluster.prefill.workers.values():
-            worker.lever.free("encode")
+            worker.breakpoints.free("encode")
         handles = await asyncio.gather(*tasks)
         assert cluster.num_encoded == 1 and len({handle.media_id for handle in handles}) == 1
         assert sum(not handle.reused for handle in handles) == 1
@@ -120,10 +120,10 @@ def test_another_worker_does_it_and_nothing_is_encoded_twice_for_a_lane(case):
 
     async def scenario(cluster, router):
         first = getattr(cluster, pool).workers[pool[0] + "0"]
-        first.lever.errors[point] = [error]
+        first.breakpoints.errors[point] = [error]
         handle = await router.prepare(video())
         assert holders(cluster, handle.media_id) and cluster.num_encoded == num_encoded
-        assert not first.lever.errors[point], "the first attempt did not go where it should fail"
+        assert not first.breakpoints.errors[point], "the first attempt did not go where it should fail"
         if pool == "decode" or point == "send" and not isinstance(error, WorkerLost):
             assert holders(cluster, handle.media_id) == ["d1"], "it went again to the worker that failed"
 
@@ -133,9 +133,9 @@ def test_another_worker_does_it_and_nothing_is_encoded_twice_for_a_lane(case):
 @pytest.mark.parametrize("point", ["make", "encode", "send"])
 def test_a_maker_that_is_killed_is_replaced_by_another(point):
     async def scenario(cluster, router):
-        cluster.prefill.workers["p0"].lever.hold(point)
+        cluster.prefill.workers["p0"].breakpoints.hold(point)
         task = asyncio.create_task(router.prepare(video()))
-        await cluster.prefill.workers["p0"].lever.reached(point)
+        await cluster.prefill.workers["p0"].breakpoints.reached(point)
         cluster.kill("p0")
         assert holders(cluster, (await task).media_id)
         assert "p0" not in [one.worker for one in cluster.directory.snapshot().workers]
@@ -145,12 +145,12 @@ def test_a_maker_that_is_killed_is_replaced_by_another(point):
 
 def test_a_decode_worker_that_dies_while_media_are_made_costs_no_second_encoding():
     async def scenario(cluster, router):
-        cluster.prefill.workers["p0"].lever.hold("encode")
+        cluster.prefill.workers["p0"].breakpoints.hold("encode")
         task = asyncio.create_task(router.prepare(video()))
-        await cluster.prefill.workers["p0"].lever.reached("encode")
+        await cluster.prefill.workers["p0"].breakpoints.reached("encode")
         (target,) = [worker.name for worker in cluster.decodes if worker.reserved]
         cluster.kill(target)
-        cluster.prefill.workers["p0"].lever.free("encode")
+        cluster.prefill.workers["p0"].breakpoints.free("encode")
         handle = await task
         assert cluster.num_encoded == 1 and holders(cluster, handle.media_id) == [cluster.decodes[0].name]
         assert not handle.reused, "it was made for this caller, whoever sent it in the end"
@@ -175,7 +175,7 @@ def test_a_stopped_worker_is_passed_over_in_time(pool):
 @pytest.mark.parametrize("error", [BadMedia("broken"), TooLarge("too long"), Internal("a bug")], ids=repr)
 def test_what_is_the_users_is_told_at_once(error):
     async def scenario(cluster, router):
-        cluster.prefill.workers["p0"].lever.errors["encode"] = [error]
+        cluster.prefill.workers["p0"].breakpoints.errors["encode"] = [error]
         with pytest.raises(type(error), match=str(error)):
             await router.prepare(video())
         assert cluster.prefill.num("make") == 1
@@ -187,7 +187,7 @@ def test_what_is_the_users_is_told_at_once(error):
 def test_attempts_are_bounded_and_the_last_error_is_told(error):
     async def scenario(cluster, router):
         for worker in cluster.decodes:
-            worker.lever.errors["reserve"] = [error] * 10
+            worker.breakpoints.errors["reserve"] = [error] * 10
         with pytest.raises(Unavailable if isinstance(error, WorkerLost) else type(error)) as caught:
             await router.prepare(video())
         assert cluster.decode.num("reserve") == 3 and cluster.num_encoded == 0
@@ -214,9 +214,9 @@ def test_an_empty_pool_is_said_at_once():
 
 def test_the_replacement_of_the_only_worker_is_waited_for():
     async def scenario(cluster, router):
-        cluster.decodes[0].lever.hold("reserve")
+        cluster.decodes[0].breakpoints.hold("reserve")
         task = asyncio.create_task(router.prepare(video()))
-        await cluster.decodes[0].lever.reached("reserve")
+        await cluster.decodes[0].breakpoints.reached("reserve")
         cluster.kill("d0")
         await asyncio.sleep(0.1)
         cluster.add_decode("d9")
@@ -231,25 +231,25 @@ def test_the_replacement_of_the_only_worker_is_waited_for():
 def test_whoever_gives_up_frees_both_sides(point, how):
     async def scenario(cluster, router):
         maker = cluster.prefill.workers["p0"]
-        maker.lever.hold(point)
+        maker.breakpoints.hold(point)
 
         def progress(stage, done, total):
             if how == "progress":
                 raise Unavailable("the server is closed")
 
         if how == "progress":
-            maker.lever.free(point)
+            maker.breakpoints.free(point)
             with pytest.raises(Unavailable, match="server"):
                 await router.prepare(video(), progress)
         else:
             task = asyncio.create_task(router.prepare(video(deadline_s=0.2 if how == "deadline" else None), progress))
-            await maker.lever.reached(point)
+            await maker.breakpoints.reached(point)
             assert any(worker.reserved for worker in cluster.decodes)
             if how == "cancel":
                 task.cancel()
             with pytest.raises(asyncio.CancelledError if how == "cancel" else DeadlineExceeded):
                 await task
-            maker.lever.free(point)
+            maker.breakpoints.free(point)
         await cluster.settled()
         assert (await router.prepare(video())).media_id, "what was given up is in the way"
 
@@ -258,15 +258,15 @@ def test_whoever_gives_up_frees_both_sides(point, how):
 
 def test_one_who_waits_goes_on_when_the_maker_gives_up():
     async def scenario(cluster, router):
-        cluster.prefill.workers["p0"].lever.hold("encode")
+        cluster.prefill.workers["p0"].breakpoints.hold("encode")
         impatient = asyncio.create_task(router.prepare(video()))
-        await cluster.prefill.workers["p0"].lever.reached("encode")
+        await cluster.prefill.workers["p0"].breakpoints.reached("encode")
         patient = asyncio.create_task(router.prepare(video()))
         elsewhere = asyncio.create_task(cluster.router("other").prepare(video()))
         await asyncio.sleep(0.05)
         impatient.cancel()
         await asyncio.sleep(0.01)
-        cluster.prefill.workers["p0"].lever.free("encode")
+        cluster.prefill.workers["p0"].breakpoints.free("encode")
         one, two = await asyncio.gather(patient, elsewhere)
         assert one.media_id == two.media_id and cluster.num_encoded == 1
 

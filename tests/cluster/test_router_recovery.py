@@ -22,7 +22,7 @@ from tests.cluster.scripted_cluster import (
     until,
     video,
 )
-from tests.cluster.scripted_workers import conversation, said
+from tests.cluster.scripted_workers import answer_tokens, conversation
 
 POINTS = ["ask", *(f"token {i}" for i in range(NUM)), "done"]
 
@@ -47,12 +47,12 @@ def test_a_stream_goes_on_where_it_stood_when_its_worker_is_lost(point, how):
         _, name = await ask(router, key, QUESTIONS[0])
         worker = cluster.decode.workers[home(cluster, key)]
         if how == "closing":
-            worker.lever.errors[point] = [Unavailable("closing")]
+            worker.breakpoints.errors[point] = [Unavailable("closing")]
             task = asyncio.create_task(listen(router, turn(key, QUESTIONS[1], name, want_evidence=True)))
         else:
-            worker.lever.hold(point)
+            worker.breakpoints.hold(point)
             task = asyncio.create_task(listen(router, turn(key, QUESTIONS[1], name, want_evidence=True)))
-            await worker.lever.reached(point)
+            await worker.breakpoints.reached(point)
             if how == "kill":
                 cluster.kill(worker.name)
             else:
@@ -64,7 +64,7 @@ def test_a_stream_goes_on_where_it_stood_when_its_worker_is_lost(point, how):
         assert moved.worker != worker.name and moved.moves == 1 and moved.base == ConversationToken.parse(name).base
         if how == "stop":
             cluster.decode.go_on(worker.name)
-            worker.lever.free(point)
+            worker.breakpoints.free(point)
         answer, _ = await ask(router, key, QUESTIONS[2], str(moved))
         assert answer.token_ids == conversation(key, QUESTIONS, NUM)[2] and cluster.count("turns_recovered_total") == 1
 
@@ -75,9 +75,9 @@ def test_it_goes_on_under_the_pressure_that_it_began_under():
     async def scenario(cluster, router, key):
         await router.set_brownout(0.5)
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("token 2")
+        worker.breakpoints.hold("token 2")
         task = asyncio.create_task(ask(router, key, QUESTIONS[0]))
-        await worker.lever.reached("token 2")
+        await worker.breakpoints.reached("token 2")
         await router.set_brownout(0.0)
         cluster.kill(worker.name)
         answer, name = await task
@@ -91,14 +91,14 @@ def test_workers_may_be_lost_one_after_the_other():
         task = asyncio.create_task(listen(router, turn(key, QUESTIONS[0])))
         for i in range(3):
             for worker in cluster.decodes:
-                worker.lever.hold(f"token {i}")
+                worker.breakpoints.hold(f"token {i}")
             while not any(worker.running for worker in cluster.decodes):
                 await asyncio.sleep(0.01)
             (worker,) = [worker for worker in cluster.decodes if worker.running]
-            await worker.lever.reached(f"token {i}")
+            await worker.breakpoints.reached(f"token {i}")
             cluster.kill(worker.name)
             for worker in cluster.decodes:
-                worker.lever.free(f"token {i}")
+                worker.breakpoints.free(f"token {i}")
         events = await task
         checked(events, key)
         assert ConversationToken.parse(events[-1].conversation_id).moves == 3 and cluster.num_encoded == 1
@@ -110,7 +110,7 @@ def test_workers_may_be_lost_one_after_the_other():
 def test_attempts_are_bounded():
     async def scenario(cluster, router, key):
         for worker in cluster.decodes:
-            worker.lever.errors["token 1"] = [Unavailable("closing")] * 9
+            worker.breakpoints.errors["token 1"] = [Unavailable("closing")] * 9
         with pytest.raises(Unavailable, match="closing"):
             await ask(router, key, QUESTIONS[0])
         assert cluster.decode.num("ask") == 3
@@ -122,7 +122,7 @@ def test_attempts_are_bounded():
 def test_what_is_no_loss_is_told_also_in_mid_answer(error):
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
-        cluster.decode.workers[home(cluster, key)].lever.errors["token 3"] = [error]
+        cluster.decode.workers[home(cluster, key)].breakpoints.errors["token 3"] = [error]
         with pytest.raises(type(error)):
             await ask(router, key, QUESTIONS[1], name)
         assert cluster.decode.num("ask") == 2 and not cluster.count("turns_recovered_total")
@@ -135,7 +135,7 @@ def test_what_is_no_loss_is_told_also_in_mid_answer(error):
 def test_a_lost_lane_is_another_workers_chance():
     async def scenario(cluster, router, key):
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.errors["token 3"] = [LaneLost("out of reach")]
+        worker.breakpoints.errors["token 3"] = [LaneLost("out of reach")]
         events = await listen(router, turn(key, QUESTIONS[0]))
         checked(events, key)
         assert not worker.running and home(cluster, key) == worker.name, "it lives, and keeps its prefix"
@@ -146,15 +146,15 @@ def test_a_lost_lane_is_another_workers_chance():
 def test_clients_that_lose_the_same_worker_share_the_way_back():
     async def scenario(cluster, router, key):
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("token 2")
+        worker.breakpoints.hold("token 2")
         tasks = [asyncio.create_task(listen(router, turn(key, f"{i}?"))) for i in range(8)]
-        await until(lambda: sum(worker.tokens_told.values()) == 2 * len(tasks))
+        await until(lambda: sum(worker.num_tokens_sent.values()) == 2 * len(tasks))
         cluster.kill(worker.name)
         for i, task in enumerate(tasks):
             checked(await task, key, 0, f"{i}?")
         assert cluster.prefill.num("ship") == 1 and cluster.num_encoded == 1 and cluster.count("turns_recovered_total") == 8
 
-    run_prepared(scenario)
+    run_prepared(scenario, decode={"replicas": 2, "replicate_after": 0})  # a hot prefix would be sent by itself
 
 
 # ---- what was forgotten ------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def finish_unheard(worker, key, name, question="never heard?"):
     base = ConversationToken.parse(name).base
     chat = worker.chats[base]
     asked = replace(turn(key, question), conversation_id=base)
-    worker.chats[base] = [*chat, TurnRecord(asked, said(key, chat, question, 0.0, NUM))]
+    worker.chats[base] = [*chat, TurnRecord(asked, answer_tokens(key, chat, question, 0.0, NUM))]
     return asked
 
 

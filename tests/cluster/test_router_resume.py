@@ -22,14 +22,14 @@ def test_a_client_takes_up_a_turn_whose_stream_it_lost(heard, number, elsewhere)
         asked = turn(key, QUESTIONS[number], name)
         told = []
         worker = cluster.decode.workers[home(cluster, key)]
-        worker.lever.hold("done" if heard == NUM else f"token {heard}")
+        worker.breakpoints.hold("done" if heard == NUM else f"token {heard}")
         stream = router.ask(asked)
         async for event in stream:
             told.append(event)
             if sum(e.kind == "token" for e in told) == heard:
                 break
         name, tokens = told[0].conversation_id, tuple(t for e in told for t in e.token_ids)
-        worker.lever.free("done" if heard == NUM else f"token {heard}")
+        worker.breakpoints.free("done" if heard == NUM else f"token {heard}")
         again = turn(key, QUESTIONS[number], name, turn_id=asked.turn_id, replay=Replay(tokens) if tokens else None)
         taker = cluster.router("other") if elsewhere else router
         events = [event async for event in taker.ask(again)]

@@ -7,7 +7,7 @@ import pytest
 
 from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
 from tests.cluster.scripted_cluster import NUM, ask, cluster_of, video
-from tests.cluster.scripted_workers import Lever, conversation
+from tests.cluster.scripted_workers import Breakpoints, conversation
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -57,7 +57,7 @@ def test_no_token_is_ever_wrong_in_a_storm_of_losses(seed, monkeypatch):
                     cluster.clock.now_s += 0.2
                     cluster.report()
 
-            monkeypatch.setattr(Lever, "pace_s", 0.004)
+            monkeypatch.setattr(Breakpoints, "pace_s", 0.004)
             storm = asyncio.create_task(fate())
             try:
                 await asyncio.gather(*(client(i) for i in range(10)))

@@ -20,7 +20,7 @@ from tests.cluster.worker_fixtures import QUESTIONS, request_of, turn_of
 NUM = 8
 
 
-class Whole:
+class InProcessCluster:
     """Workers, the directory that they report to, and routers."""
 
     def __init__(self, config, prefills, decodes):
@@ -57,10 +57,10 @@ class Whole:
 
 
 @asynccontextmanager
-async def whole(checkpoint, endless, prefill=1, decode=2, **fields):
+async def in_process_cluster(checkpoint, endless, prefill=1, decode=2, **fields):
     config = worker_fixtures.config_of(checkpoint, "gloo", report_s=0.2, **fields)
     async with worker_fixtures.workers(config, prefill, decode, model=endless) as (prefills, decodes):
-        cluster = Whole(config, prefills, decodes)
+        cluster = InProcessCluster(config, prefills, decodes)
         reporting = asyncio.create_task(cluster.report())
         await asyncio.sleep(0.01)
         try:
@@ -73,7 +73,7 @@ async def whole(checkpoint, endless, prefill=1, decode=2, **fields):
 
 def run(scenario, checkpoint, endless, **fields):
     async def main():
-        async with whole(checkpoint, endless, **fields) as cluster:
+        async with in_process_cluster(checkpoint, endless, **fields) as cluster:
             await scenario(cluster)
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -15,14 +15,14 @@ from tests.cluster.scripted_workers import conversation
 def test_a_hot_prefix_is_sent_to_another_worker_in_the_background():
     async def scenario(cluster, router, key):
         first = cluster.decode.workers[home(cluster, key)]
-        first.lever.hold("token 2")
+        first.breakpoints.hold("token 2")
         running = [asyncio.create_task(ask(router, key, f"{i}?")) for i in range(3)]
         while len(router._clients.background) or len(first.running) < 3:
             await asyncio.sleep(0.01)
         assert all(key in worker.residents for worker in cluster.decodes) and cluster.num_encoded == 1
         _, name = await ask(router, key, "somewhere else?")
         assert ConversationToken.parse(name).worker != first.name
-        first.lever.free("token 2")
+        first.breakpoints.free("token 2")
         await asyncio.gather(*running)
 
     run_prepared(scenario, decode={"replicas": 2, "replicate_after": 3})

@@ -1,1 +1,1 @@
-"""The skin of Ray around workers, registry and routers."""
+"""Ray around workers and the directory: replicas, and calls between them."""
