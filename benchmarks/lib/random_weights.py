@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.midsize_checkpoint import Recipe, config_of, write_layout
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint, Shard
+from sparsevila_cluster.models.checkpoint import Checkpoint, Shard
 from sparsevila_kernels import awq_format
 
 FILE = "random"

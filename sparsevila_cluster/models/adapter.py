@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsevila_cluster.attention.interface import StepBatch
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.media import Media
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 
 Part = Literal["vision", "embed", "llm", "head"]
 PREFILL_PARTS: tuple[Part, ...] = ("vision", "embed", "llm")

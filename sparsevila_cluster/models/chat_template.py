@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsevila_cluster.core.errors import BadCheckpoint, BadRequest
 from sparsevila_cluster.models.adapter import Between, Piece, Slot
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint, one_line
+from sparsevila_cluster.models.checkpoint import Checkpoint, one_line
 
 # Sentinels: letters only, so that no template or trimming rule can touch them.
 _QUESTION, _ANSWER, _NEXT = "QxSentinelOneQx", "QxSentinelTwoQx", "QxSentinelThreeQx"

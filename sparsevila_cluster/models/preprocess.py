@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 
 MAX_ASPECT_RATIO = 200
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}

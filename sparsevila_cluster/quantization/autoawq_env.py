@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, Unavailable
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.loading.originals import LINEARS, Vocabulary
 from sparsevila_cluster.quantization.calibration import Report, token_ids
 from sparsevila_cluster.quantization.checkpoint_writer import copy_other_files

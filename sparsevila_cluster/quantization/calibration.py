@@ -21,7 +21,7 @@ from sparsevila_cluster.engine.prompt_rows import keep_of_each, kept_prompt_rows
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.models.loading.originals import Vocabulary
-from sparsevila_cluster.models.text.text_only import TextModel
+from sparsevila_cluster.models.loading.text_only import TextModel
 from sparsevila_cluster.quantization.layer_quantizer import Sample
 from sparsevila_cluster.quantization.materials import Material, Turn
 

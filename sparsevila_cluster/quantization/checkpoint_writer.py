@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint, Shard, read_json
+from sparsevila_cluster.models.checkpoint import Checkpoint, Shard, read_json
 from sparsevila_cluster.models.loading.quantization_scheme import VISION_SECTION
 from sparsevila_cluster.quantization.shard_writer import Entry, entry_in, write_file, write_whole
 from sparsevila_cluster.quantization.work_dir import WorkDir, full_disk_is_told

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.models.adapter import Model
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.loading.originals import Vocabulary, WholeSequence, open_copy
-from sparsevila_cluster.models.text.text_only import TextModel
+from sparsevila_cluster.models.loading.text_only import TextModel
 from sparsevila_cluster.quantization.calibration import Reading, Report, make_samples
 from sparsevila_cluster.quantization.materials import Material
 

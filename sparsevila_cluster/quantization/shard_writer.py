@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.models.loading.checkpoint import Shard
+from sparsevila_cluster.models.checkpoint import Shard
 
 _BYTES = {
     "F64": 8,

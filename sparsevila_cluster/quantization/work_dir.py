@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsevila_cluster.core.errors import BadCheckpoint, BadRequest, TooLarge
-from sparsevila_cluster.models.loading.checkpoint import Shard, open_shard, read_json
+from sparsevila_cluster.models.checkpoint import Shard, open_shard, read_json
 from sparsevila_cluster.quantization.shard_writer import entry_of, write_file, write_whole
 
 _DONE = "done"

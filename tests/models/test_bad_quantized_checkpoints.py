@@ -154,7 +154,7 @@ def test_outputs_that_fill_no_word(tmp_path):
     """N must be a multiple of 8: said of the linear, before any shape is looked at."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from sparsevila_cluster.models.text.text_only import load_text
+    from sparsevila_cluster.models.loading.text_only import load_text
 
     sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
     Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2)).save_pretrained(tmp_path / "fp")

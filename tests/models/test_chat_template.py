@@ -8,7 +8,7 @@ import pytest
 from sparsevila_cluster.core.errors import BadCheckpoint, BadRequest
 from sparsevila_cluster.models.adapter import Slot
 from sparsevila_cluster.models.chat_template import TemplateChat
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from tests.checkpoints import tiny_qwen2_5_vl
 
 SYSTEM = [None, "Answer in one word."]

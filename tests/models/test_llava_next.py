@@ -6,8 +6,8 @@ import torch
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.models import load_model
 from sparsevila_cluster.models.chat_template import TemplateChat
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.families.llava_next import LlavaNext
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
 from tests.checkpoints import tiny_qwen2_5_vl
 from tests.checkpoints.tiny_llava_next import TEMPLATE, make_llava_next, stock_inputs
 from tests.checkpoints.transformers_oracle import Bench, random_media, worst

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsevila_cluster.core.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.models import ALL_PARTS, DECODE_PARTS, PREFILL_PARTS, load_model
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.loading.tensor_names import part_of
 from tests.checkpoints import tiny_qwen2_5_vl
 

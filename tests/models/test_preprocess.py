@@ -8,8 +8,8 @@ import torch
 
 from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.families.qwen2_5_vl import Qwen25VL
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import PixelRules, cut_patches, normalize, read_rules, resize
 from tests.checkpoints import tiny_qwen2_5_vl
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sparsevila_cluster.models import DECODE_PARTS, PREFILL_PARTS, load_model
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.loading.placement import runs_as_stored
+from sparsevila_cluster.models.loading.text_only import load_text
 from sparsevila_cluster.models.text.linear import AwqLinear, AwqMatrix, DenseMatrix
-from sparsevila_cluster.models.text.text_only import load_text
 from sparsevila_kernels import AwqWeight
 from tests.checkpoints import tiny_qwen2_5_vl
 from tests.checkpoints.families import FAMILIES

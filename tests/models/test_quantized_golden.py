@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.text.text_only import load_text
+from sparsevila_cluster.models.loading.text_only import load_text
 from tests.checkpoints import tiny_qwen2_5_vl
 from tests.models.quantized_files import GOLDEN, plain_twin
 from tests.models.test_text_backends import CausalBatch, a_prompt

@@ -12,7 +12,7 @@ import pytest
 
 from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, Unavailable
 from sparsevila_cluster.models.loading.originals import read_vocabulary
-from sparsevila_cluster.models.text.text_only import load_text
+from sparsevila_cluster.models.loading.text_only import load_text
 from sparsevila_cluster.quantization import autoawq_env
 from sparsevila_cluster.quantization.autoawq_env import READY, default_env, find_env, python_of, run_autoawq, run_process
 from sparsevila_cluster.quantization.compare import compare

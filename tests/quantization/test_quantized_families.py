@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.text.text_only import load_text
+from sparsevila_cluster.models.loading.text_only import load_text
 from sparsevila_cluster.quantization.job import quantize_checkpoint
 from tests.checkpoints.families import FAMILIES
 from tests.models.quantized_files import as_awq, in_layers, plain_twin, weights_of

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import Piece, Slot, VisualInputs
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.families.crop_family import CropFamily, CropRules, CropTower, frames_of, read_crop_rules
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import KindRules, LevelRules, named_processor_files, resize
 from sparsevila_cluster.models.prompt_plan import grid_places
 

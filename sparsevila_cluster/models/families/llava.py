@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.models.adapter import Between, Slot, VisualInputs
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.families.anyres import (
     Size,
     TiledView,
@@ -24,7 +25,6 @@ from sparsevila_cluster.models.families.anyres import (
     tiled_view,
 )
 from sparsevila_cluster.models.families.crop_family import CropFamily, CropRules, CropTower, read_crop_rules
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import LevelRules, named_processor_files, resize
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models.adapter import Piece
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.families.qwen_vl import Grid, GridInputs, QwenVL, TowerTokens, patch_positions
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import KindRules, PixelRules
 from sparsevila_cluster.models.vision_attention import Segments, TowerPass, layers_to_score
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsevila_cluster.core.errors import BadCheckpoint, BadMedia
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.adapter import Piece, PromptPlan, Report, Slot, VisualInputs, VisualTokens, no_report
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.preprocess import KindRules, PixelRules, cut_patches, normalize, read_rules, resize
 from sparsevila_cluster.models.prompt_plan import expand, grid_places, join_places, split_runs
 from sparsevila_cluster.models.vision_attention import number_layers

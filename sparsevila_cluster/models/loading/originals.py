@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models.adapter import Model
 from sparsevila_cluster.models.chat_template import load_tokenizer
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.loading.loader import family_class_of, load_model, load_modules, read_config
 from sparsevila_cluster.models.loading.quantization_scheme import read_scheme
+from sparsevila_cluster.models.loading.text_only import TEXT_MODELS, TextModel, load_text
 from sparsevila_cluster.models.loading.weights import source_names
 from sparsevila_cluster.models.text.hf import HFDecoder
-from sparsevila_cluster.models.text.text_only import TEXT_MODELS, TextModel, load_text
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUT = "self_attn.o_proj"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models.adapter import Part
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.loading.quantization_scheme import Scheme, TextScheme
 from sparsevila_cluster.models.loading.tensor_names import STORED_AS, in_text_layer, part_of
 from sparsevila_kernels import AwqWeight, Int8Weight, from_pack_quantized

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models.adapter import Part
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint
+from sparsevila_cluster.models.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models import vision_attention
 from sparsevila_cluster.models.adapter import Part
-from sparsevila_cluster.models.loading.checkpoint import Checkpoint, one_line
+from sparsevila_cluster.models.checkpoint import Checkpoint, one_line
 from sparsevila_cluster.models.loading.quantization_scheme import Scheme
 from sparsevila_cluster.models.loading.quantized_linears import find_linears
 from sparsevila_cluster.models.loading.tensor_names import HEAD, VISION_MODULES, names_on_disk, part_of
