@@ -25,7 +25,7 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.gateway.call import Call
-from sparsevila_cluster.gateway.spool import KINDS, Spool, SpoolPart, Upload
+from sparsevila_cluster.gateway.spool import KINDS, Spool, SpoolPart, StoredUpload
 from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
 from sparsevila_cluster.media.media_source import read_data_url
 
@@ -69,7 +69,7 @@ class MediaSources:
         """Waits for what its threads have begun."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    async def receive(self, call: Call, chunks: AsyncIterator[MediaChunk]) -> Upload:
+    async def receive(self, call: Call, chunks: AsyncIterator[MediaChunk]) -> StoredUpload:
         """A file in chunks, whose iteration ends only behind the whole file. One that does not arrive whole is deleted.
 
         Raises:

@@ -31,7 +31,7 @@ from sparsevila_cluster.gateway.authenticator import Authenticator, Principal, c
 from sparsevila_cluster.gateway.call import Call
 from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference, MediaSources
 from sparsevila_cluster.gateway.progress_queue import ProgressQueue, StageProgress
-from sparsevila_cluster.gateway.spool import Spool, Upload
+from sparsevila_cluster.gateway.spool import Spool, StoredUpload
 from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class VideoQAService:
 
     # ---- media -------------------------------------------------------------------------------------------------------------
 
-    async def upload(self, call: Call, chunks: AsyncIterator[MediaChunk]) -> Upload:
+    async def upload(self, call: Call, chunks: AsyncIterator[MediaChunk]) -> StoredUpload:
         """Keep a file for later preparations. `chunks` ends only behind the whole file, and raises Cancelled where it breaks.
 
         Raises:

@@ -37,7 +37,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class Upload:
+class StoredUpload:
     """A whole file. digest: BLAKE2b-256 of the bytes, in hex."""
 
     upload_id: str
@@ -240,7 +240,7 @@ class SpoolPart:
             except OSError as error:
                 raise Internal(f"cannot keep the file: {error.strerror}") from error
 
-    def keep(self, kind: str) -> Upload:
+    def keep(self, kind: str) -> StoredUpload:
         """The whole file as an upload. Raises Unavailable: closed meanwhile."""
         with self._lock:
             if self._file.closed:
@@ -248,7 +248,7 @@ class SpoolPart:
             num_bytes = self._file.tell()
             self._file.close()
             upload_id = self._spool.keep(self.path, kind)
-        return Upload(upload_id, num_bytes, self._digest.hexdigest(), self._spool.ttl_s)
+        return StoredUpload(upload_id, num_bytes, self._digest.hexdigest(), self._spool.ttl_s)
 
     def discard(self) -> None:
         """Delete it, unless it was kept. Idempotent."""

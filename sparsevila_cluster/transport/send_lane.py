@@ -56,7 +56,7 @@ class SendLaneListener(Protocol):
         """A transfer was given up because the receiver fell silent."""
 
 
-class Connection:
+class LaneConnection:
     """One epoch of a lane."""
 
     def __init__(self, link: Link, lane_id: str, epoch: int):
@@ -79,7 +79,7 @@ class SendLane:
         self._config, self._dial, self._listener = config, dial, listener
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._awake = threading.Event()
-        self._connection: Connection | None = None
+        self._connection: LaneConnection | None = None
         self._waiting: list[OutgoingTransfer] = []
         self._closed = False
         self._beat_at_s = 0.0
@@ -182,14 +182,14 @@ class SendLane:
         else:
             event()
 
-    def _connected(self) -> Connection:
+    def _connected(self) -> LaneConnection:
         """The connection, dialed if there is none. Raises LaneLost, or what the receiver refused it with."""
         if self._connection is not None:
             return self._connection
         self.epoch += 1
         lane_id = secrets.token_hex(8)
         link = self._dial(lane_id)
-        connection = Connection(link, lane_id, self.epoch)
+        connection = LaneConnection(link, lane_id, self.epoch)
         channel = connection.channel
         try:
             hello = {"lane": lane_id, "worker": self.worker, "epoch": self.epoch, "token": self.address.token, "version": VERSION}
@@ -227,7 +227,7 @@ class SendLane:
             self._waiting.pop(0)
             self._offer(connection, transfer)
 
-    def _offer(self, connection: Connection, transfer: OutgoingTransfer) -> None:
+    def _offer(self, connection: LaneConnection, transfer: OutgoingTransfer) -> None:
         link, transfer_id = connection.link, transfer.transfer_id
         manifest = transfer.manifest if link.straight else transfer.manifest.packed_whole()
         home = transfer.prefix.extent.arena.k[0].device
@@ -252,7 +252,7 @@ class SendLane:
                 connection.channel.send("commit", transfer=attempt.transfer.transfer_id)
         return sent
 
-    def _send(self, connection: Connection, attempt: TransferAttempt) -> None:
+    def _send(self, connection: LaneConnection, attempt: TransferAttempt) -> None:
         index, chunk = attempt.sent, attempt.manifest.chunks[attempt.sent]
         parts = attempt.buffers.gather(chunk)
         sizes = [part.numel() for part in parts]
@@ -289,7 +289,7 @@ class SendLane:
 
     # ---- replies ----------------------------------------------------------------------------------------------------------------
 
-    def _read(self, connection: Connection) -> None:
+    def _read(self, connection: LaneConnection) -> None:
         try:
             while True:
                 message = connection.channel.receive(self._config.silence_s)
@@ -300,7 +300,7 @@ class SendLane:
             lost = error
             self._events.put(lambda: self._lose(connection, lost))
 
-    def _receive(self, connection: Connection, message: Message) -> None:
+    def _receive(self, connection: LaneConnection, message: Message) -> None:
         if connection is not self._connection:
             return  # of an older epoch
         if message.name == "bye":
@@ -330,17 +330,17 @@ class SendLane:
         else:
             raise LaneLost(f"a receiver does not send {message.name!r}", self.address.worker)
 
-    def _refused(self, connection: Connection, attempt: TransferAttempt, error: SparseVilaError) -> None:
+    def _refused(self, connection: LaneConnection, attempt: TransferAttempt, error: SparseVilaError) -> None:
         if not attempt.ending:
             attempt.again = self._listener.refused(attempt.transfer, error)
             self._end(connection, attempt, "refused")
 
-    def _end(self, connection: Connection, attempt: TransferAttempt, reason: str) -> None:
+    def _end(self, connection: LaneConnection, attempt: TransferAttempt, reason: str) -> None:
         attempt.ending = True
         reason = attempt.transfer.aborted or reason
         connection.channel.send("abort", transfer=attempt.transfer.transfer_id, reason=reason)
 
-    def _lose(self, connection: Connection | None, error: SparseVilaError) -> None:
+    def _lose(self, connection: LaneConnection | None, error: SparseVilaError) -> None:
         """The connection is gone: what was on it goes on elsewhere, or fails."""
         if connection is None or connection is not self._connection:
             return
@@ -349,7 +349,7 @@ class SendLane:
             if not attempt.transfer.done:
                 self._listener.broken(self, attempt.transfer, error)
 
-    def _disconnect(self, connection: Connection | None, error: SparseVilaError | None = None) -> None:
+    def _disconnect(self, connection: LaneConnection | None, error: SparseVilaError | None = None) -> None:
         if connection is None:
             return
         self._connection = None

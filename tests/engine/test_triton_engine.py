@@ -16,7 +16,7 @@ from sparsevila_cluster.core.requests import SamplingParams, Turn
 from sparsevila_cluster.engine.cuda_graph import DecodeGraphs
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import load_model
-from sparsevila_cluster.models.loading.placement import resolve_attention
+from sparsevila_cluster.models.loading.device_placement import resolve_attention
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.checkpoints.transformers_oracle import Bench, random_media
 from tests.engine.single_turn_reference import recorded_logits
@@ -168,11 +168,11 @@ def test_what_computes_is_resolved_once(monkeypatch, directory):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert resolve_attention("auto", cpu) == "torch" and resolve_attention("auto", gpu) == "triton"
     assert resolve_attention("torch", gpu) == "torch" and resolve_attention("triton", cpu) == "triton"
-    monkeypatch.setattr("sparsevila_cluster.models.loading.placement.INTERPRETED", False)
+    monkeypatch.setattr("sparsevila_cluster.models.loading.device_placement.INTERPRETED", False)
     with pytest.raises(BadConfig, match="TRITON_INTERPRET"):
         load_model(directory, device="cpu", attention="triton")
     assert resolve_attention("triton", gpu) == "triton"
-    monkeypatch.setattr("sparsevila_cluster.models.loading.placement.HAS_TRITON", False)
+    monkeypatch.setattr("sparsevila_cluster.models.loading.device_placement.HAS_TRITON", False)
     assert resolve_attention("auto", gpu) == "torch"
     with pytest.raises(BadConfig, match="not installed"):
         resolve_attention("triton", gpu)

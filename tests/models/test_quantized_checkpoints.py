@@ -7,7 +7,7 @@ import torch
 
 from sparsevila_cluster.models import DECODE_PARTS, PREFILL_PARTS, load_model
 from sparsevila_cluster.models.checkpoint import Checkpoint
-from sparsevila_cluster.models.loading.placement import runs_as_stored
+from sparsevila_cluster.models.loading.device_placement import runs_as_stored
 from sparsevila_cluster.models.loading.text_only import load_text
 from sparsevila_cluster.models.text.linear import AwqLinear, AwqMatrix, DenseMatrix
 from sparsevila_kernels import AwqWeight

@@ -5,7 +5,7 @@ import torch
 
 from sparsevila_cluster.core.errors import BadCheckpoint
 from sparsevila_cluster.models import DECODE_PARTS, PREFILL_PARTS, load_model
-from sparsevila_cluster.models.loading.placement import runs_as_stored
+from sparsevila_cluster.models.loading.device_placement import runs_as_stored
 from sparsevila_cluster.models.text.linear import Int8Linear
 from tests.checkpoints import tiny_qwen2_5_vl
 from tests.checkpoints.families import FAMILIES

@@ -14,7 +14,7 @@ from sparsevila_cluster.core.requests import Answer, MediaHandle, Replay, Sampli
 from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference
 from sparsevila_cluster.gateway.progress_queue import StageProgress
 from sparsevila_cluster.gateway.service import ServerInfo
-from sparsevila_cluster.gateway.spool import Upload
+from sparsevila_cluster.gateway.spool import StoredUpload
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 
 
@@ -50,7 +50,7 @@ def to_turn(message: pb.AskRequest) -> Turn:
     )
 
 
-def to_upload(upload: Upload) -> pb.MediaUpload:
+def to_upload(upload: StoredUpload) -> pb.MediaUpload:
     """A kept file."""
     return pb.MediaUpload(
         upload_id=upload.upload_id, num_bytes=upload.num_bytes, digest=upload.digest, expires_in_s=upload.expires_in_s

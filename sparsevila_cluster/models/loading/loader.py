@@ -19,7 +19,7 @@ from sparsevila_cluster.models.adapter import ALL_PARTS, Model, Part
 from sparsevila_cluster.models.chat_template import TemplateChat
 from sparsevila_cluster.models.checkpoint import Checkpoint, canonical_json, one_line
 from sparsevila_cluster.models.families import CONVERTED, FAMILIES
-from sparsevila_cluster.models.loading.placement import find_device, find_dtype, resolve_attention, runs_as_stored
+from sparsevila_cluster.models.loading.device_placement import find_device, find_dtype, resolve_attention, runs_as_stored
 from sparsevila_cluster.models.loading.quantization_scheme import read_scheme
 from sparsevila_cluster.models.loading.text_backend import build_text, check_backend, check_text, kv_spec
 from sparsevila_cluster.models.loading.weights import fill

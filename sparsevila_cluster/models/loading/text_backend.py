@@ -10,7 +10,7 @@ import torch
 from sparsevila_cluster.core.errors import BadCheckpoint, BadConfig
 from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.models.adapter import Part, TextBackend
-from sparsevila_cluster.models.loading.placement import Kernels
+from sparsevila_cluster.models.loading.device_placement import Kernels
 from sparsevila_cluster.models.loading.weights import language_model_of
 from sparsevila_cluster.models.text import hf, lean
 from sparsevila_cluster.models.text.lean_kernels import KernelDecoder

@@ -15,8 +15,8 @@ from sparsevila_cluster.models.adapter import Part, TextBackend
 from sparsevila_cluster.models.chat_template import load_tokenizer
 from sparsevila_cluster.models.checkpoint import Checkpoint
 from sparsevila_cluster.models.families import FAMILIES
+from sparsevila_cluster.models.loading.device_placement import find_device, find_dtype, runs_as_stored
 from sparsevila_cluster.models.loading.loader import read_config
-from sparsevila_cluster.models.loading.placement import find_device, find_dtype, runs_as_stored
 from sparsevila_cluster.models.loading.quantization_scheme import read_scheme
 from sparsevila_cluster.models.loading.text_backend import build_text, check_backend, check_text, kv_spec
 from sparsevila_cluster.models.loading.weights import fill

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsevila_cluster.core.errors import BadConfig
-from sparsevila_cluster.models.loading.placement import find_dtype, runs_as_stored
+from sparsevila_cluster.models.loading.device_placement import find_dtype, runs_as_stored
 from sparsevila_cluster.models.loading.quantization_scheme import Scheme, TextScheme
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
