@@ -22,7 +22,7 @@ from sparsevila_cluster.gateway.grpc.call_interceptor import Call
 from sparsevila_cluster.gateway.grpc.status_codes import renamed
 from sparsevila_cluster.gateway.spool import KINDS, Spool, SpoolPart, Upload
 from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
-from sparsevila_cluster.media.media_source import read_data_url
+from sparsevila_cluster.media.media_source import read_data_url, short_name
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 
 P = ParamSpec("P")
@@ -103,7 +103,7 @@ class MediaSources:
             return _source(await self._keep_url(named.url, call, stack, names), kind)
         if which == "file":
             path = await self._in_thread(allowed_file, named.file, self._config.file_root)
-            names[str(path)] = repr(named.file)
+            names[str(path)] = short_name(named.file)
             return _source(str(path), kind)
         raise BadRequest("a source must name one of upload_id, inline, url, file; got none")
 

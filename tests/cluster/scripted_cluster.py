@@ -98,6 +98,13 @@ class Cluster:
             assert not self.directory._claims, "a claim was left behind"
 
 
+async def until(true, within_s=5.0):
+    """Wait until `true()`."""
+    async with asyncio.timeout(within_s):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
 @asynccontextmanager
 async def cluster_of(*args, **fields):
     """A Cluster whose routers are closed at the end, with nothing left over."""

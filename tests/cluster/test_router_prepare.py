@@ -17,7 +17,7 @@ from sparsevila_cluster.core.errors import (
     Unavailable,
     WorkerLost,
 )
-from tests.cluster.scripted_cluster import holders, run, video
+from tests.cluster.scripted_cluster import holders, run, until, video
 
 # ---- found -------------------------------------------------------------------------------------------------------------------
 
@@ -59,7 +59,8 @@ def test_callers_at_the_same_time_share_one_prefill(num_routers):
         for worker in cluster.prefill.workers.values():
             worker.lever.hold("encode")
         tasks = [asyncio.create_task(routers[i % num_routers].prepare(video(prune_keep=[None, 0.25][i % 2]))) for i in range(8)]
-        await asyncio.sleep(0.05)
+        asked, claimed = cluster.prefill, cluster.registry
+        await until(lambda: asked.num("key_of") == 2 * num_routers and claimed.num("claim") >= num_routers and asked.num("make"))
         assert cluster.prefill.num("make") == 1
         for worker in cluster.prefill.workers.values():
             worker.lever.free("encode")

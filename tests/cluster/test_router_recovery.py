@@ -9,7 +9,7 @@ from sparsevila_cluster.cluster.directory import SETTLE_REPORTS
 from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
 from sparsevila_cluster.core.errors import BadRequest, Cancelled, LaneLost, NotFound, QueueFull, Unavailable
 from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, TurnRecord
-from tests.cluster.scripted_cluster import NUM, QUESTIONS, Cluster, ask, cluster_of, home, listen, run_prepared, turn, video
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, Cluster, ask, cluster_of, home, listen, run_prepared, turn, until, video
 from tests.cluster.scripted_workers import conversation, said
 
 POINTS = ["ask", *(f"token {i}" for i in range(NUM)), "done"]
@@ -136,8 +136,7 @@ def test_clients_that_lose_the_same_worker_share_the_way_back():
         worker = cluster.decode.workers[home(cluster, key)]
         worker.lever.hold("token 2")
         tasks = [asyncio.create_task(listen(router, turn(key, f"{i}?"))) for i in range(8)]
-        await worker.lever.reached("token 2")
-        await asyncio.sleep(0.05)
+        await until(lambda: sum(worker.tokens_told.values()) == 2 * len(tasks))
         cluster.kill(worker.name)
         for i, task in enumerate(tasks):
             checked(await task, key, 0, f"{i}?")

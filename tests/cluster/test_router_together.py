@@ -121,7 +121,8 @@ def test_many_clients_hear_what_a_local_pipeline_says(checkpoint, endless, clips
     async def scenario(cluster):
         routers = [cluster.router("a"), cluster.router("b")]
         await asyncio.gather(*(router.prepare(request_of(clips[0])) for router in routers))
-        await asyncio.sleep(2 * cluster.config.report_s)  # now it is known which worker is the emptier one
+        # The registry has to know which worker is the emptier one.
+        await worker_fixtures.until(lambda: any(one.load.prefix_bytes for one in cluster.directory.snapshot().of("decode")))
 
         async def client(i):
             key, wanted = local[i % 2]

@@ -14,7 +14,7 @@ from sparsevila_cluster.core.errors import Cancelled, QueueFull
 from sparsevila_cluster.gateway.progress_queue import ProgressQueue
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests import structure as rules
-from tests.gateway.running_servers import ask, long_question, prepare, refused, run, slow_down, streamed, until, upload
+from tests.gateway.running_servers import ask, long_question, open_house, prepare, refused, run, slow_down, streamed, until, upload
 
 
 async def turns(house):
@@ -80,18 +80,19 @@ def test_a_deadline_beyond_the_servers_is_cut(checkpoint, clips):
         media = await prepare(house.stub, clips[0])
         request = await long_question(house, media.media_id)
         slow_down(house.pipeline)
-        code, error = await refused(house.stub.Answer(request, timeout=1000))
-        assert code == "DEADLINE_EXCEEDED" and "took longer" in str(error)
-        await house.settled()
+        async with open_house(checkpoint, pipeline=house.pipeline, max_deadline_s=0.5) as strict:
+            code, error = await refused(strict.stub.Answer(request, timeout=1000))
+            assert code == "DEADLINE_EXCEEDED" and "took longer" in str(error)
+            await strict.settled()
 
-    run(checkpoint, work, max_deadline_s=1.2)
+    run(checkpoint, work)
 
 
 def test_the_engines_deadline_holds_where_a_client_names_none(checkpoint, clips):
     async def work(house):
         media = await prepare(house.stub, clips[0])
-        request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
+        request = await long_question(house, media.media_id, 60)
+        slow_down(house.pipeline, 0.05)
         code, error = await refused(house.stub.Ask(request))
         assert code == "DEADLINE_EXCEEDED" and error is not None
 
@@ -270,14 +271,14 @@ def test_a_stop_lets_calls_finish_within_its_grace(checkpoint, clips):
     async def work(house):
         media = await prepare(house.stub, clips[0])
         request = await long_question(house, media.media_id)
-        slow_down(house.pipeline)
+        slow_down(house.pipeline, 0.02)
         short, long = (aiter(house.stub.Ask(one)) for one in (ask(media.media_id, request.question, 20), request))
         await anext(short)
         await anext(long)
         sent = await upload(house.stub, clips[0])
         folder = house.door._spool._folder
         assert sent.upload_id and folder.exists() and house.door.healthy
-        stopping = asyncio.ensure_future(house.door.stop(0.6))
+        stopping = asyncio.ensure_future(house.door.stop(1.5))
         events = [event async for event in short]
         assert events[-1].done.num_tokens == 20
         code, _ = await refused(_drained(long))

@@ -15,6 +15,7 @@ import grpc
 import msgpack
 
 from sparsevila_cluster.core.errors import Internal, QueueFull, SparseVilaError, from_failure, to_failure
+from sparsevila_cluster.media.media_source import short_name
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,11 @@ def clipped(message: str) -> str:
 
 
 def renamed(error: SparseVilaError, names: dict[str, str]) -> SparseVilaError:
-    """The same error, with every path of `names` (as it is, or quoted) called what the client calls it."""
+    """The same error, with every path of `names` (as it is, quoted, or shortened) called what the client calls it."""
     message = str(error)
     for path, name in names.items():
-        message = message.replace(repr(path), name).replace(path, name)
+        for written in (short_name(path), repr(path), path):
+            message = message.replace(written, name)
     if message == str(error):
         return error
     failure: dict[str, Any] = {**to_failure(error), "message": message}
