@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 
 import pytest
@@ -13,6 +14,47 @@ if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):  # no GPU: Trit
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+# With pytest-xdist a file is run by one worker, and so are these files and folders together: what is in chaos shares a cluster, and
+# two Rays at a time take longer than one after the other.
+TOGETHER = {"chaos": "chaos", "test_benchmark_serving.py": "Ray", "test_ray_pool.py": "Ray", "test_serve.py": "Ray"}
+
+
+def group_of(nodeid):
+    file = nodeid.partition("::")[0]
+    return next((TOGETHER[part] for part in file.split("/") if part in TOGETHER), file)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # the order of pytest_collection_modifyitems, not the group with most tests first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Not the marks of --dist loadgroup: pytest 9.2 does not show them to xdist 3.8, which then runs every test by itself."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Among several workers, what takes long begins first."""
+    if hasattr(config, "workerinput"):
+        slow = {group_of(item.nodeid) for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (group_of(item.nodeid) not in slow, group_of(item.nodeid) not in TOGETHER.values()))
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts this test and what it starts, also in a run that was begun in the background and so ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.gateway.call import Call
 from sparsevila_cluster.gateway.spool import KINDS, Spool, SpoolPart, StoredUpload
 from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
-from sparsevila_cluster.media.media_source import read_data_url
+from sparsevila_cluster.media.media_source import read_data_url, short_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,7 +126,7 @@ class MediaSources:
             return _source(await self._keep_url(named.url, call, stack, names), kind)
         if named.file is not None:
             path = await self._in_thread(allowed_file, named.file, self._config.file_root)
-            names[str(path)] = repr(named.file)
+            names[str(path)] = short_name(named.file)
             return _source(str(path), kind)
         raise BadRequest("a source must name one of upload_id, inline, url, file; got none")
 
@@ -193,10 +193,11 @@ def allowed_file(named: str, root: str | None) -> Path:
 
 
 def renamed(error: SparseVilaError, names: dict[str, str]) -> SparseVilaError:
-    """The same error, with every path of `names` (as it is, or quoted) called what the client calls it."""
+    """The same error, with every path of `names` (as it is, quoted, or shortened) called what the client calls it."""
     message = str(error)
     for path, name in names.items():
-        message = message.replace(repr(path), name).replace(path, name)
+        for written in (short_name(path), repr(path), path):
+            message = message.replace(written, name)
     if message == str(error):
         return error
     return from_failure({**to_failure(error), "message": message})

@@ -85,7 +85,7 @@ def open_source(source: MediaSource, limits: MediaLimits) -> Iterator[Blob]:
             raise _too_many_bytes(name, len(data), limits)
         file, size = _in_memory(data), len(data)
     elif isinstance(data, (str, os.PathLike)):
-        name = _short(os.fspath(data))
+        name = short_name(os.fspath(data))
         file, size = _open_path(data, name, limits)
     else:
         raise BadMedia(f"media must be a path, bytes or a data URL, got {type(data).__name__}")
@@ -163,7 +163,7 @@ def read_data_url(url: str, limits: MediaLimits) -> tuple[bytes, str]:
     head, comma, body = url[5:].partition(",")
     media_type, *parameters = (part.strip().lower() for part in head.split(";"))
     if not comma or "base64" not in parameters[-1:]:
-        raise BadMedia(f"a data URL must look like 'data:video/mp4;base64,...', got {_short(url)}")
+        raise BadMedia(f"a data URL must look like 'data:video/mp4;base64,...', got {short_name(url)}")
     if media_type.partition("/")[0] not in ("video", "image") and media_type != "application/octet-stream":
         raise BadMedia(f"the media type of a data URL must be video/* or image/*, got {media_type or 'none'!r}")
     if len(body) > 4 * limits.max_bytes + 4:  # every byte percent-encoded is the longest legal spelling
@@ -177,12 +177,13 @@ def read_data_url(url: str, limits: MediaLimits) -> tuple[bytes, str]:
         missing = 0 if raw.endswith(b"=") else -len(raw) % 4  # many writers leave the padding out
         return base64.b64decode(raw + b"=" * missing, validate=True), media_type
     except binascii.Error as error:
-        raise BadMedia(f"{_short(url)} is not base64: {str(error)[0].lower()}{str(error)[1:]}") from error
+        raise BadMedia(f"{short_name(url)} is not base64: {str(error)[0].lower()}{str(error)[1:]}") from error
 
 
 def _too_many_bytes(name: str, size: int, limits: MediaLimits) -> TooLarge:
     return TooLarge(f"{name}: {size} bytes are more than max_bytes = {limits.max_bytes}")
 
 
-def _short(text: str) -> str:
+def short_name(text: str) -> str:
+    """A path or URL as messages quote it."""
     return repr(text if len(text) <= 200 else f"{text[:60]}...")

@@ -77,7 +77,7 @@ def test_threads_that_wait_are_told_when_it_is_closed(qa, clips):  # noqa: F811
     assert not qa._thread.thread.is_alive() and qa._thread.loop.is_closed()
 
 
-def test_control_c_ends_a_preparation(qa, clips):  # noqa: F811
+def test_control_c_ends_a_preparation(qa, clips, interruptible):  # noqa: F811
     reached, release = threading.Event(), threading.Event()
 
     def progress(stage, done, total):

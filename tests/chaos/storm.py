@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import random
 import signal
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
 from tests.chaos.checked_clients import QUESTIONS, CheckedClip, Client, checked_clip
 from tests.chaos.process_cluster import ProcessCluster
+from tests.engine.storm import unlogged
 
 NUM_CLIENTS = 3
 DEADLINE_S = 20.0
@@ -227,9 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    logging.getLogger("sparsevila_cluster").setLevel(logging.CRITICAL)  # faults are part of the storm
     started_s = time.perf_counter()
-    with Progress(console=Console(stderr=True)) as bar:
+    with unlogged(), Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("storm", total=options.operations)
         try:
             counts = asyncio.run(run(options.operations, options.seed, lambda: bar.advance(task)))

@@ -300,7 +300,7 @@ def test_a_closed_pipe_is_no_traceback(files):
     child.stderr.close()
 
 
-def test_control_c_ends_in_one_line(files, checkpoint):
+def test_control_c_ends_in_one_line(files, checkpoint, interruptible):
     child = spawn("ask", str(files / "good.mp4"), "q", "--model", str(checkpoint), "-v")
     assert "loading the model" in child.stderr.readline()
     time.sleep(0.5)

@@ -61,7 +61,7 @@ def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endles
             # The same by name, and by deadline: the reader is told.
             for turn, end, error in (
                 (turn_of(handle.media_id, max_tokens=2000), lambda turn: decode.abort(turn.turn_id), Cancelled),
-                (turn_of(handle.media_id, max_tokens=2000, deadline_s=0.05), lambda turn: asyncio.sleep(0), DeadlineExceeded),
+                (turn_of(handle.media_id, max_tokens=2000, deadline_s=0.5), lambda turn: asyncio.sleep(0), DeadlineExceeded),
             ):
                 stream = decode.ask(turn)
                 told = await anext(stream)

@@ -177,8 +177,8 @@ def test_leaving_ends_the_work_in_the_worker(handle):
 def test_a_killed_worker_is_lost_at_once_and_others_go_on(handle):
     async def scenario(pool, workers):
         (victim, process), (other, _) = workers.items()
-        stream = await begun(pool.stream(victim, "count", 1000, 0.02, within_s=20))
         call = asyncio.create_task(pool.call(victim, "sleep", 30, within_s=30))
+        stream = await begun(pool.stream(victim, "count", 1000, 0.02, within_s=20))
         bystander = await begun(pool.stream(other, "count", 50, 0.02, within_s=20))
         start_s = time.monotonic()
         os.kill(process, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """The trainer: what it optimises is the stock model, and one command leaves a checkpoint that loads."""
 
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from sparsevila_cluster.demo import train as trainer
 from sparsevila_cluster.demo.checkpoint_builder import build_model, build_tokenizer, num_parameters
 from sparsevila_cluster.demo.dialogue_batches import BatchBuilder, keep_glyphs, keep_salient
 from sparsevila_cluster.demo.step_dataset import StepDataset
 from sparsevila_cluster.demo.text_trainer import TrainingOptions
-from sparsevila_cluster.demo.train import train
 from sparsevila_cluster.demo.training_forward import retrieval_mask, retrieved, run_text, turns_apart_mask
 from sparsevila_cluster.demo.training_monitor import VIEWS, Evaluator
 from sparsevila_cluster.demo.video_feed import make_held_out_video, training_videos
@@ -149,9 +150,22 @@ def test_held_out_videos_of_the_monitor_are_those_of_the_world():
     assert make_held_out_video(7).scene == make_video(7)[0]
 
 
-def test_a_tiny_run_leaves_a_checkpoint_that_loads(tmp_path):
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Two videos in a batch instead of a dozen."""
+
+    def small(stage):
+        return replace(stage, portions=tuple(replace(portion, batch=2) for portion in stage.portions))
+
+    monkeypatch.setattr(trainer, "VISION_BATCH", 2)
+    monkeypatch.setattr(trainer, "SHARED", tuple(map(small, trainer.SHARED)))
+    for tail in ("SPARSE_TAIL", "DENSE_TAIL"):
+        monkeypatch.setattr(trainer, tail, small(getattr(trainer, tail)))
+
+
+def test_a_tiny_run_leaves_a_checkpoint_that_loads(tmp_path, small_batches):
     options = TrainingOptions(tmp_path, minutes=0.01, vision_updates=1, dataset_videos=2, monitor_videos=1, final_videos=1)
-    marks = train(options)
+    marks = trainer.train(options)
     assert set(marks) == set(VIEWS)
     directory = tmp_path / "checkpoint"
     loaded = AutoModelForImageTextToText.from_pretrained(directory)
@@ -174,4 +188,4 @@ def test_a_tiny_run_leaves_a_checkpoint_that_loads(tmp_path):
         monitor_videos=1,
         final_videos=1,
     )
-    assert set(train(twin)) == set(VIEWS)
+    assert set(trainer.train(twin)) == set(VIEWS)

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch, which the next lines import
 
@@ -38,6 +39,18 @@ def blow(model, rng: random.Random, num_operations: int, report: Callable[[str],
     return total
 
 
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Faults are part of a storm: the package's logger is silent meanwhile."""
+    log = logging.getLogger("sparsevila_cluster")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def make_model(directory):
     from sparsevila_cluster.models import load_model
     from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
@@ -55,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    logging.getLogger("sparsevila_cluster").setLevel(logging.CRITICAL)  # faults are part of the storm
     started_s, done = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as bar:
+    with unlogged(), tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("storm", total=options.operations)
 
         def report(operation: str) -> None:

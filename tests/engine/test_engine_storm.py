@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import logging
 import random
 import time
 
@@ -32,12 +31,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """Faults of the text model are part of the storm; the engine logs each of them."""
-    log = logging.getLogger("sparsevila_cluster.engine.decode_engine")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    yield
-    log.setLevel(level)
+    with storm.unlogged():
+        yield
 
 
 def test_a_short_storm(model):

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 
 import grpc
 import pytest
@@ -19,6 +21,7 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.gateway.grpc.status_codes import MAX_MESSAGE_BYTES, clipped, status_of
 from sparsevila_cluster.gateway.media_sources import renamed
+from sparsevila_cluster.media.media_source import short_name
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests.gateway.running_servers import ask, locally, prepare, refused, run, streamed, upload
 
@@ -143,27 +146,39 @@ def test_a_turn_id_in_use_is_refused_and_the_first_turn_lives(checkpoint, clips)
     run(checkpoint, work)
 
 
-def test_files_are_read_below_the_root_only(checkpoint, clips, tmp_path):
-    root, secret = tmp_path / "media", tmp_path / "secret.mp4"
+@pytest.fixture(params=["short", "long"])
+def folder(request):
+    """Its path is short or long whatever tmp_path is: messages shorten long paths."""
+    with TemporaryDirectory() as name:
+        path = Path(name) / ("a folder in a folder/" * 4 if request.param == "long" else "")
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+
+
+def test_files_are_read_below_the_root_only(checkpoint, clips, folder):
+    root, secret = folder / "media", folder / "secret.mp4"
     root.mkdir()
     (root / "deep").mkdir()
-    for path in (root / "deep" / "clip.mp4", secret, tmp_path / "media-too.mp4"):
+    for path in (root / "deep" / "clip.mp4", secret, folder / "media-too.mp4"):
         path.write_bytes(clips[0])
     (root / "inside.mp4").symlink_to(root / "deep" / "clip.mp4")
     (root / "outside.mp4").symlink_to(secret)
-    (root / "up").symlink_to(tmp_path)
+    (root / "up").symlink_to(folder)
     os.mkfifo(root / "pipe")
+    cut = "a long name " * 15 + ".mp4"
+    (root / cut).write_bytes(clips[0][:700])
 
     async def work(served):
         for name in ("deep/clip.mp4", "./deep/../inside.mp4", str(root / "inside.mp4")):
             assert (await prepare(served.stub, pb.MediaSource(file=name))).num_frames
         outside = ["../secret.mp4", str(secret), "outside.mp4", "up/secret.mp4", "/etc/passwd", "../media-too.mp4", "", "."]
         wrong = [(name, "PERMISSION_DENIED") for name in outside]
-        wrong += [(name, "INVALID_ARGUMENT") for name in ("no such.mp4", "deep", "pipe", "a\0b", "x" * 5000)]
+        wrong += [(name, "INVALID_ARGUMENT") for name in ("no such.mp4", "deep", "pipe", "a\0b", "x" * 5000, cut)]
         for name, wanted in wrong:
             source = pb.MediaSource(file=name)
             code, error = await refused(served.stub.PrepareMedia(pb.PrepareMediaRequest(sources=[source])))
-            assert code == wanted and str(tmp_path) not in str(error).replace(name or "?", ""), (name, error)
+            told = str(error).replace(name or "?", "")
+            assert code == wanted and gettempdir() not in told and len(told) < 400, (name, error)
 
     run(checkpoint, work, file_root=str(root))
 
@@ -289,3 +304,5 @@ def test_errors_tell_the_clients_names():
     error = QueueFull("'/tmp/a/b' and /tmp/a/b", 3.0)
     told = renamed(error, {"/tmp/a/b": "upload 'u'"})
     assert str(told) == "upload 'u' and upload 'u'" and told.retry_after_s == 3.0 and renamed(error, {"/x": "y"}) is error
+    path = "/root/" + "x" * 300
+    assert str(renamed(BadRequest(f"cannot read {short_name(path)}"), {path: "'x'"})) == "cannot read 'x'"

@@ -16,6 +16,7 @@ import pytest
 from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadConfig, NotFound, QueueFull, TooLarge, Unavailable
 from sparsevila_cluster.core.metrics import Tally
+from sparsevila_cluster.gateway import service
 from sparsevila_cluster.gateway.spool import Spool
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests import structure as rules
@@ -79,14 +80,20 @@ def test_the_quota_holds_to_the_byte():
         held.close()
 
 
+def age(*paths):
+    """As if nobody had touched them for an hour."""
+    for path in paths:
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+
+
 def test_uploads_expire_unless_they_are_read():
-    held = spool(upload_ttl_s=0.3)
+    held = spool(upload_ttl_s=60)
     read, idle = put(held, bytes(500)), put(held, bytes(500))
-    partial = spool(upload_ttl_s=0.05)
+    partial = spool(upload_ttl_s=60)
     slow = partial.begin("ann")
     slow.write(b"x")
     with held.hold("ann", read.upload_id) as (path, _):
-        time.sleep(0.4)
+        age(*path.parent.iterdir())
         with pytest.raises(NotFound, match="expired"), held.hold("ann", idle.upload_id):
             pass
         put(held, bytes(500))  # makes room by itself
@@ -95,9 +102,10 @@ def test_uploads_expire_unless_they_are_read():
         with held.hold("ann", read.upload_id):
             pass
     assert held.num_bytes == 1000
-    time.sleep(0.4)
+    age(*path.parent.iterdir())
     held.sweep()
     assert held.num_bytes == 0 and not path.exists()
+    age(slow.path)
     partial.sweep()
     slow.write(b"y")  # what still arrives is in use
     with partial.hold("ann", slow.keep("auto").upload_id) as (path, _):
@@ -183,8 +191,9 @@ def test_discarding_while_another_thread_writes_leaves_nothing():
 # ---- over gRPC --------------------------------------------------------------------------------------------------------------
 
 
-def test_uploads_over_grpc_have_quota_size_and_expiry(checkpoint, clips):
+def test_uploads_over_grpc_have_quota_size_and_expiry(checkpoint, clips, monkeypatch):
     size = len(clips[0])
+    monkeypatch.setattr(service, "SWEEP_S", 0.1)
 
     async def work(served):
         code, error = await refused(upload(served.stub, bytes(size * 3), step=1000))
@@ -197,6 +206,8 @@ def test_uploads_over_grpc_have_quota_size_and_expiry(checkpoint, clips):
         assert (await prepare(served.stub, source)).kind == "video"
         assert (await prepare(served.stub, source)).reused  # an upload may be used again
 
+        age(*served.service._spool._folder.glob("*/*"))
+
         async def expired():
             return served.service._spool.num_bytes == 0
 
@@ -206,7 +217,7 @@ def test_uploads_over_grpc_have_quota_size_and_expiry(checkpoint, clips):
         assert code == "NOT_FOUND" and "expired" in str(error)
         assert (await upload(served.stub, clips[0])).upload_id != sent.upload_id
 
-    run(checkpoint, work, spool_bytes=size + size // 2, upload_ttl_s=2.0)
+    run(checkpoint, work, spool_bytes=size + size // 2, upload_ttl_s=60)
 
 
 def test_an_upload_that_is_no_media_is_called_by_its_name(checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from sparsevila_cluster.core.errors import BadMedia, DeadlineExceeded, Internal,
 from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.media import DecoderSandbox, open_media
 from sparsevila_cluster.media import sandbox as guard_module
+from sparsevila_cluster.media.decoder_process import DecoderProcess
 from sparsevila_cluster.media.media_source import DecodeDeadline, open_source
 from tests.media.fuzz import child_pids
 from tests.media.media_files import indices, load_here, picture_bytes, texture, video_bytes
@@ -40,6 +42,24 @@ def guard(one_guard):
     return one_guard
 
 
+@pytest.fixture
+def handed_over(guard, monkeypatch):
+    """Set when a process has got a job and its caller waits for the reply."""
+    event, receive = threading.Event(), DecoderProcess.receive
+
+    def noted(self, timeout_s):
+        event.set()
+        return receive(self, timeout_s)
+
+    monkeypatch.setattr(DecoderProcess, "receive", noted)
+    return event
+
+
+def idles(pid):
+    """Whether a decoding process has nothing open but stdin, stdout, stderr and its socket. It tidies up after it has replied."""
+    return len(os.listdir(f"/proc/{pid}/fd")) == 4
+
+
 def test_a_guarded_decode_is_the_plain_one(guard):
     for data in (video_bytes(20), PICTURE, picture_bytes(Image.effect_noise((50, 40), 90), "JPEG")):
         far, near = show(guard, data), load_here(data)
@@ -49,7 +69,8 @@ def test_a_guarded_decode_is_the_plain_one(guard):
 
 def test_nothing_is_left_behind(guard):
     (pid,) = guard.pids()
-    before = set(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{pid}/fd"))
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
     data = video_bytes(20)
     kept = [show(guard, data) for _ in range(3)]
     for broken in (b"no video", data[: len(data) // 2], PICTURE[:45]):
@@ -57,7 +78,8 @@ def test_nothing_is_left_behind(guard):
             show(guard, broken)
     assert [indices(media) for media in kept] == [[2, 7, 12, 17]] * 3
     del kept
-    assert (set(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{pid}/fd"))) == before
+    assert set(os.listdir("/proc/self/fd")) == before
+    wait_for(lambda: idles(pid))
     for process in ("self", pid):
         assert "memfd:" not in Path(f"/proc/{process}/maps").read_text()
     assert guard.pids() == [pid]
@@ -86,13 +108,13 @@ def test_an_idle_process_may_die(guard):
         (signal.SIGKILL, TooLarge, r"killed by the system \(SIGKILL\).* decode_memory_bytes = 4294967296"),
     ],
 )
-def test_a_crash_is_a_typed_error(guard, end, error, message, tmp_path):
+def test_a_crash_is_a_typed_error(guard, handed_over, end, error, message, tmp_path):
     path = tmp_path / "crash.png"
     path.write_bytes(PICTURE)
     (pid,) = guard.pids()
     os.kill(pid, signal.SIGSTOP)  # so that it surely dies with the job in its hands
     thread, outcome = in_thread(lambda: show(guard, str(path)))
-    time.sleep(0.1)
+    assert handed_over.wait(20)
     os.kill(pid, end)
     os.kill(pid, signal.SIGCONT)
     thread.join(20)
@@ -160,15 +182,16 @@ def test_a_process_outlives_the_thread_that_asked_for_it(guard):
     assert guard.pids() == [pid]
 
 
-def test_close_ends_everything():
+def test_close_ends_everything(handed_over):
+    gc.collect()
     files = set(os.listdir("/proc/self/fd"))
     guard = DecoderSandbox()
     show(guard)
     (pid,) = guard.pids()
     os.kill(pid, signal.SIGSTOP)
+    handed_over.clear()
     thread, outcome = in_thread(lambda: show(guard))
-    wait_for(lambda: len(set(os.listdir("/proc/self/fd")) - files) > 2)  # the source is open
-    time.sleep(0.1)
+    assert handed_over.wait(20)
     guard.close()
     thread.join(20)
     assert isinstance(outcome[0], Unavailable) and guard.pids() == [] and not is_running(pid)
@@ -193,14 +216,13 @@ def test_without_a_guard_there_is_one_for_the_call():
     assert child_pids() == before
 
 
-def test_an_interrupted_caller_gets_out(guard):
+def test_an_interrupted_caller_gets_out(guard, handed_over, interruptible):
     (pid,) = guard.pids()
     os.kill(pid, signal.SIGSTOP)
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    interrupting, _ = in_thread(lambda: handed_over.wait(20) and os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         show(guard)
-    timer.join()
+    interrupting.join()
     assert not is_running(pid) and show(guard).kind == "image"
 
 
