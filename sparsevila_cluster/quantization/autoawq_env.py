@@ -1,7 +1,6 @@
 """AutoAWQ 0.2.9 as a second engine, in an environment of its own: created on request, run as a process with a deadline.
 
-AutoAWQ is archived and names no upper bounds: beside the transformers of this package it installs and then fails. It knows text
-only, so that it sees the words of a dialogue and none of its media.
+AutoAWQ is archived and names no upper bounds: beside the transformers of this package it installs and then fails.
 """
 
 from __future__ import annotations

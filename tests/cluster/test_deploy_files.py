@@ -108,7 +108,7 @@ def test_options_override_the_file(line, place):
     assert command._read_options(parser.parse_args(["serve"])) == ClusterConfig()
 
 
-def test_a_router_and_the_registry_need_no_tensors():
+def test_a_router_and_the_directory_need_no_tensors():
     modules = "app cluster.routing.router cluster.directory cluster.on_ray.replicas gateway.grpc core.addresses"
     imports = "; ".join(f"import sparsevila_cluster.{module}" for module in modules.split())
     script = f"{imports}; import sys; sys.exit('torch' in sys.modules)"

@@ -8,6 +8,7 @@ from typing import Protocol
 import pytest
 
 from sparsevila_cluster.cluster.directory import Directory
+from sparsevila_cluster.cluster.on_ray import replicas
 from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
 from sparsevila_cluster.cluster.worker_api import (
     DecodeWorkerApi,
@@ -20,7 +21,7 @@ from sparsevila_cluster.cluster.worker_api import (
 from sparsevila_cluster.cluster.worker_pool import pool_stub
 from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
 from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
-from sparsevila_cluster.core.errors import NotFound, WorkerLost
+from sparsevila_cluster.core.errors import BadCheckpoint, NotFound, WorkerLost
 from sparsevila_cluster.serve.application import RouterReplica
 from tests.cluster.local_pool import LocalPool
 
@@ -143,3 +144,16 @@ def test_reading_and_shipping_travel_as_work():
     assert {method for method, kind in kinds.items() if kind == "work"} == {"key_of", "ship"}
     assert {method for method, kind in kinds.items() if kind == "stream"} == {"make", "ask"}
     assert set(methods_of(DirectoryApi).values()) == {"call"}
+
+
+def test_a_replica_that_cannot_start_reports_why_before_it_ends(monkeypatch):
+    directory = Directory()
+    monkeypatch.setattr(replicas, "RayWorkerPool", lambda handle: LocalPool({"directory": directory}))
+
+    async def main():
+        with pytest.raises(BadCheckpoint, match="no weights"):
+            async with replicas.start_failures_reported(replicas.DECODE, None):
+                raise BadCheckpoint("no weights")
+
+    asyncio.run(main())
+    assert directory.start_failures() == {"Decode": {"error": "BadCheckpoint", "message": "no weights"}}

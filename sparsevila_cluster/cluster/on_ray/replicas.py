@@ -12,14 +12,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from sparsevila_cluster.cluster.directory import Directory
-from sparsevila_cluster.cluster.messages import WorkerReport
 from sparsevila_cluster.cluster.on_ray.loopback import node_address, stay_on_loopback
 from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
 from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
@@ -32,6 +31,7 @@ from sparsevila_cluster.core.errors import SparseVilaError, to_failure
 from sparsevila_cluster.core.json_logging import log_to_stderr
 
 if TYPE_CHECKING:
+    from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
     from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 
 log = logging.getLogger(__name__)
@@ -80,19 +80,6 @@ class DirectoryReplica(RpcServer):
         super().__init__(replica_name(), directory, DirectoryApi, beat_s=config.transport.beat_s)
 
 
-class HostedWorker(Protocol):
-    """What a replica itself asks of its worker."""
-
-    def report(self, full: bool, /) -> WorkerReport:
-        """How it stands; everything it holds if `full`."""
-
-    async def check(self) -> None:
-        """Raises SparseVilaError: it does not work any more."""
-
-    async def close(self) -> None:
-        """End what is under way and free everything."""
-
-
 class WorkerReplica(RpcServer):
     """What prefill and decode replicas share: reports, health, the end."""
 
@@ -114,7 +101,7 @@ class WorkerReplica(RpcServer):
     def _directory(self, within_s: float | None = None) -> DirectoryApi:
         return pool_stub(DirectoryApi, self._directory_pool, None, within_s or self._config.router.call_timeout_s)
 
-    def _begin(self, worker: HostedWorker, api: Callable[..., object]) -> None:
+    def _begin(self, worker: PrefillWorker | DecodeWorker, api: Callable[..., object]) -> None:
         RpcServer.__init__(self, replica_name(), worker, api, self._config.transport.beat_s)
         self._hosted = worker
         self._reporting = asyncio.create_task(self._report())
