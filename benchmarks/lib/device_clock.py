@@ -160,5 +160,5 @@ def last_level_bytes() -> int:
 
 
 def choose(wanted: str) -> torch.device:
-    """ "auto" is a GPU if there is one."""
+    """A GPU if there is one for "auto", else what the name says."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else torch.device(wanted)
