@@ -18,7 +18,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 # With pytest-xdist a file is run by one worker, and so are these files and folders together: what is in chaos shares a cluster, and
 # two Rays at a time take longer than one after the other.
-TOGETHER = {"chaos": "chaos", "test_benchmark_serving.py": "Ray", "test_ray_pool.py": "Ray", "test_serve.py": "Ray"}
+TOGETHER = {"chaos": "chaos", "test_serving_benchmark.py": "Ray", "test_ray_worker_pool.py": "Ray", "test_serve.py": "Ray"}
 
 
 def group_of(nodeid):
