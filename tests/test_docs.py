@@ -78,6 +78,15 @@ def test_the_tree_is_the_tree():
     assert named == packages
 
 
+def test_files_on_the_way_exist():
+    """The ways of a media and of a turn name files below the package."""
+    ways = [text for name, language, text in BLOCKS if name == "docs/architecture.md" and not language]
+    paths = {path for text in ways for path in re.findall(r"[\w/]+\.py|[\w/]+/\*\.py", text)}
+    assert len(paths) > 15
+    for path in paths:
+        assert list((ROOT / OURS).glob(path)), path
+
+
 def test_every_page_is_listed():
     for name in TEXTS:
         if name.startswith("docs/adr/") and not name.endswith("README.md"):
@@ -148,19 +157,22 @@ def test_benchmarks_exist():
 @asynccontextmanager
 async def local_server():
     """The target of a server over the bundled model, in this process."""
-    from sparsevila_cluster.core.cluster_config import DoorConfig
+    from sparsevila_cluster.core.cluster_config import GatewayConfig
     from sparsevila_cluster.core.config import EngineConfig
     from sparsevila_cluster.engine.local_pipeline import LocalPipeline
-    from sparsevila_cluster.gateway.grpc.grpc_server import GrpcServer
+    from sparsevila_cluster.gateway.grpc import GrpcServer
+    from sparsevila_cluster.gateway.service import VideoQAService
 
-    config = EngineConfig()
+    config, gateway = EngineConfig(), GatewayConfig(port=0)
     pipeline = LocalPipeline(config)
-    server = GrpcServer(pipeline, DoorConfig(port=0), config)
+    service = VideoQAService(pipeline, gateway, config)
+    server = GrpcServer(service, gateway)
     try:
         await server.start()
         yield f"localhost:{server.port}"
     finally:
         await server.stop(0.0)
+        await service.close()
         await pipeline.close()
 
 
@@ -246,7 +258,7 @@ EXAMPLES = {
     "python_api.py": ([], "cyan"),
     "many_questions.py": ([], "answers about 3 videos are right"),
     "grpc_client.py": (["TARGET", "clip.mp4", "What colour is the heart at step 5?", "When does the red diamond appear?"], "cyan"),
-    "new_policy.py": ([], ""),
+    "new_policy.py": (["clip.mp4", "Describe step 5."], "distinct: "),
 }
 
 
