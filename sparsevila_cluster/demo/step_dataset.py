@@ -31,7 +31,7 @@ class ComposedVideo:
 
 @dataclass(frozen=True)
 class StepDataset:
-    """Visual tokens, salience and glyphs of every encoded step, on the device of the encoder."""
+    """Visual tokens (on the encoder's device), salience and glyphs (on the CPU) of every encoded step."""
 
     steps: list[tuple[Glyph, ...]]
     tokens: Tensor  # [rows, TOKENS_PER_STEP, hidden], half precision

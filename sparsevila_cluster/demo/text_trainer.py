@@ -78,7 +78,7 @@ class TextTrainer:
     log: TrainingLog
     clock: WorkClock
     model: Qwen2_5_VLForConditionalGeneration
-    batches: BatchBuilder
+    builder: BatchBuilder
     dataset: StepDataset
     monitor: Evaluator
     updates: int = 0
@@ -159,7 +159,7 @@ class TextTrainer:
             keep = keep_salient(dataset, shown, ratio)
         elif portion.prune == "glyphs":
             keep = keep_glyphs(dataset, shown, ratio, rng)
-        return self.batches.batch(dataset, shown, dialogues, keep)
+        return self.builder.batch(dataset, shown, dialogues, keep)
 
     def masks(self, stage: Stage, portion: Portion, batch: Batch) -> Tensor | list[Tensor | None] | None:
         """Attention masks for `run_text`: none, one for all layers, or one per layer."""

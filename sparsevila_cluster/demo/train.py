@@ -86,9 +86,9 @@ def train(options: TrainingOptions) -> dict[str, dict[str, float]]:
             resumed = torch.load(options.resume_stage, map_location=options.device)
             model.load_state_dict(resumed["model"])
         dataset, held_out = encode_videos(options, log, model)
-        batches = BatchBuilder(tokenizer)
-        monitor = Evaluator(held_out(MONITOR_SEED, options.monitor_videos), batches)
-        trainer = TextTrainer(options, log, clock, model, batches, dataset, monitor)
+        builder = BatchBuilder(tokenizer)
+        monitor = Evaluator(held_out(MONITOR_SEED, options.monitor_videos), builder)
+        trainer = TextTrainer(options, log, clock, model, builder, dataset, monitor)
         start_s, end_s = clock.now_s(), options.minutes * 60
         if resumed is None:
             for stage in SHARED:
@@ -101,7 +101,7 @@ def train(options: TrainingOptions) -> dict[str, dict[str, float]]:
         trainer.learn(DENSE_TAIL if options.dense_only else SPARSE_TAIL, start_s, end_s)
         save_checkpoint(model, tokenizer, out / "checkpoint")
         log.stage("final evaluation")
-        evaluator = Evaluator(held_out(FINAL_SEED, options.final_videos), batches, seed=FINAL_SEED)
+        evaluator = Evaluator(held_out(FINAL_SEED, options.final_videos), builder, seed=FINAL_SEED)
         accuracy = {name: evaluator.evaluate(model, view) for name, view in VIEWS.items()}
         log.write(event="final", work_s=round(clock.now_s(), 1), updates=trainer.updates, accuracy=accuracy)
     return accuracy

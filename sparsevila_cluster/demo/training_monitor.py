@@ -46,8 +46,8 @@ VIEWS = {
 class Evaluator:
     """Asks a model fixed questions about a fixed dataset of videos."""
 
-    def __init__(self, dataset: StepDataset, batches: BatchBuilder, seed: int = 4242, num_turns: int = 8) -> None:
-        self.dataset, self.batches, self.seed, self.num_turns = dataset, batches, seed, num_turns
+    def __init__(self, dataset: StepDataset, builder: BatchBuilder, seed: int = 4242, num_turns: int = 8) -> None:
+        self.dataset, self.builder, self.seed, self.num_turns = dataset, builder, seed, num_turns
 
     def _dialogues(self, num_steps: int, num_videos: int) -> list[tuple[ComposedVideo, list[Question]]]:
         rng = np.random.default_rng(self.seed)
@@ -86,7 +86,7 @@ class Evaluator:
         items = self._dialogues(num_steps, min(num_videos or self.dataset.num_videos, self.dataset.num_videos))
         for first in range(0, len(items), batch_size):
             shown, dialogues = map(list, zip(*items[first : first + batch_size], strict=True))
-            batch = self.batches.batch(self.dataset, shown, dialogues, self._kept(shown, view, rng))
+            batch = self.builder.batch(self.dataset, shown, dialogues, self._kept(shown, view, rng))
             masks = turns_apart_mask(batch) if turns_apart else self._masks(model, batch, view, rng)
             for kind, match in self._answers(model, batch, masks):
                 right[kind].append(match)

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import sparsevila_cluster.demo as demo
-from sparsevila_cluster.cli import demo_command
+from sparsevila_cluster.cli import config_command
 from sparsevila_cluster.cli import main as cli
 from sparsevila_cluster.core.config import EngineConfig, load_config
 from sparsevila_cluster.core.errors import Internal, QueueFull
@@ -264,7 +264,7 @@ def test_what_is_not_the_users_mistake(run, monkeypatch, error, code, told):
     def fail(path):
         raise error
 
-    monkeypatch.setattr(demo_command, "load_config", fail)
+    monkeypatch.setattr(config_command, "load_config", fail)
     assert run("config", "check", "good.yaml") == (code, "", told)
     shown = run("config", "check", "good.yaml", "-v")[2]
     assert shown.endswith(told) and ("Traceback" in shown) == isinstance(error, RuntimeError)

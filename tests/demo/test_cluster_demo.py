@@ -13,7 +13,7 @@ from sparsevila_cluster.core.evidence import Evidence
 from sparsevila_cluster.core.requests import Answer, FinishReason, MediaHandle, Usage
 from sparsevila_cluster.demo import cluster_demo
 from sparsevila_cluster.demo.cluster_demo import ClientResult, DemoOutcome, _finish, run_cluster_demo
-from sparsevila_cluster.demo.local_demo import GradedTurn
+from sparsevila_cluster.demo.local_demo import DemoVideo, GradedTurn
 from sparsevila_cluster.demo.worker_kill import ClientStream, KillResult, show_kill
 from sparsevila_cluster.demo.world import make_questions, make_video
 
@@ -39,7 +39,7 @@ def stream(text, piece_times_s, before):
 
 def outcome(num_wrong):
     said = ["no"] * num_wrong + [QUESTION.answer] * (10 - num_wrong)
-    result = ClientResult(0, (Path("a.mp4"), SCENE, 1), MEDIA, [GradedTurn(QUESTION, answer(text)) for text in said])
+    result = ClientResult(0, DemoVideo(Path("a.mp4"), SCENE, 1), MEDIA, [GradedTurn(QUESTION, answer(text)) for text in said])
     pieces = [((1.0, 1.1, 1.5), 2), ((1.0, 1.9), 0), ((1.0, 1.2), 2)]
     streams = [stream(QUESTION.answer, piece_times_s, before) for piece_times_s, before in pieces]
     return DemoOutcome([MEDIA], [result], (3, 3), KillResult("w1", streams, (3, 3), 6.5))
@@ -54,7 +54,7 @@ def test_only_a_stream_with_pieces_on_both_sides_was_cut():
 @pytest.mark.parametrize(("num_wrong", "code"), [(0, 0), (1, 0), (2, 1)])
 def test_the_document_says_how_it_went(capsys, num_wrong, code):
     happened = outcome(num_wrong)
-    videos = [(Path("out/video-1.mp4"), SCENE, 1)]
+    videos = [DemoVideo(Path("out/video-1.mp4"), SCENE, 1)]
     assert _finish(Console(quiet=True), happened, videos, ClusterConfig(), 12.5, True) == code
     told = json.loads(capsys.readouterr().out)
     assert (told["right"], told["asked"], told["passed"]) == (13 - num_wrong, 13, code == 0)
@@ -63,7 +63,7 @@ def test_the_document_says_how_it_went(capsys, num_wrong, code):
     assert told["trip"]["ms"]["transfer"] == 3.0
 
 
-def test_people_read_whom_the_accident_cut(capsys):
+def test_people_read_whom_the_kill_cut(capsys):
     show_kill(Console(width=120), outcome(0).kill)
     told = " ".join(capsys.readouterr().out.split())
     assert "1 of 3 answers were cut and went on elsewhere, recovered within 0.40 s" in told and "whole again after 6.5 s" in told
