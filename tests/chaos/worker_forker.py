@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.worker_forker CHECKPOINT`: imports everything once, then forks a worker for every line on its standard input.
+"""`python -m tests.chaos.worker_forker CHECKPOINT`: imports everything once, then forks a worker for every line on standard input.
 
 Knows: that a process with one thread may fork. Does not know: what workers do. A worker that is killed is replaced in a blink.
 """

@@ -18,7 +18,7 @@ from sparsevila_cluster.core.errors import DeadlineExceeded, QueueFull, WorkerLo
 
 
 class RayObjectStore:
-    """What `transport.ObjectStore` promises. `decode` hands references on (`by_reference`), in the event loop that this is made in."""
+    """What `transport.ObjectStore` promises. `decode` hands references on (`by_reference`), in the event loop this is made in."""
 
     def __init__(self, decode: RayWorkerPool):
         self._decode = decode

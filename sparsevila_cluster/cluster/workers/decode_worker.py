@@ -1,6 +1,6 @@
 """A worker that holds media prefixes and answers questions about them.
 
-Knows: one engine and its thread, its receiver, its conversations and their text. Does not know: Ray, other workers beyond the tickets
+Knows: one engine and its thread, its KV receiver, conversations and their text. Does not know: Ray, others beyond the tickets
 that it is given, media or encoders. Create and use it within one event loop.
 
     reserve -> (a lane: manifest, chunks, verified) -> resident -> ask: [question, retrieve, pack, step]* -> lists of events
