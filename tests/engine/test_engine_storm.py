@@ -83,7 +83,7 @@ def score_every_piece_as_the_first(patch):
 
 
 def write_beyond_the_room(patch):
-    patch.setattr(RunningTurn, "short", property(lambda self: bool(self.tokens) and not self._packed))
+    patch.setattr(RunningTurn, "outgrown", property(lambda self: bool(self.tokens) and not self._packed))
 
 
 def resume_at_the_first_token(patch):

@@ -105,13 +105,13 @@ def test_text_is_told_as_if_nothing_had_happened(stop, model):
         pieces.append(whole.add(token))
         if whole.finish_reason is not None:
             break
-    ids, rest = ids[: len(pieces)], whole.rest()
+    ids, rest = ids[: len(pieces)], whole.flush()
     for count in range(len(ids) + 1):
         sampling = SamplingParams(max_tokens=99, stop=stop)
         cut = TurnAnswer(turn("x", sampling=sampling, replay=Replay(tuple(ids[:count]))), model)
         cut.take_known(count)
         assert [cut.add(token) for token in ids[count:]] == pieces[count:], count
-        assert (cut.tokens, cut.finish_reason, cut.rest()) == (ids, whole.finish_reason, rest)
+        assert (cut.tokens, cut.finish_reason, cut.flush()) == (ids, whole.finish_reason, rest)
 
 
 def test_evidence_is_told_again(model):
