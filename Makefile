@@ -9,6 +9,7 @@ VENV        ?= .venv
 PYTHON      ?=
 TORCH_SPEC  ?= torch==2.13.0
 TORCH_INDEX ?=
+WORKERS     ?= 2
 PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
 
@@ -17,7 +18,7 @@ INSTALLED   := $(VENV)/.installed
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
-	@echo "make test    run the whole test suite"
+	@echo "make test    run the whole test suite in WORKERS=2 processes (0: in one)"
 	@echo "make lint    ruff, mypy and import contracts"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
 	@echo "make fuzz    2,000 broken media files through the public door (MUTANTS=..., SEED=...)"
@@ -30,8 +31,9 @@ help:
 demo: setup
 	@$(VENV)/bin/sparsevila demo
 
+# Bytecode is kept whatever the environment says: each of the many processes that tests start would compile everything anew.
 test: setup
-	@$(PY) -m pytest
+	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: setup
 	@$(PY) -m ruff check .

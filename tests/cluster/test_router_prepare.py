@@ -161,12 +161,13 @@ def test_a_decode_worker_that_dies_while_media_are_made_costs_no_second_encoding
 @pytest.mark.parametrize("pool", ["prefill", "decode"])
 def test_a_stopped_worker_is_passed_over_in_time(pool):
     async def scenario(cluster, router):
-        getattr(cluster, pool).stop(pool[0] + "0")
+        asked, stopped = getattr(cluster, pool), pool[0] + "0"
+        asked.stop(stopped)
         handle = await router.prepare(video())
         assert handle.media_id and cluster.num_encoded == 1
-        started_s = time.perf_counter()
+        before = [worker for worker, _ in asked.calls].count(stopped)
         await router.prepare(video(b"another"))
-        assert time.perf_counter() - started_s < 0.4, "it was asked again while it cools"
+        assert before and [worker for worker, _ in asked.calls].count(stopped) == before, "it was asked again while it cools"
 
     # A key is read from whole files: its deadline is that of reading, here a short one.
     run(scenario, engine={"decode_timeout_s": 0.5, "max_frames": 8})
@@ -201,9 +202,9 @@ def test_an_empty_pool_is_said_at_once():
         started_s = time.perf_counter()
         with pytest.raises(Unavailable, match="no decode worker"):
             await router.prepare(video())
-        assert time.perf_counter() - started_s < 0.2
+        assert time.perf_counter() - started_s < 2.5
 
-    run(scenario, num_decode=0)
+    run(scenario, num_decode=0, router={"call_timeout_s": 5.0})
 
     async def no_maker(cluster, router):
         with pytest.raises(Unavailable, match="no prefill worker"):
