@@ -86,7 +86,7 @@ def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
     prefix = make_prefix(SPEC, mib * MIB)
     config = TransportConfig(kind="inproc")
     prefix_sink = DroppingSink(SPEC, prefix.length)
-    receiver, sender = KVReceiver("far", prefix_sink, SPEC, config), KVSender("near", SPEC, config)
+    receiver, sender = KVReceiver("far", prefix_sink, SPEC, config), KVSender("near", config)
     number = 0
 
     def bare() -> None:

@@ -83,7 +83,7 @@ def objectstore_rows(
         num_slots = max(sizes) * MIB // spec.bytes_per_token + 1
         far: Any = ray.remote(FarActor).options(max_concurrency=8, num_cpus=1).remote(spec, num_slots)
         address = ray.get(far.address.remote(), timeout=WAIT_S)
-        sender = KVSender("near", spec, TransportConfig(kind="objectstore"), object_store=ActorObjectStore(far))
+        sender = KVSender("near", TransportConfig(kind="objectstore"), object_store=ActorObjectStore(far))
         number = 0
 
         def lane_ms() -> float:

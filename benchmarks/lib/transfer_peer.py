@@ -80,7 +80,7 @@ class Near:
         store: PairStore
         store, here = connect(ReceiverAddress("far", "gloo", HOST, port, "raw"), WAIT_S)
         self._group = build_group(store, 1, here, WAIT_S)
-        self._sender = KVSender("near", spec, config)
+        self._sender = KVSender("near", config)
         self._number = 0
 
     def ticket(self) -> TransferTicket:

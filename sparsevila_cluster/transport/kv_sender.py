@@ -17,7 +17,6 @@ from sparsevila_cluster.core.addresses import ReceiverAddress, TransferTicket
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.errors import DataLoss, DeadlineExceeded, LaneLost, SparseVilaError, Unavailable
 from sparsevila_cluster.core.metrics import MetricsSink
-from sparsevila_cluster.kvcache.arena import KVSpec
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.transport.link import Endpoint, Link, ObjectStore
 from sparsevila_cluster.transport.manifest import Manifest
@@ -38,16 +37,15 @@ class KVSender:
     def __init__(
         self,
         worker: str,
-        spec: KVSpec,
         config: TransportConfig,
         *,
         device: torch.device | str = "cpu",
         object_store: ObjectStore | None = None,
         sink: MetricsSink | None = None,
     ):
-        """worker: whose sender this is; spec, device: of its KV; sink: of metrics. Raises BadConfig: see `check_transport`."""
+        """worker: whose sender this is; device: of its KV; sink: of metrics. Raises BadConfig: see `check_transport`."""
         check_transport(config)
-        self._worker, self._spec, self._config, self._sink = worker, spec, config, sink
+        self._worker, self._config, self._sink = worker, config, sink
         self._endpoint = Endpoint(config, torch.device(device), object_store)
         self._lock = threading.Lock()
         self._lanes: dict[tuple[ReceiverAddress, str], SendLane] = {}

@@ -79,7 +79,7 @@ def run_receiver(pipe: LaneConnection, port: int) -> None:
 
 
 def run_sender(pipe: LaneConnection, port: int) -> None:
-    sender = KVSender("prefill-0", SPEC, TransportConfig(kind="gloo", **SHORT))
+    sender = KVSender("prefill-0", TransportConfig(kind="gloo", **SHORT))
     pipe.send("ready")
 
     def finish(transfer: Any) -> None:

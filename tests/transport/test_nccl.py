@@ -151,7 +151,7 @@ def test_between_two_gpus():
     prefix_sink = StoreSink()
     prefix_sink.store.arena = Arena(SPEC, 6000, "cuda:1")
     receiver = KVReceiver("decode-0", prefix_sink, SPEC, config, device="cuda:1")
-    sender = KVSender("prefill-0", SPEC, config, device="cuda:0")
+    sender = KVSender("prefill-0", config, device="cuda:0")
     try:
         sent = make_prefix()
         arena = sent.extent.arena

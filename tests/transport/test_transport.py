@@ -171,7 +171,7 @@ class TestEveryKind:
 
     def test_a_receiver_whose_lanes_are_all_busy(self, kind):
         pair = Pair(kind, max_lanes=1, **FINE)
-        second = KVSender("prefill-1", SPEC, pair.config, object_store=pair.object_store)
+        second = KVSender("prefill-1", pair.config, object_store=pair.object_store)
         try:
             transfer = pair.begin(make_prefix(), BOUNDS)
             transfer.wrote(0, 0, 1500)
@@ -214,7 +214,7 @@ class TestEveryKind:
 
 def test_a_kind_that_is_not_in_the_table():
     config = TransportConfig(kind="pigeon")
-    for build in (lambda: KVReceiver("d", StoreSink(10), SPEC, config), lambda: KVSender("p", SPEC, config)):
+    for build in (lambda: KVReceiver("d", StoreSink(10), SPEC, config), lambda: KVSender("p", config)):
         with pytest.raises(BadConfig, match="'auto', 'inproc', 'gloo', 'nccl' or 'objectstore', got 'pigeon'"):
             build()
 

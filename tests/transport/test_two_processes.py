@@ -153,7 +153,7 @@ def test_a_restart_on_the_same_address(peers):
     first = peers("receiver")
     old = first.hello["address"]
     first.ask(what="expect", transfer_id="t", key="a")
-    sender = KVSender("prefill-0", SPEC, TransportConfig(kind="gloo", **SHORT))
+    sender = KVSender("prefill-0", TransportConfig(kind="gloo", **SHORT))
     try:
         sent = make_prefix("a", 1000, 3)
         transfer = sender.begin(sent, [0, 500, 1000], TransferTicket("t", old, 20.0))

@@ -145,7 +145,7 @@ class Pair:
         self.tally = Tally()
         self.object_store = object_store
         self.receiver = KVReceiver("decode-0", self.prefix_sink, SPEC, self.config, object_store=object_store, sink=self.tally)
-        self.sender = KVSender("prefill-0", spec, self.config, object_store=object_store, sink=self.tally)
+        self.sender = KVSender("prefill-0", self.config, object_store=object_store, sink=self.tally)
         if object_store is not None:
             object_store.receivers["decode-0"] = self.receiver
         self._num = 0

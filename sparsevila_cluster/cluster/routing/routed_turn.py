@@ -311,15 +311,15 @@ class RoutedTurn:
             NotFound: unknown, another tenant's, or lost. BadRequest: about another media. Unavailable, DeadlineExceeded, Cancelled.
         """
         conversation, turn, clients = self.conversation, self.turn, self._clients
-        patience = Deadline(clients.config.router.call_timeout_s)
+        wait = Deadline(clients.config.router.call_timeout_s)
         while True:
             journal = await clients.directory.journal(conversation.base, self._deadline)
             records = conversation.with_unrecorded(journal.records if journal is not None else ())
             if conversation.is_covered_by(records):
                 break
-            if not patience.left_s and journal is None and not conversation.known:
+            if not wait.left_s and journal is None and not conversation.known:
                 raise NotFound(f"conversation {turn.conversation_id!r} is unknown")
-            if not patience.left_s:
+            if not wait.left_s:
                 raise NotFound(f"the text of conversation {conversation.token!r} is lost, and the worker that held it")
             await asyncio.sleep(min(PAUSE_S, self._deadline.remaining_s("waiting for the text of a conversation")))
         if journal is None and not conversation.known:

@@ -74,7 +74,7 @@ class DecodeWorker:
         self.receiver = KVReceiver(
             name, prefixes, spec, transport, device=self.model.device, object_store=object_store, sink=self.sink
         )
-        sender = KVSender(name, spec, transport, object_store=object_store, sink=self.sink)
+        sender = KVSender(name, transport, object_store=object_store, sink=self.sink)
         self._transfers = TransferTasks(name, sender, transport.dial_timeout_s)
         self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="exchange")
         self._reported: tuple[MediaHandle, ...] | None = None

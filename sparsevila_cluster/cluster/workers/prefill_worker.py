@@ -66,7 +66,7 @@ class PrefillWorker:
         self.copies = HostCopies(spec, config.prefill.copy_bytes)
         # On a CPU the prefill writes into the copy itself.
         self.staging = None if device.type == "cpu" else HostCopies(spec, engine.prefix_bytes, device)
-        self.sender = KVSender(name, spec, config.transport, object_store=object_store, sink=self.sink)
+        self.sender = KVSender(name, config.transport, object_store=object_store, sink=self.sink)
         self.num_prefills = 0
         self._transfers = TransferTasks(name, self.sender, config.transport.dial_timeout_s)
         self._jobs: dict[asyncio.Task, PrefillJob] = {}

@@ -58,7 +58,7 @@ class TransferTasks:
 
     def lanes(self) -> list[dict[str, Any]]:
         """Lanes to other workers, as plain data."""
-        return [{"direction": "out", "peer": lane.pop("dock"), **lane} for lane in self.sender.info()["lanes"]]
+        return [{"direction": "out", "peer": lane.pop("receiver"), **lane} for lane in self.sender.info()["lanes"]]
 
     async def finish(
         self, transfer: OutgoingTransfer, ticket: TransferTicket, within_s: float, release: Callable[[], object]
