@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sparsevila_cluster.core.errors import BadRequest, DataLoss
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
@@ -52,19 +52,7 @@ def _filled(kind: type[R], **fields: object) -> R:
 
 def to_handle(media: pb.Media) -> MediaHandle:
     """Prepared media as the server described it."""
-    return MediaHandle(
-        media_id=media.media_id,
-        kind=media.kind,
-        num_frames=media.num_frames,
-        duration_s=media.duration_s,
-        visual_tokens=media.visual_tokens,
-        visual_tokens_kept=media.visual_tokens_kept,
-        prefix_tokens=media.prefix_tokens,
-        kv_bytes=media.kv_bytes,
-        dense_kv_bytes=media.dense_kv_bytes,
-        reused=media.reused,
-        ms=dict(media.ms),
-    )
+    return MediaHandle(**_fields(media))
 
 
 def to_event(turn_id: str, event: pb.AskEvent) -> TurnEvent | None:
@@ -99,18 +87,13 @@ def _finish_reason(reason: str) -> FinishReason:
 
 
 def _usage(usage: pb.Usage) -> Usage:
-    return Usage(
-        visual_tokens=usage.visual_tokens,
-        visual_tokens_kept=usage.visual_tokens_kept,
-        visual_tokens_retrieved=usage.visual_tokens_retrieved,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        effective_keep=usage.effective_keep,
-        degraded=usage.degraded,
-        num_preemptions=usage.num_preemptions,
-        brownout=usage.brownout,
-        ms=dict(usage.ms),
-    )
+    return Usage(**_fields(usage))
+
+
+def _fields(message: pb.Media | pb.Usage) -> dict[str, Any]:
+    """Every field of a message by its name; milliseconds by stage as a dict."""
+    fields = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    return {**fields, "ms": dict(message.ms)}
 
 
 def _frame(seen: pb.EvidenceFrame) -> FrameEvidence:

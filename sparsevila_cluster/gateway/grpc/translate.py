@@ -66,19 +66,12 @@ def to_status(update: StageProgress | MediaHandle) -> pb.MediaStatus:
 
 def to_media(handle: MediaHandle) -> pb.Media:
     """A media prefix."""
-    return pb.Media(
-        media_id=handle.media_id,
-        kind=handle.kind,
-        num_frames=handle.num_frames,
-        duration_s=handle.duration_s,
-        visual_tokens=handle.visual_tokens,
-        visual_tokens_kept=handle.visual_tokens_kept,
-        prefix_tokens=handle.prefix_tokens,
-        kv_bytes=handle.kv_bytes,
-        dense_kv_bytes=handle.dense_kv_bytes,
-        reused=handle.reused,
-        ms=handle.ms,
-    )
+    return pb.Media(**_fields(pb.Media, handle))
+
+
+def _fields(message: type[pb.Media] | type[pb.Usage], value: object) -> dict[str, Any]:
+    """What a message takes from the fields of the same names."""
+    return {field.name: getattr(value, field.name) for field in message.DESCRIPTOR.fields}
 
 
 def to_event(event: TurnEvent, num_tokens: int) -> pb.AskEvent:
@@ -118,7 +111,7 @@ def to_reply(events: Sequence[TurnEvent]) -> pb.AnswerReply:
 
 def to_usage(usage: Usage) -> pb.Usage:
     """The message has the fields of the dataclass."""
-    return pb.Usage(**{name: getattr(usage, name) for name in Usage.__dataclass_fields__})
+    return pb.Usage(**_fields(pb.Usage, usage))
 
 
 def to_info(info: ServerInfo) -> pb.ServerInfo:
