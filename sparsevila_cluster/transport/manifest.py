@@ -110,7 +110,7 @@ class Manifest:
 
     def pack(self) -> bytes:
         """As msgpack."""
-        return msgpack.packb(
+        packed: bytes = msgpack.packb(
             {
                 "version": self.version,
                 "transfer_id": self.transfer_id,
@@ -121,6 +121,7 @@ class Manifest:
                 "straight_bytes": self.straight_bytes,
             }
         )
+        return packed
 
     @staticmethod
     def unpack(packed: bytes) -> Manifest:

@@ -11,6 +11,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from sparsevila_cluster.cluster.workers.host_copies import HostCopies, in_host_memory
 from sparsevila_cluster.core.deadline import GRACE_S, wait_within
@@ -127,7 +128,7 @@ class ProgressChannel:
             self._unread[stage] = (done, total)
         self._loop.call_soon_threadsafe(self._changed.set)
 
-    async def until(self, work: asyncio.Future, deadline_s: float) -> AsyncGenerator[tuple[str, int, int], None]:
+    async def until(self, work: asyncio.Future[Any], deadline_s: float) -> AsyncGenerator[tuple[str, int, int], None]:
         """(stage, done, total) until `work` is over. Raises DeadlineExceeded if it ends too late."""
         work.add_done_callback(lambda _: self._changed.set())
         until_s = time.perf_counter() + deadline_s + GRACE_S

@@ -38,6 +38,9 @@ from sparsevila_cluster.transport import KVSender, ObjectStore, ReceiverAddress,
 
 log = logging.getLogger(__name__)
 
+# The task that makes and sends one prefix, and gives its handle and the report of the transfer.
+Sending = asyncio.Task[tuple[MediaHandle, dict[str, Any]]]
+
 
 class PrefillWorker:
     """One prefill engine, the host copies of what it made, and its transfers. Create and use it within one event loop."""
@@ -69,7 +72,7 @@ class PrefillWorker:
         self.sender = KVSender(name, config.transport, object_store=object_store, sink=self.sink)
         self.num_prefills = 0
         self._transfers = TransferTasks(name, self.sender, config.transport.dial_timeout_s)
-        self._jobs: dict[asyncio.Task, PrefillJob] = {}
+        self._jobs: dict[Sending, PrefillJob] = {}
         self._reported: int | None = None
         self._closed = False
 
@@ -112,7 +115,7 @@ class PrefillWorker:
             deadline.cancel()
             self._abort(task, job, "the caller left")
 
-    def _abort(self, task: asyncio.Task, job: PrefillJob, reason: str) -> None:
+    def _abort(self, task: Sending, job: PrefillJob, reason: str) -> None:
         """Have a job end soon. One that is in the prefill thread cannot be cancelled: it ends at its next report."""
         if job.done:
             task.cancel()
@@ -123,7 +126,7 @@ class PrefillWorker:
     def _num_waiting(self) -> int:
         return sum(job.waiting for job in self._jobs.values())
 
-    def _ended(self, task: asyncio.Task) -> None:
+    def _ended(self, task: Sending) -> None:
         del self._jobs[task]
         if not task.cancelled():
             task.exception()  # it may be that nobody waits for it any more
