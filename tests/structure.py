@@ -64,7 +64,8 @@ MAX_LINES = 330
 LONG_FILES: dict[str, str] = {}  # path -> why it is better in one piece
 FOLDERS = {"pb", "models", "awq", "pruning", "retrieval", "transport", "cluster", "gateway", "demo"}  # others earn it
 TOP_LEVEL = set(
-    "README.md LICENSE Makefile pyproject.toml .gitignore .ci protos kernels deploy benchmarks tests sparsevila_cluster".split()
+    "README.md LICENSE Makefile pyproject.toml .gitignore .ci "
+    "constraints protos kernels deploy benchmarks tests sparsevila_cluster".split()
 )
 GRPC_STATUS = set(
     "CANCELLED UNKNOWN INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED "

@@ -168,6 +168,7 @@ async def knocks(address, credentials):
         return await VideoQAStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=5)
 
 
+@pytest.mark.smoke
 def test_tls_hides_the_door_from_plain_text_and_strangers(authority, checkpoint, clips, tmp_path):
     from tests.gateway.certificates import Authority
 

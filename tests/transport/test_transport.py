@@ -14,6 +14,7 @@ from tests.transport.transport_fixtures import BOUNDS, FINE, SPEC, Cupboard, Har
 
 
 class TestEveryKind:
+    @pytest.mark.smoke
     def test_a_prefix_arrives_as_it_was(self, harbour, kind):
         sent = make_prefix()
         report = harbour.send(sent, BOUNDS)
