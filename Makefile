@@ -1,9 +1,11 @@
 # Every target sets itself up: a virtual environment in .venv, torch on its own, then this package with its test tools.
-# The second call does nothing until pyproject.toml changes. Needs Python >= 3.11 and nothing else.
+# The second call does nothing until pyproject.toml or constraints/ change. Needs Python 3.11 to 3.14 and nothing else; uv is
+# used where it is on PATH (`UV=` for pip all the same).
 #
 #   make demo PYTHON=python3.12                                    choose the interpreter
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     torch without CUDA (on Linux, PyPI's torch brings CUDA)
 #   make demo TORCH_SPEC='torch>=2.9,<3'                           another torch
+#   make demo CONSTRAINTS=                                         the newest releases that pyproject.toml allows
 
 VENV        ?= .venv
 PYTHON      ?=
@@ -12,13 +14,24 @@ TORCH_INDEX ?=
 WORKERS     ?= 2
 PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
+# The versions that were tested with this Python. They name neither torch nor what a build of torch brings along (CUDA, Triton):
+# TORCH_SPEC and TORCH_INDEX decide on those.
+CONSTRAINTS ?= constraints/$$($(PY) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
+UV          ?= $(shell command -v uv)
+INSTALL     := $(if $(UV),$(UV) pip install --python $(PY),$(PY) -m pip install)
+# Runs what needs no environment.
+SYSTEM_PY   := $(or $(PYTHON),python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench figures fuzz storm chaos protos clean
+.PHONY: help setup demo test matrix constraints lint bench figures fuzz storm chaos protos clean
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
 	@echo "make test    run the whole test suite in WORKERS=2 processes (0: in one)"
+	@echo "make matrix  demo and smoke tests with every Python from 3.11 to 3.14 that is here, in fresh environments"
+	@echo "             ONLY=\"3.12 3.13\" or ONLY=other (one that is not .venv's); NEWEST=1 with the newest releases instead of"
+	@echo "             constraints/, and tells which of them breaks what; KEEP=1 keeps the environments and goes on with them"
+	@echo "make constraints  constraints/*.txt anew, from the newest releases that pyproject.toml allows; ONLY=..."
 	@echo "make lint    ruff, mypy and import contracts"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
 	@echo "make fuzz    2,000 broken media files through the public door (MUTANTS=..., SEED=...)"
@@ -34,6 +47,12 @@ demo: setup
 # Bytecode is kept whatever the environment says: each of the many processes that tests start would compile everything anew.
 test: setup
 	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+matrix:
+	@$(SYSTEM_PY) tests/matrix.py --own $(PY) $(if $(ONLY),--only $(ONLY)) $(if $(NEWEST),--newest) $(if $(KEEP),--keep)
+
+constraints:
+	@$(SYSTEM_PY) tests/matrix.py --freeze $(if $(ONLY),--only $(ONLY))
 
 lint: setup
 	@$(PY) -m ruff check .
@@ -67,25 +86,25 @@ protos: setup
 	done
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis out sparsevila-demo
+	rm -rf .matrix build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis out sparsevila-demo
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml | $(PY)
-	$(PY) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH_SPEC)'
-	$(PY) -m pip install -e '.[dev]'
+$(INSTALLED): pyproject.toml $(wildcard constraints/*.txt) | $(PY)
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH_SPEC)'
+	@file="$(CONSTRAINTS)"; test -f "$$file" && set -- -c "$$file"; set -x; $(INSTALL) -e '.[dev]' "$$@"
 	@touch $@
 
 $(PY):
 	@found=; \
 	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
-		if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		if $$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then \
 			found=$$python; break; \
 		fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-		echo "No usable Python: need Python >= 3.11 with venv (Debian and Ubuntu: apt install python3-venv)." >&2; \
+		echo "No usable Python: need Python 3.11 to 3.14 with venv (Debian and Ubuntu: apt install python3-venv)." >&2; \
 		echo "Point to one with: make PYTHON=/path/to/python3.12 ..." >&2; \
 		exit 1; \
 	fi; \

@@ -196,7 +196,7 @@ def _place_glyphs(step: tuple, rng: np.random.Generator, owner: np.ndarray) -> l
     half = GRID // 2
     for index, glyph in enumerate(step):
         down, right = divmod(PLACES.index(glyph.place), 2)
-        row, col = down * half + rng.integers(half), right * half + rng.integers(half)
+        row, col = down * half + int(rng.integers(half)), right * half + int(rng.integers(half))
         owner[row, col] = index
         size = GLYPH_SIZES_PX[rng.integers(len(GLYPH_SIZES_PX))]
         turn = GLYPH_TURNS_DEG[rng.integers(len(GLYPH_TURNS_DEG))]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import av
+from av.codec.context import Flags
 
 from sparsevila_cluster.core.errors import BadMedia, DeadlineExceeded, SparseVilaError
 from sparsevila_cluster.media.frames import check_pixels, out_of_memory
@@ -29,6 +31,8 @@ MAX_THREADS = 8  # each decoder thread holds a frame of its own
 # Decoders that may work on several frames at once. FFmpeg's HEVC decoder is not one of them: on broken streams its threads
 # wait for each other for ever (seen within seconds of fuzzing), where no deadline can be checked. Others split one frame.
 FRAME_THREADS = frozenset({"h264"})
+# PyAV 18 refuses a file with a tag that is not UTF-8, unless told otherwise. PyAV 19 takes it, and knows no such argument.
+TAGS: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(av.container.Container, "metadata_errors") else {}
 
 
 @contextmanager
@@ -50,7 +54,7 @@ def open_video(
             "max_pixels": str(min(limits.max_pixels, 2**31 - 1)),
             "err_detect": "explode",  # report damage instead of painting over it
         }
-        with av.open(file, options=options, metadata_errors="replace", timeout=deadline.left_s()) as container:
+        with av.open(file, options=options, timeout=deadline.left_s(), **TAGS) as container:
             assert isinstance(container, av.container.InputContainer)
             # Attached pictures are the cover art of an audio file.
             videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -64,6 +68,10 @@ def open_video(
             check_pixels(context.width, context.height, name, limits)
             context.options = {key: options[key] for key in ("max_pixels", "err_detect")}
             context.thread_type = "AUTO" if context.codec.canonical_name in FRAME_THREADS else "SLICE"
+            if context.codec.canonical_name == "av1":
+                # dav1d knows no thread types, and works on several frames at once unless it may not delay them. Where the file is
+                # broken, FFmpeg 9 then takes one frame's error for another's, and now and then for a lack of memory.
+                context.flags |= Flags.low_delay
             context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
             yield container, stream
 
@@ -81,6 +89,11 @@ def _typed_errors(name: str, limits: MediaLimits) -> Iterator[None]:
     except (av.error.FFmpegError, ValueError, LookupError, ArithmeticError, EOFError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise BadMedia(f"{name} is not a video that can be read: {reason[:1].lower()}{reason[1:]}") from error
+
+
+def exact(ratio: Any, otherwise: Fraction) -> Fraction:
+    """A ratio of PyAV's, and `otherwise` where it is not set: None or a Fraction in PyAV 18, an AVRational in PyAV 19."""
+    return Fraction(ratio or otherwise)
 
 
 def is_end(packet: av.Packet) -> bool:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class FrameBuffer:
     """Takes at most `capacity` video frames, in order. The first one sets the size; later ones are scaled to it."""
 
-    def __init__(self, capacity: int, aspect: Fraction | None, name: str, limits: MediaLimits, allocate: Allocate):
+    def __init__(self, capacity: int, aspect: Fraction, name: str, limits: MediaLimits, allocate: Allocate):
         """aspect: width of a stored pixel over its height."""
-        self.capacity, self.aspect, self.name, self.limits, self.allocate = capacity, aspect or 1, name, limits, allocate
+        self.capacity, self.aspect, self.name, self.limits, self.allocate = capacity, aspect, name, limits, allocate
         # One for all frames, without threads: setting it up costs more than a small frame.
         self._reformatter = VideoReformatter()
         self.frames: Frames | None = None

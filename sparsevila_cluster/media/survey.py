@@ -9,7 +9,7 @@ from fractions import Fraction
 import av
 
 from sparsevila_cluster.core.errors import BadMedia
-from sparsevila_cluster.media.container import MAX_LOST_SHARE, check_lost, is_end
+from sparsevila_cluster.media.container import MAX_LOST_SHARE, check_lost, exact, is_end
 from sparsevila_cluster.media.keyframe import starts_anew
 from sparsevila_cluster.media.media_source import DecodeDeadline
 
@@ -120,8 +120,8 @@ def survey_packets(container: av.container.InputContainer, stream: av.VideoStrea
         end_s = float(max(end * (container.streams[number].time_base or 0) for number, end in ends.items()) if ends else 0)
         if end_s < header_s * (1 - MAX_LOST_SHARE) - 0.5:
             raise BadMedia(f"{name} ends early: {end_s:.3f} s of the {header_s:.3f} s that its header declares")
-    rate = stream.guessed_rate or stream.average_rate or Fraction(25)
-    tick_s = Fraction(stream.time_base or 1 / rate)
+    rate = exact(stream.guessed_rate or stream.average_rate, Fraction(25))
+    tick_s = exact(stream.time_base, 1 / rate)
     if first is None or last is None or num_untimed or container.format.name == "avi":
         return Survey(num_shown, Fraction(0), tick_s, float(num / rate), 1 / rate, None)
     length_s = (last - first) * tick_s + (tail * tick_s or 1 / rate)

@@ -8,12 +8,13 @@ at a time, and converts to RGB only what is kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO
 
 import av
 
 from sparsevila_cluster.core.errors import TooLarge
-from sparsevila_cluster.media.container import check_lost, is_end, open_video
+from sparsevila_cluster.media.container import check_lost, exact, is_end, open_video
 from sparsevila_cluster.media.frame_buffer import FrameBuffer
 from sparsevila_cluster.media.frame_selection import choose, sample_times
 from sparsevila_cluster.media.frames import Allocate, Decoded, check_pixels
@@ -40,7 +41,7 @@ def decode_video(
     with open_video(file, name, limits, deadline) as (container, stream):
         survey = survey_packets(container, stream, name, deadline)
         codec, format_name = stream.codec_context.codec.canonical_name, container.format.name
-        aspect = stream.sample_aspect_ratio
+        aspect = exact(stream.sample_aspect_ratio, Fraction(1))
     if survey.duration_s > limits.max_duration_s:
         raise TooLarge(f"{name}: {survey.duration_s:.6g} s are longer than max_duration_s = {limits.max_duration_s:g}")
     times_s = sample_times(survey.duration_s, fps, max_frames)

@@ -193,6 +193,7 @@ async def test_keys_are_asked_for(checkpoint, clips):  # noqa: F811
                 await two.ask(media, "what?", max_tokens=2)
 
 
+@pytest.mark.smoke
 def test_the_blocking_client_and_the_command_line(checkpoint, clips, expected, capsys):  # noqa: F811
     with in_thread(lambda: server_over(checkpoint)) as (port, _):
         with Client.connect(f"127.0.0.1:{port}") as client:

@@ -136,6 +136,7 @@ def test_a_ragged_batch_equals_one_by_one(model):
             torch.testing.assert_close(one, other, atol=ATOL, rtol=0)
 
 
+@pytest.mark.smoke
 def test_two_conversations_on_one_prefix_do_not_mix(stock, model):
     b = bench(model, prune_keep=0.5, retrieve_keep=0.3)
     media = medias_of("video", seed=3)

@@ -154,6 +154,7 @@ async def info_over(address, credentials):
         return await VideoQAStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=5)
 
 
+@pytest.mark.smoke
 def test_tls_refuses_plain_text_and_strangers(authority, checkpoint, clips, tmp_path):
     from tests.gateway.certificates import Authority
 

@@ -169,6 +169,7 @@ def world(tmp_path, work, body=b"0123456789" * 20_000):
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+@pytest.mark.smoke
 def test_bodies_arrive_whole_however_they_are_sent(tmp_path):
     async def work(there):
         for path in ("/sized", "/chunked", "/until-end", f"/hops/{MAX_HOPS - 2}", "/to?" + there.url("/sized", "other.example")):

@@ -114,6 +114,7 @@ def test_more_keys_than_splits_of_the_least_size(triton_place, monkeypatch):
     check(triton_place, *make([[(0, 3, 690), (1, 0, 9)], [(0, 0, 300), (1, 100, 1)]], (4, 2), 16, F32, device=triton_place.device))
 
 
+@pytest.mark.smoke
 def test_no_key_gives_zero(place):
     q, pools, spans, how = make([[(0, 0, 0), (1, 0, 0)], [(0, 0, 9), (1, 0, 1)]], (4, 2), 64, BF16, device=place.device)
     out, lse = check(place, q, pools, spans, how)

@@ -47,6 +47,7 @@ def test_rows_arrive_and_others_stay(place, layers, slots, num, heads, dim, layo
     assert torch.equal(torch.isnan(whole), nan_before)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [F32, F16, torch.int8])
 def test_extents_become_one_run(place, dtype):
     """The pieces of several extents, packed into consecutive slots of the same arena."""

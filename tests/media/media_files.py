@@ -48,6 +48,7 @@ def video_bytes(
     pix_fmt: str = "yuv420p",
     seekable: bool = True,
     codec_options=None,
+    title: str | None = None,
 ) -> bytes:
     """A video whose frame `i` is a flat picture of level gray(i), or draw(i) -> u8 [H, W, 3]; pts in milliseconds."""
     width, height = size
@@ -63,6 +64,8 @@ def video_bytes(
     ):
         stream = out.add_stream(codec, rate=fps, options=QUIET.get(codec, {}) | (codec_options or {}))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        if title is not None:
+            out.metadata["title"] = stream.metadata["title"] = title
         if codec in BIT_RATE:
             stream.bit_rate = BIT_RATE[codec]
         if codec == "mpeg4":

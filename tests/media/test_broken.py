@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ def test_cut_files_are_refused(container, options):
             load(data[: int(len(data) * share)])
 
 
+@pytest.mark.smoke
 def test_a_damaged_middle_is_refused(capfd):
     rng = np.random.default_rng(0)
     data = bytearray(video_bytes(40, draw=lambda index: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)))
@@ -34,6 +36,24 @@ def test_a_damaged_middle_is_refused(capfd):
     with pytest.raises(BadMedia, match="of 40 damaged frames; at most 2%"):
         load(bytes(data), max_frames=1)
     assert capfd.readouterr().err == ""  # FFmpeg keeps quiet
+
+
+@pytest.mark.smoke
+def test_damaged_av1_is_refused_in_the_same_words_each_time():
+    data = video_bytes(50, fps=25, codec="libsvtav1")
+    frames = range(data.index(b"mdat") + 4, data.index(b"moov"))
+    for seed in range(4):
+        broken, rng = bytearray(data), random.Random(seed)
+        for place in rng.sample(frames, 8):
+            broken[place] ^= 1 + rng.randrange(255)
+        assert len({what_is_said_of(bytes(broken)) for _ in range(6)}) == 1
+
+
+def what_is_said_of(data: bytes) -> str:
+    try:
+        return f"{len(load(data, fps=2.5).frames)} frames"
+    except SparseVilaError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def test_every_file_is_closed(tmp_path):

@@ -79,6 +79,17 @@ def written_starts(data: bytes) -> list[float]:
         return [float((tick - ticks[0]) * container.streams.video[0].time_base) for tick in ticks]
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
+def test_tags_need_not_be_utf8(container):
+    data = video_bytes(NUM, fps=FPS, container=container, codec_options={"crf": "8"}, draw=flat, title="a plain title")
+    broken = data.replace(b"a plain title", b"\xc0\xff\xfe in CP1251")
+    assert len(broken) == len(data) and broken != data
+    media = load(broken, fps=FPS)
+    assert shown(media) == list(range(NUM))
+    assert np.array_equal(media.frames, load(data, fps=FPS).frames)
+
+
 @pytest.mark.parametrize("movflags", ["frag_keyframe+empty_moov", "frag_every_frame+empty_moov+default_base_moof", "dash"])
 def test_fragments_tell_no_duration(movflags):
     data = video_bytes(30, fps=FPS, container_options={"movflags": movflags}, codec_options={"bf": "2", "g": "10"})

@@ -25,6 +25,7 @@ def test_one_pixel():
     assert load(picture_bytes(Image.new("L", (1, 1), 7))).frames.tolist() == [[[[7, 7, 7]]]]
 
 
+@pytest.mark.smoke
 def test_exif_orientation_is_honoured():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to show

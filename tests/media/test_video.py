@@ -24,6 +24,7 @@ def test_sample_times_are_midpoints_of_equal_intervals():
     assert sample_times(10.0, 2.0, 64).dtype == np.float64
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "container, codec",
     [

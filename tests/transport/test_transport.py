@@ -26,6 +26,7 @@ from tests.transport.transport_fixtures import (
 
 
 class TestEveryKind:
+    @pytest.mark.smoke
     def test_a_prefix_arrives_as_it_was(self, pair, kind):
         sent = make_prefix()
         report = pair.send(sent, BOUNDS)
