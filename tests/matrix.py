@@ -199,7 +199,7 @@ def find_culprits(run: Run, name: str, command: list[str]) -> None:
 def freeze(run: Run) -> None:
     if not run.try_out("setup", run.make("setup", "CONSTRAINTS=")):
         return
-    head = f"# Python {run.version}, made by `make constraints`, tested by `make matrix`. Not here: torch and what its builds bring along.\n"
+    head = f"# Python {run.version}: made by `make constraints`, tested by `make matrix`. Torch and what it brings are not here.\n"
     run.constraints.parent.mkdir(exist_ok=True)
     run.constraints.write_text(head + "".join(f"{name}=={version}\n" for name, version in sorted(run.installed().items())))
     say(f"wrote {run.constraints.relative_to(ROOT)}")
