@@ -101,11 +101,11 @@ def test_build_takes_a_file_or_fields_not_both():
 )
 def test_options_override_the_file(line, place):
     parser = argparse.ArgumentParser()
-    command.add_to(parser.add_subparsers())
-    config = command._read_options(parser.parse_args(["serve", "--config", str(CLUSTER_FILE), *line]))
+    command.add_options(parser)
+    config = command._read_options(parser.parse_args(["--config", str(CLUSTER_FILE), *line]))
     assert (config.door.host, config.door.port) == place
     assert config.engine == load_cluster_config(CLUSTER_FILE).engine
-    assert command._read_options(parser.parse_args(["serve"])) == ClusterConfig()
+    assert command._read_options(parser.parse_args([])) == ClusterConfig()
 
 
 def test_a_router_and_the_directory_need_no_tensors():
