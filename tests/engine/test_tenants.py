@@ -190,7 +190,7 @@ def test_an_observer_has_the_whole_prefix_in_pieces(model):
     layers = range(model.spec.num_layers)
     pieces = [(layer, a, z) for a, z in zip(bounds, bounds[1:], strict=False) for layer in layers]
     assert observer.calls == [tuple(bounds), *pieces] and len(bounds) > 3
-    assert observer.prefix is prefix and prefix.tenant == "anna"
+    assert observer.prefix is prefix and prefix.metadata.tenant == "anna"
     for (layer, which, start), piece in observer.kv.items():
         assert (prefix.extent.rows(layer)[which][start : start + len(piece)] == piece).all(), "a piece changed after it was written"
 
