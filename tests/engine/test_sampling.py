@@ -7,12 +7,12 @@ import torch
 
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import SamplingParams
-from sparsevila_cluster.engine.sampling import Sampler, choose
+from sparsevila_cluster.engine.sampling import Sampler, sample
 
 
 def test_greedy_and_degenerate_sampling():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 4.9]])
-    assert choose(logits, [Sampler(SamplingParams()), Sampler(SamplingParams(temperature=1.0, top_k=1))]) == [1, 0]
+    assert sample(logits, [Sampler(SamplingParams()), Sampler(SamplingParams(temperature=1.0, top_k=1))]) == [1, 0]
     assert Sampler(SamplingParams(temperature=2.0, top_p=1e-6, seed=1)).draw(logits[1]) == 0
 
 
@@ -21,7 +21,7 @@ def test_a_seed_gives_the_same_stream_whatever_is_beside_it():
     params = SamplingParams(temperature=1.0, seed=7)
     alone, batched, neighbour = Sampler(params), Sampler(params), Sampler(SamplingParams(temperature=1.3, seed=9))
     one = [alone.draw(row) for row in logits]
-    two = [choose(torch.stack([row, row]), [neighbour, batched])[1] for row in logits]
+    two = [sample(torch.stack([row, row]), [neighbour, batched])[1] for row in logits]
     assert one == two and len(set(one)) > 3
 
 

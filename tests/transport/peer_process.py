@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 from functools import partial
-from multiprocessing.connection import LaneConnection
+from multiprocessing.connection import Connection
 from typing import Any
 
 from sparsevila_cluster.core.cluster_config import TransportConfig
@@ -55,7 +55,7 @@ class Peer:
         self._pipe.close()
 
 
-def run_receiver(pipe: LaneConnection, port: int) -> None:
+def run_receiver(pipe: Connection, port: int) -> None:
     if port:  # the address of one that died
         create = handshake.socket.create_server
         handshake.socket.create_server = lambda address, **more: create((address[0], port), **more)
@@ -78,7 +78,7 @@ def run_receiver(pipe: LaneConnection, port: int) -> None:
             pipe.send(came is not None and rows_equal(make_prefix(order["key"], order["length"], order["seed"]), came))
 
 
-def run_sender(pipe: LaneConnection, port: int) -> None:
+def run_sender(pipe: Connection, port: int) -> None:
     sender = KVSender("prefill-0", TransportConfig(kind="gloo", **SHORT))
     pipe.send("ready")
 
