@@ -59,6 +59,8 @@ def test_chunks_leave_while_later_ones_are_computed(checkpoint, clips, monkeypat
             await until(lambda: decode.receiver.info()["bytes_in_flight"] > 0)
             got = ("kv_transfer_bytes_total", "in", kind)
             await until(lambda: decode.sink.counts[got] > 0)
+            # Its share counts what the sender has heard of, which is later than what the receiver has.
+            await until(lambda: any(job.transfer.received_bytes for job in prefill._jobs.values()))
             assert not making.done() and prefill.num_prefills == 0 and key not in decode.engine.prefixes
             gate.opened.set()
             handle, report, progress = await making
