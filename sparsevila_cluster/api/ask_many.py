@@ -16,7 +16,7 @@ from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Sou
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.conversation import AsyncChat
 from sparsevila_cluster.core.display import ReprMixin
-from sparsevila_cluster.core.errors import BadRequest, QueueFull, SparseVilaError
+from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, QueueFull, SparseVilaError
 from sparsevila_cluster.core.progress_line import ProgressLine
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import Answer, MediaHandle
@@ -158,6 +158,7 @@ class _AskMany:
         self.preparing = asyncio.Lock()
         self.freed = asyncio.Event()
         self.bytes_in_use: dict[Hashable, int] = {}
+        self.until_s = asyncio.get_running_loop().time() + ask_many_limit_s(qa, asks, prepare, options)
         self.num_done, self.num_questions = 0, sum(len(ask.turns) for ask in asks)
 
     async def run(self) -> list[Asked]:
@@ -192,12 +193,12 @@ class _AskMany:
     async def _prepare_when_it_fits(self, key: Hashable, ask: Ask) -> MediaHandle:
         """Prepare a media as soon as it fits beside those that are being asked about: else it would evict them.
 
-        One group at a time, in order. The wait has no deadline of its own: it ends with the turns under way, which have theirs.
+        One group at a time, in order. Raises DeadlineExceeded when there is no room by the time all turns must have ended.
         """
         async with self.preparing:
             while not self._has_room():
                 self.freed.clear()
-                await self.freed.wait()
+                await self._wait_for_room()
             if isinstance(ask.media, MediaHandle):
                 media = ask.media
             else:
@@ -206,6 +207,13 @@ class _AskMany:
                 media = await _retry_while_full(call, self.qa.prepare_limit_s(options.get("timeout_s")))
             self.bytes_in_use[key] = media.kv_bytes
             return media
+
+    async def _wait_for_room(self) -> None:
+        try:
+            async with asyncio.timeout_at(self.until_s):
+                await self.freed.wait()
+        except TimeoutError:
+            raise DeadlineExceeded("no room for one more media: turns about the others did not end at their deadlines") from None
 
     def _has_room(self) -> bool:
         """Whether one more media fits if it is as large as the largest of those in use."""

@@ -61,7 +61,7 @@ class Directory:
     def __init__(self, report_s: float = 1.0, max_conversations: int = 10_000, clock: Callable[[], float] = time.monotonic):
         self.report_s = report_s
         self._clock = clock
-        self._started_s = clock()
+        self._started_s = self._heard_s = clock()
         self._workers: dict[str, _WorkerEntry] = {}
         self._digests: LRUDict[str] = LRUDict(MAX_DIGESTS)
         self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
@@ -97,7 +97,7 @@ class Directory:
         return ClusterSnapshot(tuple(known.report for known in self._workers.values()), len(self._journals), self.is_settled())
 
     def is_settled(self) -> bool:
-        """Whether every worker has had time to report since this directory started."""
+        """Whether every worker has had time to report since this directory started, or went on after it heard from nobody."""
         return self._clock() - self._started_s >= SETTLE_REPORTS * self.report_s
 
     def note_start_failure(self, deployment: str, failure: dict[str, Any]) -> None:
@@ -110,6 +110,9 @@ class Directory:
 
     def _drop_silent(self) -> float:
         now_s = self._clock()
+        if now_s - self._heard_s > SETTLE_REPORTS * self.report_s:  # this process stood still, or all others did
+            self._started_s = now_s
+        self._heard_s = now_s
         for worker, known in list(self._workers.items()):
             if now_s - known.seen_s > MISSED_REPORTS * self.report_s:
                 del self._workers[worker]

@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 
 from sparsevila_cluster import Ask, AsyncVideoQA, VideoQA
-from sparsevila_cluster.core.errors import BadMedia, BadRequest, Cancelled, QueueFull, TooLarge
+from sparsevila_cluster.core.errors import BadMedia, BadRequest, Cancelled, DeadlineExceeded, QueueFull, TooLarge
 from tests.api.test_async_video_qa import FIELDS, checkpoint, clips, run, settled  # noqa: F401 (fixtures)
 from tests.core.test_progress_line import Terminal
 
@@ -139,8 +139,11 @@ def test_a_queue_that_stays_full_is_told_at_the_deadline(checkpoint, clips, monk
     run(checkpoint, work)
 
 
-def test_media_that_do_not_fit_together_take_turns(checkpoint, clips):  # noqa: F811
+def test_media_that_do_not_fit_together_take_turns(checkpoint, clips, monkeypatch):  # noqa: F811
     """Without waiting for room, each preparation would drive out media that are still asked about."""
+    from sparsevila_cluster.api import ask_many
+    from sparsevila_cluster.core import conversation
+
     with VideoQA(checkpoint, **FIELDS) as qa:
         room = max(qa.prepare(clip).kv_bytes for clip in clips)
     asks = [(clips[i % 3], ["a?", "b?", "c?"]) for i in range(9)]
@@ -153,6 +156,22 @@ def test_media_that_do_not_fit_together_take_turns(checkpoint, clips):  # noqa: 
         assert info["prefills"] == 3 and info["prefixes_evicted"] == 2 and info["prefixes"] == 1
 
     run(checkpoint, work, prefix_bytes=int(1.5 * room))
+
+    async def stuck(qa):
+        answered = asyncio.Event()
+
+        async def ask(self, question, **options):
+            await answered.wait()
+            raise BadMedia("at last")
+
+        monkeypatch.setattr(conversation.AsyncChat, "ask", ask)
+        monkeypatch.setattr(ask_many, "ask_many_limit_s", lambda *call: 0.5)
+        working = asyncio.create_task(qa.ask_many([(clip, "?") for clip in clips], progress=False))
+        await asyncio.sleep(1.0)
+        answered.set()
+        assert [type(result.error) for result in await working] == [BadMedia, DeadlineExceeded, DeadlineExceeded]
+
+    run(checkpoint, stuck, prefix_bytes=int(1.5 * room))
 
 
 @pytest.mark.parametrize("item", ["clip.mp4", ("clip.mp4",), ("clip.mp4", "a?", "b?"), ["clip.mp4", "a?"], ("clip.mp4", []), None])

@@ -155,9 +155,14 @@ class Bystander:
         self._over = True
         await self._task
 
-    def drop(self) -> None:
-        """Of a case that failed."""
+    async def drop(self) -> None:
+        """Of a case that failed: stop, and keep no conversation. Raises what the pipeline raises."""
         self._task.cancel()
+        await asyncio.wait([self._task])
+        if self._client.conversation_id:
+            await self._close()
+        for conversation_id in self._left:
+            await self._client.pipeline.close_conversation(conversation_id)
 
 
 async def error_of(work: asyncio.Task[None]) -> SparseVilaError | None:

@@ -87,12 +87,11 @@ async def kill_case(cluster: ProcessCluster, clip: CheckedClip, other: CheckedCl
         await _forget(cluster, clip)
         await cluster.wait_until_idle({other.media_id})
     finally:
-        for bystander in case.bystanders:
-            bystander.drop()
+        # The rest is of a case that failed: the next one must find nothing of it.
         if cluster.directory_pool.directory is None:
             cluster.directory_pool.come_back()
-        if case.client.conversation_id:  # of a case that failed
-            await error_of(asyncio.ensure_future(case.client.close()))
+        for leaving in [case.client.close(), *(one.drop() for one in case.bystanders)]:
+            await error_of(asyncio.ensure_future(leaving))
         for process in cluster.processes:
             if process.stopped:
                 process.signal(signal.SIGCONT)

@@ -168,6 +168,21 @@ def test_it_says_whether_everybody_had_time_to_report(directory, clock):
     assert directory.find("digest", None).settled and directory.is_settled()
 
 
+def test_a_directory_that_stood_still_gives_everybody_time_to_report_again(directory, clock):
+    """Silence that it could not have heard says nothing of the workers."""
+    clock.now_s += SETTLE_REPORTS
+    directory.report(report("d0"))
+    assert directory.is_settled()
+    clock.now_s += MISSED_REPORTS + 0.1
+    snapshot = directory.snapshot()
+    assert snapshot.workers == () and not snapshot.settled and not directory.find(None, "m").settled
+    assert directory.report(report("d0")).send_all
+    for _ in range(SETTLE_REPORTS):
+        clock.now_s += 1
+        directory.report(report("d0"))
+    assert directory.snapshot().settled
+
+
 def test_conversations_are_bounded_and_the_least_recently_used_goes_first(directory):
     for name in "abc":
         directory.record(name, "m", 0, said(0, 1))

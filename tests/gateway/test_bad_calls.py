@@ -304,5 +304,5 @@ def test_errors_tell_the_clients_names():
     error = QueueFull("'/tmp/a/b' and /tmp/a/b", 3.0)
     told = renamed(error, {"/tmp/a/b": "upload 'u'"})
     assert str(told) == "upload 'u' and upload 'u'" and told.retry_after_s == 3.0 and renamed(error, {"/x": "y"}) is error
-    path = "/root/" + "x" * 300
+    path = "/media/" + "x" * 300
     assert str(renamed(BadRequest(f"cannot read {short_name(path)}"), {path: "'x'"})) == "cannot read 'x'"
