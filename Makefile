@@ -34,7 +34,7 @@ help:
 	@echo "make constraints  constraints/*.txt anew, from the newest releases that pyproject.toml allows; ONLY=..."
 	@echo "make lint    ruff, mypy and import contracts"
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
-	@echo "make fuzz    2,000 broken media files through the public door (MUTANTS=..., SEED=...)"
+	@echo "make fuzz    2,000 broken media files through the public call (MUTANTS=..., SEED=...)"
 	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
 	@echo "make chaos   three thousand operations on a cluster whose workers are killed and stopped; OPERATIONS=n SEED=n"
 	@echo "make figures write benchmarks/results/ into README.md and docs/benchmarks.md"

@@ -29,7 +29,7 @@ from benchmarks.lib.engine_comparison import EngineComparison, Plan
 from benchmarks.lib.flop_counts import TextShape
 from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint, make_media
 from benchmarks.lib.report import Report, progress
-from benchmarks.lib.stopwatch import Patience
+from benchmarks.lib.stopwatch import Repeats
 from benchmarks.lib.timing_table import Ledger, show
 from sparsevila_cluster.core.config import EngineConfig, MediaLimits
 from sparsevila_cluster.core.requests import MediaSource
@@ -44,15 +44,15 @@ W4_TOY_GROUP = 32
 QUICK = Plan(
     frames=(16, 64),
     num_tokens=16,
-    sessions=Patience(least=1, most=3, budget_s=10.0),
-    encodes=Patience(least=2, most=5, budget_s=6.0),
+    sessions=Repeats(least=1, most=3, budget_s=10.0),
+    encodes=Repeats(least=2, most=5, budget_s=6.0),
     rounds=5,
     long_frames=0,
 )
 # How the small model is measured: what is short can be repeated.
 OFTEN: dict[str, Any] = {
-    "sessions": Patience(least=9, most=31, budget_s=10.0),
-    "encodes": Patience(least=9, most=31, budget_s=5.0),
+    "sessions": Repeats(least=9, most=31, budget_s=10.0),
+    "encodes": Repeats(least=9, most=31, budget_s=5.0),
     "rounds": 16,
     "block": 8,
 }

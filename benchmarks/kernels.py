@@ -24,7 +24,7 @@ from benchmarks.lib.machine import Ceilings
 from benchmarks.lib.ops import attention_ops, matmul_ops, memory_ops
 from benchmarks.lib.ops.op_case import CPU, GPU, QUICK, TOY, Case, Entry, Sizes, Subject, error_of
 from benchmarks.lib.report import Report, progress
-from benchmarks.lib.stopwatch import Patience, Times
+from benchmarks.lib.stopwatch import Repeats, Times
 from benchmarks.lib.timing_table import percent
 
 OPS = ("colreduce", "decode_attention", "kv_pack", "kv_quantize", "awq_matmul", "int8_matmul", "rms_norm", "rope_write", "silu_mul")
@@ -37,15 +37,15 @@ class Plan:
     """What to measure, and how often: `slow` runs of a reference, of which the first does not count if there are several."""
 
     sizes: Sizes
-    patience: Patience
+    repeats: Repeats
     slow: int = 1
 
 
 PLANS = {
-    "cuda": Plan(GPU, Patience(least=5, most=30, budget_s=0.3), slow=3),
-    "cpu": Plan(CPU, Patience(least=3, most=9, budget_s=1.0)),
-    "quick": Plan(QUICK, Patience(least=3, most=5, budget_s=0.5)),
-    "toy": Plan(TOY, Patience(least=2, most=3, budget_s=0.1)),
+    "cuda": Plan(GPU, Repeats(least=5, most=30, budget_s=0.3), slow=3),
+    "cpu": Plan(CPU, Repeats(least=3, most=9, budget_s=1.0)),
+    "quick": Plan(QUICK, Repeats(least=3, most=5, budget_s=0.5)),
+    "toy": Plan(TOY, Repeats(least=2, most=3, budget_s=0.1)),
 }
 
 
@@ -67,7 +67,7 @@ class Measurement:
     def __init__(self, target: torch.device, plan: Plan, tell: Callable[[str], None], write: Callable[[Row], None]):
         self.device, self.plan, self._tell, self._write = target, plan, tell, write
         self.rows: list[Row] = []
-        self._clock = device_clock.Clock(target, plan.patience)
+        self._clock = device_clock.Clock(target, plan.repeats)
         self._told: set[str] = set()
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.lib import machine
 from benchmarks.lib.midsize_checkpoint import default_cache
 from benchmarks.lib.report import Report, progress
-from benchmarks.lib.stopwatch import Patience, in_turns
+from benchmarks.lib.stopwatch import Repeats, in_turns
 from benchmarks.lib.timing_table import Ledger
 from sparsevila_cluster.core.config import MediaLimits
 from sparsevila_cluster.media.frames import Decoded, on_heap
@@ -60,7 +60,7 @@ class Film:
 
 FILMS = (Film(), Film("long", key_s=None))
 TOY = (Film(length_s=40.0, width=64, height=48), Film("long", None, length_s=40.0, width=64, height=48))
-OFTEN = Patience(least=3, most=9, budget_s=30.0)
+OFTEN = Repeats(least=3, most=9, budget_s=30.0)
 
 
 def make_film(cache: Path, film: Film, say: Callable[[str], None] = lambda text: None) -> Path:
@@ -130,7 +130,7 @@ def sample(path: Path, seek: bool) -> Decoded:
 
 
 def measure(
-    ledger: Ledger, cache: Path, films: Sequence[Film] = FILMS, patience: Patience = OFTEN,
+    ledger: Ledger, cache: Path, films: Sequence[Film] = FILMS, repeats: Repeats = OFTEN,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:  # fmt: skip
     """Add two rows per film, after checking that both ways give the same frames."""
@@ -139,7 +139,7 @@ def measure(
         say(f"film {film.name}: sampling")
         full, sparse = sample(path, seek=False), sample(path, seek=True)
         equal = np.array_equal(full.frames, sparse.frames) and np.array_equal(full.times_s, sparse.times_s)
-        times = in_turns({FULL: partial(sample, path, False), SEEK: partial(sample, path, True)}, patience)
+        times = in_turns({FULL: partial(sample, path, False), SEEK: partial(sample, path, True)}, repeats)
         facts: dict[str, Any] = {"num_film_frames": film.num_frames, "length_s": film.length_s, "key_frames": num_key_frames(path)}
         for variant, found in times.items():
             ledger.add(film.name, len(full.frames), STAGE, variant, found, equal_frames=bool(equal), **facts)

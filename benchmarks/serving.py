@@ -30,7 +30,7 @@ from benchmarks.lib.load_clients import DENSE, SPARSE
 from benchmarks.lib.load_levels import Level, LoadRunner, Outcome, make_videos
 from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint
 from benchmarks.lib.report import Report, progress
-from benchmarks.lib.stopwatch import Patience
+from benchmarks.lib.stopwatch import Repeats
 from sparsevila_cluster.core.cluster_config import ClusterConfig, build_cluster_config
 from sparsevila_cluster.demo.served_cluster import serving
 
@@ -69,8 +69,8 @@ QUICK = Plan(
     levels=(Level(4, 2, clients=1), Level(6, 1, clients=4), Level(5, 1, share=0.7)),
     overhead=cluster_overhead.OverheadPlan(
         num_tokens=12,
-        alone=Patience(least=2, most=5, budget_s=12.0),
-        crowded=Patience(least=1, most=2, budget_s=8.0),
+        alone=Repeats(least=2, most=5, budget_s=12.0),
+        crowded=Repeats(least=1, most=2, budget_s=8.0),
     ),
 )
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.lib import machine
 from benchmarks.lib.midsize_checkpoint import Recipe, default_cache, make_checkpoint, make_media
 from benchmarks.lib.report import Report, progress
-from benchmarks.lib.stopwatch import Patience, Times, once_ms
+from benchmarks.lib.stopwatch import Repeats, Times, once_ms
 from benchmarks.lib.transfer_peer import DroppingSink, Near, make_prefix
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.config import build_config
@@ -37,16 +37,16 @@ MIB = 2**20
 SIZES_MIB = (1, 4, 16, 64, 256, 1024)
 SPEC = KVSpec(num_layers=12, num_kv_heads=4, head_dim=64, dtype=torch.float32, fingerprint="any")  # the mid-size model's
 HEAD = ("kind", "MiB", "ms", "best ms", "bare ms", "best bare ms", "GB/s", "share", "share of best")
-ROUNDS = Patience(least=5, most=41, budget_s=12.0)
-LIVES = Patience(least=3, most=9, budget_s=60.0)
+ROUNDS = Repeats(least=5, most=41, budget_s=12.0)
+LIVES = Repeats(least=3, most=9, budget_s=60.0)
 
 
-def contest(kind: str, mib: int, bare: Callable[[], float], lane: Callable[[], float], patience: Patience) -> dict[str, Any]:
+def contest(kind: str, mib: int, bare: Callable[[], float], lane: Callable[[], float], repeats: Repeats) -> dict[str, Any]:
     """A row: both give milliseconds, and take turns."""
     times = {"bare": Times(), "lane": Times()}
     for work in (bare, lane):
         work()
-    for _ in patience.rounds():
+    for _ in repeats.rounds():
         times["bare"].add(bare())
         times["lane"].add(lane())
     ours, theirs = times["lane"], times["bare"]
@@ -65,7 +65,7 @@ def contest(kind: str, mib: int, bare: Callable[[], float], lane: Callable[[], f
     }
 
 
-def gloo_rows(sizes: Sequence[int], patience: Patience, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def gloo_rows(sizes: Sequence[int], repeats: Repeats, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Two processes. The ticket is asked for outside the clock: a router has done so long before."""
     rows = []
     num_slots = max(sizes) * MIB // SPEC.bytes_per_token + 1
@@ -76,13 +76,13 @@ def gloo_rows(sizes: Sequence[int], patience: Patience, say: Callable[[str], Non
                 say(f"{name}, {mib} MiB")
                 prefix = make_prefix(SPEC, mib * MIB)
                 source = torch.ones(prefix.kv_bytes, dtype=torch.uint8)
-                rows.append(contest(name, mib, lambda: near.raw_ms(source), lambda: near.lane_ms(prefix), patience))  # noqa: B023
+                rows.append(contest(name, mib, lambda: near.raw_ms(source), lambda: near.lane_ms(prefix), repeats))  # noqa: B023
         finally:
             near.close()
     return rows
 
 
-def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
+def inproc_row(mib: int, repeats: Repeats) -> dict[str, Any]:
     prefix = make_prefix(SPEC, mib * MIB)
     config = TransportConfig(kind="inproc")
     prefix_sink = DroppingSink(SPEC, prefix.length)
@@ -104,7 +104,7 @@ def inproc_row(mib: int, patience: Patience) -> dict[str, Any]:
         transfer.finish(60.0)
 
     try:
-        return contest("inproc", mib, lambda: once_ms(bare), lambda: once_ms(lane), patience)
+        return contest("inproc", mib, lambda: once_ms(bare), lambda: once_ms(lane), repeats)
     finally:
         sender.close()
         receiver.close()
@@ -124,7 +124,7 @@ class Watched:
         self.transfer.wrote(layer, start, stop)
 
 
-def hidden_row(directory: Path, frames: int, frame_px: int, patience: Patience, say: Callable[[str], None]) -> dict[str, Any]:
+def hidden_row(directory: Path, frames: int, frame_px: int, repeats: Repeats, say: Callable[[str], None]) -> dict[str, Any]:
     """Prefill alone, transfer alone, and both at once: what a client waits for behind the prefill."""
     say(f"mid-size, {frames} frames, prefill and transfer")
     model = load_model(directory, device="cpu")
@@ -145,7 +145,7 @@ def hidden_row(directory: Path, frames: int, frame_px: int, patience: Patience, 
         prefix, _ = prefill(None)  # warms everything up
         near.lane_ms(prefix)
         arena.free(prefix.extent)
-        for _ in patience.rounds():
+        for _ in repeats.rounds():
             prefix, ms = prefill(None)
             transfer_ms = near.lane_ms(prefix)
             arena.free(prefix.extent)
@@ -213,24 +213,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Patience] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, toy: tuple[Recipe, Repeats] | None = None) -> None:
     """`toy`: another model, measured in another way; for tests."""
     options = parse(argv)
     torch.set_num_threads(1)  # one of two cores sends, the other one receives
-    recipe, patience = toy or (Recipe(), ROUNDS)
-    lives = patience if toy else LIVES
+    recipe, repeats = toy or (Recipe(), ROUNDS)
+    lives = repeats if toy else LIVES
     sizes = [int(mib) for mib in options.sizes.split(",")] if options.sizes else list((64,) if options.quick else SIZES_MIB)
     neighbours = machine.Neighbours()
     with progress() as say:
         report = Report("transfer", machine.card(), quiet=options.json)
         report.show_card()
-        report.rows += gloo_rows(sizes, patience, say)
+        report.rows += gloo_rows(sizes, repeats, say)
         say("inproc")
-        report.rows.append(inproc_row(min(64, max(sizes)), patience))
+        report.rows.append(inproc_row(min(64, max(sizes)), repeats))
         if not options.no_ray:
             from benchmarks.lib.ray_store_peer import objectstore_rows
 
-            report.rows += objectstore_rows(SPEC, [mib for mib in sizes if mib <= 256], patience, say, contest)
+            report.rows += objectstore_rows(SPEC, [mib for mib in sizes if mib <= 256], repeats, say, contest)
         if not options.no_prefill:
             directory = make_checkpoint(options.cache, recipe)
             for frames in (8,) if toy else (64,) if options.quick else (64, 256):

@@ -102,10 +102,10 @@ def plain(name: str) -> str:
 
 def end(process: subprocess.Popen) -> None:
     """Ends what a step left behind, and the step itself where it did not end in time."""
-    for sent, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+    for sent, within_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
         try:
             os.killpg(process.pid, sent)
-            process.wait(patience_s)
+            process.wait(within_s)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:

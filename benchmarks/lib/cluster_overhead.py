@@ -20,7 +20,7 @@ from benchmarks.lib import cpu_time
 from benchmarks.lib.goodput import TurnTimes, paired_ms, percentile, rounded, spread_of
 from benchmarks.lib.grpc_echo import echoing
 from benchmarks.lib.load_clients import SPARSE, LoadClient, TurnListener, connected_client
-from benchmarks.lib.stopwatch import Patience
+from benchmarks.lib.stopwatch import Repeats
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import wait_within
 from sparsevila_cluster.core.requests import MediaHandle, MediaSource, PrepareRequest, TurnEvent
@@ -39,9 +39,9 @@ class OverheadPlan:
 
     num_tokens: int = 24
     num_turns: int = 2
-    alone: Patience = Patience(least=4, most=12, budget_s=45.0)
+    alone: Repeats = Repeats(least=4, most=12, budget_s=45.0)
     crowd: int = 8
-    crowded: Patience = Patience(least=2, most=4, budget_s=30.0)
+    crowded: Repeats = Repeats(least=2, most=4, budget_s=30.0)
     limit_s: float = 600.0
 
 

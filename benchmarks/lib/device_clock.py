@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.lib import machine
 from benchmarks.lib.machine import Ceilings
-from benchmarks.lib.stopwatch import Patience, Times, once_ms
+from benchmarks.lib.stopwatch import Repeats, Times, once_ms
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ def name_of(dtype: torch.dtype) -> str:
 class Clock:
     """One device, and how times are taken on it."""
 
-    def __init__(self, device: torch.device, patience: Patience):
-        self.device, self.patience = device, patience
+    def __init__(self, device: torch.device, repeats: Repeats):
+        self.device, self.repeats = device, repeats
         self.on_gpu = device.type == "cuda"
         num_bytes = _GPU_FLUSH_BYTES if self.on_gpu else 3 * last_level_bytes()
         self._junk = torch.ones(num_bytes // 4, device=device)
@@ -78,7 +78,7 @@ class Clock:
     def in_turns(self, works: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
         """Time each of `works` once per round, all of them prepared."""
         times = {name: Times() for name in works}
-        for _ in self.patience.rounds():
+        for _ in self.repeats.rounds():
             for name, work in works.items():
                 times[name].add(self.once_ms(work))
         return times
@@ -89,7 +89,7 @@ def ceilings(device: torch.device, dtypes: tuple[str, ...], size: float = 1.0) -
     the work down, for tests.
     """
     on_gpu = device.type == "cuda"
-    clock = Clock(device, Patience(least=3, most=20 if on_gpu else 5, budget_s=1.0))
+    clock = Clock(device, Repeats(least=3, most=20 if on_gpu else 5, budget_s=1.0))
     side = _rounded((8192 if on_gpu else 2048) * size)
     num = _rounded((1 << 30 if on_gpu else 64 << 20) * size)
     source, target = torch.rand(num, device=device), torch.empty(num, device=device)

@@ -16,7 +16,7 @@ from benchmarks.lib import machine
 from benchmarks.lib.engine_pair import QUESTION, VARIANTS, EnginePair, Session, endless, synchronize, time_round
 from benchmarks.lib.flop_counts import encode_work
 from benchmarks.lib.hf_peer import Peer
-from benchmarks.lib.stopwatch import Patience, Times, in_turns
+from benchmarks.lib.stopwatch import Repeats, Times, in_turns
 from benchmarks.lib.timing_table import Ledger
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models import Model
@@ -35,8 +35,8 @@ class Plan:
     hf_frames: int = 64
     encode_frames: int = 64
     num_tokens: int = 32
-    sessions: Patience = Patience(least=2, most=5, budget_s=150.0)
-    encodes: Patience = Patience(least=5, most=15, budget_s=25.0)
+    sessions: Repeats = Repeats(least=2, most=5, budget_s=150.0)
+    encodes: Repeats = Repeats(least=5, most=15, budget_s=25.0)
     rounds: int = 10
     block: int = 2
     long_frames: int = 512

@@ -29,7 +29,7 @@ from benchmarks.lib.machine import Ceilings
 from benchmarks.lib.midsize_checkpoint import Recipe, make_media
 from benchmarks.lib.random_weights import SEVEN_B, RandomCheckpoint
 from benchmarks.lib.report import Report
-from benchmarks.lib.stopwatch import Patience, Times
+from benchmarks.lib.stopwatch import Repeats, Times
 from benchmarks.lib.timing_table import Ledger, columns, show
 from sparsevila_cluster.models import Model, load_model
 
@@ -52,14 +52,14 @@ class Setting:
     plan: Plan
 
 
-ONCE = Patience(least=1, most=1, budget_s=1.0)
+ONCE = Repeats(least=1, most=1, budget_s=1.0)
 FULL = Setting(
     SEVEN_B,
     128,
     "bfloat16",
     Plan(
-        frames=(64, 256), batches=(1, 4, 16), encode_frames=256, num_tokens=16, sessions=Patience(least=2, most=4, budget_s=10.0),
-        encodes=Patience(least=2, most=5, budget_s=4.0), rounds=8, block=4, long_frames=0,
+        frames=(64, 256), batches=(1, 4, 16), encode_frames=256, num_tokens=16, sessions=Repeats(least=2, most=4, budget_s=10.0),
+        encodes=Repeats(least=2, most=5, budget_s=4.0), rounds=8, block=4, long_frames=0,
     ),
 )  # fmt: skip
 TOY = Setting(

@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import torch
 
-from benchmarks.lib.stopwatch import Patience, once_ms
+from benchmarks.lib.stopwatch import Repeats, once_ms
 from benchmarks.lib.transfer_peer import WAIT_S, DroppingSink, make_prefix
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.kvcache.arena import KVSpec
@@ -63,7 +63,7 @@ class FarActor:
 def objectstore_rows(
     spec: KVSpec,
     sizes: Sequence[int],
-    patience: Patience,
+    repeats: Repeats,
     say: Callable[[str], None],
     contest: Callable[..., dict[str, Any]],
 ) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def objectstore_rows(
             prefix = make_prefix(spec, mib * MIB)
             source = np.ones(prefix.kv_bytes, np.uint8)
             bare = lambda: once_ms(lambda: ray.get(far.fetch.remote([ray.put(source)])))  # noqa: B023, E731
-            rows.append(contest("objectstore", mib, bare, lane_ms, patience))
+            rows.append(contest("objectstore", mib, bare, lane_ms, repeats))
         sender.close()
         return rows
     finally:

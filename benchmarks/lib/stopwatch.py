@@ -39,7 +39,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Patience:
+class Repeats:
     """How often to repeat: at least `least` rounds and at most `most`, no further one that would end after `budget_s` seconds. A
     round of more than half the budget is the only one.
     """
@@ -65,12 +65,12 @@ def once_ms(work: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def in_turns(works: Mapping[str, Callable[[], object]], patience: Patience) -> dict[str, Times]:
+def in_turns(works: Mapping[str, Callable[[], object]], repeats: Repeats) -> dict[str, Times]:
     """Time each of `works` once per round, after one round that does not count."""
     times = {name: Times() for name in works}
     for work in works.values():
         work()
-    for _ in patience.rounds():
+    for _ in repeats.rounds():
         for name, work in works.items():
             times[name].add(once_ms(work))
     return times

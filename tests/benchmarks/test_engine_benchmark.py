@@ -146,18 +146,18 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("patience", "rounds"),
+    ("repeats", "rounds"),
     [
-        (stopwatch.Patience(least=2, most=4, budget_s=60), 4),
-        (stopwatch.Patience(least=1, most=9, budget_s=13), 3),  # a fourth would end after 16 s
-        (stopwatch.Patience(least=4, most=9, budget_s=9), 4),  # so would a third, but four are wanted
-        (stopwatch.Patience(least=2, most=9, budget_s=7), 1),  # one round is more than half the budget
+        (stopwatch.Repeats(least=2, most=4, budget_s=60), 4),
+        (stopwatch.Repeats(least=1, most=9, budget_s=13), 3),  # a fourth would end after 16 s
+        (stopwatch.Repeats(least=4, most=9, budget_s=9), 4),  # so would a third, but four are wanted
+        (stopwatch.Repeats(least=2, most=9, budget_s=7), 1),  # one round is more than half the budget
     ],
 )
-def test_patience(patience, rounds, monkeypatch):
+def test_repeats(repeats, rounds, monkeypatch):
     clock, done = Clock(), 0
     monkeypatch.setattr(stopwatch, "time", clock)
-    for _ in patience.rounds():
+    for _ in repeats.rounds():
         clock.now_s += 4.0
         done += 1
     assert done == rounds
@@ -165,7 +165,7 @@ def test_patience(patience, rounds, monkeypatch):
 
 def test_variants_take_turns():
     order = []
-    times = stopwatch.in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, stopwatch.Patience(2, 2))
+    times = stopwatch.in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, stopwatch.Repeats(2, 2))
     assert order == ["a", "b"] * 3 and times["a"].num == times["b"].num == 2
 
 
@@ -247,7 +247,7 @@ def last_line(text):
 
 def test_engine_measures_both_models(cache, toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "measure_ceilings", lambda: machine.Ceilings(10.0, 10.0, 10.0))
-    once = stopwatch.Patience(1, 1)
+    once = stopwatch.Repeats(1, 1)
     plan = engine_comparison.Plan((4, 64), (1, 8), num_tokens=4, sessions=once, encodes=once, rounds=1, block=2, long_frames=0)
     argv = ["--cache", str(cache), "--model", str(toy), "--threads", "1", "--save", str(tmp_path)]
     engine.main(argv, (TOY, plan))
@@ -268,7 +268,7 @@ def test_engine_measures_both_models(cache, toy, tmp_path, capsys, monkeypatch):
 
 def test_engine_without_a_demo_model(cache, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "measure_ceilings", lambda: machine.Ceilings(10.0, 10.0, 10.0))
-    once = stopwatch.Patience(1, 1)
+    once = stopwatch.Repeats(1, 1)
     plan = engine_comparison.Plan(batches=(1,), num_tokens=2, sessions=once, encodes=once, rounds=1, block=1, long_frames=0)
     engine.main(["--cache", str(cache), "--model", str(tmp_path / "none"), "--frames", "4", "--json"], (TOY, plan))
     shown = capsys.readouterr().out

@@ -12,7 +12,7 @@ from benchmarks import kernels
 from benchmarks.lib import device_clock
 from benchmarks.lib.flop_counts import Work
 from benchmarks.lib.ops import attention_ops, matmul_ops, op_case
-from benchmarks.lib.stopwatch import Patience
+from benchmarks.lib.stopwatch import Repeats
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,7 @@ def test_errors_are_relative_and_see_nan():
 
 
 def test_ways_take_turns():
-    clock = device_clock.Clock(CPU, Patience(least=2, most=2, budget_s=5))
+    clock = device_clock.Clock(CPU, Repeats(least=2, most=2, budget_s=5))
     calls = []
     times = clock.in_turns({"op": lambda: calls.append("op"), "peer": lambda: calls.append("peer")})
     assert calls == ["op", "peer"] * 2 and [times[n].num for n in ("op", "peer")] == [2, 2]

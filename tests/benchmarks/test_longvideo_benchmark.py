@@ -102,7 +102,7 @@ def test_the_engine_benchmark_measures_it_too(cache, toy, tmp_path, capsys, monk
     monkeypatch.setattr(machine, "measure_ceilings", lambda: machine.Ceilings(10.0, 10.0, 10.0))
     rows = [row | {"variant": variant} for variant in ("sparse", "dense")]
     monkeypatch.setattr(longvideo, "measure", lambda directory, cases, *_: asked.extend(cases) or rows)
-    once = stopwatch.Patience(1, 1)
+    once = stopwatch.Repeats(1, 1)
     plan = Plan((4,), (1,), num_tokens=2, sessions=once, encodes=once, rounds=1, block=1, long_frames=512)
     engine.main(["--cache", str(cache), "--model", str(tmp_path / "none"), "--threads", "1"], (TOY, plan))
     shown = capsys.readouterr().out

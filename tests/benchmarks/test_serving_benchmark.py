@@ -16,7 +16,7 @@ from benchmarks.lib.grpc_echo import echoing
 from benchmarks.lib.load_clients import DENSE, SPARSE, ConversationPlan
 from benchmarks.lib.load_levels import Level, Outcome
 from benchmarks.lib.midsize_checkpoint import Recipe
-from benchmarks.lib.stopwatch import Patience
+from benchmarks.lib.stopwatch import Repeats
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.gateway.running_servers import clip, running_server
 
@@ -254,7 +254,7 @@ def test_processor_time_is_counted():
 
 @pytest.mark.slow
 def test_the_cluster_is_measured(tmp_path_factory, tmp_path, capsys):
-    twice = Patience(2, 2)
+    twice = Repeats(2, 2)
     plan = serving.Plan(
         frames=8,
         num_tokens=6,

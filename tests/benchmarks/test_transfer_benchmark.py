@@ -4,7 +4,7 @@ import json
 
 from benchmarks import transfer
 from benchmarks.lib import midsize_checkpoint
-from benchmarks.lib.stopwatch import Patience
+from benchmarks.lib.stopwatch import Repeats
 
 TOY = midsize_checkpoint.Recipe(
     hidden=64,
@@ -25,7 +25,7 @@ TOY = midsize_checkpoint.Recipe(
 
 
 def test_rows_and_figures(tmp_path, capsys):
-    once = Patience(least=1, most=2, budget_s=5.0)
+    once = Repeats(least=1, most=2, budget_s=5.0)
     transfer.main(["--sizes", "1,64", "--no-ray", "--cache", str(tmp_path / "cache"), "--save", str(tmp_path)], (TOY, once))
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["what"] == "transfer" and set(document["figures"]) == {"gloo_share_of_raw_64mib", "hidden_share"}

@@ -1,4 +1,4 @@
-"""An independent judge: stock transformers run over the whole unpruned conversation with masks.
+"""An independent oracle: stock transformers run over the whole unpruned conversation with masks.
 
 Rows that hold pruned tokens are computed and never looked at. In turn t the rows of the question see every kept token; rows of
 generated tokens see, in each layer, the ones that were retrieved for that turn.
@@ -109,7 +109,7 @@ def kept_of(prefix, inputs, plan=None) -> torch.Tensor:
     return torch.cat([kept, structural.nonzero()[:, 0]]).sort().values
 
 
-class Judge:
+class Oracle:
     """Teacher-forced logits of a whole conversation from the stock model (eager attention, fp32)."""
 
     def __init__(self, stock, model: Model, inputs, plan, keep: torch.Tensor, retrieve_keep: float = 1.0):

@@ -73,7 +73,7 @@ def same(turns, expected_turns):
 async def test_concurrent_clients_get_the_answers_of_a_local_engine(checkpoint, clips, expected):  # noqa: F811
     async with server_over(checkpoint) as (port, pipeline):
 
-        async def visit(clip, wanted, *, streams):
+        async def converse(clip, wanted, *, streams):
             async with connect(port) as client:
                 media = await client.prepare(clip)
                 assert media.media_id == wanted.media.media_id and media.kv_bytes == wanted.media.kv_bytes
@@ -87,9 +87,9 @@ async def test_concurrent_clients_get_the_answers_of_a_local_engine(checkpoint, 
                 same(chat.turns, wanted.turns)
                 await chat.close()
 
-        visits = [visit(clip, wanted, streams=i % 2 == 0) for i, (clip, wanted) in enumerate(zip(clips, expected, strict=True))]
-        again = [visit(clip, wanted, streams=True) for clip, wanted in zip(clips, expected, strict=True)]
-        await asyncio.gather(*visits, *again)
+        clients = [converse(clip, wanted, streams=i % 2 == 0) for i, (clip, wanted) in enumerate(zip(clips, expected, strict=True))]
+        again = [converse(clip, wanted, streams=True) for clip, wanted in zip(clips, expected, strict=True)]
+        await asyncio.gather(*clients, *again)
         info = await pipeline.info()
     assert info["prefills"] == len(clips) and info["conversations"] == 0
 

@@ -81,7 +81,7 @@ def test_answers_are_those_of_one_process_and_later_turns_prefill_nothing(client
     before = num_prefills(client)
     told, errors = {}, []
 
-    def visit(i):
+    def converse(i):
         try:
             path, questions = films[i]
             chat = client.conversation(client.prepare(path))
@@ -89,11 +89,11 @@ def test_answers_are_those_of_one_process_and_later_turns_prefill_nothing(client
         except Exception as error:
             errors.append(error)
 
-    visitors = [threading.Thread(target=visit, args=(i,)) for i in range(len(films))]
-    for visitor in visitors:
-        visitor.start()
-    for visitor in visitors:
-        visitor.join(120)
+    threads = [threading.Thread(target=converse, args=(i,)) for i in range(len(films))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
     assert not errors and [told[i] for i in range(len(films))] == right
     assert num_prefills(client) - before == len(films)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsevila_cluster.core.requests import kept_count
-from tests.checkpoints.transformers_oracle import Judge, Spoken
+from tests.checkpoints.transformers_oracle import Oracle, Spoken
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Way:
     normalise: str = "full_row"
 
 
-class RetrievalJudge(Judge):
+class RetrievalOracle(Oracle):
     """Judges conversations whose turns retrieve in ways of their own. After `logits`, `counts` says how many visual tokens each
     choice took, per turn."""
 

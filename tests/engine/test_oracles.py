@@ -12,7 +12,7 @@ from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.families import FAMILIES, type_ids
 from tests.checkpoints.tiny_qwen2_5_vl import hf_model
-from tests.checkpoints.transformers_oracle import Bench, Judge, kept_of, random_media, worst
+from tests.checkpoints.transformers_oracle import Bench, Oracle, kept_of, random_media, worst
 
 ATOL = 1e-4
 QUESTIONS = [("What happens first?", 9), ("And then, what colour is it?", 6), ("Where?", 7)]
@@ -102,9 +102,9 @@ def test_conversation_equals_masked_transformers(kind, sparsity, stock, model):
     media = medias_of(kind, seed=2)
     prefix = b.prefix(media)
     inputs, plan = b.unpruned(media)
-    judge = Judge(stock, model, inputs, plan, kept_of(prefix, inputs, plan), sparsity.get("retrieve_keep", 1.0))
+    oracle = Oracle(stock, model, inputs, plan, kept_of(prefix, inputs, plan), sparsity.get("retrieve_keep", 1.0))
     turns = converse(b, prefix)
-    wanted = judge.logits(turns)
+    wanted = oracle.logits(turns)
     assert worst(turns, wanted) < ATOL
     assert [t.tokens for t in turns] == [w.argmax(-1).tolist() for w in wanted]
     b.decode.check_integrity()
@@ -142,13 +142,13 @@ def test_two_conversations_on_one_prefix_do_not_mix(stock, model):
     media = medias_of("video", seed=3)
     prefix = b.prefix(media)
     inputs, plan = b.unpruned(media)
-    judge = Judge(stock, model, inputs, plan, kept_of(prefix, inputs), 0.3)
+    oracle = Oracle(stock, model, inputs, plan, kept_of(prefix, inputs), 0.3)
     told = {name: [] for name in "ab"}
     for question, count in QUESTIONS:
         for name in "ab":
             told[name].append(b.say(prefix.key, name, f"{question} {name}", count))
     for turns in told.values():
-        assert worst(turns, judge.logits(turns)) < ATOL
+        assert worst(turns, oracle.logits(turns)) < ATOL
 
 
 def damage_one_row(prefix, inputs, plan):
@@ -175,19 +175,19 @@ def test_the_oracle_notices(damage, retrieve_keep, stock, model):
     media = medias_of("video", seed=4)
     prefix = b.prefix(media)
     inputs, plan = b.unpruned(media)
-    sound = Judge(stock, model, inputs, plan, kept_of(prefix, inputs), retrieve_keep)
+    sound = Oracle(stock, model, inputs, plan, kept_of(prefix, inputs), retrieve_keep)
     turns = converse(b, prefix)
     assert worst(turns, sound.logits(turns)) < ATOL
     with torch.inference_mode():
         damage(prefix, inputs, plan)
-    judge = Judge(stock, model, inputs, plan, kept_of(prefix, inputs), retrieve_keep)
+    oracle = Oracle(stock, model, inputs, plan, kept_of(prefix, inputs), retrieve_keep)
     if damage is damage_one_row:
         turns = [b.say(prefix.key, "again", q, n) for q, n in QUESTIONS]
-    assert worst(turns, judge.logits(turns)) > 3 * ATOL
+    assert worst(turns, oracle.logits(turns)) > 3 * ATOL
 
 
 def test_compact_positions_of_several_media_equal_masked_transformers(stock, model):
-    """The judge is given the closed-up positions; rows of pruned tokens are hidden, so theirs do not matter."""
+    """The oracle is given the closed-up positions; rows of pruned tokens are hidden, so theirs do not matter."""
     b = bench(model, prune_keep=0.5, retrieve_keep=0.5, positions="compact", video_text_pos="hf5")
     media = medias_of("image and video", seed=7)
     prefix = b.prefix(media)
@@ -196,9 +196,9 @@ def test_compact_positions_of_several_media_equal_masked_transformers(stock, mod
     stays = ~plan.visual_mask
     stays[plan.visual_mask.nonzero()[keep, 0]] = True
     plan.positions[:, stays] = prefix.metadata.positions
-    judge = Judge(stock, model, inputs, replace(plan, question_start_pos=prefix.metadata.next_pos), keep, 0.5)
+    oracle = Oracle(stock, model, inputs, replace(plan, question_start_pos=prefix.metadata.next_pos), keep, 0.5)
     turns = converse(b, prefix)
-    assert worst(turns, judge.logits(turns)) < ATOL
+    assert worst(turns, oracle.logits(turns)) < ATOL
 
 
 def test_compact_positions_change_positions_only(model):

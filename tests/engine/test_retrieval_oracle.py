@@ -1,6 +1,6 @@
 """Every switch of sparsity against stock transformers with masks per row and layer: what is kept, retrieved, and where it stands.
 
-Teacher-forced logits in float32 over conversations of several turns, with the retrieval recomputed by the judge.
+Teacher-forced logits in float32 over conversations of several turns, with the retrieval recomputed by the oracle.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from sparsevila_cluster.models import load_model
 from tests.checkpoints.families import FAMILIES
 from tests.checkpoints.tiny_qwen2_5_vl import hf_model
 from tests.checkpoints.transformers_oracle import Bench, Spoken, kept_of, random_media, worst
-from tests.engine.retrieval_reference import RetrievalJudge, Way
+from tests.engine.retrieval_reference import RetrievalOracle, Way
 from tests.engine.single_turn_reference import recorded_logits
 
 ATOL = 1e-4
@@ -44,22 +44,22 @@ def bench(model, **fields):
     return Bench(model, build_config(model="unused", prefix_bytes=2**24, turn_bytes=2**24, **fields))
 
 
-def judge_of(b, stock, media, prefix):
+def oracle_of(b, stock, media, prefix):
     inputs, plan = b.unpruned(media)
-    return RetrievalJudge(stock, b.model, inputs, plan, kept_of(prefix, inputs), b.model.chat.decode)
+    return RetrievalOracle(stock, b.model, inputs, plan, kept_of(prefix, inputs), b.model.chat.decode)
 
 
 def converse(b, stock, ways, media=None, **options):
-    """Hold the conversation with each turn's options and compare it with the judge. Returns what was said, and the judge."""
+    """Hold the conversation with each turn's options and compare it with the oracle. Returns what was said, and the oracle."""
     media = media or random_media("video", 8, 112, 140, seed=2)
     prefix = b.prefix(media)
-    judge = judge_of(b, stock, media, prefix)
+    oracle = oracle_of(b, stock, media, prefix)
     turns = [b.say(prefix.key, "talk", q, n, **o) for (q, n), o in zip(QUESTIONS, options.get("each", [{}] * 3), strict=True)]
-    wanted = judge.logits(turns, ways, [q for q, _ in QUESTIONS])
+    wanted = oracle.logits(turns, ways, [q for q, _ in QUESTIONS])
     assert worst(turns, wanted) < ATOL
     assert [t.tokens for t in turns] == [w.argmax(-1).tolist() for w in wanted]
     b.decode.check_integrity()
-    return turns, judge
+    return turns, oracle
 
 
 @pytest.mark.parametrize("rows", ["all", "question", "last"])
@@ -87,20 +87,20 @@ def test_the_switches_choose_differently(stock, model):
 @pytest.mark.parametrize("normalise", ["full_row", "visual"])
 def test_mass(mass, keep, normalise, stock, model):
     b = bench(model, prune_keep=0.5, retrieve_mass=mass, retrieve_keep=keep, normalise=normalise)
-    _, judge = converse(b, stock, [Way(keep=keep, mass=mass, normalise=normalise)] * 3)
-    most = kept_count(keep, len(judge.kept_columns))
-    assert all((count == most) if keep < 1 else 1 < count < most for counts in judge.counts for count in counts)
+    _, oracle = converse(b, stock, [Way(keep=keep, mass=mass, normalise=normalise)] * 3)
+    most = kept_count(keep, len(oracle.kept_columns))
+    assert all((count == most) if keep < 1 else 1 < count < most for counts in oracle.counts for count in counts)
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_refresh(every, stock, model):
     b = bench(model, prune_keep=0.5, retrieve_keep=0.15, refresh_every=every)
-    _, judge = converse(b, stock, [Way(keep=0.15, refresh_every=every)] * 3)
-    assert [len(counts) for counts in judge.counts] == [1 + (n - 1) // every for _, n in QUESTIONS]
+    _, oracle = converse(b, stock, [Way(keep=0.15, refresh_every=every)] * 3)
+    assert [len(counts) for counts in oracle.counts] == [1 + (n - 1) // every for _, n in QUESTIONS]
 
 
 def test_refresh_chooses_other_rows(model):
-    """A refresh that changed nothing would pass the test above with a judge that never refreshes."""
+    """A refresh that changed nothing would pass the test above with a oracle that never refreshes."""
     said = []
     for every in (0, 3):
         b = bench(model, prune_keep=0.5, retrieve_keep=0.1, refresh_every=every)
@@ -123,8 +123,8 @@ def test_each_turn_in_a_way_of_its_own(stock, model):
         Way(keep=0.2, normalise="visual"),
         Way(keep=1.0),
     ]
-    turns, judge = converse(b, stock, ways, each=each)
-    assert len(set(judge.counts[0])) > 1, "the set changed its size: packed KV had to follow"
+    turns, oracle = converse(b, stock, ways, each=each)
+    assert len(set(oracle.counts[0])) > 1, "the set changed its size: packed KV had to follow"
 
 
 @pytest.mark.parametrize("backend", ["lean", "hf"])
@@ -141,7 +141,7 @@ def test_mass_and_refresh_in_a_batch_in_pieces(backend, checkpoint, stock):
     b = bench(model, prune_keep=0.5, retrieve_keep=0.2, max_step_tokens=9, max_batch=4)
     media = random_media("video", 5, 56, 140, seed=3)
     prefix = b.prefix(media)
-    judge = judge_of(b, stock, media, prefix)
+    oracle = oracle_of(b, stock, media, prefix)
     events, samplers = {}, {}
     with recorded_logits() as heard:
         for question, count in QUESTIONS[:2]:
@@ -156,7 +156,7 @@ def test_mass_and_refresh_in_a_batch_in_pieces(backend, checkpoint, stock):
             tokens = [t for e in events[asked] for t in e.token_ids]
             turns.append(Spoken(model.chat.question_ids(asked, i == 0, pending)[0], tokens, heard[samplers[asked]]))
             pending = tokens[-1]
-        wanted = judge.logits(turns, [way] * 2, questions)
+        wanted = oracle.logits(turns, [way] * 2, questions)
         assert worst(turns, wanted) < ATOL
         assert [t.tokens for t in turns] == [w.argmax(-1).tolist() for w in wanted]
 
@@ -207,22 +207,22 @@ def test_compact_positions(kind, stock, model):
     rows = [row for row in range(len(plan.ids)) if row in kept or not plan.visual_mask[row]]
     closed = compact(plan, rows)
     assert closed.question_start_pos < plan.question_start_pos, "something closed up"
-    judge = RetrievalJudge(stock, model, inputs, closed, kept_of(prefix, inputs), model.chat.decode)
+    oracle = RetrievalOracle(stock, model, inputs, closed, kept_of(prefix, inputs), model.chat.decode)
     turns = [b.say(prefix.key, "talk", q, n) for q, n in QUESTIONS]
-    assert worst(turns, judge.logits(turns, [Way(keep=0.4)] * 3, [q for q, _ in QUESTIONS])) < ATOL
+    assert worst(turns, oracle.logits(turns, [Way(keep=0.4)] * 3, [q for q, _ in QUESTIONS])) < ATOL
 
 
 def test_the_judge_notices_another_way(stock, model):
     b = bench(model, prune_keep=0.5, retrieve_keep=0.2, refresh_every=3)
     media = random_media("video", 8, 112, 140, seed=2)
     prefix = b.prefix(media)
-    judge = judge_of(b, stock, media, prefix)
+    oracle = oracle_of(b, stock, media, prefix)
     questions = [q for q, _ in QUESTIONS]
     turns = [b.say(prefix.key, "talk", q, n) for q, n in QUESTIONS]
     sound = Way(keep=0.2, refresh_every=3)
-    assert worst(turns, judge.logits(turns, [sound] * 3, questions)) < ATOL
+    assert worst(turns, oracle.logits(turns, [sound] * 3, questions)) < ATOL
     for wrong in (Way(keep=0.2), Way(keep=0.2, refresh_every=4), Way(keep=0.24, refresh_every=3), Way(0.2, 0.3, 3)):
-        assert worst(turns, judge.logits(turns, [wrong] * 3, questions)) > 3 * ATOL, wrong
+        assert worst(turns, oracle.logits(turns, [wrong] * 3, questions)) > 3 * ATOL, wrong
 
 
 def test_usage_and_evidence_tell_what_was_chosen(model):

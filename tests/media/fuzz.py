@@ -1,4 +1,4 @@
-"""Broken files through the public door, thousands of them: `python -m tests.media.fuzz --mutants 2000 --seed 0`.
+"""Broken files through the public call, thousands of them: `python -m tests.media.fuzz --mutants 2000 --seed 0`.
 
 Each must end, within its deadline, as valid media or as a typed error, and leave nothing behind: no file, no process, no memory.
 Whatever does not is saved and named with its seed and number; `--only NUMBER` tries one again.
