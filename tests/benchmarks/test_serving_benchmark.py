@@ -174,10 +174,10 @@ def with_server(checkpoint, work):
 
 
 def test_a_closed_loop_hears_cold_warm_and_later_turns(checkpoint, videos):
-    async def work(house):
+    async def work(served):
         plans = [ConversationPlan(video, 2) for video in (videos[0], videos[0], videos[1], videos[0], videos[1])]
-        run = await load_clients.closed_loop(house.address, plans, 1, SPARSE, num_tokens=5)
-        info = await house.pipeline.info()
+        run = await load_clients.closed_loop(served.address, plans, 1, SPARSE, num_tokens=5)
+        info = await served.pipeline.info()
         assert info["conversations"] == 0, "conversations are closed when they are over"
         return run
 
@@ -190,10 +190,10 @@ def test_a_closed_loop_hears_cold_warm_and_later_turns(checkpoint, videos):
 
 
 def test_an_open_loop_waits_for_nobody(checkpoint, videos):
-    async def work(house):
+    async def work(served):
         plans = [ConversationPlan(videos[0], 1, at_s) for at_s in (0.0, 0.3, 0.31)]
         start_s = time.perf_counter()
-        run = await load_clients.open_loop(house.address, plans, SPARSE, num_tokens=3)
+        run = await load_clients.open_loop(served.address, plans, SPARSE, num_tokens=3)
         return run, time.perf_counter() - start_s
 
     run, elapsed_s = with_server(checkpoint, work)
@@ -205,9 +205,9 @@ def test_a_conversation_ends_with_its_error_and_others_go_on(checkpoint, videos,
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video at all" * 100)
 
-    async def work(house):
+    async def work(served):
         return await load_clients.closed_loop(
-            house.address, [ConversationPlan(broken, 2), ConversationPlan(videos[0], 2)], 2, SPARSE, num_tokens=3
+            served.address, [ConversationPlan(broken, 2), ConversationPlan(videos[0], 2)], 2, SPARSE, num_tokens=3
         )
 
     run = with_server(checkpoint, work)
@@ -215,8 +215,8 @@ def test_a_conversation_ends_with_its_error_and_others_go_on(checkpoint, videos,
 
 
 def test_dense_clients_keep_everything(checkpoint, videos):
-    async def work(house):
-        async with load_clients.connected_client(house.address) as one:
+    async def work(served):
+        async with load_clients.connected_client(served.address) as one:
             told = []
             for variant in (SPARSE, DENSE):
                 media = await one.client.prepare(videos[0], **variant.prepare)
