@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from sparsevila_cluster.attention.interface import Capture, Span
 
@@ -31,6 +30,8 @@ def attend_causal(q: Tensor, span: Span, scale: float) -> Tensor:
 
 def _causal_at_once(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The fused kernels of a GPU know that the last query row is the last key row."""
+    from torch.nn.attention.bias import causal_lower_right  # brings in all of torch's compiler, for seconds
+
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]), scale=scale)
 
 
