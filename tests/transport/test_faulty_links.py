@@ -174,10 +174,18 @@ def test_more_than_was_announced_is_never_sent(pair, monkeypatch):
 
 def test_a_sender_that_grants_itself_something(pair, monkeypatch):
     """Chunks without a grant, of an unknown transfer, or twice: the lane ends, the worker does not."""
+    allocate, sent = pair.prefix_sink.allocate, threading.Event()
+
+    def allocate_late(*args):  # what is granted after it could come in time
+        sent.wait(5.0)
+        return allocate(*args)
+
     with monkeypatch.context() as greedy:
+        greedy.setattr(pair.prefix_sink, "allocate", allocate_late)
         greedy.setattr(TransferAttempt, "next_is_ready", property(lambda self: self.sent < len(self.manifest.chunks)))
         with pytest.raises(LaneLost):
             pair.send(make_prefix())
+        sent.set()
     pair.settle()
     pair.send(make_prefix("b"))
 
