@@ -17,7 +17,7 @@ from sparsevila_cluster.core.errors import SparseVilaError, WorkerLost
 from sparsevila_cluster.core.metrics import Tally
 from tests.chaos.worker_processes import Process, ProcessPool, WorkerForker
 
-SILENCE_S = 1.2
+SILENCE_S = 2.0
 LEASE_S = 3.0
 # What a loaded machine may take on top of a lease before bytes that are not back count as lost.
 SLACK_S = 5.0
