@@ -11,7 +11,7 @@ VENV        ?= .venv
 PYTHON      ?=
 TORCH_SPEC  ?= torch==2.13.0
 TORCH_INDEX ?=
-WORKERS     ?= 3
+WORKERS     ?= 4
 PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
 # The versions that were tested with this Python. They name neither torch nor what a build of torch brings along (CUDA, Triton):
@@ -27,7 +27,7 @@ SYSTEM_PY   := $(or $(PYTHON),python3)
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
-	@echo "make test    run the whole test suite in WORKERS=3 processes (0: in one)"
+	@echo "make test    run the whole test suite in WORKERS=4 processes (0: in one)"
 	@echo "make matrix  demo and smoke tests with every Python from 3.11 to 3.14 that is here, in fresh environments"
 	@echo "             ONLY=\"3.12 3.13\" or ONLY=other (one that is not .venv's); NEWEST=1 with the newest releases instead of"
 	@echo "             constraints/, and tells which of them breaks what; KEEP=1 keeps the environments and goes on with them"

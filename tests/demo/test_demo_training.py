@@ -151,12 +151,13 @@ def test_held_out_videos_of_the_monitor_are_those_of_the_world():
 
 
 @pytest.fixture
-def small_batches(monkeypatch):
-    """Two videos in a batch instead of a dozen."""
+def small_batches(monkeypatch, tokenizer):
+    """Two videos in a batch instead of a dozen, and words of fewer scenes."""
 
     def small(stage):
         return replace(stage, portions=tuple(replace(portion, batch=2) for portion in stage.portions))
 
+    monkeypatch.setattr(trainer, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(trainer, "VISION_BATCH", 2)
     monkeypatch.setattr(trainer, "SHARED", tuple(map(small, trainer.SHARED)))
     for tail in ("SPARSE_TAIL", "DENSE_TAIL"):

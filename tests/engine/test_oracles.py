@@ -43,6 +43,11 @@ def model(checkpoint):
     return endless(load_model(checkpoint))
 
 
+@pytest.fixture(scope="module")
+def hf_text_model(checkpoint):
+    return endless(load_model(checkpoint, text_backend="hf"))
+
+
 def endless(model):
     """Random weights would end answers by chance; the oracles need answers of known length."""
     model.chat.eos_ids = frozenset()
@@ -63,12 +68,12 @@ def medias_of(name, seed):
 
 @pytest.mark.parametrize("kind", MEDIA)
 @pytest.mark.parametrize("backend", ["lean", "hf"])
-def test_dense_equals_generate(kind, backend, checkpoint, stock, model):
+def test_dense_equals_generate(kind, backend, stock, model, request):
     family = FAMILIES[model.family.name]
     if not {media[0] for media in MEDIA[kind]} <= set(family.generates):
         pytest.skip("transformers' own generate takes no such media; the masked comparison below does")
     if backend == "hf":
-        model = endless(load_model(checkpoint, text_backend="hf"))
+        model = request.getfixturevalue("hf_text_model")
     b = bench(model, prune="keep_all", retrieve="retrieve_all", video_text_pos="hf5")
     medias = medias_of(kind, seed=1)
     inputs, plan = b.unpruned(medias)

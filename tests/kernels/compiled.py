@@ -92,6 +92,7 @@ def compile_variant(module: str, index: int, arch: int, save: Path | None = None
         (save / f"{name}.ptx").write_text(ptx)
         (save / f"{name}.sass").write_text(run_on(cubin, "nvdisasm", "-c"))
     return {
+        "module": module,
         "name": name,
         "types": dict(variant.signature),
         "constexprs": {key: str(value) for key, value in variant.constexprs.items()},
