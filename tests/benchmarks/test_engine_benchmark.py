@@ -13,23 +13,8 @@ from benchmarks.lib.engine_pair import EnginePair, endless, time_round
 from benchmarks.lib.flop_counts import TextShape, Work, encode_work
 from benchmarks.lib.timing_table import Ledger
 from sparsevila_cluster.models import load_model
+from tests.benchmarks.toy_checkpoint import TOY
 
-TOY = midsize_checkpoint.Recipe(
-    hidden=64,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate=96,
-    vocab=400,
-    vision_hidden=32,
-    vision_layers=2,
-    vision_heads=2,
-    vision_intermediate=48,
-    full_layers=(1,),
-    patch_px=8,
-    window_px=48,
-    frame_px=80,
-)
 ENGINE_FIGURES = set(
     "prefill_speedup_64f prefill_speedup_256f decode_speedup_b1 decode_speedup_b4 decode_speedup_b8 e2e_speedup_64f "
     "demo_decode_vs_hf_b1 demo_decode_vs_hf_b8 mid_decode_vs_hf_b1 salience_share_of_encode turn2_ttft_share_of_cold "

@@ -21,7 +21,8 @@ from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine
 from sparsevila_cluster.media import open_media
 from sparsevila_cluster.models import load_model
-from tests.benchmarks.test_engine_benchmark import TOY, last_line
+from tests.benchmarks.test_engine_benchmark import last_line
+from tests.benchmarks.toy_checkpoint import TOY
 
 MIB = 2**20
 

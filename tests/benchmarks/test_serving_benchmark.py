@@ -15,27 +15,11 @@ from benchmarks.lib.goodput import Run, Slo, TurnTimes
 from benchmarks.lib.grpc_echo import echoing
 from benchmarks.lib.load_clients import DENSE, SPARSE, ConversationPlan
 from benchmarks.lib.load_levels import Level, Outcome
-from benchmarks.lib.midsize_checkpoint import Recipe
 from benchmarks.lib.stopwatch import Repeats
+from tests.benchmarks.toy_checkpoint import TOY
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.gateway.running_servers import clip, running_server
 
-TOY = Recipe(
-    hidden=64,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate=96,
-    vocab=400,
-    vision_hidden=32,
-    vision_layers=2,
-    vision_heads=2,
-    vision_intermediate=48,
-    full_layers=(1,),
-    patch_px=8,
-    window_px=48,
-    frame_px=80,
-)
 FIGURES = set("router_ms_per_token router_ttft_ms warm_ttft_share_of_cold goodput_vs_dense tokens_per_s_vs_engine".split())
 
 

@@ -3,25 +3,8 @@
 import json
 
 from benchmarks import transfer
-from benchmarks.lib import midsize_checkpoint
 from benchmarks.lib.stopwatch import Repeats
-
-TOY = midsize_checkpoint.Recipe(
-    hidden=64,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate=96,
-    vocab=400,
-    vision_hidden=32,
-    vision_layers=2,
-    vision_heads=2,
-    vision_intermediate=48,
-    full_layers=(1,),
-    patch_px=8,
-    window_px=48,
-    frame_px=80,
-)
+from tests.benchmarks.toy_checkpoint import TOY
 
 
 def test_rows_and_figures(tmp_path, capsys):

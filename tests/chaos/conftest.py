@@ -9,7 +9,7 @@ from tests.chaos.kill_points import LATER
 from tests.chaos.process_cluster import ProcessCluster, config_of
 from tests.chaos.worker_processes import WorkerForker
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
-from tests.cluster.worker_fixtures import write_clip
+from tests.media.clips import write_clip
 
 NOTES: list[tuple[str, str]] = []
 

@@ -196,7 +196,7 @@ async def run(num_operations: int, seed: int, report: Callable[[], None]) -> Cou
     from tests.chaos.process_cluster import config_of
     from tests.chaos.worker_processes import WorkerForker
     from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
-    from tests.cluster.worker_fixtures import write_clip
+    from tests.media.clips import write_clip
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

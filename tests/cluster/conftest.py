@@ -4,7 +4,7 @@ import pytest
 
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
-from tests.cluster import worker_fixtures
+from tests.media.clips import write_clip
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
-    return [worker_fixtures.write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
+    return [write_clip(folder / f"{i}.mp4", seed=i) for i in range(2)]
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,6 @@ import time
 import uuid
 from contextlib import asynccontextmanager
 
-import av
-import numpy as np
-
 from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
 from sparsevila_cluster.cluster.workers.prefill_job import PrefillJob
 from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
@@ -20,21 +17,6 @@ from sparsevila_cluster.media import DecoderSandbox
 from sparsevila_cluster.transport import TransferTicket
 
 QUESTIONS = ("what colour is the star?", "where is the circle?", "how many squares are there?")
-
-
-def write_clip(path, seed, frames=16, size=112):
-    rng = np.random.default_rng(seed)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=4)
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for _ in range(frames):
-            picture = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
 
 
 def request_of(clip, **fields):

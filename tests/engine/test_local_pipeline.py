@@ -7,8 +7,6 @@ import signal
 import threading
 import time
 
-import av
-import numpy as np
 import pytest
 
 from sparsevila_cluster import VideoQA
@@ -28,6 +26,7 @@ from sparsevila_cluster.core.requests import MediaSource, PrepareRequest, Sampli
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
+from tests.media.clips import write_clip
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +37,13 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
-    return [write_clip(folder / f"{i}.mp4", seed=i) for i in range(3)]
+    return [write_clip(folder / f"{i}.mp4", seed=i, frames=12) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
 def qa(checkpoint):
     with VideoQA(checkpoint, prune_keep=0.5, retrieve_keep=0.3, max_frames=8) as qa:
         yield qa
-
-
-def write_clip(path, seed, frames=12, size=112):
-    rng = np.random.default_rng(seed)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=4)
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for _ in range(frames):
-            picture = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
 
 
 def test_ask_and_stream_give_the_same_answers(qa, clips):

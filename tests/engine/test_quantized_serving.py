@@ -4,7 +4,7 @@ import pytest
 
 from sparsevila_cluster import VideoQA
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
-from tests.engine.test_local_pipeline import write_clip
+from tests.media.clips import write_clip
 from tests.models.quantized_files import VISION, as_awq, as_w8a8, config_of, plain_twin
 
 QUESTIONS = ("what is it?", "and then?", "where?")
@@ -12,7 +12,7 @@ QUESTIONS = ("what is it?", "and then?", "where?")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", seed=0)
+    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", seed=0, frames=12)
 
 
 @pytest.fixture(scope="module")
