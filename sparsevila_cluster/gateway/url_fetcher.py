@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -26,6 +27,9 @@ MAX_FETCH_S = 120.0
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Not reachable from everywhere (RFC 3879, RFC 6890), though `is_global` says so in some releases of Python.
+_SITE_LOCAL, _IETF = ipaddress.IPv6Network("fec0::/10"), ipaddress.IPv4Network("192.0.0.0/24")
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def is_public(address: str) -> bool:
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
         if any(inner is not None and not is_public(str(inner)) for inner in (ip.sixtofour, *(ip.teredo or ()))):
             return False
+    if ip in (_SITE_LOCAL if isinstance(ip, ipaddress.IPv6Address) else _IETF):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
@@ -162,7 +168,7 @@ async def _body(url: str, reader: asyncio.StreamReader, headers: dict[str, str],
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise BadMedia(f"{url[:100]!r} answers in an encoding that nobody asked for")
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        while size := _hex(url, await reader.readuntil(b"\r\n")):
+        while size := _chunk_size(url, await reader.readuntil(b"\r\n")):
             if size > max_bytes:
                 raise _too_large(url, max_bytes)
             async for block in _exactly(reader, size):
@@ -191,11 +197,11 @@ async def _exactly(reader: asyncio.StreamReader, size: int) -> AsyncIterator[byt
         yield block
 
 
-def _hex(url: str, line: bytes) -> int:
-    try:
-        return int(line.partition(b";")[0].strip()[:16], 16)
-    except ValueError as error:
-        raise BadMedia(f"{url[:100]!r} does not speak HTTP/1.1") from error
+def _chunk_size(url: str, line: bytes) -> int:
+    digits = line.partition(b";")[0].strip()
+    if not _CHUNK_SIZE.fullmatch(digits):  # `int` would take signs, underscores and 0x as well
+        raise BadMedia(f"{url[:100]!r} does not speak HTTP/1.1: a chunk has the size {digits[:40]!r}")
+    return int(digits, 16)
 
 
 def _too_large(url: str, max_bytes: int) -> TooLarge:

@@ -20,7 +20,7 @@ pytest.importorskip("cryptography")
         "127.0.0.1", "127.8.9.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
         "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1",
         "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2002:a00:1::1",
-        "2001:db8::1", "not an address", "",
+        "2001:db8::1", "fec0::1", "feff::1", "192.0.0.8", "192.0.0.171", "not an address", "",
     ],
 )  # fmt: skip
 def test_addresses_inside_are_not_public(address):
@@ -133,6 +133,8 @@ class UrlServer:
             send("200 OK", length, body=self.body[:-1])
         elif path == "/liar":
             send("200 OK", "Transfer-Encoding: chunked", body=b"ffffffffffff\r\nxx")
+        elif path.startswith("/chunk-of/"):
+            send("200 OK", "Transfer-Encoding: chunked", body=path[10:].encode() + b"\r\n" + self.body)
         elif path == "/negative":
             send("200 OK", "Content-Length: -5", body=b"xx")
         elif path == "/zip":
@@ -197,6 +199,8 @@ def test_bodies_arrive_whole_however_they_are_sent(tmp_path):
         ("/sized", "nowhere.example", BadMedia, "no address"),
         ("/short", "good.example", BadMedia, "early"),
         ("/liar", "good.example", TooLarge, "max_bytes"),
+        *((f"/chunk-of/{size}", "good.example", BadMedia, "size") for size in ("-5", "-1000000", "+5", "0x10", "1_0", "", ";x=1")),
+        ("/chunk-of/7fffffffffffffff", "good.example", BadMedia, "size"),
         ("/negative", "good.example", BadMedia, "length"),
         ("/zip", "good.example", BadMedia, "encoding"),
         ("/missing", "good.example", BadMedia, "404"),
