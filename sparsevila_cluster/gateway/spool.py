@@ -9,12 +9,11 @@ one.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import os
 import re
 import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -25,14 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsevila_cluster.core.cluster_config import GatewayConfig
-from sparsevila_cluster.core.errors import BadConfig, Internal, NotFound, QueueFull, TooLarge, Unavailable
+from sparsevila_cluster.core.errors import BadConfig, Internal, NotFound, QueueFull, SparseVilaError, TooLarge, Unavailable
 from sparsevila_cluster.core.metrics import MetricsSink
+from sparsevila_cluster.core.private_folder import check_private, own_folder
 
 KINDS = ("auto", "video", "image")
 # How long a count of what other routers keep in a shared folder is good for, in seconds.
 COUNT_TTL_S = 1.0
+# When a client may try again that found the disk full.
+FULL_DISK_RETRY_S = 10.0
 # Folders of spools without a configured one.
-PREFIX, LOCK = "sparsevila-spool-", "lock"
+PREFIX = "sparsevila-spool-"
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -50,17 +52,18 @@ class Spool:
     """Threads may share it. What it has written is deleted when it is closed; a folder of its own, too."""
 
     def __init__(self, config: GatewayConfig, max_bytes: int, sink: MetricsSink):
-        """max_bytes: of one file. Raises BadConfig: the configured folder cannot be used."""
+        """max_bytes: of one file. Raises BadConfig: the configured folder cannot be used, or is not this user's alone."""
         self._quota_bytes, self._ttl_s, self._max_bytes, self._sink = config.spool_bytes, config.upload_ttl_s, max_bytes, sink
         self._shared = config.spool_dir is not None
         try:
             if config.spool_dir is not None:
                 Path(config.spool_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+                check_private(Path(config.spool_dir))
             self._lock_fd: int | None = None
             if config.spool_dir is not None:
                 self._folder = Path(config.spool_dir).resolve()
             else:
-                self._folder, self._lock_fd = own_folder()
+                self._folder, self._lock_fd = own_folder(PREFIX)
             if not os.access(self._folder, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable")
         except OSError as error:
@@ -78,7 +81,7 @@ class Spool:
             return sum(self._sizes.values())
 
     def begin(self, owner: str) -> SpoolPart:
-        """A new file for this owner. Raises Unavailable: closed. Internal: the disk."""
+        """A new file for this owner. Raises Unavailable: closed. QueueFull: a full disk. Internal: the disk."""
         with self._lock:
             if self._closed:
                 raise Unavailable("the spool is closed")
@@ -87,7 +90,7 @@ class Spool:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 part = SpoolPart(self, path)
             except OSError as error:
-                raise Internal(f"cannot keep the file: {error.strerror or error}") from error
+                raise _disk_error(error) from error
             self._sizes[path] = 0
             self._held[path] += 1
         return part
@@ -217,7 +220,7 @@ class SpoolPart:
     def __init__(self, spool: Spool, path: Path):
         self.path = path
         self._spool = spool
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by keep and discard)
+        self._file = open(path, "xb", buffering=0, opener=_open_private)  # noqa: SIM115 (closed by keep and discard)
         self._digest = hashlib.blake2b(digest_size=32)
         self._lock = threading.Lock()
 
@@ -227,7 +230,7 @@ class SpoolPart:
         return self._file.tell() if not self._file.closed else 0
 
     def write(self, data: bytes) -> None:
-        """Append. Raises TooLarge, QueueFull (the quota), Unavailable (closed meanwhile), Internal (the disk)."""
+        """Append. Raises TooLarge, QueueFull (the quota, a full disk), Unavailable (closed meanwhile), Internal (the disk)."""
         with self._lock:
             if self._file.closed:
                 raise Unavailable("the upload was given up")
@@ -238,7 +241,7 @@ class SpoolPart:
                 while view:
                     view = view[self._file.write(view) :]
             except OSError as error:
-                raise Internal(f"cannot keep the file: {error.strerror}") from error
+                raise _disk_error(error) from error
 
     def keep(self, kind: str) -> StoredUpload:
         """The whole file as an upload. Raises Unavailable: closed meanwhile."""
@@ -257,25 +260,14 @@ class SpoolPart:
         self._spool.forget(self.path)
 
 
-def own_folder() -> tuple[Path, int]:
-    """(a new folder, the descriptor of its locked file). Deletes such folders of processes that are gone. Raises OSError.
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
-    The lock ends with the process, however it ends: whoever can take it knows that nobody uses the folder.
-    """
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            if path.lstat().st_uid == os.getuid() and not path.is_symlink():
-                fd = os.open(path / LOCK, os.O_RDWR)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
-                finally:
-                    os.close(fd)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-    fd = os.open(folder / f"{LOCK}.new", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.rename(folder / f"{LOCK}.new", folder / LOCK)  # it is seen locked or not at all
-    return folder, fd
+
+def _disk_error(error: OSError) -> SparseVilaError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return QueueFull("the disk of the spool is full", retry_after_s=FULL_DISK_RETRY_S)
+    return Internal(f"cannot keep the file: {error.strerror or error}")
 
 
 def _size(path: Path) -> int:

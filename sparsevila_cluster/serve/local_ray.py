@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from sparsevila_cluster.core.cluster_config import ClusterConfig, PoolConfig
 from sparsevila_cluster.core.config import MIB
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import BadConfig
+from sparsevila_cluster.core.private_folder import own_folder
 
 OBJECT_STORE_BYTES = 512 * MIB
 # For the processes of every node that runs replicas. Messages between replicas: Serve's limit of 4 MiB is too small for a report of
@@ -33,7 +33,9 @@ LOCAL_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_EN
 
 @contextmanager
 def local_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
-    """Ray and Serve for `config` on 127.0.0.1 while the context lasts; yields the folder of its logs.
+    """Ray and Serve for `config` on 127.0.0.1 while the context lasts; yields a folder that only this user may look into.
+
+    It goes with the context; that of a server that was killed goes when the next one starts.
 
     What the pools ask for counts as there: workers share the processors. Ray's token authentication is on, as it is by
     default, with a token that no file holds.
@@ -45,7 +47,7 @@ def local_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
     # Only now: in this process Serve has read its settings, which must leave the routing loop apart.
     added = {name: value for name, value in {**LOCAL_ENV, **REPLICA_ENV}.items() if name not in os.environ}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # stays: Ray reads it once per process
-    folder = Path(tempfile.mkdtemp(prefix="sv-", dir="/tmp" if Path("/tmp").is_dir() else None))  # short: sockets lie in it
+    folder, lock = own_folder("sv-", "/tmp" if Path("/tmp").is_dir() else None)  # short: sockets lie in it
     os.environ.update(added)
     networked, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False  # as its variable says in children
     try:
@@ -61,7 +63,7 @@ def local_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
             logging_level=logging.INFO if verbose else logging.CRITICAL,
             log_to_driver=verbose,
             _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "r"),  # Ray opens its folder to everybody; that above stays private
             _metrics_export_port=config.metrics_port or None,
         )
         try:
@@ -78,6 +80,7 @@ def local_ray(config: ClusterConfig, verbose: bool = False) -> Iterator[Path]:
         for name in added:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def set_ray_log_level(verbose: bool) -> None:

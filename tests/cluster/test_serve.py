@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -175,6 +176,17 @@ def test_prometheus_finds_our_families(served, client, films, metrics_port):
         found = {name for name, who in wanted.items() for line in lines if f"sparsevila_{name}" in line and f'"{who}"' in line}
         wanted = {name: who for name, who in wanted.items() if name not in found}
         time.sleep(0.5)
+
+
+def test_what_clients_send_is_nobody_elses_to_read(served, films):
+    """Ray opens the folder that it is given to everybody."""
+    with grpc.insecure_channel(served.target) as channel:
+        VideoQAStub(channel).UploadMedia(iter([pb.MediaChunk(data=films[0][0].read_bytes(), kind="video")]), timeout=60)
+    kept = list(Path("/tmp").glob("sv-*/spool/*/*"))
+    assert kept
+    for path in kept:
+        modes = [one.lstat().st_mode & 0o777 for one in (path, path.parent, path.parents[1], path.parents[2])]
+        assert modes == [0o600, 0o700, 0o700, 0o700], path
 
 
 def test_nothing_listens_on_other_interfaces(served):

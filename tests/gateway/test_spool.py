@@ -167,6 +167,57 @@ def test_what_a_killed_process_left_is_deleted_by_the_next_and_what_is_in_use_is
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sparsevila-spool-link", "sparsevila-spool-other"]
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o777, 0o701])
+def test_a_folder_that_others_may_look_into_is_refused(tmp_path, mode):
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(BadConfig, match=f"0700, but is {mode:04o}"):
+        spool(spool_dir=str(folder))
+
+
+def test_links_and_folders_of_others_are_refused(tmp_path, monkeypatch):
+    real = tmp_path / "real"
+    real.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(real)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadConfig, match="no link"):
+        spool(spool_dir=str(tmp_path / "link"))
+    with pytest.raises(BadConfig):
+        spool(spool_dir=str(tmp_path / "file"))
+    spool(spool_dir=str(real)).close()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(BadConfig, match="belong to user 12345"):
+        spool(spool_dir=str(real))
+
+
+def test_nobody_else_may_read_what_is_kept(tmp_path):
+    before = os.umask(0)
+    try:
+        held = spool(spool_dir=str(tmp_path / "a" / "spool"))
+        sent = put(held, bytes(10))
+        part = held.begin("bob")
+    finally:
+        os.umask(before)
+    with held.hold("ann", sent.upload_id) as (file, _):
+        for path, mode in ((file, 0o600), (part.path, 0o600), (file.parent, 0o700), (held._folder, 0o700)):
+            assert path.stat().st_mode & 0o777 == mode, path
+    part.discard()
+    held.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_a_full_queue():
+    held = spool()
+    part = held.begin("ann")
+    with open("/dev/full", "wb", buffering=0) as full:
+        os.dup2(full.fileno(), part._file.fileno())
+        with pytest.raises(QueueFull, match="disk"):
+            part.write(b"x")
+    part.discard()
+    held.close()
+
+
 def test_discarding_while_another_thread_writes_leaves_nothing():
     held = spool(max_bytes=10**9, spool_bytes=10**9)
     for _ in range(20):
