@@ -14,6 +14,7 @@ from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import BadConfig
 from sparsevila_cluster.gateway.grpc import GrpcServer
+from sparsevila_cluster.gateway.grpc.health_service import MAX_WATCHERS
 from sparsevila_cluster.gateway.service import VideoQAService
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests import structure as rules
@@ -59,6 +60,37 @@ def test_readiness_follows_the_pipeline_and_watchers_learn_of_changes():
         assert [s.status async for s in service] == [s.status async for s in alive] == [NOT_SERVING]
         assert [s.status async for s in nobody] == []
         await asyncio.wait_for(stopping, 5)  # those who watch do not hold it up
+
+    run("tiny", work, pipeline=pipeline)
+
+
+def test_however_many_watch_the_pipeline_is_asked_by_one_at_a_time():
+    """Watching needs no key: it must not cost a server that is busy anything."""
+
+    class Slow(Broken):
+        num_asked = num_at_once = most_at_once = 0
+
+        async def ready(self):
+            self.num_asked, self.num_at_once = self.num_asked + 1, self.num_at_once + 1
+            self.most_at_once = max(self.most_at_once, self.num_at_once)
+            await asyncio.sleep(0.3)
+            self.num_at_once -= 1
+            return True
+
+    pipeline = Slow(None)
+
+    async def work(served):
+        stub = health_pb2_grpc.HealthStub(served.channel)
+        watching = [aiter(stub.Watch(ask(SERVICE))) for _ in range(MAX_WATCHERS)]
+        assert {(await anext(one)).status for one in watching} == {SERVING}
+        assert (await refused(anext(aiter(stub.Watch(ask(SERVICE))))))[0] == "RESOURCE_EXHAUSTED"
+        flips = [asyncio.ensure_future(anext(one)) for one in watching]
+        await asyncio.sleep(1.2)
+        assert not any(flip.done() for flip in flips), "it was told that the server is not ready"
+        assert pipeline.most_at_once == 1 and pipeline.num_asked < 10
+        assert (await stub.Check(ask(SERVICE))).status == SERVING
+        for flip in flips:
+            flip.cancel()
 
     run("tiny", work, pipeline=pipeline)
 

@@ -15,17 +15,21 @@ from sparsevila_cluster.gateway.grpc.call_interceptor import SERVICE
 # How soon a watcher learns of a change.
 POLL_S = 0.2
 ANSWER_S = 2.0
+# Streams of Watch at a time, which need no key; load balancers hold one each.
+MAX_WATCHERS = 100
 
 Status = health_pb2.HealthCheckResponse
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """ready: asked once per POLL_S at most. No answer within ANSWER_S, or an error, counts as not ready."""
+    """ready: asked once per POLL_S at most, however many want to know. No answer within ANSWER_S, or an error: not ready."""
 
     def __init__(self, ready: Callable[[], Awaitable[bool]]):
         self._ready = ready
         self._leaving = asyncio.Event()
         self._known = (-POLL_S, False)
+        self._asking: asyncio.Future[None] | None = None
+        self._num_watchers = 0
 
     def leave(self) -> None:
         """From now on nothing is serving. Those who watch are told, and their streams end."""
@@ -44,10 +48,19 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthListResponse(statuses=statuses)
 
     async def Watch(self, request: Any, context: Any) -> None:
-        """The status of one service, again after each change."""
+        """The status of one service, again after each change. RESOURCE_EXHAUSTED: MAX_WATCHERS watch already."""
+        if self._num_watchers >= MAX_WATCHERS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} streams watch already; that is the limit")
+        self._num_watchers += 1
+        try:
+            await self._watch(request.service, context)
+        finally:
+            self._num_watchers -= 1
+
+    async def _watch(self, service: str, context: Any) -> None:
         sent = None
         while True:
-            leaving, status = self._leaving.is_set(), await self._status(request.service)
+            leaving, status = self._leaving.is_set(), await self._status(service)
             if status != sent:
                 await context.write(Status(status=status))
                 sent = status
@@ -67,10 +80,15 @@ class HealthService(health_pb2_grpc.HealthServicer):
 
     async def _is_ready(self) -> bool:
         if time.monotonic() - self._known[0] > POLL_S:
-            try:
-                async with asyncio.timeout(ANSWER_S):
-                    ready = await self._ready()
-            except Exception:
-                ready = False
-            self._known = time.monotonic(), ready
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.ensure_future(self._ask())
+            await asyncio.shield(self._asking)
         return self._known[1]
+
+    async def _ask(self) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                ready = await self._ready()
+        except Exception:
+            ready = False
+        self._known = time.monotonic(), ready
