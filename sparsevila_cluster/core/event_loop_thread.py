@@ -27,10 +27,16 @@ class EventLoopThread:
     def __init__(self, owner: str):
         self.owner = owner
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name=owner, daemon=True)
+        self.thread = threading.Thread(target=self._run, name=owner, daemon=True)
         self._closing = threading.Lock()
         self._closed = False
         self.thread.start()
+
+    def _run(self) -> None:
+        # All of the loop's life is here: the thread that closes may have a running loop of its own, as in a notebook.
+        self.loop.run_forever()
+        self.loop.run_until_complete(_cancel_rest(self.loop))
+        self.loop.close()
 
     def run(self, work: Coroutine[Any, Any, R], limit_s: float) -> R:
         """Wait for a coroutine that has a deadline of its own, `limit_s`.
@@ -72,9 +78,6 @@ class EventLoopThread:
             self.thread.join(GRACE_S)
             if self.thread.is_alive():
                 log.error("the event loop did not stop within %g s", GRACE_S)
-            else:
-                self.loop.run_until_complete(_cancel_rest(self.loop))
-                self.loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, R], limit_s: float) -> R:
         if threading.current_thread() is self.thread:
