@@ -111,8 +111,8 @@ class DecodeWorkerApi(WorkerApi, Protocol):
     async def abort(self, turn_id: str, /) -> bool:
         """End a turn; its conversation stays as it was before it. False if it is unknown or over."""
 
-    async def close_conversation(self, conversation_id: str, /) -> bool:
-        """Abort its turns, free its KV, forget its text. False if it is unknown."""
+    async def close_conversation(self, conversation_id: str, tenant: str | None = None, /) -> bool:
+        """Abort its turns, free its KV, forget its text. False if it is unknown, or another tenant's than `tenant` (None: any)."""
 
     async def set_brownout(self, level: float, /) -> None:
         """Turns that start from now on attend to less; 0 undoes it. Raises BadRequest: a level outside [0, 1]."""

@@ -21,11 +21,12 @@ class BackgroundTasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def run(self, work: Coroutine[Any, Any, Any], what: str, **extra: str) -> None:
-        """Start it. extra: fields of the log record should it fail."""
+    def run(self, work: Coroutine[Any, Any, Any], what: str, **extra: str) -> asyncio.Task[None]:
+        """Start it; the task, which raises nothing. extra: fields of the log record should it fail."""
         task = asyncio.get_running_loop().create_task(_logged(work, what, extra))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def settle(self, within_s: float) -> None:
         """Wait for what is under way, but no longer than `within_s`; cancel the rest."""

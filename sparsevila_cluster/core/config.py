@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsevila_cluster.core.errors import BadConfig
 
-GIB = 1024**3
-MIB = 1024**2
+GIB, MIB, KIB = 1024**3, 1024**2, 1024
 
 # What `None` and `auto` of a SparsityConfig stand for, by the kind of the media; ratios are the fraction kept.
 DEFAULT_PRUNE_KEEP = {"video": 0.25, "image": 0.4}
@@ -130,6 +129,8 @@ class EngineConfig(FrozenConfig):
     )
     slice_steps: int = Field(256, ge=1, description="Steps that a turn runs before it makes way for turns that wait for room.")
     max_question_tokens: int = Field(2048, ge=1, description="Longest question, in tokens.")
+    max_question_bytes: int = Field(64 * KIB, ge=1, description="Longest question, in bytes of UTF-8; it is tokenised if it fits.")
+    max_answer_tokens: int = Field(16_384, ge=1, description="Largest max_tokens, and longest replay, that a turn may ask for.")
     max_waiting: int = Field(256, ge=1, description="Longest queue of turns before new ones are refused.")
     max_conversations: int = Field(1024, ge=1, description="Conversations kept; the least recently used idle one is closed first.")
     turn_timeout_s: float = Field(300.0, gt=0, description="Deadline of a turn that names none.")

@@ -29,8 +29,8 @@ class Pipeline(Protocol):
         """End a turn that is under way. False: there is none of this id."""
         ...
 
-    async def close_conversation(self, conversation_id: str) -> bool:
-        """Free the KV of a conversation. False: there is none of this id."""
+    async def close_conversation(self, conversation_id: str, tenant: str = "") -> bool:
+        """Free the KV of a conversation. False: there is none of this id, or it is another tenant's."""
         ...
 
     async def media(self, media_id: str, tenant: str = "") -> MediaHandle:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
-from sparsevila_cluster.core.config import MediaLimits
+from sparsevila_cluster.core.config import EngineConfig, MediaLimits
 from sparsevila_cluster.core.display import ReprMixin
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.evidence import Evidence
 
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 512
 
 
 class FinishReason(StrEnum):
@@ -83,6 +83,8 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise BadRequest(f"stop strings must be non-empty text, got {text!r}")
+            if len(text) > MAX_STOP_CHARS:
+                raise BadRequest(f"a stop string may have at most {MAX_STOP_CHARS} characters, got {len(text)}")
 
 
 class Timeline:
@@ -241,6 +243,11 @@ class Turn:
     def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not self.question.strip():
             raise BadRequest(f"question must be non-empty text, got {self.question!r}")
+        try:
+            self.question.encode()
+        except UnicodeEncodeError as error:
+            alone = f"{self.question[error.start]!r}, half of a surrogate pair"
+            raise BadRequest(f"question must be Unicode text; character {error.start} is {alone}") from None
         if self.retrieve_keep is not None:
             check_ratio("retrieve_keep", self.retrieve_keep)
         if self.retrieve_mass is not None:
@@ -249,6 +256,18 @@ class Turn:
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
             raise BadRequest(f"refresh_every must be an integer >= 0 (0 = never), got {every!r}")
         check_deadline(self.deadline_s)
+
+
+def check_size(turn: Turn, config: EngineConfig) -> None:
+    """Raise BadRequest unless everything about a turn that costs work is within the configuration's bounds."""
+    num_bytes = len(turn.question.encode())
+    if num_bytes > config.max_question_bytes:
+        raise BadRequest(f"question must have at most max_question_bytes={config.max_question_bytes} bytes, got {num_bytes}")
+    max_tokens = turn.sampling.max_tokens
+    if max_tokens > config.max_answer_tokens:
+        raise BadRequest(f"max_tokens must be in [1, max_answer_tokens={config.max_answer_tokens}], got {max_tokens}")
+    if turn.replay is not None and len(turn.replay.token_ids) > max_tokens:
+        raise BadRequest(f"said_token_ids must hold at most max_tokens={max_tokens} tokens, got {len(turn.replay.token_ids)}")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from sparsevila_cluster.engine.decode_engine import DecodeEngine
 from sparsevila_cluster.engine.engine_stats import EngineStats
 from sparsevila_cluster.engine.engine_thread import EngineThread
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
+from sparsevila_cluster.engine.prepared_turn import PreparedTurn
 from sparsevila_cluster.engine.turn import EventSink
 from sparsevila_cluster.engine.turn_events import turn_events
 from sparsevila_cluster.kvcache.arena import Extent
@@ -62,6 +63,8 @@ class AsyncDecodeEngine:
         self._brownout = 0.0  # as asked for; a long queue may ask for more
         self._stats = EngineStats.of(engine)
         self._thread = EngineThread(engine, "decode")
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-turn")  # one: turns keep their order
+        self._closed = False
         self._timeout_s = engine.config.turn_timeout_s
 
     @property
@@ -119,13 +122,13 @@ class AsyncDecodeEngine:
         turn: Turn,
         begin: Callable[[Submit], Awaitable[object]] | None = None,
         *,
-        submit: Callable[[DecodeEngine, Turn, EventSink], None] | None = None,
+        submit: Callable[[DecodeEngine, Turn, EventSink, PreparedTurn], None] | None = None,
         undo: Callable[[DecodeEngine], object] | None = None,
         max_events: int = 1,
     ) -> AsyncGenerator[list[TurnEvent], None]:
         """The events of a turn, `done` last: one by one for a reader who keeps up, else up to `max_events` at once.
 
-        Leaving the iteration early aborts the turn.
+        What grows with the size of the turn is done in a thread beside the engine's. Leaving the iteration early aborts the turn.
 
         begin: decides when, and in which form, the turn enters the engine, by calling what it is given in the engine's thread;
         at once if None. submit: how it enters; `engine.submit` if None. undo: called in the engine's thread if the reader leaves
@@ -137,6 +140,8 @@ class AsyncDecodeEngine:
         submitted = False
 
         async def start(sink: EventSink) -> None:
+            prepared = await self._prepared(turn)
+
             def enter(engine: DecodeEngine, turn: Turn) -> None:
                 nonlocal submitted
 
@@ -146,9 +151,9 @@ class AsyncDecodeEngine:
                     sink(event)
 
                 if submit is None:
-                    engine.submit(turn, observed)
+                    engine.submit(turn, observed, prepared)
                 else:
-                    submit(engine, turn, observed)
+                    submit(engine, turn, observed, prepared)
                 submitted = True
 
             if begin is None:
@@ -162,6 +167,19 @@ class AsyncDecodeEngine:
                 undo(engine)
 
         return turn_events(start, lambda: self.post(leave), self.timeout_s(turn), f"turn {turn.turn_id}", max_events)
+
+    async def _prepared(self, turn: Turn) -> PreparedTurn:
+        """Raises what `DecodeEngine.prepare` raises, DeadlineExceeded, `unavailable` (closed)."""
+        if self._closed:
+            raise self._unavailable(f"{self.owner} is closed")
+        preparing = asyncio.wrap_future(self._preparing.submit(self.engine.prepare, turn))
+        try:
+            return await wait_within(preparing, self.timeout_s(turn), f"preparing turn {turn.turn_id}")
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise self._unavailable(f"{self.owner} is closed") from None  # `close` emptied the queue
 
     # ---- media prefixes ----------------------------------------------------------------------------------------------------
 
@@ -240,6 +258,8 @@ class AsyncDecodeEngine:
             for key in [prefix.key for prefix in engine.prefixes]:
                 engine.prefixes.remove(key)
 
+        self._closed = True
+        self._preparing.shutdown(wait=False, cancel_futures=True)
         try:
             await self.call(empty, timeout_s)
         finally:

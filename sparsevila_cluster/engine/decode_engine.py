@@ -33,10 +33,10 @@ from sparsevila_cluster.core.requests import Turn, TurnEvent, check_brownout
 from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.engine.model_runner import ModelRunner
+from sparsevila_cluster.engine.prepared_turn import PreparedTurn
 from sparsevila_cluster.engine.sampling import sample
 from sparsevila_cluster.engine.scheduler import Scheduler
 from sparsevila_cluster.engine.turn import EventSink, RunningTurn
-from sparsevila_cluster.engine.turn_answer import TurnAnswer
 from sparsevila_cluster.kvcache.arena import Arena
 from sparsevila_cluster.kvcache.conversation_store import Conversation, ConversationStore
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
@@ -73,8 +73,14 @@ class DecodeEngine:
 
     # ---- turns ------------------------------------------------------------------------------------------------------------
 
-    def submit(self, turn: Turn, sink: EventSink) -> None:
+    def prepare(self, turn: Turn) -> PreparedTurn:
+        """What `submit` needs of a turn and can be had without the engine: from any thread. Raises as `PreparedTurn.of`."""
+        return PreparedTurn.of(turn, self.model, self.config)
+
+    def submit(self, turn: Turn, sink: EventSink, prepared: PreparedTurn | None = None) -> None:
         """Queue a turn; its events, or one error, go to `sink`. It runs only if, when it starts, `turn.after` turns are finished.
+
+        prepared: by `prepare`; done here, in the engine's thread, if None.
 
         Raises:
             NotFound: unknown media, or a conversation that is not here as `turn.after` says, or is another tenant's. BadRequest,
@@ -87,17 +93,13 @@ class DecodeEngine:
             raise QueueFull(f"{self.scheduler.num_waiting} turns wait already; the limit is {self.config.max_waiting}")
         prefix = self.prefix_of(turn.media_id, turn.tenant)
         conversation = self._conversation_of(turn)
-        _, start, stop = self.model.chat.question_ids(turn.question, first=True, pending=None)
-        num_tokens = stop - start
-        if num_tokens > self.config.max_question_tokens:
-            raise TooLarge(f"the question has {num_tokens} tokens; the limit is {self.config.max_question_tokens}")
+        prepared = prepared or self.prepare(turn)
         budget_of(turn, self.config.sparsity, prefix.metadata.kind)
-        answer = TurnAnswer(turn, self.model)
         if conversation is None:
             conversation = self.conversations.open(turn.conversation_id, turn.media_id, prefix.metadata.next_pos, turn.tenant)
         self.prefixes.hold(prefix.key)
         self.conversations.enter(conversation)
-        self.turns[turn.turn_id] = RunningTurn(turn, answer, conversation, prefix, self.model, self.config, sink)
+        self.turns[turn.turn_id] = RunningTurn(turn, prepared, conversation, prefix, self.model, self.config, sink)
         self.scheduler.add(turn.turn_id, turn.conversation_id)
         sink(TurnEvent("accepted", turn.turn_id, conversation_id=turn.conversation_id))
 
@@ -136,8 +138,11 @@ class DecodeEngine:
         running.sink(error or Cancelled(f"turn {turn_id} was aborted"))
         return True
 
-    def close_conversation(self, conversation_id: str) -> bool:
-        """Abort the conversation's turns and free its KV. False if it is unknown."""
+    def close_conversation(self, conversation_id: str, tenant: str | None = None) -> bool:
+        """Abort the conversation's turns and free its KV. False if it is unknown, or another tenant's than `tenant` (None: any)."""
+        known = self.conversations.get(conversation_id)
+        if tenant is not None and known is not None and not may_use(known.tenant, tenant):
+            return False
         for running in [t for t in self.turns.values() if t.conversation.conversation_id == conversation_id]:
             self.abort(running.turn.turn_id)
         return self.conversations.close(conversation_id)

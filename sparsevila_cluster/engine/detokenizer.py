@@ -8,6 +8,8 @@ REPLACEMENT = "�"
 # A character of UTF-8 has at most 4 bytes; byte-level tokens hold one byte or more, so that after this many tokens an unfinished
 # character is no longer unfinished but invalid.
 MAX_UNFINISHED = 4
+# Tokens without text that are kept as context; behind them they are forgotten, so that a window has a bound.
+MAX_SILENT = 16
 
 
 class Detokenizer:
@@ -22,6 +24,7 @@ class Detokenizer:
         self._ids: list[int] = []
         self._window = 0  # ids[_window:_read] were given out and give context to what follows
         self._read = 0
+        self._num_unfinished = 0  # tokens since the text began to end with an unfinished character
         self._held = ""  # whole characters that may be the beginning of a stop string
         self.stopped = False
 
@@ -30,11 +33,14 @@ class Detokenizer:
         self._ids.append(token)
         before = self._decode(self._ids[self._window : self._read])
         after = self._decode(self._ids[self._window :])
-        if after.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_UNFINISHED:
+        self._num_unfinished = self._num_unfinished + 1 if after.endswith(REPLACEMENT) else 0
+        if 0 < self._num_unfinished < MAX_UNFINISHED:
             return ""
         if len(after) <= len(before):
+            if len(self._ids) - self._read >= MAX_SILENT:
+                del self._ids[self._read :]
             return ""
-        self._window, self._read = self._read, len(self._ids)
+        self._window, self._read, self._num_unfinished = self._read, len(self._ids), 0
         return self._release(after[len(before) :])
 
     def finish(self) -> str:

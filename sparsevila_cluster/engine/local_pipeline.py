@@ -164,9 +164,9 @@ class LocalPipeline:
         """End a turn; its conversation stays as it was before it. False if it is unknown or over."""
         return await self.decode.call(lambda engine: engine.abort(turn_id))
 
-    async def close_conversation(self, conversation_id: str) -> bool:
-        """Abort its turns and free its KV. False if it is unknown."""
-        return await self.decode.call(lambda engine: engine.close_conversation(conversation_id))
+    async def close_conversation(self, conversation_id: str, tenant: str = "") -> bool:
+        """Abort its turns and free its KV. False if it is unknown, or another tenant's."""
+        return await self.decode.call(lambda engine: engine.close_conversation(conversation_id, tenant))
 
     async def set_brownout(self, level: float) -> None:
         """Turns that start from now on attend to less; 0 undoes it. Raises BadRequest for a level outside [0, 1]."""

@@ -18,7 +18,7 @@ from sparsevila_cluster.attention.interface import Capture, Segment, Span
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import TooLarge
 from sparsevila_cluster.core.requests import FinishReason, Timeline, Turn, TurnEvent, Usage
-from sparsevila_cluster.engine.turn_answer import TurnAnswer
+from sparsevila_cluster.engine.prepared_turn import PreparedTurn
 from sparsevila_cluster.engine.turn_retrieval import TurnRetrieval
 from sparsevila_cluster.kvcache.conversation_store import Conversation, Room
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
@@ -37,7 +37,7 @@ class RunningTurn:
     def __init__(
         self,
         turn: Turn,
-        answer: TurnAnswer,
+        prepared: PreparedTurn,
         conversation: Conversation,
         prefix: MediaPrefix,
         model: Model,
@@ -46,7 +46,8 @@ class RunningTurn:
     ):
         """Raises BadRequest if the turn asks for what the configured retrieval cannot do."""
         self.turn, self.conversation, self.prefix, self.sink = turn, conversation, prefix, sink
-        self._model = model
+        self._model, self._prepared = model, prepared
+        answer = prepared.answer
         self.timeline = Timeline()
         self.timeline.mark("arrived")
         self.deadline_s = config.turn_timeout_s if turn.deadline_s is None else turn.deadline_s
@@ -83,11 +84,12 @@ class RunningTurn:
         self.retrieval.start(brownout if replay is None else replay.brownout)
 
     def prepare_question(self) -> None:
-        """Tokenise the question on the conversation as it is now. Raises TooLarge if the answer cannot fit the model."""
+        """Take the question's tokens on the conversation as it is now. Raises TooLarge if the answer cannot fit the model."""
         conversation = self.conversation
         if self.phase != "waiting" or self._prepared_at == conversation.num_turns:
             return  # a turn that waits for room is asked again before every step
-        ids, start, stop = self._model.chat.question_ids(self.turn.question, conversation.num_turns == 0, conversation.pending)
+        pending = None if conversation.pending in self._model.chat.eos_ids else conversation.pending
+        ids, start, stop = self._prepared.question_ids(conversation.num_turns == 0, pending)
         self.input_ids, self._question_span = ids, (start, stop)
         self._prompt_rows = len(ids)
         last = conversation.next_pos + len(ids) + self.turn.sampling.max_tokens

@@ -25,7 +25,7 @@ from sparsevila_cluster.core.errors import BadMedia, BadRequest, Internal, NotFo
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.protocols import Pipeline
-from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent
+from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent, check_size
 from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.gateway.authenticator import Authenticator, Principal, check_id
 from sparsevila_cluster.gateway.call import Call
@@ -186,18 +186,25 @@ class VideoQAService:
 
     # ---- turns -------------------------------------------------------------------------------------------------------------
 
+    @property
+    def max_answer_tokens(self) -> int:
+        """Most tokens of an answer, and of the part of it that a client resumes behind."""
+        return self._engine.max_answer_tokens
+
     async def ask(self, call: Call, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn, measured, `done` last. Leaving early aborts it.
 
         turn: as the client names it; a turn id is made where it is empty, and tenant and deadline are the call's.
 
         Raises:
-            BadRequest: an id or a token that cannot be one. NotFound: media that is unknown, or evicted without its source.
+            BadRequest: an id or a token that cannot be one, a size over the engine's bounds. NotFound: media that is unknown, or
+            evicted without its source.
             DeadlineExceeded. Whatever the pipeline raises. Internal: the pipeline ends without `done`.
         """
         check_id("turn_id", turn.turn_id)
         check_id("conversation_id", turn.conversation_id)
         check_id("media_id", turn.media_id, required=True)
+        check_size(turn, self._engine)
         if turn.replay is not None and any(token < 0 for token in turn.replay.token_ids):
             raise BadRequest(f"said_token_ids must be >= 0, got {min(turn.replay.token_ids)}")
         turn_id = turn.turn_id or uuid.uuid4().hex
@@ -237,9 +244,10 @@ class VideoQAService:
         return await call.wait_shortly(self._pipeline.abort(call.principal.pipeline_turn_id(turn_id)), "aborting a turn")
 
     async def close_conversation(self, call: Call, conversation_id: str) -> bool:
-        """Whether there was such a conversation. Raises BadRequest, DeadlineExceeded."""
+        """Whether there was such a conversation of this tenant. Raises BadRequest, DeadlineExceeded."""
         check_id("conversation_id", conversation_id, required=True)
-        return await call.wait_shortly(self._pipeline.close_conversation(conversation_id), "closing a conversation")
+        closing = self._pipeline.close_conversation(conversation_id, call.principal.tenant)
+        return await call.wait_shortly(closing, "closing a conversation")
 
     # ---- the server --------------------------------------------------------------------------------------------------------
 

@@ -207,7 +207,10 @@ class ScriptedDecode:
             ended.exception()  # nobody may be listening
         return ended is not None
 
-    def close_conversation(self, conversation_id):
+    def close_conversation(self, conversation_id, tenant=None):
+        chat = self.chats.get(conversation_id, [])
+        if chat and tenant is not None and chat[0].turn.tenant not in ("", tenant):
+            return False
         return self.chats.pop(conversation_id, None) is not None
 
     def drop(self, key):

@@ -285,6 +285,28 @@ def test_closing_a_conversation_frees_it_everywhere():
     run_prepared(scenario)
 
 
+@pytest.mark.parametrize("how", ["cancelled", "refused"])
+def test_a_turn_that_never_found_a_worker_leaves_nothing(how):
+    async def scenario(cluster, router, key):
+        unknown = "f" * 64
+        if how == "cancelled":
+            cluster.directory_pool.stop("directory")
+        asking = asyncio.create_task(listen(router, turn(key if how == "cancelled" else unknown, "what?")))
+        if how == "cancelled":
+            await asyncio.sleep(0.05)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            cluster.directory_pool.go_on("directory")
+        else:
+            with pytest.raises(NotFound):
+                await asking
+        await cluster.settled()
+        assert cluster.directory.snapshot().num_conversations == 0 and len(router._conversations) == 0
+
+    run_prepared(scenario)
+
+
 def test_media_in_use_is_not_deleted():
     async def scenario(cluster, router, key):
         worker = cluster.decode.workers[home(cluster, key)]

@@ -54,3 +54,22 @@ def test_text_that_only_looked_like_a_stop_is_shown_at_the_end():
     pieces, stopped = stream("value: <en", ("<end>",))
     assert "".join(pieces) == "value: <en" and not stopped
     assert pieces[-1] == "<en"
+
+
+def test_tokens_without_text_cost_no_more_the_more_there_are():
+    """Control tokens decode to nothing: the window that is decoded with every token must not grow with them."""
+    longest, silent = 0, 300
+
+    def decode(ids):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return utf8([i for i in ids if i < 256])
+
+    text = "before ü🙂 and after"
+    for num_silent in (1, 5, 2000):
+        detokenizer = Detokenizer(decode)
+        pieces = []
+        for byte in text.encode():
+            pieces += [detokenizer.add(byte), *(detokenizer.add(silent) for _ in range(num_silent if byte == ord(" ") else 0))]
+        assert "".join(pieces) + detokenizer.finish() == text
+    assert longest < 100

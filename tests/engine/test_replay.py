@@ -133,7 +133,7 @@ def test_replays_that_no_answer_begins_with_are_refused(model):
     text = model.chat.decode(tokens[:4])
     num_ids = len(model.text.embed_weight)
     for asked, words in (
-        (turn("why?", replay=Replay((*tokens, 5))), "13 tokens, but the answer ends with token 12 .length"),
+        (turn("why?", replay=Replay((*tokens, 5))), "at most max_tokens=12 tokens, got 13"),
         (turn("why?", sampling=SamplingParams(stop=(text,)), replay=Replay(tokens)), "ends with token . .stop"),
         (turn("why?", replay=Replay((3, num_ids))), rf"token 2 of the replay must be in \[0, {num_ids}\), got {num_ids}"),
         (turn("why?", replay=Replay((-1,))), "got -1"),

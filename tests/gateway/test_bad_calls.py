@@ -44,6 +44,17 @@ def bad_asks(media_id):
         (ask(media_id, ""), BadRequest, "question"),
         (ask(media_id, " \n" * 200_000), BadRequest, "question"),
         (ask(media_id, "why? " * 3000), TooLarge, "token"),
+        # Each of these kept an engine's thread busy for minutes.
+        (ask(media_id, "word " * 1_580_000), BadRequest, "max_question_bytes"),
+        (ask(media_id, said_token_ids=[5] * 60_000), BadRequest, "said_token_ids"),
+        (
+            pb.AskRequest(media_id=media_id, question="?", sampling=pb.Sampling(max_tokens=2**31 - 1), said_token_ids=[5] * 9_000),
+            BadRequest,
+            "max_answer_tokens",
+        ),
+        (ask(media_id, said_token_ids=[5] * 300), BadRequest, "max_tokens"),
+        (sampling(max_tokens=2**31 - 1), BadRequest, "max_answer_tokens"),
+        (sampling(stop=["x" * 513]), BadRequest, "512"),
         (ask(media_id, turn_id="a b"), BadRequest, "turn_id"),
         (ask(media_id, turn_id="t" * 201), BadRequest, "turn_id"),
         (ask(media_id, conversation_id="\x00"), BadRequest, "conversation_id"),

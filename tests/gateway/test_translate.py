@@ -1,5 +1,8 @@
 """Evidence as heat maps, and that what a client leaves out means the default."""
 
+import pytest
+
+from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
 from sparsevila_cluster.core.requests import Replay, SamplingParams, Turn
 from sparsevila_cluster.gateway.grpc.translate import to_evidence, to_reference, to_turn
@@ -27,7 +30,7 @@ def test_views_of_one_frame_are_one_map():
 
 
 def test_what_is_left_out_is_the_default_and_what_is_sent_arrives():
-    assert to_turn(pb.AskRequest(media_id="m", question="q?")) == Turn("", "", "m", "q?")
+    assert to_turn(pb.AskRequest(media_id="m", question="q?"), 100) == Turn("", "", "m", "q?")
     sampling = {"max_tokens": 7, "temperature": 0.0, "top_p": 0.5, "top_k": 3, "seed": -1}
     request = pb.AskRequest(
         turn_id="t",
@@ -40,7 +43,9 @@ def test_what_is_left_out_is_the_default_and_what_is_sent_arrives():
         said_token_ids=[5, 6],
         said_brownout=0.25,
     )
-    assert to_turn(request) == Turn(
+    with pytest.raises(BadRequest, match="at most 1 tokens, got 2"):
+        to_turn(request, 1)
+    assert to_turn(request, 2) == Turn(
         "t", "c", "m", "q?", SamplingParams(**sampling, stop=("a", "b")), 0.5, 0.9, 0, True, replay=Replay((5, 6), 0.25)
     )
     assert to_reference(pb.MediaSource(upload_id="", kind="video")) == MediaReference(upload_id="", kind="video")

@@ -111,7 +111,10 @@ class ConversationState:
 
 
 class ConversationTable:
-    """The conversations of one router; beyond `most` the least recently used are forgotten. Used within one event loop."""
+    """The conversations of one router; beyond `most` the least recently used are forgotten. Used within one event loop.
+
+    Each tenant has its own view: what one claims of a conversation that is not known here yet, no other sees.
+    """
 
     def __init__(self, most: int):
         self._states: LRUDict[ConversationState] = LRUDict(most)
@@ -122,21 +125,25 @@ class ConversationTable:
     def open(self, turn: Turn) -> ConversationState:
         """A new conversation."""
         state = ConversationState(uuid.uuid4().hex, turn.media_id, turn.tenant, known=True)
-        self._states.put(state.base, state)
+        self._states.put(_name(state.base, turn.tenant), state)
         return state
 
-    def state_of(self, token: ConversationToken) -> ConversationState:
+    def state_of(self, token: ConversationToken, tenant: str) -> ConversationState:
         """The conversation of a token; a guess by the token alone if it is not known here."""
-        state = self._states.use(token.base)
+        state = self.find(token, tenant)
         if state is None:
             state = ConversationState(token.base, worker=token.worker, moves=token.moves, num_turns=token.num_turns)
-            self._states.put(state.base, state)
+            self._states.put(_name(token.base, tenant), state)
         return state
 
-    def find(self, token: ConversationToken) -> ConversationState | None:
+    def find(self, token: ConversationToken, tenant: str) -> ConversationState | None:
         """The conversation of a token if it is known here."""
-        return self._states.get(token.base)
+        return self._states.use(_name(token.base, tenant))
 
-    def forget(self, base: str) -> None:
+    def forget(self, base: str, tenant: str) -> None:
         """A conversation was closed, or never began."""
-        self._states.pop(base, None)
+        self._states.pop(_name(base, tenant), None)
+
+
+def _name(base: str, tenant: str) -> str:
+    return f"{base}/{tenant}"

@@ -71,13 +71,16 @@ class RoutedTurn:
             raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
         self._former = former
         self.turn = _with_seed(turn)
-        self.conversation = parts.conversations.open(turn) if self._token is None else parts.conversations.state_of(self._token)
+        self.conversation = (
+            parts.conversations.open(turn) if self._token is None else parts.conversations.state_of(self._token, turn.tenant)
+        )
         config = parts.clients.config
         self._deadline = Deadline(config.engine.turn_timeout_s if turn.deadline_s is None else turn.deadline_s)
         self._num_attempts = config.router.max_attempts
         self._worker: str | None = None  # where it runs now
         self._ended: SparseVilaError | None = None
         self._holds_lock = False
+        self._opening: asyncio.Task[None] | None = None
         self._is_named = self._token is not None  # whether the client can name the conversation
         self._history: tuple[TurnRecord, ...] | None = None
         self._begun_at: int | None = None  # turns before this one, once a worker has begun it
@@ -190,10 +193,12 @@ class RoutedTurn:
         if self._token is None:
             self._history = ()
             opening = clients.directory.once().open_conversation(conversation.base, conversation.media_id, conversation.tenant)
-            clients.in_background(opening, "opening a conversation", turn_id=turn.turn_id)
+            self._opening = clients.in_background(opening, "opening a conversation", turn_id=turn.turn_id)
             return conversation.check(turn)
-        conversation.catch_up(self._token)
         was_known = conversation.known
+        if was_known:
+            conversation.check(turn)
+        conversation.catch_up(self._token)
         enough = was_known or conversation.num_turns and conversation.worker and turn.media_id
         if not enough or turn.replay is not None or conversation.last_turn_id == turn.turn_id:
             self._history = await self._read_history()
@@ -210,17 +215,20 @@ class RoutedTurn:
         self._unlock()
         self._deadline.cancel()
         conversation = self.conversation
-        if not self._is_named and conversation.worker:
+        if not self._is_named and (conversation.worker or self._opening is not None):
             self._clients.in_background(self._close_unnamed(), "closing a conversation", turn_id=self.turn.turn_id)
         if not conversation.known or not conversation.num_turns and not conversation.worker:
-            self._parts.conversations.forget(conversation.base)
+            self._parts.conversations.forget(conversation.base, self.turn.tenant)
 
     async def _close_unnamed(self) -> None:
-        """Close a conversation that a worker has begun, but of which no client was told."""
-        base, clients = self.conversation.base, self._clients
-        self._parts.conversations.forget(base)
+        """Close a conversation that was begun, but of which no client was told."""
+        base, clients, worker = self.conversation.base, self._clients, self.conversation.worker
+        self._parts.conversations.forget(base, self.turn.tenant)
         deadline = Deadline(2 * clients.config.router.call_timeout_s)
-        await clients.close_conversation(base, self.conversation.worker, True, deadline)
+        if worker:
+            await clients.close_conversation(base, worker, self.turn.tenant, True, deadline)
+        if self._opening is not None:
+            await asyncio.wait((self._opening,), timeout=deadline.left_s)
         await clients.directory.once().forget_conversation(base)
 
     # ---- where it runs -----------------------------------------------------------------------------------------------------

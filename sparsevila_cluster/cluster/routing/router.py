@@ -149,21 +149,26 @@ class ClusterPipeline:
         decodes = await self._clients.workers("decode", deadline)
         return await self._clients.abort_turn(turn_id, [one.worker for one in decodes], deadline)
 
-    async def close_conversation(self, conversation_id: str) -> bool:
-        """Abort its turns and free its KV and its text. False if it is unknown."""
+    async def close_conversation(self, conversation_id: str, tenant: str = "") -> bool:
+        """Abort its turns and free its KV and its text. False if it is unknown, or another tenant's."""
         self._check_open()
         try:
             token = ConversationToken.parse(conversation_id)
         except NotFound:
             return False
-        known = self._conversations.find(token)
-        self._conversations.forget(token.base)
         deadline, clients = self._short_call(), self._clients
+        known, journal = self._conversations.find(token, tenant), await clients.directory.journal(token.base, deadline)
+        if journal is not None and not may_use(journal.tenant, tenant):
+            return False
+        self._conversations.forget(token.base, tenant)
         present = {one.worker for one in await clients.workers("decode", deadline)}
-        workers = {token.worker, known.worker if known is not None else ""} - {""}
-        calls = (clients.close_conversation(token.base, worker, worker in present, deadline) for worker in workers)
-        forgetting = clients.directory.once().forget_conversation(token.base)
-        closed = await asyncio.gather(*calls, forgetting, return_exceptions=True)
+        # Of one that nobody here knows, a worker that is out of reach is not told: it may be another tenant's.
+        is_known = journal is not None or known is not None and known.known
+        named = {token.worker, known.worker if known is not None else ""} - {""}
+        workers = named if is_known else named & present
+        calls = (clients.close_conversation(token.base, worker, tenant, worker in present, deadline) for worker in workers)
+        forgetting = [clients.directory.once().forget_conversation(token.base)] if is_known else []
+        closed = await asyncio.gather(*calls, *forgetting, return_exceptions=True)
         return any(answer is True for answer in closed)
 
     # ---- the cluster -------------------------------------------------------------------------------------------------------

@@ -118,9 +118,9 @@ class WorkerClients:
         if isinstance(error, WorkerLost):
             self.in_background(self.directory.once().forget_worker(worker), f"forgetting worker {worker}")
 
-    def in_background(self, call: Coroutine[Any, Any, Any], what: str, **extra: str) -> None:
-        """Have a call made that nobody waits for. extra: fields of the log record should it fail."""
-        self.background.run(call, what, **extra)
+    def in_background(self, call: Coroutine[Any, Any, Any], what: str, **extra: str) -> asyncio.Task[None]:
+        """Have a call made that nobody has to wait for. extra: fields of the log record should it fail."""
+        return self.background.run(call, what, **extra)
 
     # ---- calls that several use --------------------------------------------------------------------------------------------
 
@@ -147,11 +147,11 @@ class WorkerClients:
         calls = (self.decode(worker, soon, trips_breaker=False).abort(turn_id) for worker in workers)
         return any(answer is True for answer in await asyncio.gather(*calls, return_exceptions=True))
 
-    async def close_conversation(self, base: str, worker: str, is_present: bool, deadline: Deadline) -> bool:
-        """Whether a decode worker had the conversation. One that is out of reach is told when it reports again."""
+    async def close_conversation(self, base: str, worker: str, tenant: str, is_present: bool, deadline: Deadline) -> bool:
+        """Whether a decode worker had the conversation of this tenant. One that is out of reach is told when it reports again."""
         try:
             if is_present:
-                return await self.decode(worker, deadline).close_conversation(base)
+                return await self.decode(worker, deadline).close_conversation(base, tenant)
         except Unavailable as error:
             log.info("conversation %s was not closed at worker %s: %s", base, worker, error)
         await self.directory.once().mark_stale(base, worker, "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from sparsevila_cluster.cluster.messages import ConversationJournal, turn_identities
 from sparsevila_cluster.core.requests import Turn, TurnEvent, TurnRecord
+from sparsevila_cluster.core.tenancy import may_use
 
 
 @dataclass
@@ -63,6 +64,12 @@ class ConversationJournals:
         with self._lock:
             known = self._all.get(conversation_id)
         return turn_identities(records) == turn_identities(known.records if known is not None else ())
+
+    def may_use(self, conversation_id: str, tenant: str) -> bool:
+        """Whether a conversation is not another tenant's; unknown ones are not."""
+        with self._lock:
+            known = self._all.get(conversation_id)
+        return known is None or may_use(known.tenant, tenant)
 
     def remove_last(self, turn: Turn) -> bool:
         """Remove the last record of a conversation. False, and nothing happens, if it is not of this turn."""

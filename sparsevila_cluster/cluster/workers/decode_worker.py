@@ -159,9 +159,9 @@ class DecodeWorker:
         """End a turn; its conversation stays as it was before it. False if it is unknown or over."""
         return await self.async_engine.call(lambda engine: engine.abort(turn_id))
 
-    async def close_conversation(self, conversation_id: str) -> bool:
-        """Abort its turns, free its KV, forget its text. False if it is unknown."""
-        return await self._turns.close_conversation(conversation_id)
+    async def close_conversation(self, conversation_id: str, tenant: str | None = None) -> bool:
+        """Abort its turns, free its KV, forget its text. False if it is unknown, or another tenant's than `tenant` (None: any)."""
+        return await self._turns.close_conversation(conversation_id, tenant)
 
     async def set_brownout(self, level: float) -> None:
         """Turns that start from now on attend to less, or to even less while a long queue asks for it. Raises BadRequest."""

@@ -15,8 +15,10 @@ from sparsevila_cluster.cluster.workers.warm_up import ROWS, tiny_prefix
 from sparsevila_cluster.core.deadline import Deadline
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import SamplingParams, Turn, TurnEvent, TurnRecord
+from sparsevila_cluster.core.tenancy import may_use
 from sparsevila_cluster.engine.async_engine import AsyncDecodeEngine, Submit
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
+from sparsevila_cluster.engine.prepared_turn import PreparedTurn
 from sparsevila_cluster.engine.turn import EventSink
 
 log = logging.getLogger(__name__)
@@ -67,9 +69,9 @@ class TurnService:
 
     # ---- in the engine's thread --------------------------------------------------------------------------------------------
 
-    def _submit(self, engine: DecodeEngine, turn: Turn, sink: EventSink) -> None:
+    def _submit(self, engine: DecodeEngine, turn: Turn, sink: EventSink, prepared: PreparedTurn) -> None:
         pending, opens = PendingRecord.of(turn), engine.conversations.get(turn.conversation_id) is None
-        engine.submit(turn, lambda event: self._on_event(engine, pending, sink, event))
+        engine.submit(turn, lambda event: self._on_event(engine, pending, sink, event), prepared)
         if opens:
             self._journals.forget(turn.conversation_id)
 
@@ -98,18 +100,22 @@ class TurnService:
         if engine.conversations.get(turn.conversation_id) is not None:
             self._journals.restore(turn, history)
 
-    def _close_in_engine(self, conversation_id: str) -> Callable[[DecodeEngine], bool]:
+    def _close_in_engine(self, conversation_id: str, tenant: str | None = None) -> Callable[[DecodeEngine], bool]:
         def close(engine: DecodeEngine) -> bool:
-            self._journals.forget(conversation_id)
-            return engine.close_conversation(conversation_id)
+            if tenant is not None and not self._journals.may_use(conversation_id, tenant):
+                return False
+            known = engine.conversations.get(conversation_id)
+            if tenant is None or known is None or may_use(known.tenant, tenant):
+                self._journals.forget(conversation_id)
+            return engine.close_conversation(conversation_id, tenant)
 
         return close
 
     # ---- the rest ----------------------------------------------------------------------------------------------------------
 
-    async def close_conversation(self, conversation_id: str) -> bool:
-        """Abort its turns, free its KV, forget its text. False if it is unknown."""
-        return await self._engine.call(self._close_in_engine(conversation_id))
+    async def close_conversation(self, conversation_id: str, tenant: str | None = None) -> bool:
+        """See `DecodeWorker.close_conversation`."""
+        return await self._engine.call(self._close_in_engine(conversation_id, tenant))
 
     async def warm(self) -> None:
         """Answer a tiny question about noise, and forget both."""

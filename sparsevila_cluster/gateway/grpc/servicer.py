@@ -54,14 +54,14 @@ class GrpcServicer(VideoQAServicer):
     async def Ask(self, request: pb.AskRequest, call: Call) -> AsyncIterator[pb.AskEvent]:
         """`ask`, event by event."""
         num_tokens = len(request.said_token_ids)
-        async with aclosing(self._service.ask(call, to_turn(request))) as events:
+        async with aclosing(self._service.ask(call, to_turn(request, self._service.max_answer_tokens))) as events:
             async for event in events:
                 num_tokens += len(event.token_ids)
                 yield to_event(event, num_tokens)
 
     async def Answer(self, request: pb.AskRequest, call: Call) -> pb.AnswerReply:
         """`ask`, all events in one message."""
-        async with aclosing(self._service.ask(call, to_turn(request))) as events:
+        async with aclosing(self._service.ask(call, to_turn(request, self._service.max_answer_tokens))) as events:
             return to_reply([event async for event in events])
 
     async def Abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortReply:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.evidence import Evidence, FrameEvidence
 from sparsevila_cluster.core.requests import Answer, MediaHandle, Replay, SamplingParams, Turn, TurnEvent, Usage
 from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference
@@ -33,8 +34,10 @@ def to_reference(source: pb.MediaSource) -> MediaReference:
     return MediaReference(**given(source, "upload_id", "inline", "url", "file"), kind=source.kind)
 
 
-def to_turn(message: pb.AskRequest) -> Turn:
+def to_turn(message: pb.AskRequest, max_said_tokens: int) -> Turn:
     """A turn under the client's ids. Raises BadRequest: no question, or a value out of range."""
+    if len(message.said_token_ids) > max_said_tokens:
+        raise BadRequest(f"said_token_ids must hold at most {max_said_tokens} tokens, got {len(message.said_token_ids)}")
     sampling = given(message.sampling, "max_tokens", "temperature", "top_p", "top_k", "seed")
     retrieval = given(message.retrieval, "keep", "mass")
     return Turn(
