@@ -114,7 +114,7 @@ PREFILL_TRANSFER = {
 LATER = 6
 DECODE_TURN = {
     "in line": Place(
-        "sparsevila_cluster.engine.decode_engine:DecodeEngine.submit", "after", lambda mark, engine, turn, _: turn.turn_id == mark
+        "sparsevila_cluster.engine.decode_engine:DecodeEngine.submit", "after", lambda mark, engine, turn, *_: turn.turn_id == mark
     ),
     "question": Place(
         RUNNING + "segment", "after", lambda mark, running, *_: running.turn.turn_id == mark and running.phase == "question"
