@@ -247,7 +247,7 @@ class Turn:
             self.question.encode()
         except UnicodeEncodeError as error:
             alone = f"{self.question[error.start]!r}, half of a surrogate pair"
-            raise BadRequest(f"question must be Unicode text; character {error.start} is {alone}") from None
+            raise BadRequest(f"question must be text in UTF-8; character {error.start} is {alone}") from None
         if self.retrieve_keep is not None:
             check_ratio("retrieve_keep", self.retrieve_keep)
         if self.retrieve_mass is not None:
