@@ -29,6 +29,8 @@ GRACE_S = 2.0  # of a client that was told later than its deadline
 LEGAL = (Unavailable, DeadlineExceeded, NotFound, QueueFull)
 # One fault every so many operations.
 OPERATIONS_PER_FAULT = 12
+# How long a client waits that was told that nobody can do it.
+REFUSED_PAUSE_S = 0.1
 
 
 class StormClient:
@@ -49,6 +51,8 @@ class StormClient:
                 outcomes[f"{operation}: {type(error).__name__}"] += 1
                 if isinstance(error, NotFound):
                     await self._prepare_again()
+                if isinstance(error, Unavailable):  # who asks again at once uses up the operations while a pool is empty
+                    await asyncio.sleep(REFUSED_PAUSE_S)
                 await self._begin_conversation()
             late_s = time.monotonic() - begun_s - DEADLINE_S
             assert late_s < GRACE_S, f"{operation} told its client {late_s:.1f} s after its deadline"
