@@ -267,6 +267,7 @@ async def test_cancelling_a_task_aborts_the_turn():
     async with serving(servicer) as (_, port), connect(port) as client:
         asking = asyncio.create_task(client.ask(MEDIA_ID, "What?"))
         await asyncio.wait_for(arrived.wait(), 10)
+        await asyncio.sleep(0.5)  # sent is not read yet: until then the client knows of no conversation to close
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
