@@ -10,7 +10,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-LOCK = "lock"
+# Named so that no folder of another program is taken for one of ours that was left behind.
+LOCK = "sparsevila.lock"
 
 
 def own_folder(prefix: str, parent: str | None = None) -> tuple[Path, int]:

@@ -46,6 +46,27 @@ def test_turns_are_told_in_lists_and_the_first_token_is_not_delayed(checkpoint, 
     asyncio.run(main())
 
 
+def test_only_its_tenant_closes_a_conversation(checkpoint, clips, endless):
+    """Also while its first turn runs, when no journal knows it."""
+
+    async def main():
+        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
+            handle, _ = await prepared(prefill, decode, request_of(clips[0]))
+            stream = decode.ask(turn_of(handle.media_id, max_tokens=2000, tenant="ann"))
+            await anext(stream)
+            for stranger in ("bob", ""):
+                assert not await decode.close_conversation("c", stranger) and decode.engine.turns
+            await stream.aclose()
+            await until(lambda: not decode.engine.turns)
+            tokens = await answer(decode, turn_of(handle.media_id, tenant="ann"))
+            assert not await decode.close_conversation("c", "bob") and len(decode.report(True).records) == 1
+            assert await decode.close_conversation("c", "ann") and not decode.report(True).records
+            assert tokens == await answer(decode, turn_of(handle.media_id, tenant="ann"))
+            assert await decode.close_conversation("c")
+
+    asyncio.run(main())
+
+
 def test_leaving_a_stream_aborts_the_turn_and_frees_it(checkpoint, clips, endless):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):

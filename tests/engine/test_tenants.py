@@ -83,6 +83,9 @@ def test_media_of_another_tenant_are_unknown(model):
         assert (await pipeline.media(shared.media_id, "bert")).media_id == shared.media_id
         told = await listen(pipeline, turn(ours.media_id, tenant="anna"))
         assert [e.conversation_id for e in told if e.kind in ("accepted", "done")] == ["c", "c"]
+        for stranger in ("bert", ""):
+            assert not await pipeline.close_conversation("c", stranger)
+        assert (await pipeline.info())["conversations"] == 1 and await pipeline.close_conversation("c", "anna")
         assert await pipeline.delete_media(ours.media_id, "anna")
         with pytest.raises(NotFound):
             await pipeline.media(ours.media_id, "anna")

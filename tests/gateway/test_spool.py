@@ -153,7 +153,8 @@ def test_what_a_killed_process_left_is_deleted_by_the_next_and_what_is_in_use_is
     done = subprocess.run([sys.executable, "-c", KILLED], env=environ, cwd=rules.ROOT, capture_output=True, text=True, timeout=60)
     left = Path(done.stdout.strip())
     assert done.returncode == -signal.SIGKILL and left.exists(), done.stderr
-    (tmp_path / "sparsevila-spool-other").mkdir()  # no lock yet: it may be about to be used
+    (tmp_path / "sparsevila-spool-other").mkdir()  # no lock yet: it may be about to be used, or another program's
+    (tmp_path / "sparsevila-spool-other" / "lock").touch()
     (tmp_path / "sparsevila-spool-link").symlink_to(left)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     one = spool()

@@ -102,12 +102,14 @@ class TurnService:
 
     def _close_in_engine(self, conversation_id: str, tenant: str | None = None) -> Callable[[DecodeEngine], bool]:
         def close(engine: DecodeEngine) -> bool:
-            if tenant is not None and not self._journals.may_use(conversation_id, tenant):
-                return False
             known = engine.conversations.get(conversation_id)
-            if tenant is None or known is None or may_use(known.tenant, tenant):
-                self._journals.forget(conversation_id)
-            return engine.close_conversation(conversation_id, tenant)
+            foreign = tenant is not None and not (
+                self._journals.may_use(conversation_id, tenant) and (known is None or may_use(known.tenant, tenant))
+            )
+            if foreign:
+                return False
+            self._journals.forget(conversation_id)
+            return engine.close_conversation(conversation_id)
 
         return close
 
