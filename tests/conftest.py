@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from benchmarks.lib import interpreted_triton
+
 NUM_THREADS = 1  # tensors in tests are small: a second thread costs more in barriers than it brings
 
 os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))  # read by torch when a test first imports it
@@ -61,6 +63,7 @@ def interruptible():
 def _repeatable():
     """Seed what is loaded. torch is not imported here: tests without tensors stay fast."""
     random.seed(0)
+    interpreted_triton.prepare_once()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lib import device_clock, kernel_checks
+from benchmarks.lib import device_clock, interpreted_triton, kernel_checks
 from benchmarks.lib.limit_check import Check, Row, Skipped, judge, unbroken
 from benchmarks.lib.report import Report
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     stop_at_s += options.stop_after
     target = device_clock.choose(options.device)
+    interpreted_triton.prepare_once()
     report = Report("gpu_checks", device_clock.card(target, {}), quiet=options.json)
     report.show_card()
     for row in in_parts(options) if options.workers > 1 else here(options, target, stop_at_s):
