@@ -12,6 +12,7 @@ from sparsevila_cluster.client.call_errors import RetryPolicy
 from sparsevila_cluster.client.connection import Connection, Tls, tls_of
 from sparsevila_cluster.client.media_upload import ClientSource, MediaPayload, Progress, Upload, to_local_media, upload
 from sparsevila_cluster.client.proto_messages import prepare_message, to_handle
+from sparsevila_cluster.client.targets import Target
 from sparsevila_cluster.client.turn_stream import TurnStream
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request
 from sparsevila_cluster.core.conversation import AsyncChat
@@ -36,11 +37,12 @@ class AsyncClient:
     lost. Any number of tasks of one event loop may use it. Cancelling a task ends what it waits for, also on the server.
 
     Calls are made again while the server cannot be reached or has no room, within their deadline, as long as nothing was accepted;
-    an answer whose stream is lost goes on at its next token.
+    an answer whose stream is lost goes on at its next token. With several targets calls go to those that answer, in turn, and those
+    of a target that is lost to another one: conversations, media and uploads are known at every router of a cluster.
 
     Raises:
         BadRequest. Methods also: Unavailable (the server cannot be reached, or this client is closed), DeadlineExceeded,
-        Unauthenticated, PermissionDenied, QueueFull, Incompatible, Internal; each message names the target.
+        Unauthenticated, PermissionDenied, QueueFull, Incompatible, Internal; each message names the target, or all of them.
     """
 
     def __init__(self, connection: Connection, timeout_s: float | None):
@@ -58,7 +60,9 @@ class AsyncClient:
         tls: Tls | bool | str | PathLike[str] | None = None,
         timeout_s: float | None = None,
     ) -> AsyncClient:
-        """A client of the server at `target`, "host:port". Nothing to await; use it with `async with`, or `close` it.
+        """A client of the server at `target`, "host:port", or of several routers of one cluster, "host:port,host:port".
+
+        Nothing to await; use it with `async with`, or `close` it.
 
         tls: True trusts the authorities of the system, a path those in that PEM file, a `Tls` says all there is to say.
         timeout_s: the deadline of every call without one of its own; None: 600 s to prepare, 300 s for a turn, 20 s for others.
@@ -140,7 +144,7 @@ class AsyncClient:
     async def close_conversation(self, conversation_id: str) -> None:
         """Free the KV of a conversation; its media stays."""
         message = pb.CloseConversationRequest(conversation_id=conversation_id)
-        await self._call("CloseConversation", message, "closing a conversation", None)
+        await self._call("CloseConversation", message, "closing a conversation", None, conversation_id)
 
     async def close(self) -> None:
         """Abort what runs and disconnect. Idempotent."""
@@ -177,9 +181,9 @@ class AsyncClient:
         finally:
             self._close_later(chat)
 
-    async def _call(self, method: str, message: Any, what: str, timeout_s: float | None) -> Any:
+    async def _call(self, method: str, message: Any, what: str, timeout_s: float | None, subject: str = "") -> Any:
         check_deadline(timeout_s)
-        return await self._connection.call(method, message, self.call_limit_s(timeout_s), what)
+        return await self._connection.call(method, message, self.call_limit_s(timeout_s), what, subject)
 
     def _attempts(self, what: str, timeout_s: float | None) -> RetryPolicy:
         check_deadline(timeout_s)
@@ -190,11 +194,13 @@ class AsyncClient:
     ) -> AsyncGenerator[pb.MediaStatus, None]:
         """Statuses until READY. A preparation is named by its content, so it may be asked for as often as needed."""
         num_reuploads = 0
+        target: Target | None = None
         while True:
             message = prepare_message(request, await payload.pack(attempts))
+            target = self._connection.choose(after=target)
             try:
                 async with aclosing(
-                    self._connection.stream("PrepareMedia", message, attempts.left_s(), "preparing media")
+                    self._connection.stream(target, "PrepareMedia", message, attempts.left_s(), "preparing media")
                 ) as statuses:
                     async for status in statuses:
                         yield status

@@ -40,7 +40,7 @@ class Client(Blocking[AsyncClient]):
         tls: Tls | bool | str | PathLike[str] | None = None,
         timeout_s: float | None = None,
     ) -> Client:
-        """A client of the server at `target`, "host:port". Arguments as for `AsyncClient.connect`."""
+        """A client of the server at `target`, "host:port", or of several. Arguments as for `AsyncClient.connect`."""
         return cls(AsyncClient.connect(target, api_key=api_key, tls=tls, timeout_s=timeout_s))
 
     def upload(self, source: Source, *, progress: Progress | None = None, timeout_s: float | None = None) -> Upload:

@@ -67,6 +67,11 @@ def to_error(error: grpc.aio.AioRpcError, target: str, what: str) -> SparseVilaE
     return OF_CODE.get(code, Internal)(message)
 
 
+def is_silence(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the server was not reached, broke off or kept silent, as opposed to one that says what is wrong."""
+    return _failure(error) is None and isinstance(to_error(error, "", ""), Unavailable | DeadlineExceeded)
+
+
 def _failure(error: grpc.aio.AioRpcError) -> dict[str, object] | None:
     for key, value in error.trailing_metadata() or ():
         if key == FAILURE_KEY and isinstance(value, bytes):

@@ -1,10 +1,9 @@
-"""One channel to a server: made when first used; every call on it has a deadline and raises typed errors."""
+"""The calls of one client to its targets: each has a deadline, goes to one of them, and raises typed errors."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, contextmanager, suppress
@@ -15,27 +14,14 @@ from typing import Any
 
 import grpc.aio
 
-from sparsevila_cluster.client.call_errors import SYNTHETIC_STATUS, RetryPolicy, closed_error, is_cancelled, to_error
+from sparsevila_cluster.client.call_errors import SYNTHETIC_STATUS, RetryPolicy, closed_error, is_cancelled, is_silence, to_error
+from sparsevila_cluster.client.targets import Target, Targets
 from sparsevila_cluster.core.deadline import GRACE_S, wait_within
 from sparsevila_cluster.core.errors import BadRequest, SparseVilaError, Unavailable
-from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 
 log = logging.getLogger(__name__)
 
-MAX_RECEIVE_BYTES = 64 * 2**20
 STATUS_WITHIN_S = 0.2
-# Clients do not share connections: one that is closed, or blocked, is nobody else's. A lost server is looked for often.
-CHANNEL_OPTIONS = (
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
-    ("grpc.max_send_message_length", -1),  # the server has a limit of its own
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-)
 
 
 @dataclass(frozen=True)
@@ -63,15 +49,14 @@ def tls_of(given: Tls | bool | str | PathLike[str] | None) -> Tls | None:
 
 
 class Connection:
-    """A channel of one event loop. The constructor only checks its arguments; the channel is made by the first call.
+    """The channels of one event loop. The constructor only checks its arguments; the channels are made by the first call.
 
     Raises:
-        BadRequest: a target that is no host and port; a PEM file that cannot be read.
+        BadRequest: a target that is no host and port, or no list of them; a PEM file that cannot be read.
     """
 
     def __init__(self, target: str, api_key: str | None, tls: Tls | None):
-        if not isinstance(target, str) or not re.fullmatch(r"\S+:\d{1,5}|unix:\S+", target) or "://" in target:
-            raise BadRequest(f"target must be host:port, got {target!r}")
+        self._targets = Targets(target)
         if api_key is not None and not (isinstance(api_key, str) and api_key.isprintable() and api_key.isascii() and api_key):
             raise BadRequest("api_key must be printable ASCII text")
         self.target = target
@@ -79,31 +64,35 @@ class Connection:
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._credentials = _credentials(tls)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: Any = None
         self._background: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
-        """Make the channel unless it is there. Raises Unavailable: closed. BadRequest: it belongs to another event loop."""
+        """Make the channels unless they are there. Raises Unavailable: closed. BadRequest: they belong to another event loop."""
         if self.closed:
             raise closed_error(self.target)
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, CHANNEL_OPTIONS)
-            else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, CHANNEL_OPTIONS)
-            self._stub = VideoQAStub(self._channel)  # type: ignore[no-untyped-call]
+            self._targets.open(self._credentials)
         elif self._loop is not loop:
             raise BadRequest("an AsyncClient belongs to the event loop that used it first; make another one, or use Client")
 
-    async def call(self, method: str, message: Any, within_s: float, what: str) -> Any:
+    def choose(self, subject: str = "", after: Target | None = None) -> Target:
+        """The target of the next call; see `Targets.choose`. Raises as `open`."""
+        self.open()
+        return self._targets.choose(subject, after)
+
+    def remember(self, subject: str, target: Target) -> None:
+        """Calls about `subject` go to `target` from now on, while it is healthy."""
+        self._targets.remember(subject, target)
+
+    async def call(self, method: str, message: Any, within_s: float, what: str, subject: str = "") -> Any:
         """The reply to one message, asked for again while the server is away or full: for calls that may be made twice."""
-        attempts = RetryPolicy(within_s, f"{self.target}: {what}")
+        attempts, target = RetryPolicy(within_s, f"{self.target}: {what}"), None
         while True:
+            target = self.choose(subject, target)
             try:
-                return await self.call_once(method, message, attempts.left_s(), what)
+                return await self.call_once(target, method, message, attempts.left_s(), what)
             except SparseVilaError as error:
                 await self.again(attempts, error)
 
@@ -111,45 +100,59 @@ class Connection:
         """Wait until a call that failed may be made again, or raise its error."""
         if self.closed:
             raise error
-        await attempts.pause(error)
+        try:
+            await attempts.pause(error)
+        except Unavailable:
+            if type(error) is Unavailable and self._targets.nobody_answers:
+                raise Unavailable(f"none of {self.target} answers; the last error: {error}") from None
+            raise
 
-    async def call_once(self, method: str, message: Any, within_s: float, what: str) -> Any:
+    async def call_once(self, target: Target, method: str, message: Any, within_s: float, what: str) -> Any:
         """The reply to one message."""
         self.open()
-        with self._translated(what):
-            return await getattr(self._stub, method)(message, timeout=within_s, metadata=self._metadata)
+        with self._translated(target, what):
+            reply = await getattr(target.stub, method)(message, timeout=within_s, metadata=self._metadata)
+        self._targets.note_answer(target)
+        return reply
 
-    async def send(self, method: str, messages: AsyncGenerator[Any, None], within_s: float, what: str) -> AsyncGenerator[Any, None]:
+    async def send(
+        self, target: Target, method: str, messages: AsyncGenerator[Any, None], within_s: float, what: str
+    ) -> AsyncGenerator[Any, None]:
         """Send a stream of messages; yields each one when it is on its way, and the reply last."""
         self.open()
-        call = getattr(self._stub, method)(timeout=within_s, metadata=self._metadata)
+        call = getattr(target.stub, method)(timeout=within_s, metadata=self._metadata)
         try:
             async with aclosing(messages):
                 async for message in messages:
-                    with self._translated(what), suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                    with self._translated(target, what), suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                         await call.write(message)
                     if call.done():  # the server need not wait for all to say why it refuses
                         break
                     yield message
-            with self._translated(what):
+            with self._translated(target, what):
                 try:
                     if not call.done():
                         await call.done_writing()
                     reply = await call
                 except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
                     raise await _status_of(call) from None
+            self._targets.note_answer(target)
             yield reply
         finally:
             call.cancel()
 
-    async def stream(self, method: str, message: Any, within_s: float, what: str) -> AsyncGenerator[Any, None]:
+    async def stream(self, target: Target, method: str, message: Any, within_s: float, what: str) -> AsyncGenerator[Any, None]:
         """The replies to one message. Leaving early cancels the call."""
         self.open()
-        replies = getattr(self._stub, method)(message, timeout=within_s, metadata=self._metadata)
+        replies = getattr(target.stub, method)(message, timeout=within_s, metadata=self._metadata)
+        is_first = True
         try:
             while True:
-                with self._translated(what):
+                with self._translated(target, what):
                     reply = await replies.read()
+                if is_first:  # what comes later of a server that takes no new calls says nothing about those
+                    self._targets.note_answer(target)
+                    is_first = False
                 if reply is grpc.aio.EOF:
                     return
                 yield reply
@@ -166,27 +169,27 @@ class Connection:
         task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
-        """End what runs, and the channel. Idempotent."""
+        """End what runs, and the channels. Idempotent."""
         if self._background and self._loop is asyncio.get_running_loop():
             await asyncio.wait(tuple(self._background), timeout=2 * GRACE_S)
         self.closed = True
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await wait_within(channel.close(), GRACE_S, f"{self.target}: closing")
+        await self._targets.close()
 
     @contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
+    def _translated(self, target: Target, what: str) -> Iterator[None]:
         try:
             yield
         except grpc.aio.AioRpcError as error:
             if self.closed:
                 raise closed_error(self.target) from None
-            raise to_error(error, self.target, what) from None
+            if is_silence(error):
+                self._targets.note_failure(target)
+            raise to_error(error, target.name, what) from None
         except asyncio.CancelledError:
             if is_cancelled():
                 raise
             # The call was cancelled and not this task: by closing the channel, or by the server.
-            raise closed_error(self.target) if self.closed else Unavailable(f"{self.target}: {what}: cut off") from None
+            raise closed_error(self.target) if self.closed else Unavailable(f"{target.name}: {what}: cut off") from None
         except grpc.aio.UsageError:  # the channel was closed in this moment
             raise closed_error(self.target) from None
 

@@ -18,6 +18,7 @@ from urllib.parse import unquote_to_bytes
 
 from sparsevila_cluster.client.call_errors import RetryPolicy
 from sparsevila_cluster.client.connection import Connection
+from sparsevila_cluster.client.targets import Target
 from sparsevila_cluster.core.call_options import Source, list_sources
 from sparsevila_cluster.core.display import ReprMixin
 from sparsevila_cluster.core.errors import BadMedia, SparseVilaError
@@ -163,10 +164,12 @@ async def _steps(
     connection: Connection, local: LocalMedia, attempts: RetryPolicy
 ) -> AsyncGenerator[tuple[int, int] | Upload, None]:
     """(bytes on their way, of how many), many times; then the upload."""
+    target: Target | None = None
     while True:
         num_sent, total = 0, await asyncio.to_thread(local.size)
+        target = connection.choose(after=target)
         try:
-            sending = connection.send("UploadMedia", _pieces(local), attempts.left_s(), f"uploading {local.name!r}")
+            sending = connection.send(target, "UploadMedia", _pieces(local), attempts.left_s(), f"uploading {local.name!r}")
             async with aclosing(sending) as messages:
                 async for message in messages:
                     if isinstance(message, pb.MediaChunk):
