@@ -185,9 +185,9 @@ class Wire:
 
 
 @asynccontextmanager
-async def serving(servicer, port=0, credentials=None):
-    """`servicer` on a port of this machine. Yields (server, port)."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+async def serving(servicer, port=0, credentials=None, shared=False):
+    """`servicer` on a port of this machine, which others may share. Yields (server, port)."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", int(shared))])
     add_VideoQAServicer_to_server(servicer, server)
     address = f"127.0.0.1:{port}"
     port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
