@@ -30,6 +30,7 @@ SETTLE_REPORTS = 3
 NOTE_REPORTS = 2
 MAX_DIGESTS = 65_536
 MAX_CLAIMS = 4_096
+MAX_DELETED = 4_096
 # Turns kept of one conversation. A longer one can not be made again elsewhere.
 MAX_TURNS = 1_024
 # Workers for which it is kept what they are to close, and deployments for which it is kept why they do not start.
@@ -65,6 +66,7 @@ class Directory:
         self._workers: dict[str, _WorkerEntry] = {}
         self._digests: LRUDict[str] = LRUDict(MAX_DIGESTS)
         self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
+        self._deleted: LRUDict[None] = LRUDict(MAX_DELETED)
         self._journals: LRUDict[ConversationJournal] = LRUDict(max_conversations)
         self._stale: LRUDict[LRUDict[None]] = LRUDict(MAX_STALE_WORKERS)
         self._start_failures: LRUDict[dict[str, Any]] = LRUDict(MAX_DEPLOYMENTS)
@@ -127,7 +129,8 @@ class Directory:
             key = self._digests.use(digest)
         if key is None:
             return PrefixLocation(settled=self.is_settled())
-        return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), self.is_settled())
+        deleted = key in self._deleted
+        return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), self.is_settled(), deleted)
 
     def holders(self, key: str) -> tuple[WorkerReport, ...]:
         """Decode workers where the prefix is resident."""
@@ -160,6 +163,8 @@ class Directory:
         """A router saw a prefix arrive at these workers, which report it only later. digest: of the request that asked for it."""
         for known in [self._workers[worker] for worker in workers if worker in self._workers]:
             known.noted[handle.media_id] = (handle, self._clock())
+        if workers:
+            self._deleted.pop(handle.media_id, None)
         if digest is not None:
             self.note_digest(digest, handle.media_id)
 
@@ -171,6 +176,7 @@ class Directory:
             known.noted.pop(key, None)
         for digest in [digest for digest, named in self._digests.items() if named == key]:
             del self._digests[digest]
+        self._deleted.put(key, None)
         return bool(having)
 
     def _having(self, key: str, pool: str) -> tuple[WorkerReport, ...]:

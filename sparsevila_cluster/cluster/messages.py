@@ -88,6 +88,7 @@ class PrefixLocation:
 
     key: the content key, None while only a digest was named that nobody has noted. holders: decode workers where it is resident.
     copies: prefill workers that keep a host copy. settled: every worker has had time to report, so what is absent is unknown.
+    deleted: it was, through whatever router, and nobody has prepared it since.
     """
 
     key: str | None = None
@@ -95,6 +96,7 @@ class PrefixLocation:
     holders: tuple[WorkerReport, ...] = ()
     copies: tuple[WorkerReport, ...] = ()
     settled: bool = True
+    deleted: bool = False
 
 
 @dataclass(frozen=True)

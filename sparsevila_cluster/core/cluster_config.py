@@ -60,7 +60,9 @@ class DecodeConfig(PoolConfig):
 class RouterConfig(FrozenConfig):
     """The replicas that clients connect to."""
 
-    replicas: int = Field(1, ge=1, description="Routers.")
+    replicas: int = Field(
+        0, ge=0, description="Routers. 0: two on more than one core or node if they share a port and a spool_dir, else one."
+    )
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one router.")
     max_attempts: int = Field(4, ge=1, description="Workers tried for one request before it fails.")
     call_timeout_s: float = Field(10.0, gt=0, description="Deadline of a call that should take milliseconds.")

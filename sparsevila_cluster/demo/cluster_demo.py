@@ -70,7 +70,7 @@ def run_cluster_demo(out: Path, model: str, as_json: bool, report: Report) -> in
     with serving(config, report) as target:
         ready_s = time.perf_counter() - started_s
         console.print(
-            f"{config.prefill.replicas} prefill and {config.decode.replicas} decode workers behind a router, gRPC on {target}, "
+            f"{config.prefill.replicas} prefill and {config.decode.replicas} decode workers behind routers, gRPC on {target}, "
             f"ready after {ready_s:.0f} s"
         )
         console.print()

@@ -7,8 +7,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
@@ -40,6 +43,8 @@ from sparsevila_cluster.serve.local_ray import REPLICA_ENV
 MAX_CALLS = 100_000
 # Constructors that fail again and again: a model that cannot be loaded does not get better.
 MAX_START_ATTEMPTS = 3
+# Where the configuration leaves it open and there is more than one core: one may die.
+AUTO_ROUTERS = 2
 PIN_ROUTER = "sparsevila_cluster.cluster.on_ray.replica_pinning:PinRouter"
 
 
@@ -49,17 +54,45 @@ def build(args: dict[str, Any]) -> Application:
     args: {"config": path of a YAML file}, or what may stand in such a file. Raises BadConfig.
     """
     if "config" not in args:
-        return application(cluster_config_of(dict(args)), REPLICA_ENV, verbose=True)
+        return application(with_routers(cluster_config_of(dict(args))), REPLICA_ENV, verbose=True)
     if len(args) > 1:
         raise BadConfig(f"config names a file that holds everything; besides it: {', '.join(sorted(set(args) - {'config'}))}")
-    return application(load_cluster_config(args["config"]), REPLICA_ENV, verbose=True)
+    return application(with_routers(load_cluster_config(args["config"])), REPLICA_ENV, verbose=True)
+
+
+def with_routers(config: ClusterConfig, spool_follows: bool = False) -> ClusterConfig:
+    """`config` with the number of its routers, which share a port and the folder of uploads if they are several.
+
+    spool_follows: `door.spool_dir` will be set where it is not. Raises BadConfig: several that could not share.
+    """
+    door, num, has_spool = config.door, config.router.replicas, spool_follows or config.door.spool_dir is not None
+    if num == 0:
+        can_share = sys.platform == "linux" and door.port and has_spool
+        num = AUTO_ROUTERS if can_share and _num_cores() > 1 else 1
+    if num > 1 and not door.port:
+        raise BadConfig(f"door.port must be 1 to 65535 for router.replicas = {num}: they all listen on it; got 0")
+    if num > 1 and not has_spool:
+        raise BadConfig(
+            f"door.spool_dir must be a folder that all routers and prefill workers reach for router.replicas = {num}: "
+            "what is uploaded to one is prepared through another; got none"
+        )
+    return config.model_copy(update={"router": config.router.model_copy(update={"replicas": num})})
+
+
+def _num_cores() -> float:
+    """Of all nodes of Ray where it is connected to, else of this machine."""
+    if ray.is_initialized():
+        return float(ray.cluster_resources().get("CPU", 1.0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def application(config: ClusterConfig, env: dict[str, str], verbose: bool = False) -> Application:
     """All deployments of `config`.
 
     env: what their processes need beside what they inherit; with an empty one Ray takes processes that it has ready. verbose:
-    replicas log what they do, not only what goes wrong. Raises BadConfig: a choice that no table has.
+    replicas log what they do, not only what goes wrong. The number of routers is known (`with_routers`).
+
+    Raises BadConfig: a choice that no table has.
     """
     check_cluster(config)
     directory = _deployment(DirectoryReplica, REGISTRY, config, 1, _actor(0.0, env), verbose).bind(config, verbose)

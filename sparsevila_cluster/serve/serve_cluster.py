@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatusOverview, ReplicaState
 
@@ -33,7 +34,7 @@ from sparsevila_cluster.core.errors import (
     from_failure,
 )
 from sparsevila_cluster.core.progress_line import ProgressLine
-from sparsevila_cluster.serve.application import application
+from sparsevila_cluster.serve.application import application, with_routers
 from sparsevila_cluster.serve.local_ray import REPLICA_ENV, call_within, local_ray, set_ray_log_level
 
 POLL_S = 0.2
@@ -58,17 +59,19 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
         stack.enter_context(redirect_stdout(sys.stderr if verbose else stack.enter_context(open(os.devnull, "w"))))
         progress = stack.enter_context(ProgressLine())
         if address is None:
-            _check_port(config)
+            gateway = config.door.model_copy(update={"port": stack.enter_context(_reserved_port(config))})
+            config = with_routers(config.model_copy(update={"door": gateway}), spool_follows=True)
             if not (config.engine.model_dir / "config.json").is_file():
                 raise BadCheckpoint(f"{config.engine.model!r} is no checkpoint: there is no config.json in it")
             progress.stage("start Ray", 0, 1)
             folder = stack.enter_context(local_ray(config, verbose))
-            if config.door.spool_dir is None:  # routers share it, and it goes with the rest
-                gateway = config.door.model_copy(update={"spool_dir": str(folder / "spool")})
+            if gateway.spool_dir is None:  # routers share it, and it goes with the rest
+                gateway = gateway.model_copy(update={"spool_dir": str(folder / "spool")})
                 config = config.model_copy(update={"door": gateway})
         else:
             progress.stage("connect to Ray", 0, 1)
             stack.enter_context(_connected(address, verbose))
+            config = with_routers(config)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         app = application(config, {} if address is None else REPLICA_ENV, verbose)  # an own Ray hands its environment on
         serve.run_many([RunTarget(app, name=config.name, route_prefix=None)], wait_for_applications_running=False)
@@ -118,18 +121,25 @@ def _connected(address: str, verbose: bool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_port(config: ClusterConfig) -> None:
-    """Raises Unavailable. The gRPC server itself would share the port with another that allows it."""
+@contextmanager
+def _reserved_port(config: ClusterConfig) -> Iterator[int]:
+    """The port that all routers listen on, now and when one of them starts again: nobody else gets it while the context lasts.
+
+    Raises Unavailable: somebody has it, also one who would share it.
+    """
     host, port = config.door.host, config.door.port
-    if not port:
-        return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, socket.SOCK_STREAM) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            reserved.bind((host, port))
         except OSError as error:
             raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        # Bound alone, in spite of connections of a former server that linger; from here on shared with this user's routers, and with
+        # nobody who only allows addresses to be used again. It never listens, so that connections go to the routers.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield int(reserved.getsockname()[1])
 
 
 def _wait_until_ready(config: ClusterConfig, until_s: float, report: Callable[[str, int, int], None]) -> int:
@@ -201,10 +211,14 @@ def _drain(config: ClusterConfig) -> None:
     """Let routers take no more calls and finish those in progress, while the workers run."""
     handle, grace_s = serve.get_deployment_handle(ROUTER, app_name=config.name), config.drain_timeout_s
 
-    async def drain() -> None:
-        await handle.broadcast("call", None, "drain", (grace_s,)).results_async(timeout_s=grace_s + GRACE_S)
+    async def drain() -> list[Any]:
+        draining = handle.broadcast("call", None, "drain", (grace_s,))
+        return await draining.results_async(timeout_s=grace_s + GRACE_S, return_exceptions=True)
 
     try:
-        asyncio.run(drain())
-    except Exception as error:  # a router that does not stop is stopped with its process
-        print(f"a router did not finish its calls within {grace_s:g} s: {type(error).__name__}", file=sys.stderr)
+        ends = asyncio.run(drain())
+    except Exception as error:
+        ends = [error]
+    for end in ends:  # a router that does not stop is stopped with its process; one that died has no calls
+        if isinstance(end, Exception) and not isinstance(end, RayActorError):
+            print(f"a router did not finish its calls within {grace_s:g} s: {type(end).__name__}", file=sys.stderr)

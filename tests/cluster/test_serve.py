@@ -156,6 +156,63 @@ def test_a_killed_decode_worker_is_made_up_for_without_another_prefill(served, c
         time.sleep(0.2)
 
 
+def connections(served):
+    """{process: connections of clients} of the routers."""
+    port = served.target.rpartition(":")[2]
+    command = ["ss", "-Htnp", "state", "established", f"sport = :{port}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {process: done.stdout.count(f"pid={process},") for process in served.replicas()["Router"]}
+
+
+def test_a_killed_router_is_no_error_to_anybody(served, films, right):
+    media = [path for path, _ in films]
+    stop, told, errors = threading.Event(), [], []
+
+    def converse(i):
+        try:
+            with Client.connect(served.target, timeout_s=60) as client:
+                handle = client.prepare(media[i % 2])
+                while not stop.is_set():
+                    chat = client.conversation(handle)
+                    for turn, question in enumerate(films[i % 2][1]):
+                        "".join(chat.stream(question))
+                        told.append((chat.turns[turn][1].token_ids, right[i % 2][turn]))
+                    chat.close()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=converse, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        until_s = time.monotonic() + 60
+        while len(told) < 4 or sum(connections(served).values()) < 4:
+            assert time.monotonic() < until_s and not errors, (errors, connections(served))
+            time.sleep(0.05)
+        busy = connections(served)
+        killed = max(busy, key=busy.get)
+        assert len(busy) == 2 and busy[killed] >= 2
+        os.kill(killed, signal.SIGKILL)
+        killed_s, before = time.monotonic(), len(told)
+        with Client.connect(served.target) as client:
+            client.info()
+        outage_s = time.monotonic() - killed_s
+        assert outage_s < 5
+        while len(told) < before + 12:
+            assert time.monotonic() < killed_s + 60 and not errors, errors
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert not errors and all(got == wanted for got, wanted in told)
+    while killed in (now := served.replicas()["Router"]) or len(now) < 2:
+        assert time.monotonic() < killed_s + 120, now
+        time.sleep(0.2)
+    seconds = time.monotonic() - killed_s
+    print(f"{len(told)} answers; a new client was answered after {outage_s:.2f} s, two routers were there after {seconds:.1f} s")
+
+
 def test_prometheus_finds_our_families(served, client, films, metrics_port):
     for path, questions in films:
         client.ask(client.prepare(path), questions[0])

@@ -14,6 +14,9 @@ from sparsevila_cluster.core.errors import SparseVilaError
 
 log = logging.getLogger(__name__)
 
+# A router that has not renewed a claim for so many times the silence of a lost lane is gone: another one may have the prefix made.
+LEASE_SILENCES = 2
+
 
 class PrefillClaims:
     """The claims of one router, which are readable in the directory by its `name`."""
@@ -29,7 +32,7 @@ class PrefillClaims:
         Raises Unavailable (the directory does not answer), DeadlineExceeded, Cancelled.
         """
         directory = self._clients.directory
-        owner, lease_s = f"{self._name}/{uuid.uuid4().hex}", self._clients.config.transport.lease_s
+        owner, lease_s = f"{self._name}/{uuid.uuid4().hex}", LEASE_SILENCES * self._clients.config.transport.silence_s
         if not await directory.claim(key, owner, lease_s, deadline):
             await asyncio.sleep(min(PAUSE_S, deadline.remaining_s("waiting for another router's preparation")))
             yield False

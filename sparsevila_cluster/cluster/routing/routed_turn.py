@@ -241,6 +241,8 @@ class RoutedTurn:
         found = await self._clients.directory.locate(conversation.media_id, self._deadline)
         if found.handle is not None and not may_use(found.handle.tenant, self.turn.tenant):
             raise NotFound(f"media {conversation.media_id!r} is not resident; prepare it first")
+        if found.deleted:
+            self._parts.preparer.forget(conversation.media_id)
         if self._history is None:
             self._history = await self._read_history()
         holders = [one for one in found.holders if one.worker not in self._lacking]
