@@ -64,7 +64,10 @@ def _add_action(actions: Any, name: str, help: str, run: Callable[[argparse.Name
     gateway = GatewayConfig()
     server = action.add_argument_group("server")
     server.add_argument(
-        "--target", default=f"{gateway.host}:{gateway.port}", metavar="HOST:PORT", help="where the server listens (%(default)s)"
+        "--target",
+        default=f"{gateway.host}:{gateway.port}",
+        metavar="HOST:PORT[,...]",
+        help="where the server listens, or its routers, with commas between (%(default)s)",
     )
     server.add_argument("--api-key", metavar="K", help=f"(default: what the environment variable {KEY_VARIABLE} holds)")
     server.add_argument(

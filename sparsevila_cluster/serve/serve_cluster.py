@@ -135,8 +135,8 @@ def _reserved_port(config: ClusterConfig) -> Iterator[int]:
             reserved.bind((host, port))
         except OSError as error:
             raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        # Bound alone, in spite of connections of a former server that linger; from here on shared with this user's routers, and with
-        # nobody who only allows addresses to be used again. It never listens, so that connections go to the routers.
+        # Bound alone, in spite of connections of a former server that linger. Then shared with routers of this user, not
+        # with whoever only allows addresses to be used again. It never listens: connections go to the routers.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         yield int(reserved.getsockname()[1])
