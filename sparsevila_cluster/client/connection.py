@@ -189,6 +189,7 @@ class Connection:
             if is_cancelled():
                 raise
             # The call was cancelled and not this task: by closing the channel, or by the server.
+            self._targets.note_failure(target)
             raise closed_error(self.target) if self.closed else Unavailable(f"{target.name}: {what}: cut off") from None
         except grpc.aio.UsageError:  # the channel was closed in this moment
             raise closed_error(self.target) from None

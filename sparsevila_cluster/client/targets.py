@@ -53,7 +53,7 @@ class Target:
     @property
     def is_healthy(self) -> bool:
         """Whether it did not fail since it was last heard of."""
-        return self.probing is None
+        return self.probing is None or self.probing.done()
 
     def open(self, credentials: grpc.ChannelCredentials | None) -> None:
         """Make the channel."""
@@ -93,6 +93,8 @@ class Targets:
         in_turn = self._targets[self._next :] + self._targets[: self._next]
         chosen = min(in_turn, key=lambda target: (not target.is_healthy, target is after))
         self._next = self._targets.index(chosen)
+        if subject:
+            self.remember(subject, chosen)
         return chosen
 
     def remember(self, subject: str, target: Target) -> None:
@@ -101,9 +103,9 @@ class Targets:
 
     def note_answer(self, target: Target) -> None:
         """It answered a call."""
-        probing, target.probing = target.probing, None
-        if probing is not None:
-            probing.cancel()
+        if target.probing is not None:
+            target.probing.cancel()
+            target.probing = None
 
     def note_failure(self, target: Target) -> None:
         """It could not be reached, broke off, or kept silent: others are asked instead, if there are any."""
@@ -120,15 +122,14 @@ class Targets:
         targets, self._targets = self._targets, []
         for target in targets:
             self.note_answer(target)
-            if target.channel is not None:
-                await wait_within(target.channel.close(), GRACE_S, f"{target.name}: closing")
+        closing = (target.channel.close() for target in targets if target.channel is not None)
+        await wait_within(asyncio.gather(*closing), GRACE_S, "closing connections")
 
     async def _probe(self, target: Target) -> None:
         pause_s = FIRST_PROBE_S
         while True:
             await asyncio.sleep(pause_s * random.uniform(0.75, 1.25))
             if await _is_alive(target):
-                target.probing = None
                 return
             pause_s = min(2 * pause_s, LONGEST_PROBE_S)
 

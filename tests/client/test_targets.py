@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import signal
+import socket
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -113,6 +114,13 @@ def test_where_a_call_failed_it_is_made_again_only_if_there_is_nowhere_else():
         assert found.choose(after=last) is not last
     only = Targets("a:1")
     assert only.choose(after=only.choose()).name == "a:1"
+
+
+def test_calls_about_one_conversation_move_together():
+    found = Targets("a:1,b:2,c:3")
+    home = found.choose("chat")
+    elsewhere = {found.choose("chat", after=home) for _ in range(5)}
+    assert len(elsewhere) == 1 and home not in elsewhere and found.choose("chat") in elsewhere
 
 
 # ---- one dies ----------------------------------------------------------------------------------------------------------
@@ -238,6 +246,25 @@ async def test_a_server_that_keeps_silent_is_left_alone():
         assert len(servicers[1].of("GetMedia")) == 4
 
 
+@pytest.mark.parametrize("how", ["unavailable", "cancelled", "stream terminated"])
+async def test_a_server_that_breaks_off_is_left_alone(how):
+    async with two() as (servicers, _, client):
+        servicers[0].script["GetMedia"] = [HOWS[how]] * 9
+        for _ in range(4):
+            await client.media(MEDIA_ID)
+        assert [len(one.of("GetMedia")) for one in servicers] == [1, 4]
+
+
+async def test_a_port_that_accepts_and_says_nothing_costs_a_second():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with serving(Scripted()) as (_, port):
+            async with AsyncClient.connect(f"127.0.0.1:{silent.getsockname()[1]},127.0.0.1:{port}", timeout_s=10) as client:
+                started_s = time.monotonic()
+                for _ in range(4):
+                    await client.info()
+                assert time.monotonic() - started_s < 5
+
+
 async def test_closing_ends_the_probes():
     async with two() as (_, wires, client):
         await die(wires[0])
@@ -272,15 +299,12 @@ async def test_what_nobody_knows_is_still_told():
 # ---- processes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_process_is_no_error_to_anybody():
-    """Two routers of one node behind one port, and a client that knows each of two ports: SIGKILL in the midst of many answers."""
-    shared = RouterProcess().wait()
-    others = [RouterProcess(shared.port), RouterProcess()]
-    for one in others:
-        one.wait()
-    processes, told, errors = [shared, *others], [], []
-    one_port, all_ports = f"127.0.0.1:{shared.port}", f"127.0.0.1:{others[1].port},127.0.0.1:{shared.port}"
-    begun = threading.Barrier(9)
+def test_a_killed_process_is_no_error_to_anybody(served):
+    """Two routers of one node behind one port, and clients that know this port or another one, too: SIGKILL amid many answers."""
+    killed = RouterProcess().wait()
+    other = RouterProcess(killed.port).wait()
+    one_port, two_ports = f"127.0.0.1:{killed.port}", f"127.0.0.1:{killed.port},127.0.0.1:{served[1]}"
+    told, errors, begun = [], [], threading.Barrier(9)
 
     def converse(target):
         try:
@@ -292,20 +316,20 @@ def test_a_killed_process_is_no_error_to_anybody():
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=converse, args=(target,)) for target in [one_port, all_ports] * 4]
+    threads = [threading.Thread(target=converse, args=(target,)) for target in [one_port, one_port, one_port, two_ports] * 2]
     try:
         for thread in threads:
             thread.start()
         begun.wait(30)
         time.sleep(0.15)
-        os.kill(shared.process.pid, signal.SIGKILL)
+        os.kill(killed.process.pid, signal.SIGKILL)
         killed_s = time.monotonic()
         with Client.connect(one_port) as client:
-            assert client.info()["version"] == str(others[0].process.pid)
+            assert client.info()["version"] == str(other.process.pid)
         assert time.monotonic() - killed_s < 5
         for thread in threads:
             thread.join(60)
     finally:
-        for one in processes:
-            one.stop()
+        killed.stop()
+        other.stop()
     assert not errors and told == [TEXT] * 24

@@ -165,40 +165,49 @@ def connections(served):
 
 
 def test_a_killed_router_is_no_error_to_anybody(served, films, right):
-    media = [path for path, _ in films]
-    stop, told, errors = threading.Event(), [], []
+    stop, told, errors, num_uploads = threading.Event(), [], [], []
+    port = served.target.rpartition(":")[2]
 
-    def converse(i):
+    def until_stopped(work, target):
         try:
-            with Client.connect(served.target, timeout_s=60) as client:
-                handle = client.prepare(media[i % 2])
+            with Client.connect(target, timeout_s=60) as client:
                 while not stop.is_set():
-                    chat = client.conversation(handle)
-                    for turn, question in enumerate(films[i % 2][1]):
-                        "".join(chat.stream(question))
-                        told.append((chat.turns[turn][1].token_ids, right[i % 2][turn]))
-                    chat.close()
+                    work(client)
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=converse, args=(i,)) for i in range(4)]
+    def converse(client):
+        for (path, questions), answers in zip(films, right, strict=True):
+            chat = client.conversation(client.prepare(path))
+            for turn, question in enumerate(questions):
+                "".join(chat.stream(question))
+                told.append((chat.turns[turn][1].token_ids, answers[turn]))
+            chat.close()
+
+    def send(client):
+        assert client.prepare(client.upload(films[0][0])).reused
+        num_uploads.append(1)
+
+    # The second target is the first one by another name: a connection of its own, maybe to another router.
+    jobs = [(converse, served.target), (converse, f"{served.target},localhost:{port}"), (send, served.target)]
+    threads = [threading.Thread(target=until_stopped, args=job) for job in [*jobs, *jobs[:2]]]
     for thread in threads:
         thread.start()
     try:
         until_s = time.monotonic() + 60
-        while len(told) < 4 or sum(connections(served).values()) < 4:
+        while len(told) < 4 or not num_uploads or sum(connections(served).values()) < 5:
             assert time.monotonic() < until_s and not errors, (errors, connections(served))
             time.sleep(0.05)
         busy = connections(served)
         killed = max(busy, key=busy.get)
         assert len(busy) == 2 and busy[killed] >= 2
         os.kill(killed, signal.SIGKILL)
-        killed_s, before = time.monotonic(), len(told)
+        killed_s, enough = time.monotonic(), (len(told) + 12, len(num_uploads) + 3)
         with Client.connect(served.target) as client:
             client.info()
         outage_s = time.monotonic() - killed_s
         assert outage_s < 5
-        while len(told) < before + 12:
+        while len(told) < enough[0] or len(num_uploads) < enough[1]:
             assert time.monotonic() < killed_s + 60 and not errors, errors
             time.sleep(0.05)
     finally:
