@@ -135,6 +135,7 @@ def test_the_key_comes_from_the_environment_unless_it_is_typed(run, served, monk
         (("prepare", "clip.mp4", "--prune-keep", "0"), "prune_keep must be in (0, 1], got 0.0"),
         (("prepare", "clip.mp4", "--fps", "-1"), "fps"),
         (("info", "--target", "nowhere"), "target must be host:port, got 'nowhere'"),
+        (("info", "--target", "a:1,,b:2"), "target 2 of 'a:1,,b:2' must be host:port, got ''"),
         (("info", "--timeout-s", "0"), "deadline_s must be a number > 0"),
         (("info", "--tls", "missing.pem"), "'missing.pem'"),
         (("info", "--tls-key", "key.pem"), "need --tls"),
