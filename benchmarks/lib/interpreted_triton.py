@@ -8,17 +8,20 @@
 Where Triton's interpreter does not look as it does in 3.9, nothing is done.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import inspect
 import sys
+from typing import Any
 
 MODULE = "triton.runtime.interpreter"
 NEEDED = ("_patch_lang", "_patch_builtin", "_patch_attr", "_LangPatchScope", "_get_np_dtype", "interpreter_builder", "tl")
 
 
-def prepare_once():
+def prepare_once() -> None:
     """Do so if the interpreter has been imported and was not prepared before."""
-    interpreter = sys.modules.get(MODULE)
+    interpreter: Any = sys.modules.get(MODULE)
     if interpreter is None or hasattr(interpreter, "_prepared") or not all(hasattr(interpreter, name) for name in NEEDED):
         return
     interpreter._prepared = True
@@ -26,11 +29,11 @@ def prepare_once():
     if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     tl, patch_lang, make_numpy_dtype = interpreter.tl, interpreter._patch_lang, interpreter._get_np_dtype
-    builtins = {}
-    numpy_dtypes = {}
-    replaced = set()  # modules whose members are replaced until the kernel that runs has ended
+    builtins: dict[Any, list[tuple[str, Any]]] = {}
+    numpy_dtypes: dict[str, Any] = {}
+    replaced: set[str] = set()  # modules whose members are replaced until the kernel that runs has ended
 
-    def numpy_dtype(kind):
+    def numpy_dtype(kind: Any) -> Any:
         element = kind.element_ty if isinstance(kind, tl.block_type) else kind
         if type(element) is not tl.dtype:  # a pointer
             return make_numpy_dtype(kind)
@@ -38,20 +41,25 @@ def prepare_once():
             numpy_dtypes[element.name] = make_numpy_dtype(element)
         return numpy_dtypes[element.name]
 
-    def patch_builtin(package, builder, scope):
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
         if package not in builtins:
             builtins[package] = [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
         for name, member in builtins[package]:
             interpreter._patch_attr(package, name, member, builder, scope)
 
-    def patch(function):
+    def patch(function: Any) -> Any:
         modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
         if modules <= replaced:
             return interpreter._LangPatchScope()
         scope = patch_lang(function)
         if not replaced:
             restore = scope.restore
-            scope.restore = lambda: (replaced.clear(), restore())
+
+            def end() -> None:
+                replaced.clear()
+                restore()
+
+            scope.restore = end
         replaced.update(modules)
         return scope
 
