@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
-from sparsevila_cluster.core.errors import LaneLost
-from sparsevila_cluster.transport.link import Link
+from sparsevila_cluster.core.errors import LaneLost, to_failure
+from sparsevila_cluster.transport.link import MAX_MESSAGE_BYTES, Link
 
-# Name -> its fields: what it means.
-MESSAGES = {
+MAX_TEXT = 4096  # characters of an id, a reason, a failure
+MAX_ITEMS = 4096  # of a list or a map
+
+Check = Callable[[Any], bool]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, bytes)
+
+
+def _is_failure(value: Any) -> bool:
+    """What `core.errors.to_failure` makes."""
+    if not isinstance(value, dict) or not _is_text(value.get("error")) or not _is_text(value.get("message")):
+        return False
+    after_s = value.get("retry_after_s", 1.0)
+    return type(after_s) in (int, float) and math.isfinite(after_s) and _is_text(value.get("worker", ""))
+
+
+def _is_failure_or_none(value: Any) -> bool:
+    return value is None or _is_failure(value)
+
+
+# Name -> its fields. A message that lacks one of them, or has one of another type, breaks the lane; other fields are ignored.
+MESSAGES: dict[str, dict[str, Check]] = {
     # sender -> receiver
-    "hello": "lane, worker, epoch, token, version: the first message",
-    "offer": "transfer, key, attempt, manifest: may this prefix come?",
-    "chunk": "transfer, index: the next bulk tensors are this chunk",
-    "sum": "transfer, index, checksum: of that chunk, computed while it was on its way",
-    "commit": "transfer: all chunks were sent",
-    "abort": "transfer, reason: no more chunks of it come; always answered with `ended`",
+    "hello": {"lane": _is_text, "worker": _is_text, "epoch": _is_count, "token": _is_text, "version": _is_count},  # comes first
+    "offer": {"transfer": _is_text, "key": _is_text, "attempt": _is_count, "manifest": _is_bytes},  # may this prefix come?
+    "chunk": {"transfer": _is_text, "index": _is_count},  # the next bulk tensors are this chunk
+    "sum": {"transfer": _is_text, "index": _is_count, "checksum": _is_count},  # of that chunk, computed while it was on its way
+    "commit": {"transfer": _is_text},  # all chunks were sent
+    "abort": {"transfer": _is_text, "reason": _is_text},  # no more chunks of it come; always answered with `ended`
     # receiver -> sender
-    "welcome": "the lane is up",
-    "grant": "transfer, upto, landed: chunks [0, upto) may be sent, [0, landed) have been received and verified",
-    "refused": "transfer, failure: it will not be published; answered with `abort`",
-    "ended": "transfer: everything that was on its way has arrived, and its extent is free",
-    "acked": "transfer: published",
+    "welcome": {},  # the lane is up
+    # Chunks [0, upto) may be sent, [0, landed) have been received and verified.
+    "grant": {"transfer": _is_text, "upto": _is_count, "landed": _is_count},
+    "refused": {"transfer": _is_text, "failure": _is_failure},  # it will not be published; answered with `abort`
+    "ended": {"transfer": _is_text},  # everything that was on its way has arrived, and its extent is free
+    "acked": {"transfer": _is_text},  # published
     # both
-    "beat": "transfers: a heartbeat, with what this side still works on",
-    "bye": "failure or None: this side closes the lane",
+    "beat": {"transfers": _is_texts},  # a heartbeat, with what this side still works on
+    "bye": {"failure": _is_failure_or_none},  # this side closes the lane
 }
 
 
@@ -39,6 +76,12 @@ class Message:
 
     name: str
     body: dict[str, Any]
+
+
+def failure_of(error: Exception) -> dict[str, Any]:
+    """An error as a field of a message."""
+    failure = to_failure(error)
+    return {**failure, "message": failure["message"][:MAX_TEXT]}
 
 
 class Channel:
@@ -59,14 +102,27 @@ class Channel:
             self.link.send(zlib.crc32(packed).to_bytes(4, "little") + packed)
 
     def receive(self, within_s: float) -> Message:
-        """Raises LaneLost: nothing came, the link broke, or a message is damaged or not the next one."""
+        """Raises LaneLost: nothing came, the link broke, or a message is damaged, malformed, or not the next one."""
         raw = self.link.receive(within_s)
         if len(raw) < 4 or zlib.crc32(raw[4:]) != int.from_bytes(raw[:4], "little"):
             raise LaneLost(f"received a damaged message of {len(raw)} bytes")
-        number, name, body = msgpack.unpackb(raw[4:])
+        number, name, body = _unpack(raw[4:])
         if number != self._num_received:
             raise LaneLost(f"received message {number} ({name}), expected {self._num_received}")
-        if name not in MESSAGES:
-            raise LaneLost(f"received an unknown message {name!r}")
         self._num_received += 1
-        return Message(name, body)
+        return Message(name, {field: body[field] for field in MESSAGES[name]})
+
+
+def _unpack(packed: bytes) -> tuple[int, str, dict[str, Any]]:
+    """Number, name and fields. Raises LaneLost."""
+    try:
+        message = msgpack.unpackb(packed, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS, max_bin_len=MAX_MESSAGE_BYTES)
+        number, name, body = message
+    except (ValueError, TypeError, MemoryError) as error:
+        raise LaneLost(f"received {len(packed)} bytes that are no message: {str(error)[:100]}") from error
+    if not _is_count(number) or not isinstance(name, str) or name not in MESSAGES or not isinstance(body, dict):
+        raise LaneLost(f"received an unknown message {name[:40]!r}" if isinstance(name, str) else "received a message without a name")
+    for field, is_right in MESSAGES[name].items():
+        if field not in body or not is_right(body[field]):
+            raise LaneLost(f"malformed {name!r}: {field} is missing, of another type or out of range")
+    return number, name, body

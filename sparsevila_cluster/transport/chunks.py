@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from sparsevila_cluster.core.errors import DataLoss
 from sparsevila_cluster.kvcache.arena import Extent
 from sparsevila_cluster.transport.manifest import Chunk, Manifest
 from sparsevila_kernels import kv_dequantize, kv_quantize
@@ -88,10 +89,15 @@ class ChunkBuffers:
         return [torch.empty(size, dtype=torch.uint8, device=self.device) for size in self.sizes(chunk)]
 
     def scatter(self, chunk: Chunk, received: Sequence[Tensor]) -> None:
-        """Bring what was received in `targets` to the arena, as far as it is not there."""
+        """Bring what was received in `targets` to the arena, as far as it is not there.
+
+        Raises DataLoss: scales that are no finite numbers, from which no KV can be made.
+        """
         parts = self._parts(chunk)
         if self.manifest.quantization == "int8":
             values, scales = self._int8_in(received[0].to(parts[0].device), chunk)
+            if not bool(((scales >= 0) & (scales < torch.inf)).all()):
+                raise DataLoss(f"rows {chunk.start} to {chunk.stop} came with scales that are not finite")
             kv_dequantize(values, scales, *self._layers(chunk), self._rows(chunk))
         elif not self.is_straight(chunk):
             split = received[0].split(received[0].numel() // len(parts))

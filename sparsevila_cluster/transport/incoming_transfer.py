@@ -41,7 +41,8 @@ class TransferState(StrEnum):
 class IncomingTransfer:
     """One transfer on one lane. `lock` is held by whoever writes to the extent or gives it away.
 
-    granted, announced, received: chunks [0, n) that may come, that the sender said come next, that are verified and in the extent.
+    granted, announced, received: chunks [0, n) that may come, that the sender said come next, that are verified and in the extent;
+    refused: by this side; aborted: the sender said that no more comes; ended: the extent has been published or given back.
     """
 
     manifest: Manifest
@@ -54,6 +55,7 @@ class IncomingTransfer:
     checksums: dict[int, Future[int]] = field(default_factory=dict)
     state: TransferState = TransferState.RESERVED
     refused: bool = False
+    aborted: bool = False
     ended: bool = False
     publishing: bool = False
     heard_s: float = field(default_factory=time.monotonic)

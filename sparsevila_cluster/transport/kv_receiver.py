@@ -150,7 +150,10 @@ class KVReceiver:
             self._lanes.append(lane)
         if self._closed.is_set():
             return lane.fail(Unavailable(f"{self._worker} is closing"), quiet=True)
-        lane.start()
+        try:
+            lane.start()
+        except RuntimeError as error:  # no more threads
+            return lane.fail(Unavailable(f"{self._worker} takes no lane: {error}"))
         self._count_lanes()
 
     def _all_lanes(self) -> list[ReceiveLane]:

@@ -21,6 +21,8 @@ from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 
 VERSION = 1
 MAX_CHUNK_BYTES = 32 * 2**20
+MAX_CHUNKS = 2**18
+MAX_FIELDS = 64
 # A chunk closes once it has this many bytes: small enough that many are under way at once, large enough to fill a lane.
 GRAIN_BYTES = 4 * 2**20
 # Keys or values of one layer of a chunk that have at least this many bytes travel straight from and to the arena.
@@ -131,24 +133,24 @@ class Manifest:
             Incompatible: another version of this format. DataLoss: bytes that are no manifest, or one that contradicts itself.
         """
         try:
-            fields: Any = msgpack.unpackb(packed)
-            version = fields["version"]
+            fields: Any = msgpack.unpackb(packed, max_array_len=MAX_CHUNKS, max_map_len=MAX_FIELDS)
+            version = read_int(fields["version"])
         except Exception as error:  # whatever msgpack makes of foreign bytes
-            raise DataLoss(f"{len(packed)} bytes are no manifest: {error or type(error).__name__}") from error
+            raise DataLoss(f"{len(packed)} bytes are no manifest: {str(error)[:100] or type(error).__name__}") from error
         if version != VERSION:
-            raise Incompatible(f"manifest version {version!r}; this worker speaks {VERSION}")
+            raise Incompatible(f"manifest version {version}; this worker speaks {VERSION}")
         try:
             manifest = Manifest(
                 transfer_id=read_text(fields["transfer_id"]),
                 metadata=decode_metadata(fields),
                 chunks=tuple(Chunk(*map(read_int, chunk)) for chunk in fields["chunks"]),
                 quantization=read_text(fields["quantization"]),
-                checksum=bool(fields["checksum"]),
+                checksum=_read_truth(fields["checksum"]),
                 straight_bytes=read_int(fields["straight_bytes"]),
             )
             manifest._check_itself()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
-            raise DataLoss(f"malformed manifest: {type(error).__name__}: {error}") from error
+            raise DataLoss(f"malformed manifest: {type(error).__name__}: {str(error)[:100]}") from error
         return manifest
 
     def check(self, spec: KVSpec) -> None:
@@ -156,7 +158,8 @@ class Manifest:
         for name in ("layout_version", "fingerprint", "num_layers", "num_kv_heads", "head_dim", "dtype"):
             theirs, ours = getattr(self.metadata.spec, name), getattr(spec, name)
             if theirs != ours:
-                raise Incompatible(f"media prefix {self.metadata.key[:12]} was made with {name}={theirs}; this worker has {ours}")
+                told = str(theirs)[:80]
+                raise Incompatible(f"media prefix {self.metadata.key[:12]} was made with {name}={told}; this worker has {ours}")
 
     def prefix(self, extent: Extent) -> MediaPrefix:
         """The media prefix whose KV rows lie in `extent`; its tensors on the extent's device."""
@@ -182,3 +185,9 @@ class Manifest:
             for layer in layers:
                 done[layer] = chunk.stop
         return all(rows == self.metadata.length for rows in done)
+
+
+def _read_truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"a truth value expected, not {type(value).__name__}")
+    return value

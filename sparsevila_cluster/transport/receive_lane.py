@@ -21,9 +21,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sparsevila_cluster.core.cluster_config import TransportConfig
-from sparsevila_cluster.core.errors import Cancelled, DataLoss, DeadlineExceeded, Internal, LaneLost, SparseVilaError, to_failure
+from sparsevila_cluster.core.errors import Cancelled, DataLoss, DeadlineExceeded, Internal, LaneLost, SparseVilaError
 from sparsevila_cluster.kvcache.arena import Extent, KVSpec
-from sparsevila_cluster.transport.channel import Channel, Message
+from sparsevila_cluster.transport.channel import Channel, Message, failure_of
 from sparsevila_cluster.transport.chunks import ChunkBuffers
 from sparsevila_cluster.transport.incoming_transfer import IncomingTransfer, IncomingTransfers, TransferState
 from sparsevila_cluster.transport.link import Link, PendingBulk
@@ -155,7 +155,7 @@ class ReceiveLane:
             facts = {"lane": self.lane_id, "worker": self.worker, "transfers": self.transfers()}
             log.log(logging.WARNING if facts["transfers"] else logging.INFO, "lane lost: %s", error, extra=facts)
         try:
-            self.channel.send("bye", failure=to_failure(error))
+            self.channel.send("bye", failure=failure_of(error))
         except LaneLost:
             pass
         self.link.close()
@@ -200,10 +200,7 @@ class ReceiveLane:
         action = actions.get(message.name)
         if action is None:
             raise LaneLost(f"a sender does not send {message.name!r}", self.worker)
-        try:
-            action(**message.body)
-        except TypeError as error:
-            raise LaneLost(f"malformed {message.name!r}: {error}", self.worker) from error
+        action(**message.body)
 
     def _on_offer(self, transfer: str, key: str, attempt: int, manifest: bytes) -> None:
         self.used_s = time.monotonic()
@@ -212,7 +209,7 @@ class ReceiveLane:
             if begin_within_s is None:
                 return self.channel.send("acked", transfer=transfer)
         except SparseVilaError as error:
-            return self.channel.send("refused", transfer=transfer, failure=to_failure(error))
+            return self.channel.send("refused", transfer=transfer, failure=failure_of(error))
         try:
             offered = Manifest.unpack(manifest)
             offered.check(self._spec)
@@ -220,7 +217,7 @@ class ReceiveLane:
                 raise DataLoss(f"the manifest of {offered.transfer_id} came with the offer of {transfer}")
         except SparseVilaError as error:
             self._registry.state_changed(self, transfer, TransferState.FAILED)
-            return self.channel.send("refused", transfer=transfer, failure=to_failure(error))
+            return self.channel.send("refused", transfer=transfer, failure=failure_of(error))
         incoming = IncomingTransfer(offered, begin_within_s)
         try:
             self._transfers.add(incoming)
@@ -232,7 +229,9 @@ class ReceiveLane:
     def _on_chunk(self, transfer: str, index: int) -> None:
         incoming = self._transfers.get(transfer)
         # Bulk follows this message. Where it is not what was granted, the order of the lane is lost, and the lane with it.
-        if incoming is None or incoming.buffers is None or index != incoming.announced or index >= incoming.granted:
+        # Behind an abort it would be written to an extent that is not its own any more.
+        expected = incoming is not None and not incoming.aborted and index == incoming.announced and index < incoming.granted
+        if incoming is None or incoming.buffers is None or not expected:
             raise LaneLost(f"chunk {index} of transfer {transfer} was not granted", self.worker)
         self.used_s = incoming.heard_s = time.monotonic()
         incoming.announced += 1
@@ -257,6 +256,7 @@ class ReceiveLane:
         incoming = self._transfers.get(transfer)
         if incoming is None:
             return self.channel.send("ended", transfer=transfer)
+        incoming.aborted = True
         self._jobs.put(lambda: self._end(incoming, reason))
 
     def _on_beat(self, transfers: list[str]) -> None:
@@ -308,10 +308,13 @@ class ReceiveLane:
         assert buffers is not None
         if not is_right:
             return self._refuse(incoming, DataLoss(f"checksum mismatch in chunk {index} of transfer {incoming.transfer_id}"))
-        with incoming.lock:
-            if incoming.ended:
-                return
-            buffers.scatter(chunks[index], parts)
+        try:
+            with incoming.lock:
+                if incoming.ended:
+                    return
+                buffers.scatter(chunks[index], parts)
+        except DataLoss as error:
+            return self._refuse(incoming, error)
         incoming.received = index + 1
         self._registry.received(sum(part.numel() for part in parts), self.link.kind)
         if incoming.received == len(chunks):
@@ -361,7 +364,7 @@ class ReceiveLane:
         # A damaged transfer may be offered again; everything else ends it.
         self._set_state(incoming, TransferState.RESERVED if isinstance(error, DataLoss) else state)
         try:
-            self.channel.send("refused", transfer=incoming.transfer_id, failure=to_failure(error))
+            self.channel.send("refused", transfer=incoming.transfer_id, failure=failure_of(error))
         except LaneLost as lost:
             self.fail(lost)
 

@@ -188,7 +188,13 @@ class SendLane:
             return self._connection
         self.epoch += 1
         lane_id = secrets.token_hex(8)
-        link = self._dial(lane_id)
+        try:
+            link = self._dial(lane_id)
+        except SparseVilaError:
+            raise
+        except Exception as error:
+            log.exception("dialing failed", extra={"receiver": self.address.worker})
+            raise Internal(f"{type(error).__name__}: {error}") from error
         connection = LaneConnection(link, lane_id, self.epoch)
         channel = connection.channel
         try:
@@ -315,15 +321,18 @@ class SendLane:
             return  # it ended meanwhile
         attempt.heard_s = time.monotonic()
         if message.name == "grant":
-            attempt.release(message.body["landed"])
-            attempt.granted = max(attempt.granted, message.body["upto"])
+            attempt.grant(message.body["upto"], message.body["landed"])
         elif message.name == "refused":
             self._refused(connection, attempt, from_failure(message.body["failure"]))
         elif message.name == "acked":
+            if attempt.sent and not attempt.committed:  # before anything was sent: it is resident since an earlier attempt
+                raise LaneLost(f"transfer {attempt.transfer.transfer_id} was acknowledged in mid-transfer", self.address.worker)
             del connection.attempts[attempt.transfer.transfer_id]
             seconds = time.monotonic() - attempt.offered_s
             self._listener.acked(attempt.transfer, attempt.num_bytes, seconds, self.kind, connection.epoch)
         elif message.name == "ended":
+            if not attempt.ending:
+                raise LaneLost(f"transfer {attempt.transfer.transfer_id} was ended by nobody here", self.address.worker)
             del connection.attempts[attempt.transfer.transfer_id]
             if attempt.again:
                 self._waiting.append(attempt.transfer)

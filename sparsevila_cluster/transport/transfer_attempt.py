@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevila_cluster.core.errors import Internal
+from sparsevila_cluster.core.errors import LaneLost
 from sparsevila_cluster.transport.chunks import ChunkBuffers, checksum
 from sparsevila_cluster.transport.link import PendingBulk
 from sparsevila_cluster.transport.manifest import Chunk, Manifest
@@ -25,11 +25,15 @@ class TransferAttempt:
         self.manifest = manifest
         self.buffers = ChunkBuffers(manifest, transfer.prefix.extent, device)
         self.under_way: deque[tuple[PendingBulk, Sequence[Any]]] = deque()
-        self.granted = self.sent = self.received = self.num_bytes = 0
+        self.granted = self.sent = self.received = self.num_bytes = self._received_bytes = 0
         self.committed = False
         self.ending = False
         self.again = False
         self.offered_s = self.heard_s = time.monotonic()
+
+    @property
+    def _receiver(self) -> str:
+        return self.transfer.ticket.receiver.worker
 
     @property
     def next_is_ready(self) -> bool:
@@ -44,13 +48,20 @@ class TransferAttempt:
             known[name] = checksum(parts)
         return known[name]
 
-    def release(self, received: int) -> None:
-        """Chunks below `received` have arrived: let go of their buffers. Raises Internal: more than were sent."""
+    def grant(self, granted: int, received: int) -> None:
+        """What the receiver allows, and what has arrived, whose buffers are let go.
+
+        Raises LaneLost: more than there is, or more than was sent.
+        """
+        if granted > len(self.manifest.chunks):
+            raise LaneLost(f"{granted} of {len(self.manifest.chunks)} chunks were granted", self._receiver)
         if not self.received <= received <= self.sent:
-            raise Internal(f"chunk {received} was acknowledged; {self.received} to {self.sent} are under way")
-        for _ in range(received - self.received):
+            text = f"{received} chunks were said to have arrived; {self.received} had, and {self.sent} were sent"
+            raise LaneLost(text, self._receiver)
+        self.granted = max(self.granted, granted)
+        for chunk in self.manifest.chunks[self.received : received]:
             pending, _parts = self.under_way.popleft()
             pending.wait(1.0)
+            self._received_bytes += sum(self.buffers.sizes(chunk))
         self.received = received
-        chunks = self.manifest.chunks[:received]
-        self.transfer.received_bytes = sum(sum(self.buffers.sizes(chunk)) for chunk in chunks)
+        self.transfer.received_bytes = self._received_bytes

@@ -90,9 +90,9 @@ def build_group(store: Any, rank: int, host: str, within_s: float) -> Any:
     options = gloo._Options()
     options._timeout = to_timedelta(within_s)
     options._threads = 1
-    # The default device resolves the name of this host, which may fail, or bind to a public address.
-    options._devices = [gloo.create_device(hostname=host)]
     try:
+        # The default device resolves the name of this host, which may fail, or bind to a public address.
+        options._devices = [gloo.create_device(hostname=host)]
         return gloo(store, rank, 2, options)
     except RuntimeError as error:
         raise LaneLost(f"no group of two: {brief(error)}") from error

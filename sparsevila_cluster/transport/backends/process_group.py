@@ -86,7 +86,10 @@ class GroupListener:
         self._handshake.close()
 
     def _build(self, hello: dict[str, Any], store: PairStore) -> None:
-        self._accept(self._builders[hello["kind"]](store, 0, self._endpoint, self.host))
+        build = self._builders.get(str(hello.get("kind")))
+        if build is None:
+            raise LaneLost(f"a link of another kind than {', '.join(self._builders)}")
+        self._accept(build(store, 0, self._endpoint, self.host))
 
 
 def dial_group(kind: str, build: BuildLink, address: ReceiverAddress, endpoint: Endpoint) -> Link:
