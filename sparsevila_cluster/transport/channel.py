@@ -95,11 +95,26 @@ class Channel:
 
     def send(self, name: str, **body: Any) -> None:
         """Raises LaneLost."""
-        assert name in MESSAGES, name
         with self._lock:
-            packed = msgpack.packb([self._num_sent, name, body])
-            self._num_sent += 1
-            self.link.send(zlib.crc32(packed).to_bytes(4, "little") + packed)
+            self._send(name, body)
+
+    def send_now(self, name: str, **body: Any) -> bool:
+        """Send it, unless that would wait for the peer or for another thread that sends; whether it left. Raises LaneLost."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            ready = self.link.can_send
+            if ready:
+                self._send(name, body)
+            return ready
+        finally:
+            self._lock.release()
+
+    def _send(self, name: str, body: dict[str, Any]) -> None:
+        assert name in MESSAGES, name
+        packed = msgpack.packb([self._num_sent, name, body])
+        self._num_sent += 1
+        self.link.send(zlib.crc32(packed).to_bytes(4, "little") + packed)
 
     def receive(self, within_s: float) -> Message:
         """Raises LaneLost: nothing came, the link broke, or a message is damaged, malformed, or not the next one."""
@@ -121,7 +136,9 @@ def _unpack(packed: bytes) -> tuple[int, str, dict[str, Any]]:
     except (ValueError, TypeError, MemoryError) as error:
         raise LaneLost(f"received {len(packed)} bytes that are no message: {str(error)[:100]}") from error
     if not _is_count(number) or not isinstance(name, str) or name not in MESSAGES or not isinstance(body, dict):
-        raise LaneLost(f"received an unknown message {name[:40]!r}" if isinstance(name, str) else "received a message without a name")
+        raise LaneLost(
+            f"received an unknown message {name[:40]!r}" if isinstance(name, str) else "received a message without a name"
+        )
     for field, is_right in MESSAGES[name].items():
         if field not in body or not is_right(body[field]):
             raise LaneLost(f"malformed {name!r}: {field} is missing, of another type or out of range")

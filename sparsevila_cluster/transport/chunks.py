@@ -91,13 +91,13 @@ class ChunkBuffers:
     def scatter(self, chunk: Chunk, received: Sequence[Tensor]) -> None:
         """Bring what was received in `targets` to the arena, as far as it is not there.
 
-        Raises DataLoss: scales that are no finite numbers, from which no KV can be made.
+        Raises DataLoss: int8 with scales from which no KV can be made.
         """
         parts = self._parts(chunk)
         if self.manifest.quantization == "int8":
             values, scales = self._int8_in(received[0].to(parts[0].device), chunk)
             if not bool(((scales >= 0) & (scales < torch.inf)).all()):
-                raise DataLoss(f"rows {chunk.start} to {chunk.stop} came with scales that are not finite")
+                raise DataLoss(f"rows {chunk.start} to {chunk.stop} came with int8 scales outside of [0, inf)")
             kv_dequantize(values, scales, *self._layers(chunk), self._rows(chunk))
         elif not self.is_straight(chunk):
             split = received[0].split(received[0].numel() // len(parts))

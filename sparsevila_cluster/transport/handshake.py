@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import select
 import socket
 import struct
 import threading
@@ -92,6 +93,13 @@ class MessageSocket:
             self._in = connection.dup()  # with deadlines of its own
         except OSError as error:
             raise LaneLost(f"the connection is of no use: {error}") from error
+
+    @property
+    def can_send(self) -> bool:
+        """See `Link`."""
+        poll = select.poll()
+        poll.register(self._out, select.POLLOUT)
+        return bool(poll.poll(0))
 
     def send(self, message: bytes) -> None:
         """See `Link`."""

@@ -40,6 +40,10 @@ class Link(Protocol):
     kind: str
     straight: bool
 
+    @property
+    def can_send(self) -> bool:
+        """Whether a short message would leave at once. False for as long as the peer does not read what was sent."""
+
     def device_for(self, device: torch.device) -> torch.device:
         """Where bulk tensors must lie, if an arena is on `device`."""
 

@@ -125,7 +125,8 @@ class ReceiveLane:
     def beat(self) -> None:
         """Send a heartbeat, and end transfers that the other side stopped working on."""
         try:
-            self.channel.send("beat", transfers=self.transfers())
+            # In the thread that beats for all lanes: a peer that does not read must not keep it.
+            self.channel.send_now("beat", transfers=self.transfers())
         except LaneLost as error:
             self.fail(error)
         now_s = time.monotonic()

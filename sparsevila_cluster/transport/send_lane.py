@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.cluster_config import TransportConfig
-from sparsevila_cluster.core.errors import Cancelled, Internal, LaneLost, SparseVilaError, from_failure
+from sparsevila_cluster.core.errors import Cancelled, Internal, LaneLost, SparseVilaError, TooLarge, from_failure
 from sparsevila_cluster.transport.channel import Channel, Message
-from sparsevila_cluster.transport.link import Link
+from sparsevila_cluster.transport.link import MAX_MESSAGE_BYTES, Link
 from sparsevila_cluster.transport.manifest import VERSION
 from sparsevila_cluster.transport.outgoing_transfer import OutgoingTransfer
 from sparsevila_cluster.transport.transfer_attempt import TransferAttempt
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 DEVICE_POLL_S = 0.001
 JOIN_S = 1.0
 BYE_S = 0.25
+MAX_MANIFEST_BYTES = MAX_MESSAGE_BYTES - 64 * 1024  # an offer says a little more
 
 Dial = Callable[[str], Link]  # lane id -> link; raises LaneLost
 
@@ -236,10 +237,14 @@ class SendLane:
     def _offer(self, connection: LaneConnection, transfer: OutgoingTransfer) -> None:
         link, transfer_id = connection.link, transfer.transfer_id
         manifest = transfer.manifest if link.straight else transfer.manifest.packed_whole()
+        packed = manifest.pack()
+        if len(packed) > MAX_MANIFEST_BYTES:
+            text = f"the manifest of {transfer_id} has {len(packed)} bytes; {MAX_MANIFEST_BYTES} may cross a lane"
+            return self._listener.ended(transfer, TooLarge(text))
         home = transfer.prefix.extent.arena.k[0].device
         transfer.num_attempts += 1
         attempt = connection.attempts[transfer_id] = TransferAttempt(transfer, manifest, link.device_for(home))
-        number, packed = transfer.num_attempts, manifest.pack()
+        number = transfer.num_attempts
         connection.channel.send("offer", transfer=transfer_id, key=transfer.prefix.key, attempt=number, manifest=packed)
         attempt.offered_s = time.monotonic()
 

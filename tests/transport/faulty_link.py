@@ -72,7 +72,7 @@ class FaultyLink:
         self._link, self._script = link, script
         self._dice = random.Random(seed)
         self._held: dict[str, list[bytes]] = {"send": [], "receive": []}
-        self.kind, self.straight = link.kind, link.straight
+        self.kind, self.straight, self.can_send = link.kind, link.straight, True
 
     def device_for(self, device: torch.device) -> torch.device:
         return self._link.device_for(device)

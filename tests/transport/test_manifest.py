@@ -1,6 +1,8 @@
 """The manifest survives its bytes, refuses damaged ones, and chunks tile every prefix."""
 
+import math
 import random
+import struct
 from dataclasses import replace
 
 import msgpack
@@ -26,6 +28,10 @@ def manifest(**changes):
 
 def repacked(**fields):
     return msgpack.packb({**msgpack.unpackb(manifest().pack()), **fields})
+
+
+def spec_fields(**changes):
+    return {**msgpack.unpackb(manifest().pack())["spec"], **changes}
 
 
 def test_a_manifest_survives_its_bytes():
@@ -98,11 +104,43 @@ def test_another_version_is_incompatible_whatever_else_it_says():
         {"spec": {}},
         {"spec": None},
         {"times_s": ["soon", "later"]},
+        {"times_s": ["1", "2"]},
+        {"times_s": [0.0, math.nan]},
+        {"times_s": [0.0, -1.0]},
+        {"duration_s": math.inf},
+        {"duration_s": True},
+        {"grids": [[4, 6], [2**40, 3]]},
+        {"grids": [[4, 6], [0, 3]]},
+        {"grids": [[4, 1], [2, 3]]},  # visual tokens stand in its second column
+        {"token_map": b"\xff" * (3 * 4 * 1500)},  # visual tokens without a place
+        {"frames": [0, -9]},
+        {"media": [0, 2**40]},
+        {"num_frames": 2**40},
+        {"next_pos": 2**31},
+        {"positions": struct.pack("<q", 2**40) * 4500},
+        {"positions": b"\0" * (8 * 5 * 1500)},
+        {"generation_floor": 2**40},
+        {"checksum": 1},
+        {"transfer_id": "x" * 257},
+        {"kind": "x" * 5000},
+        {"spec": spec_fields(num_layers=2**40)},  # a list of as many items would be made for it
+        {"spec": spec_fields(num_kv_heads=2**40)},
+        {"spec": spec_fields(head_dim=0)},
+        {"spec": spec_fields(dtype="x" * 100_000)},
+        {"chunks": [[0, 2**40, 0, 1500]]},
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_data_loss(fields):
-    with pytest.raises(DataLoss, match="malformed manifest"):
+    with pytest.raises(DataLoss, match="malformed manifest") as caught:
         Manifest.unpack(repacked(**fields))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("version", [[[]] * 1000, "2" * 5000, True, 1.0, None])
+def test_a_version_that_is_no_number_is_data_loss(version):
+    with pytest.raises(DataLoss, match="no manifest") as caught:
+        Manifest.unpack(msgpack.packb({"version": version}))
+    assert len(str(caught.value)) < 500
 
 
 def test_damaged_bytes_are_typed_errors_or_harmless():
@@ -180,6 +218,17 @@ def test_int8_error_is_at_most_half_a_step(dtype):
             rounding = before.float().abs() * torch.finfo(dtype).eps
             assert ((before.float() - after.float()).abs() <= step * 0.5001 + rounding).all()
     assert (target.extent.rows(0)[0][3] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
+def test_int8_with_scales_that_are_no_numbers_is_data_loss(scale):
+    source, target = make_prefix(), make_prefix(seed=1)
+    told = replace(Manifest.of(source, "t", BOUNDS, CONFIG), quantization="int8")
+    (sent,) = ChunkBuffers(told, source.extent, CPU).gather(told.chunks[0])
+    sent[:4].view(torch.float32).fill_(scale)
+    with pytest.raises(DataLoss, match="scales outside of"):
+        ChunkBuffers(told, target.extent, CPU).scatter(told.chunks[0], [sent])
+    assert rows_equal(target, make_prefix(seed=1))
 
 
 @pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 4096, 70001])

@@ -92,9 +92,9 @@ def _nudged(dice: random.Random, old: Any) -> Any:
     if isinstance(old, bool) or old is None:
         return not old
     if isinstance(old, int):
-        return old + dice.choice((-1, 1, 2, -old - 1, 7, 2**31, 2**40))
+        return min(old + dice.choice((-1, 1, 2, -old - 1, 7, 2**31, 2**40)), 2**64 - 1)
     if isinstance(old, float):
-        return dice.choice((*FLOATS, -old, old + 1, int(old)))
+        return dice.choice((*FLOATS, -old, old + 1, repr(old), int(old) if math.isfinite(old) else 0))
     if isinstance(old, str):
         return dice.choice((old + "x", old[:-1], old.upper(), old.encode()))
     if isinstance(old, bytes) and old:
@@ -117,7 +117,7 @@ def _nudged(dice: random.Random, old: Any) -> Any:
     return odd_value(dice)
 
 
-# ---- bytes ------------------------------------------------------------------------------------------------------------------------
+# ---- bytes ------------------------------------------------------------------------------------------------------------------
 
 
 def flip(dice: random.Random, raw: bytearray) -> None:

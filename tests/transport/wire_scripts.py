@@ -138,13 +138,20 @@ def _break_one(dice: random.Random, steps: list[Step], others: tuple[str, ...], 
     messages = [i for i, step in enumerate(steps) if isinstance(step.name, str) and step.name in MESSAGES]
     bulk = [i for i, step in enumerate(steps) if step.name == "bulk"]
     movable = [i for i in range(1, len(steps)) if any_bulk or steps[i].name not in ("bulk", "chunk")]
+    if not messages or not movable:
+        return "nothing is left", False
     at = dice.choice(messages)
     ways = ["field"] * 6 + ["bytes", "bytes", "drop", "repeat", "swap", "move", "hurry", "stray", "stray", "end early"]
     way = dice.choice(ways + ["bulk"] * (3 if bulk else 0))
     step = steps[at]
     if way == "field":
         body, what = mutated(dice, step.body)
-        if step.name == "offer" and isinstance(step.body, dict) and isinstance(step.body.get("manifest"), bytes) and dice.random() < 0.6:
+        if (
+            step.name == "offer"
+            and isinstance(step.body, dict)
+            and isinstance(step.body.get("manifest"), bytes)
+            and dice.random() < 0.6
+        ):
             manifest, what = broken_map(dice, msgpack.unpackb(step.body["manifest"]))
             body = {**step.body, "manifest": manifest}
         steps[at] = replace(step, body=body)
@@ -166,7 +173,7 @@ def _break_one(dice: random.Random, steps: list[Step], others: tuple[str, ...], 
             steps.insert(dice.choice(movable), steps.pop(at))
         return label, False
     if way == "hurry":
-        steps[:] = [one for one in steps if not one.name.startswith("wait for a")]
+        steps[:] = [one for one in steps if one.until is None]
         return "wait for no reply", False
     transfer = next((one.body["transfer"] for one in steps if isinstance(one.body, dict) and "transfer" in one.body), "")
     if way == "stray":
@@ -185,7 +192,9 @@ def _break_one(dice: random.Random, steps: list[Step], others: tuple[str, ...], 
     at = dice.choice(bulk)
     parts = [part.clone() for part in steps[at].parts]
     part = dice.randrange(len(parts))
-    what = dice.choice(("flip", "flip", "garbage", "scales", "shorter", "longer", "fewer") if any_bulk else ("flip", "garbage", "scales"))
+    what = dice.choice(
+        ("flip", "flip", "garbage", "scales", "shorter", "longer", "fewer") if any_bulk else ("flip", "garbage", "scales")
+    )
     if what == "flip":
         parts[part][dice.randrange(parts[part].numel())] ^= 1 << dice.randrange(8)
     elif what == "garbage":

@@ -85,6 +85,7 @@ class InprocLink:
 
     kind = "inproc"
     straight = True
+    can_send = True
 
     def __init__(self, shared: _Shared, side: int):
         self._shared = shared

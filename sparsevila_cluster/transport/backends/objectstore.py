@@ -29,6 +29,7 @@ class ObjectStoreLink:
 
     kind = "objectstore"
     straight = False
+    can_send = True
 
     def __init__(self, object_store: ObjectStore):
         self._object_store = object_store

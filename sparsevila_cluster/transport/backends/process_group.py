@@ -34,6 +34,11 @@ class GroupLink:
         """Whether it is of no use any more."""
         return self._closed
 
+    @property
+    def can_send(self) -> bool:
+        """See `Link`."""
+        return self._messages.can_send
+
     def send_bulk(self, parts: Sequence[Tensor]) -> PendingBulk:
         """See `Link`."""
         return self._post(self._group.send, parts)
