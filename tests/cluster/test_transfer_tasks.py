@@ -29,9 +29,10 @@ def test_a_transfer_that_nobody_waits_for_is_aborted(pair, how, monkeypatch):
         prefix = make_prefix()
         ticket = pair.ticket("a", deadline_s=60.0)
         transfer = pair.sender.begin(prefix, (0, 700, 1500), ticket)
+        await asyncio.to_thread(until, lambda: pair.receiver.state(ticket.transfer_id) is TransferState.GRANTED, "it is under way")
         within_s = {"cancelled": 30.0, "overdue": 0.2, "late thread": 0.2}[how]
         task = asyncio.ensure_future(tasks.finish(transfer, ticket, within_s, lambda: released.append(1)))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # until a thread waits for it
         if how == "cancelled":
             task.cancel()
         with pytest.raises((asyncio.CancelledError, DeadlineExceeded)):

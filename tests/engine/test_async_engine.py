@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from sparsevila_cluster.cluster.workers.warm_up import ROWS, tiny_prefix
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import Cancelled, DeadlineExceeded, Internal, Unavailable, WorkerLost
 from sparsevila_cluster.core.requests import MediaSource, PrepareRequest
@@ -44,6 +45,26 @@ def test_room_that_is_granted_too_late_is_given_back(model):
         assert await decode.call(lambda engine: engine.prefixes.arena.used_bytes) == 10 * model.spec.bytes_per_token
         decode.cancel(extent)
         assert await decode.call(lambda engine: engine.prefixes.arena.used_bytes) == 0
+        await decode.close(5.0)
+
+    asyncio.run(main())
+
+
+def test_a_hold_that_is_granted_too_late_is_given_back(model):
+    async def main():
+        decode, go_on = AsyncDecodeEngine(DecodeEngine(model, config()), "worker w", LOST), threading.Event()
+        extent = await asyncio.to_thread(decode.reserve, ROWS, 5.0)
+        await asyncio.to_thread(decode.publish, tiny_prefix("a", extent, 3), 5.0)
+        blocked = decode.post(lambda engine: go_on.wait(20))
+        held = asyncio.ensure_future(decode.hold("a"))
+        await asyncio.sleep(0.05)
+        held.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await held
+        go_on.set()
+        await asyncio.wrap_future(blocked)
+        await decode.call(lambda engine: None)  # behind what gives it back
+        assert await decode.call(lambda engine: engine.prefixes.holders("a")) == 0
         await decode.close(5.0)
 
     asyncio.run(main())

@@ -119,7 +119,7 @@ def scripted_sender(pair, key="a"):
     ticket = pair.ticket(key)
     manifest = replace(Manifest.of(prefix, ticket.transfer_id, BOUNDS, pair.config), straight_bytes=64)
     link = dial_inproc(ticket.receiver, "lane", Endpoint(pair.config, CPU))
-    return prefix, ticket, sender_script(prefix, manifest, ticket.receiver.token, "prefill-9"), ScriptedPeer(link)
+    return prefix, ticket, sender_script(prefix, manifest, ticket.receiver.token, "prefill-9"), ScriptedPeer(link, patience_s=2.0)
 
 
 def test_a_script_is_a_sound_transfer(quick):

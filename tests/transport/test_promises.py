@@ -34,7 +34,7 @@ class Script:
         config = pair.config.model_copy(update={"checksum": checksum})
         made = Manifest.of(self.prefix, self.ticket.transfer_id, BOUNDS, config)
         self.steps = sender_script(self.prefix, replace(made, straight_bytes=0, **manifest), self.ticket.receiver.token, worker)
-        self.peer = ScriptedPeer(dial_inproc(self.ticket.receiver, "lane", Endpoint(pair.config, CPU)))
+        self.peer = ScriptedPeer(dial_inproc(self.ticket.receiver, "lane", Endpoint(pair.config, CPU)), patience_s=5.0)
         self._done = 0
 
     def do(self, num):

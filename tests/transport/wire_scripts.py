@@ -218,8 +218,8 @@ def _break_one(dice: random.Random, steps: list[Step], others: tuple[str, ...], 
 class ScriptedPeer:
     """Plays a script over a link, and remembers what it was told."""
 
-    def __init__(self, link: Any, chunks: ChunkBuffers | None = None):
-        """chunks: where a scripted receiver takes bulk."""
+    def __init__(self, link: Any, chunks: ChunkBuffers | None = None, patience_s: float = PATIENCE_S):
+        """chunks: where a scripted receiver takes bulk; patience_s: how long it waits for a reply."""
         self.link = link
         self.heard: list[tuple[str, dict[str, Any]]] = []
         self._chunks = chunks
@@ -227,7 +227,7 @@ class ScriptedPeer:
         self._bulk: list[Any] = []
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._over = False
-        self._patience_s = PATIENCE_S
+        self._patience_s = patience_s
         self._reader = threading.Thread(target=self._read, name="scripted-peer", daemon=True)
         self._reader.start()
 
