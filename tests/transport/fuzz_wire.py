@@ -74,7 +74,7 @@ MIB = 2**20
 BOUNDS = (0, 5, 9, 14, 24)
 NUM_SLOTS = 320
 FREE = 7.0  # what a sink writes where nothing lies
-SHORT = {"beat_s": 0.1, "silence_s": 4.0, "op_timeout_s": 2.0, "dial_timeout_s": 2.0, "lease_s": 20.0, "credits": 2}
+SHORT = {"beat_s": 0.1, "silence_s": 10.0, "op_timeout_s": 4.0, "dial_timeout_s": 2.0, "lease_s": 20.0, "credits": 2}
 GREET_S = 0.5  # deadline of a handshake
 SLACK_S = 4.0  # time in which a busy machine may bring what is due
 # Of what is decoded: bytes beside a multiple of those that came. Lists that claim to be long, one within the other, are what costs.
@@ -390,7 +390,7 @@ class Site:
         self.compare(self.kept)
         self.transfer.wrote_all()
         self.transfer.finish(10.0)
-        require(self.transfer.num_attempts == 1, "the transfer of a bystander was begun again")
+        require(self.transfer.num_attempts == 1, f"the transfer of a bystander on {self.kind} was begun again")
         self.compare(self.under_way)
         self.remove(self.under_way.key)
         self.control(make_prefix("control", length=30, seed=5))
@@ -730,6 +730,7 @@ def fuzz(
                     unchecked = []
                     with suppress(Exception):
                         broken.close()
+                    del broken  # and the sockets that it holds
                     watch.found.clear()
             tally.add(kind, outcome, took_s, label)
             advance(tally)

@@ -39,7 +39,7 @@ class Step:
 
     def __str__(self) -> str:
         index = self.body.get("index") if isinstance(self.body, dict) else None
-        return f"{self.name} {index}" if isinstance(index, int) else self.name
+        return f"{self.name} {index}" if isinstance(index, int) else str(self.name)
 
 
 def packed_message(number: Any, name: Any, body: Any) -> bytes:
@@ -152,7 +152,7 @@ def _break_one(dice: random.Random, steps: list[Step], others: tuple[str, ...], 
             and isinstance(step.body.get("manifest"), bytes)
             and dice.random() < 0.6
         ):
-            manifest, what = broken_map(dice, msgpack.unpackb(step.body["manifest"]))
+            manifest, what = _broken_manifest(dice, step.body["manifest"])
             body = {**step.body, "manifest": manifest}
         steps[at] = replace(step, body=body)
         return f"{step}: {what}", False
@@ -191,6 +191,8 @@ def _break_one(dice: random.Random, steps: list[Step], others: tuple[str, ...], 
         return f"abort at {where}", False
     at = dice.choice(bulk)
     parts = [part.clone() for part in steps[at].parts]
+    if not parts or not all(part.numel() for part in parts):
+        return "nothing is left of bulk", True
     part = dice.randrange(len(parts))
     what = dice.choice(
         ("flip", "flip", "garbage", "scales", "shorter", "longer", "fewer") if any_bulk else ("flip", "garbage", "scales")
@@ -213,6 +215,14 @@ def _break_one(dice: random.Random, steps: list[Step], others: tuple[str, ...], 
         parts = parts[:part]
     steps[at] = replace(steps[at], parts=parts)
     return f"{what} {at}", True
+
+
+def _broken_manifest(dice: random.Random, packed: bytes) -> tuple[bytes, str]:
+    try:
+        fields = msgpack.unpackb(packed)
+    except ValueError:  # it is broken already
+        fields = None
+    return broken_map(dice, fields) if isinstance(fields, dict) and fields else broken_bytes(dice, packed)
 
 
 class ScriptedPeer:
