@@ -487,7 +487,12 @@ def lane_case(kind: str, dice: random.Random, world: World) -> tuple[str, str]:
     told = [
         step.body["manifest"] for step in steps if step.name == "offer" and isinstance(step.body, dict) and "manifest" in step.body
     ]
-    as_told = touched and (not config.checksum or "scales" in how) or told != [manifest.pack()]
+    as_told = (
+        touched
+        and (not config.checksum or "scales" in how)
+        or told != [manifest.pack()]
+        or any(step.name == "offer" and step.raw is not None for step in steps)
+    )
     if came is not None and not as_told:
         require(same_bits(came, delivered(prefix, manifest)), f"published what was not sent ({how})")
         assert_same_metadata(came.metadata, prefix.metadata)
