@@ -29,7 +29,7 @@ def _check(args: argparse.Namespace) -> int:
         check_cluster(config)
     else:
         check_choices(config)
-    fields = config.model_dump()
+    fields = config.model_dump(mode="json")  # secrets as asterisks
     if args.json:
         print(json.dumps({"file": args.file, "config": fields}))
     else:

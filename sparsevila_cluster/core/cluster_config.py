@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from sparsevila_cluster.core.config import GIB, MIB, EngineConfig, FrozenConfig, build_config, explain, read_yaml
 from sparsevila_cluster.core.errors import BadConfig
@@ -108,6 +109,9 @@ class ClusterConfig(FrozenConfig):
     decode: DecodeConfig = DecodeConfig(replicas=2)
     router: RouterConfig = RouterConfig()
     door: GatewayConfig = GatewayConfig()
+    content_secret: SecretStr | None = Field(
+        None, min_length=32, repr=False, description="Salts the ids of media; all workers have the same. None: drawn when the cluster is started."
+    )
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of Ray's metrics where `serve` starts Ray itself; 0 takes a free one."
     )
@@ -116,6 +120,18 @@ class ClusterConfig(FrozenConfig):
     health_timeout_s: float = Field(5.0, gt=0, description="Deadline of a health check.")
     start_timeout_s: float = Field(600.0, gt=0, description="Deadline for the whole cluster to be ready.")
     drain_timeout_s: float = Field(20.0, gt=0, description="How long a replica that is told to stop may finish what it does.")
+
+    def with_secret(self) -> ClusterConfig:
+        """This configuration with a `content_secret`: its own, or a new one of 256 bits."""
+        drawn = self.content_secret or SecretStr(secrets.token_hex(32))
+        return self.model_copy(update={"content_secret": drawn})
+
+    @property
+    def secret(self) -> bytes:
+        """`content_secret`. Raises BadConfig: there is none yet, and one of a worker's own would fit to nobody else's."""
+        if self.content_secret is None:
+            raise BadConfig("content_secret: every worker needs that of its cluster, got None")
+        return self.content_secret.get_secret_value().encode()
 
 
 def build_cluster_config(**fields: Any) -> ClusterConfig:

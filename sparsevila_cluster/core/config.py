@@ -217,14 +217,18 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             legal = ", ".join(sorted(set(scope.model_fields) | (_SPARSITY_FIELDS if scope is EngineConfig else set())))
             parts.append(f"unknown config key {name!r}; legal keys: {legal}")
         else:
-            parts.append(f"{name}: {item['msg'][0].lower() + item['msg'][1:]}, got {item['input']!r}")
+            # Pydantic hands out what was typed, also where a field is a secret, or a mapping that holds keys.
+            field = _scope(root, item["loc"][:-1]).model_fields.get(str(item["loc"][-1])) if item["loc"] else None
+            hidden = isinstance(item["input"], dict) or field is not None and not field.repr
+            got = "" if hidden else f", got {item['input']!r}"
+            parts.append(f"{name}: {item['msg'][0].lower() + item['msg'][1:]}{got}")
     return "; ".join(parts)
 
 
 def _scope(root: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
     """The model that holds the fields at `path` below `root`."""
     for name in path:
-        kind = root.model_fields[str(name)].annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            root = kind
+        field = root.model_fields.get(str(name))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            root = field.annotation
     return root

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Sequence
 
 import msgpack
 
 from sparsevila_cluster.kvcache.arena import KVSpec
+
+
+def tenant_salt(secret: bytes, tenant: str) -> str:
+    """HMAC-SHA256 of the tenant ("" = media for everybody) under a secret of the deployment, 64 hex digits.
+
+    A name can be guessed, and so could the key of any file that somebody else may have prepared.
+    """
+    return hmac.digest(secret, tenant.encode("utf-8", "surrogateescape"), "sha256").hex()
 
 
 def content_key(
@@ -26,7 +35,7 @@ def content_key(
 
     media_hashes: source bytes and sampling of each media, in prompt order; pruning: each media's method, whose repr names its
     parameters; prefix_ids: the template's tokens with one placeholder per media, so system prompt and chat template count; salt:
-    the tenant; wire: quantization on the wire.
+    of `tenant_salt`; wire: quantization on the wire.
     """
     payload = [
         "media-prefix",

@@ -40,11 +40,12 @@ MAX_REMAKES = 4
 class LocalPipeline:
     """A `Pipeline` over both engines. Create and use it within one event loop."""
 
-    def __init__(self, config: EngineConfig, model: Model | None = None):
+    def __init__(self, config: EngineConfig, model: Model | None = None, secret: bytes | None = None):
+        """model: loaded if None. secret: as `PrefillEngine` takes it."""
         check_choices(config)
         self.config = config
         self.model = model or load_model(config.model_dir, ALL_PARTS, **config.loading)
-        self.prefill = AsyncPrefillEngine(PrefillEngine(self.model, config), "the pipeline")
+        self.prefill = AsyncPrefillEngine(PrefillEngine(self.model, config, secret=secret), "the pipeline")
         self.decode = AsyncDecodeEngine(DecodeEngine(self.model, config), "the pipeline")
         self._preparing = SingleFlight[MediaHandle]()
         self._remembered: OrderedDict[str, PrepareRequest] = OrderedDict()

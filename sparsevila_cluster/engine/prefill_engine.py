@@ -7,6 +7,7 @@ sources -> frames -> patches -> visual tokens + salience -> keep -> [system + ke
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -22,7 +23,7 @@ from sparsevila_cluster.core.errors import BadRequest, TooLarge
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import PrepareRequest, Timeline
 from sparsevila_cluster.engine.config_check import check_choices
-from sparsevila_cluster.engine.content_key import content_key
+from sparsevila_cluster.engine.content_key import content_key, tenant_salt
 from sparsevila_cluster.engine.prompt_rows import chunk_bounds, close_gaps, keep_of_each, kept_prompt_rows
 from sparsevila_cluster.kvcache.arena import Extent
 from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
@@ -32,6 +33,7 @@ from sparsevila_cluster.pruning import build_pruning
 from sparsevila_cluster.pruning.pruning_method import PruningMethod
 
 STAGES = ("decode", "encode", "prune", "prefill")
+SECRET_BYTES = 32
 
 
 class PrefillObserver(Protocol):
@@ -76,9 +78,13 @@ class PrefillEngine:
     Owns the processes in which sources are decoded, from the first `load` to `close`, which any thread may call.
     """
 
-    def __init__(self, model: Model, config: EngineConfig, wire: str = "none"):
-        """wire: how KV is quantized on its way to where it is used; it is part of the content key."""
+    def __init__(self, model: Model, config: EngineConfig, wire: str = "none", secret: bytes | None = None):
+        """wire: how KV is quantized on its way to where it is used; it is part of the content key.
+
+        secret: salts content keys; engines name the same media alike only if they share it. None: one of this engine's own.
+        """
         check_choices(config)
+        self._secret = secrets.token_bytes(SECRET_BYTES) if secret is None else secret
         self.model = model
         self.config = config
         self.wire = wire
@@ -105,7 +111,7 @@ class PrefillEngine:
             positions=self.config.positions,
             video_text_pos=self.config.video_text_pos,
             prefix_ids=self.model.chat.prefix_ids(kinds, self.config.system_prompt),
-            salt=request.tenant,
+            salt=tenant_salt(self._secret, request.tenant),
             wire=self.wire,
         )
 

@@ -95,6 +95,7 @@ def application(config: ClusterConfig, env: dict[str, str], verbose: bool = Fals
     Raises BadConfig: a choice that no table has.
     """
     check_cluster(config)
+    config = config.with_secret()  # among the constructors' arguments, which Serve keeps: replicas that it restarts have it, too
     directory = _deployment(DirectoryReplica, REGISTRY, config, 1, _actor(0.0, env), verbose).bind(config, verbose)
     pools = [
         _deployment(kind, name, config, pool.replicas, _worker(pool, env), verbose).bind(config, directory, verbose)

@@ -45,7 +45,7 @@ def turn_of(media_id: str, question: str, conversation_id: str, deadline_s: floa
 
 async def checked_clip(path: Path, config: ClusterConfig) -> CheckedClip:
     """What a local pipeline makes of a clip."""
-    pipeline = LocalPipeline(config.engine)
+    pipeline = LocalPipeline(config.engine, secret=config.secret)
     try:
         handle = await pipeline.prepare(request_of(path))
         answers = []

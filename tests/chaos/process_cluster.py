@@ -38,6 +38,7 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
         "decode": {"replicate_after": 0},
         "router": {"call_timeout_s": 3.0},
         "report_s": 0.1,
+        "content_secret": "of all workers, which are made from these fields one by one",
     }  # fmt: skip
 
 

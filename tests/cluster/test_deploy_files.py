@@ -1,6 +1,7 @@
 """The files in deploy/ are what they say: read by Serve's and our own schema, without a key that either would overlook."""
 
 import argparse
+import pickle
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from sparsevila_cluster.app import build
 from sparsevila_cluster.cli import serve_command as command
+from sparsevila_cluster.cli.main import main
+from sparsevila_cluster.cluster.workers.prefill_worker import PrefillWorker
 from sparsevila_cluster.core.cluster_config import ClusterConfig, cluster_config_of, load_cluster_config
 from sparsevila_cluster.core.errors import BadConfig
 from tests.structure import ROOT
@@ -84,6 +87,32 @@ def test_the_application_is_what_the_configuration_asks_for():
         assert config.health_check_period_s == 3 and config.graceful_shutdown_timeout_s == 7
         assert config.request_router_config.request_router_class == "sparsevila_cluster.cluster.on_ray.replica_pinning:PinRouter"
         assert "GRPC_MAX_MESSAGE_LENGTH" in str(one.ray_actor_options["runtime_env"])
+
+
+def test_all_replicas_of_a_deployment_salt_alike_and_no_other_deployment_does():
+    def secrets_of(fields):
+        found = deployments_of(build(fields))
+        (secret,) = {one.init_args[0].secret for one in found.values()}
+        restarted = {pickle.loads(pickle.dumps(one.init_args[0])).secret for one in found.values()}
+        assert restarted == {secret} and secret.decode() not in repr(found["Prefill"].init_args)
+        return secret
+
+    assert len({secrets_of({}) for _ in range(2)}) == 2 and len(secrets_of({})) == 64
+    assert secrets_of({"content_secret": "x" * 32}) == b"x" * 32
+
+
+def test_a_worker_has_the_secret_of_its_cluster_and_nobody_is_shown_it(tmp_path, capsys):
+    with pytest.raises(BadConfig, match="content_secret"):
+        PrefillWorker("p", cluster_config_of({}), model=object())
+    with pytest.raises(BadConfig, match="content_secret: .*32") as refused:
+        cluster_config_of({"content_secret": "too short"})
+    assert "too short" not in str(refused.value)
+    config = tmp_path / "cluster.yaml"
+    config.write_text(f"content_secret: {'x' * 32}\nreport_s: 2\n")
+    for options in ((), ("--json",)):
+        assert main(["config", "check", str(config), *options]) == 0
+        shown = capsys.readouterr().out
+        assert "content_secret" in shown and "xx" not in shown
 
 
 def test_build_takes_a_file_or_fields_not_both():

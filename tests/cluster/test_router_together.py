@@ -84,7 +84,8 @@ def local(checkpoint, endless, clips):
     """Of each clip: (media id, the answers that one process gives to three questions in a row)."""
 
     async def main():
-        pipeline = LocalPipeline(worker_fixtures.config_of(checkpoint).engine, endless)
+        config = worker_fixtures.config_of(checkpoint)
+        pipeline = LocalPipeline(config.engine, endless, config.secret)
         told = []
         for clip in clips:
             key = (await pipeline.prepare(request_of(clip))).media_id

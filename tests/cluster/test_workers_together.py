@@ -25,7 +25,8 @@ def local(checkpoint, clips):
     """What one process with both engines makes of each clip: (handle, rows of KV, tokens of three answers in a row)."""
 
     async def main():
-        pipeline = LocalPipeline(worker_fixtures.config_of(checkpoint).engine, load_model(checkpoint))
+        config = worker_fixtures.config_of(checkpoint)
+        pipeline = LocalPipeline(config.engine, load_model(checkpoint), config.secret)
         made = []
         for clip in clips:
             handle = await pipeline.prepare(request_of(clip))
@@ -122,7 +123,7 @@ def test_other_families_are_served_by_workers_with_only_their_parts(family, tmp_
     async def main():
         room = 16 * 2**20
         config = worker_fixtures.config_of(model_dir, engine={"max_frames": 4, "prefix_bytes": room}, prefill={"copy_bytes": room})
-        pipeline = LocalPipeline(config.engine, load_model(model_dir))
+        pipeline = LocalPipeline(config.engine, load_model(model_dir), config.secret)
         async with worker_fixtures.workers(config) as ([prefill], [decode]):
             await prefill.warm()
             await decode.warm()

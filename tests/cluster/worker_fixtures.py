@@ -36,6 +36,7 @@ def config_of(checkpoint, kind="inproc", engine=None, transport=None, **fields):
         },
         transport={**lanes, **(transport or {})},
         prefill={"copy_bytes": 4 * 2**20, **fields.pop("prefill", {})},
+        content_secret="of the workers of a test, so that all agree",
         **fields,
     )  # fmt: skip
 

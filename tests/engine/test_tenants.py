@@ -57,9 +57,19 @@ def with_pipeline(model, scenario, **fields):
 
 def test_every_tenant_has_a_key_of_its_own(model):
     config = build_config(model="unused")
-    keys = [PrefillEngine(model, config).key_of(picture(tenant)) for tenant in ("", "anna", "bert", "anna")]
+    engine = PrefillEngine(model, config, secret=b"s" * 32)
+    keys = [engine.key_of(picture(tenant)) for tenant in ("", "anna", "bert", "anna")]
     assert keys[1] == keys[3] and len(set(keys)) == 3
-    assert PrefillEngine(model, config, wire="int8").key_of(picture()) != keys[0]
+    assert PrefillEngine(model, config, "int8", b"s" * 32).key_of(picture()) != keys[0]
+
+
+@pytest.mark.parametrize("tenant", ["", "anna"])
+def test_who_has_the_model_and_the_file_cannot_compute_the_key_that_a_deployment_gives_it(model, tenant):
+    config, request = build_config(model="unused"), picture(tenant)
+    deployment = PrefillEngine(model, config, secret=b"s" * 32)
+    assert deployment.key_of(request) == PrefillEngine(model, config, secret=b"s" * 32).key_of(request)
+    outsiders = [PrefillEngine(model, config).key_of(request) for _ in range(2)]
+    assert len({deployment.key_of(request), *outsiders}) == 3
 
 
 def test_media_of_another_tenant_are_unknown(model):

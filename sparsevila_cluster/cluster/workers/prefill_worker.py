@@ -63,7 +63,7 @@ class PrefillWorker:
         self.name, self.config, self.node = name, config, node
         self.sink: MetricsSink = Tally() if sink is None else sink
         self.model = model or load_model(engine.model_dir, PREFILL_PARTS, **engine.loading)
-        self.engine = PrefillEngine(self.model, engine, wire=config.transport.quantization)
+        self.engine = PrefillEngine(self.model, engine, config.transport.quantization, config.secret)
         self.async_engine = AsyncPrefillEngine(self.engine, f"worker {name}", partial(WorkerLost, worker=name))
         spec, device = self.model.spec, self.model.device
         self.copies = HostCopies(spec, config.prefill.copy_bytes)
