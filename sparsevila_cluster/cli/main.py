@@ -26,6 +26,7 @@ from sparsevila_cluster.cli import (
     compare_command,
     config_command,
     demo_command,
+    keys_command,
     quantize_command,
     serve_command,
 )
@@ -49,6 +50,7 @@ COMMANDS: Mapping[str, Command] = {
     "quantize": Command("write a checkpoint in 4 bits (AWQ), its vision tower in 8", quantize_command.add_options),
     "compare": Command("measure how far quantized checkpoints are from their original", compare_command.add_options),
     "demo": Command("answer questions about videos that the bundled model never saw", demo_command.add_options),
+    "keys": Command("make, list and revoke API keys", keys_command.add_options),
     "config": Command("work with configuration files", config_command.add_options),
 }
 

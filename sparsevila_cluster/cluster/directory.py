@@ -17,11 +17,13 @@ from sparsevila_cluster.cluster.messages import (
     MediaLocation,
     PrefixLocation,
     ReportAnswer,
+    TenantCounts,
     WorkerReport,
     turn_identities,
 )
-from sparsevila_cluster.core.lru_dict import LRUDict
+from sparsevila_cluster.core.lru_dict import LRUDict, SharedLRUDict
 from sparsevila_cluster.core.requests import MediaHandle, TurnRecord
+from sparsevila_cluster.core.tenancy import may_use
 
 # Reports that a worker may miss before it counts as gone, and periods after which every worker has reported to a new directory.
 MISSED_REPORTS = 5
@@ -57,9 +59,17 @@ class _WorkerEntry:
 
 
 class Directory:
-    """`report_s`: seconds between two reports of a worker. `clock`: seconds, monotonic."""
+    """`report_s`: seconds between two reports of a worker. `max_share`: of conversations, what one tenant may take from others.
+    `clock`: seconds, monotonic.
+    """
 
-    def __init__(self, report_s: float = 1.0, max_conversations: int = 10_000, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        report_s: float = 1.0,
+        max_conversations: int = 10_000,
+        max_share: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.report_s = report_s
         self._clock = clock
         self._started_s = self._heard_s = clock()
@@ -67,7 +77,7 @@ class Directory:
         self._digests: LRUDict[str] = LRUDict(MAX_DIGESTS)
         self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
         self._deleted: LRUDict[None] = LRUDict(MAX_DELETED)
-        self._journals: LRUDict[ConversationJournal] = LRUDict(max_conversations)
+        self._journals: SharedLRUDict[ConversationJournal] = SharedLRUDict(max_conversations, max_share)
         self._stale: LRUDict[LRUDict[None]] = LRUDict(MAX_STALE_WORKERS)
         self._start_failures: LRUDict[dict[str, Any]] = LRUDict(MAX_DEPLOYMENTS)
 
@@ -155,6 +165,13 @@ class Directory:
             if handle is not None
         )
 
+    def tenant_counts(self, tenant: str) -> TenantCounts:
+        """What one tenant has in the cluster."""
+        self._drop_silent()
+        handles = (handle for known in self._workers.values() for key in known.keys() if (handle := known.handle(key)) is not None)
+        own = {handle.media_id: handle.kv_bytes for handle in handles if may_use(handle.tenant, tenant)}
+        return TenantCounts(len(own), sum(own.values()), self._journals.num_of(tenant))
+
     def note_digest(self, digest: str, key: str) -> None:
         """Requests with this digest ask for this content key."""
         self._digests.put(digest, key)
@@ -205,7 +222,7 @@ class Directory:
     def open_conversation(self, conversation_id: str, media_id: str, tenant: str = "") -> None:
         """A conversation begins; known ones stay as they are."""
         if self._journals.use(conversation_id) is None:
-            self._journals.put(conversation_id, ConversationJournal(conversation_id, media_id, tenant=tenant))
+            self._keep(ConversationJournal(conversation_id, media_id, tenant=tenant))
 
     def record(self, conversation_id: str, media_id: str, number: int, record: TurnRecord) -> bool:
         """Turn `number` (0 = the first) of a conversation is over. Another one that was known in its place is replaced, with all
@@ -218,9 +235,9 @@ class Directory:
             return False
         there = known.records[number] if number < len(known.records) else None
         if there is not None and turn_identities([there]) == turn_identities([record]):
-            self._journals.put(conversation_id, replace(known, num_heard=max(known.num_heard, number + 1)))
+            self._keep(replace(known, num_heard=max(known.num_heard, number + 1)))
             return True
-        self._journals.put(conversation_id, replace(known, records=(*known.records[:number], record), num_heard=number + 1))
+        self._keep(replace(known, records=(*known.records[:number], record), num_heard=number + 1))
         return True
 
     def history(self, conversation_id: str) -> ConversationJournal | None:
@@ -229,7 +246,7 @@ class Directory:
 
     def forget_conversation(self, conversation_id: str) -> bool:
         """A conversation was closed. False if it is unknown."""
-        return self._journals.pop(conversation_id, None) is not None
+        return self._journals.pop(conversation_id) is not None
 
     def mark_stale(self, conversation_id: str, worker: str, successor: str = "") -> None:
         """A conversation is at `successor` now ("": closed); what `worker`, which could not be told, has of it is stale."""
@@ -238,6 +255,9 @@ class Directory:
         self._stale.put(worker, stale)
         if successor in self._stale:
             self._stale[successor].pop(conversation_id, None)
+
+    def _keep(self, journal: ConversationJournal) -> None:
+        self._journals.put(journal.conversation_id, journal, journal.tenant)
 
     def _restore(self, journal: ConversationJournal) -> None:
         """From a worker's memory; what is longer has seen more, but takes no turn away whose end was heard."""
@@ -249,7 +269,7 @@ class Directory:
             if len(known.records) >= len(records) or turn_identities(heard) != turn_identities(records[: known.num_heard]):
                 return
             num_heard = max(num_heard, known.num_heard)
-        self._journals.put(journal.conversation_id, replace(journal, records=records, num_heard=num_heard))
+        self._keep(replace(journal, records=records, num_heard=num_heard))
 
 
 def _worker_names(reports: tuple[WorkerReport, ...]) -> tuple[str, ...]:

@@ -109,6 +109,15 @@ class MediaLocation:
 
 
 @dataclass(frozen=True)
+class TenantCounts:
+    """What one tenant has in the cluster: media prefixes and their bytes, each counted once, and conversations."""
+
+    num_media: int
+    media_bytes: int
+    num_conversations: int
+
+
+@dataclass(frozen=True)
 class ClusterSnapshot:
     """Every worker that reports, without residents and records."""
 

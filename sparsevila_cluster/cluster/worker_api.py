@@ -16,6 +16,7 @@ from sparsevila_cluster.cluster.messages import (
     MediaLocation,
     PrefixLocation,
     ReportAnswer,
+    TenantCounts,
     WorkerReport,
 )
 from sparsevila_cluster.core.addresses import ReceiverAddress, TransferTicket
@@ -147,6 +148,9 @@ class DirectoryApi(Protocol):
 
     async def list_media(self) -> tuple[MediaLocation, ...]:
         """Every media prefix and where it is."""
+
+    async def tenant_counts(self, tenant: str, /) -> TenantCounts:
+        """What one tenant has in the cluster."""
 
     async def note_held(self, handle: MediaHandle, workers: Sequence[str], digest: str | None, /) -> None:
         """A router saw a prefix arrive at these workers. digest: of the request that asked for it."""

@@ -76,6 +76,7 @@ class GatewayConfig(FrozenConfig):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8600, ge=0, le=65535, description="Port; 0 takes a free one.")
     api_keys: dict[str, str] = Field(default_factory=dict, description="API key -> tenant. Empty: no key is asked for.")
+    keys_file: str | None = Field(None, description="YAML file of further keys, by hash; read again when it changes.")
     public_media: bool = Field(False, description="Share prefixes across tenants.")
     tls_certificate: str | None = Field(None, description="PEM file of the server's certificate chain.")
     tls_key: str | None = Field(None, description="PEM file of its key.")
@@ -88,6 +89,16 @@ class GatewayConfig(FrozenConfig):
     spool_dir: str | None = Field(None, description="Folder of uploads; routers and prefill workers reach it. None: a private one.")
     spool_bytes: int = Field(8 * GIB, ge=1, description="Quota of all uploads.")
     upload_ttl_s: float = Field(3600.0, gt=0, description="How long an upload is kept.")
+    max_share: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="Most of max_streams, spool_bytes and conversations for one tenant, where there are several.",
+    )
+    requests_per_s: float | None = Field(None, gt=0, description="Calls per second of one tenant at one router. None: any number.")
+    visual_tokens_per_minute: int | None = Field(
+        None, ge=1, description="Visual tokens, before pruning, of media made for one tenant at one router. None: any number."
+    )
     file_root: str | None = Field(None, description="Folder below which clients may name files. None: nowhere.")
 
     @model_validator(mode="after")
@@ -110,7 +121,10 @@ class ClusterConfig(FrozenConfig):
     router: RouterConfig = RouterConfig()
     door: GatewayConfig = GatewayConfig()
     content_secret: SecretStr | None = Field(
-        None, min_length=32, repr=False, description="Salts the ids of media; all workers have the same. None: drawn when the cluster is started."
+        None,
+        min_length=32,
+        repr=False,
+        description="Salts the ids of media, for all workers. None: drawn at start.",
     )
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of Ray's metrics where `serve` starts Ray itself; 0 takes a free one."

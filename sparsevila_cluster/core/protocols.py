@@ -53,6 +53,13 @@ class Pipeline(Protocol):
         """What is resident and running, as JSON can hold it."""
         ...
 
+    async def tenant_info(self, tenant: str) -> dict[str, Any]:
+        """What one tenant may know: the model, and how much of what is resident is its own; no names, nothing of others.
+
+        {"model", "fingerprint", "media", "media_bytes", "conversations"}
+        """
+        ...
+
     async def close(self) -> None:
         """Abort what runs and free everything. Idempotent."""
         ...

@@ -196,6 +196,21 @@ class LocalPipeline:
 
         return await self.decode.call(read)
 
+    async def tenant_info(self, tenant: str) -> dict[str, Any]:
+        """As `Pipeline` says."""
+
+        def read(engine: DecodeEngine) -> dict[str, Any]:
+            own = [prefix.kv_bytes for prefix in engine.prefixes if prefix.serves(tenant)]
+            return {
+                "model": self.config.model,
+                "fingerprint": self.model.fingerprint,
+                "media": len(own),
+                "media_bytes": sum(own),
+                "conversations": engine.conversations.num_of(tenant),
+            }
+
+        return await self.decode.call(read)
+
     async def close(self) -> None:
         """Abort what runs and end all threads, which takes at most twice `close_timeout_s`. Idempotent.
 

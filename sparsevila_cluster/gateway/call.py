@@ -20,11 +20,18 @@ class Call:
     """Who calls, and how long they wait.
 
     client_left_s: seconds until the client's own deadline, None without one; asked again each time. max_deadline_s: from arrival,
-    whatever the client names. arrived_s: of `time.perf_counter`.
+    whatever the client names. arrived_s: of `time.perf_counter`. method, peer: what was called from where, for logs.
     """
 
-    def __init__(self, principal: Principal, client_left_s: Callable[[], float | None], max_deadline_s: float):
-        self.principal = principal
+    def __init__(
+        self,
+        principal: Principal,
+        client_left_s: Callable[[], float | None],
+        max_deadline_s: float,
+        method: str = "",
+        peer: str = "",
+    ):
+        self.principal, self.method, self.peer = principal, method, peer
         self.arrived_s = time.perf_counter()
         self._client_left_s = client_left_s
         self._max_deadline_s = max_deadline_s

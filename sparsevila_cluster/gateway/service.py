@@ -21,15 +21,25 @@ from typing import Any
 from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.deadline import GRACE_S
-from sparsevila_cluster.core.errors import BadMedia, BadRequest, Internal, NotFound, QueueFull, SparseVilaError
+from sparsevila_cluster.core.errors import (
+    BadMedia,
+    BadRequest,
+    Internal,
+    NotFound,
+    QueueFull,
+    SparseVilaError,
+    TooLarge,
+    Unauthenticated,
+)
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.protocols import Pipeline
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent, check_size
-from sparsevila_cluster.core.tenancy import may_use
-from sparsevila_cluster.gateway.authenticator import Authenticator, Principal, check_id
+from sparsevila_cluster.gateway.audit_log import AuditLog, host_of
+from sparsevila_cluster.gateway.authenticator import Authenticator, check_id
 from sparsevila_cluster.gateway.call import Call
 from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference, MediaSources
+from sparsevila_cluster.gateway.owner_shares import OwnerShares
 from sparsevila_cluster.gateway.progress_queue import ProgressQueue, StageProgress
 from sparsevila_cluster.gateway.spool import Spool, StoredUpload
 from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
@@ -43,7 +53,7 @@ SWEEP_S = 30.0
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What the server is and accepts. details: what the pipeline tells of itself, as far as it concerns the caller's tenant."""
+    """What the server is and accepts. details: what the pipeline tells of itself, of the caller's own where that is no admin."""
 
     version: str
     model: str
@@ -69,21 +79,24 @@ class VideoQAService:
         """engine: whose limits and deadlines hold where a client names none. fetcher: how https URLs are read.
 
         Raises:
-            BadConfig: a spool folder that cannot be written.
+            BadConfig: a spool folder or a keys file that cannot be used.
         """
         self._pipeline, self._config, self._engine = pipeline, config, engine
         self._sink: MetricsSink = Tally() if sink is None else sink
-        self._authenticator = Authenticator(config)
-        self._spool = Spool(config, engine.limits.max_bytes, self._sink)
+        self._audit = AuditLog()
+        self._authenticator = Authenticator(config, self._audit)
+        self._shares = OwnerShares(config, lambda: self._authenticator.has_several_owners)
+        self._spool = Spool(config, engine.limits.max_bytes, self._sink, self._shares.share_of)
         self._sources = MediaSources(config, engine.limits, self._spool, fetcher or UrlFetcher())
         self._fresh: LRUDict[None] = LRUDict(MAX_FRESH)
-        self._num_calls = 0
-        self._sweeping = asyncio.create_task(self._sweep())
+        self._chores = (asyncio.create_task(self._sweep()), asyncio.create_task(self._authenticator.watch()))
 
     async def close(self) -> None:
         """Delete what clients sent. To be called once no call is in progress. Idempotent."""
-        self._sweeping.cancel()
-        await asyncio.gather(self._sweeping, return_exceptions=True)
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.gather(*self._chores, return_exceptions=True)
+        self._audit.close()
         await asyncio.to_thread(self._sources.close)
         await asyncio.to_thread(self._spool.close)
 
@@ -93,39 +106,50 @@ class VideoQAService:
 
     @asynccontextmanager
     async def call(
-        self, method: str, authorization: Sequence[str | bytes], client_left_s: Callable[[], float | None]
+        self, method: str, authorization: Sequence[str | bytes], client_left_s: Callable[[], float | None], peer: str = ""
     ) -> AsyncIterator[Call]:
-        """One call from arrival to end: counted, authenticated, measured; what goes wrong inside is logged once where it is a bug.
+        """One call from arrival to end: authenticated, counted, measured; what goes wrong inside is logged once where it is a bug.
 
         Args:
             method: the endpoint's name in metrics and logs.
             authorization: every header of this name that was sent.
             client_left_s: seconds until the client's deadline, None without one.
+            peer: where the call comes from, for the audit log.
 
         Raises:
-            QueueFull: more than `max_streams` calls. Unauthenticated. Whatever SparseVilaError is raised inside; Internal for any
-            other exception.
+            Unauthenticated. QueueFull: more than `max_streams` calls, or more than the owner's share or rate. Whatever
+            SparseVilaError is raised inside; Internal for any other exception.
         """
         code, call = "OK", None
-        self._num_calls += 1
         try:
-            if self._num_calls > self._config.max_streams:
-                raise QueueFull(f"{self._num_calls - 1} calls are in progress; the limit is max_streams={self._config.max_streams}")
-            call = Call(self._authenticator.authenticate(authorization), client_left_s, self._config.max_deadline_s)
-            yield call
+            principal = self._authenticator.authenticate(authorization)
+            call = Call(principal, client_left_s, self._config.max_deadline_s, method, peer)
+            with self._shares.call(principal.owner):
+                yield call
         except asyncio.CancelledError:
             code = "DEADLINE_EXCEEDED" if call is not None and call.is_late else "CANCELLED"
             raise
         except SparseVilaError as error:
             code = error.grpc_status
+            self._audit_refusal(error, call, method, peer)
             raise
         except Exception as error:
             code = Internal.grpc_status
             log.error("%s failed", method, exc_info=error)
             raise Internal(f"{method} failed: {type(error).__name__}; the server's log has the cause") from error
         finally:
-            self._num_calls -= 1
             self._sink.count("requests_total", method=method, code=code)
+
+    def _audit_refusal(self, error: SparseVilaError, call: Call | None, method: str, peer: str) -> None:
+        if call is None and isinstance(error, Unauthenticated):
+            self._audit.refusal("authentication_failed", str(error), host_of(peer), method=method, peer=peer)
+        elif call is not None and isinstance(error, QueueFull | TooLarge):
+            owner, key = call.principal.owner, call.principal.key
+            self._audit.refusal("limit", str(error), key or host_of(peer), owner=owner, key=key, method=method, peer=peer)
+
+    def _audit_deletion(self, event: str, what: str, call: Call) -> None:
+        who = call.principal
+        self._audit.note(event, what, owner=who.owner, key=who.key, method=call.method, peer=call.peer)
 
     # ---- media -------------------------------------------------------------------------------------------------------------
 
@@ -152,6 +176,7 @@ class VideoQAService:
             BadRequest, BadMedia, TooLarge, QueueFull, DeadlineExceeded. NotFound: an upload. PermissionDenied: a file or URL.
             Whatever the pipeline raises.
         """
+        self._shares.check_visual_tokens(call.principal.owner)
         async with self._sources.opened(call, media) as sources:
             request = PrepareRequest(
                 sources=sources,
@@ -171,6 +196,7 @@ class VideoQAService:
             finally:
                 await _end(preparing)  # what it reads stays until then
         if not handle.reused:
+            self._shares.count_visual_tokens(call.principal.owner, handle.visual_tokens)
             self._fresh.put(handle.media_id, None)
         yield handle
 
@@ -182,7 +208,10 @@ class VideoQAService:
     async def delete_media(self, call: Call, media_id: str) -> bool:
         """Whether there was such media of this tenant. Raises BadRequest, DeadlineExceeded."""
         check_id("media_id", media_id, required=True)
-        return await call.wait_shortly(self._pipeline.delete_media(media_id, call.principal.tenant), "deleting media")
+        deleted = await call.wait_shortly(self._pipeline.delete_media(media_id, call.principal.tenant), "deleting media")
+        if deleted:
+            self._audit_deletion("media_deleted", media_id, call)
+        return deleted
 
     # ---- turns -------------------------------------------------------------------------------------------------------------
 
@@ -247,21 +276,38 @@ class VideoQAService:
         """Whether there was such a conversation of this tenant. Raises BadRequest, DeadlineExceeded."""
         check_id("conversation_id", conversation_id, required=True)
         closing = self._pipeline.close_conversation(conversation_id, call.principal.tenant)
-        return await call.wait_shortly(closing, "closing a conversation")
+        closed = await call.wait_shortly(closing, "closing a conversation")
+        if closed:
+            self._audit_deletion("conversation_closed", conversation_id, call)
+        return closed
 
     # ---- the server --------------------------------------------------------------------------------------------------------
 
     async def server_info(self, call: Call) -> ServerInfo:
-        """Limits, and what the server does. Raises DeadlineExceeded."""
-        info = visible_info(await call.wait_shortly(self._pipeline.info(), "asking for info"), call.principal)
+        """Limits, and what the server does: all of it for an admin, the caller's own for others. Raises DeadlineExceeded."""
+        who, share_of = call.principal, self._shares.share_of
+        if who.role == "admin":
+            asking = self._pipeline.info()
+            door = {"calls": self._shares.num_calls, "spool_bytes": self._spool.num_bytes}
+        else:
+            asking = self._pipeline.tenant_info(who.tenant)
+            door = {"calls": self._shares.num_calls_of(who.owner), "spool_bytes": self._spool.num_bytes_of(who.owner)}
+        info = await call.wait_shortly(asking, "asking for info")
+        max_spool_bytes = share_of(self._config.spool_bytes)
+        limits = {
+            "calls": share_of(self._config.max_streams),
+            "spool_bytes": max_spool_bytes,
+            "requests_per_s": self._config.requests_per_s,
+            "visual_tokens_per_minute": self._config.visual_tokens_per_minute,
+        }
         return ServerInfo(
             version=_version(),
             model=str(info.get("model", "")),
             fingerprint=str(info.get("fingerprint", "")),
             max_message_bytes=self._config.max_message_bytes,
             max_inline_bytes=self._config.max_inline_bytes,
-            max_upload_bytes=min(self._engine.limits.max_bytes, self._config.spool_bytes),
-            details={**info, "door": {"calls": self._num_calls, "spool_bytes": self._spool.num_bytes}},
+            max_upload_bytes=min(self._engine.limits.max_bytes, max_spool_bytes),
+            details={**info, "door": door, "limits": limits},
         )
 
     async def _sweep(self) -> None:
@@ -271,19 +317,6 @@ class VideoQAService:
                 await asyncio.to_thread(self._spool.sweep)
             except Exception:
                 log.exception("deleting expired uploads failed")
-
-
-def visible_info(info: Any, principal: Principal) -> Any:
-    """What `Pipeline.info` returns, without entries of other tenants: mappings that name another `tenant`."""
-    if isinstance(info, dict):
-        return {name: visible_info(value, principal) for name, value in info.items() if not _is_foreign(value, principal)}
-    if isinstance(info, list | tuple):
-        return [visible_info(value, principal) for value in info if not _is_foreign(value, principal)]
-    return info
-
-
-def _is_foreign(info: Any, principal: Principal) -> bool:
-    return isinstance(info, dict) and principal.shared and not may_use(info.get("tenant", ""), principal.tenant)
 
 
 def _version() -> str:

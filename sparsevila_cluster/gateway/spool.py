@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,14 @@ class StoredUpload:
 class Spool:
     """Threads may share it. What it has written is deleted when it is closed; a folder of its own, too."""
 
-    def __init__(self, config: GatewayConfig, max_bytes: int, sink: MetricsSink):
-        """max_bytes: of one file. Raises BadConfig: the configured folder cannot be used, or is not this user's alone."""
+    def __init__(
+        self, config: GatewayConfig, max_bytes: int, sink: MetricsSink, share_of: Callable[[int], int] = lambda budget: budget
+    ):
+        """max_bytes: of one file. share_of: how much of the quota one owner may use.
+
+        Raises BadConfig: the configured folder cannot be used, or is not this user's alone.
+        """
+        self._share_of = share_of
         self._quota_bytes, self._ttl_s, self._max_bytes, self._sink = config.spool_bytes, config.upload_ttl_s, max_bytes, sink
         self._shared = config.spool_dir is not None
         try:
@@ -71,7 +78,7 @@ class Spool:
         self._lock = threading.RLock()
         self._sizes: dict[Path, int] = {}
         self._held: Counter[Path] = Counter()
-        self._others = (-COUNT_TTL_S, 0)
+        self._others: tuple[float, Counter[Path]] = (-COUNT_TTL_S, Counter())
         self._closed = False
 
     @property
@@ -79,6 +86,11 @@ class Spool:
         """Bytes that are kept by this spool."""
         with self._lock:
             return sum(self._sizes.values())
+
+    def num_bytes_of(self, owner: str) -> int:
+        """Bytes that are kept for one owner, also by other spools in the same folder."""
+        with self._lock:
+            return self._used()[self._owner_folder(owner)]
 
     def begin(self, owner: str) -> SpoolPart:
         """A new file for this owner. Raises Unavailable: closed. QueueFull: a full disk. Internal: the disk."""
@@ -134,16 +146,22 @@ class Spool:
         with self._lock:
             if self._closed or path not in self._sizes:
                 raise Unavailable("the spool is closed")
-            size = self._sizes[path] + more_bytes
-            if size > min(self._max_bytes, self._quota_bytes):
-                name, limit = min(("max_bytes", self._max_bytes), ("spool_bytes", self._quota_bytes), key=lambda pair: pair[1])
+            size, share = self._sizes[path] + more_bytes, self._share_of(self._quota_bytes)
+            share_name = "spool_bytes" if share == self._quota_bytes else "max_share of spool_bytes"
+            if size > min(self._max_bytes, share):
+                name, limit = min(("max_bytes", self._max_bytes), (share_name, share), key=lambda pair: pair[1])
                 raise TooLarge(f"the file has more than {name} = {limit} bytes")
-            if self._used() + more_bytes > self._quota_bytes:
+            if self._excess(path.parent, share, more_bytes)[0] > 0:
                 self.sweep()
-                if self._used() + more_bytes > self._quota_bytes:
+                excess, of_owner = self._excess(path.parent, share, more_bytes)
+                if excess > 0:
+                    name, limit = (share_name, share) if of_owner else ("spool_bytes", self._quota_bytes)
+                    used = limit - more_bytes + excess
+                    whose = "the uploads of one owner use" if of_owner and share < self._quota_bytes else "uploads use"
+                    ours = (one for one in self._sizes if one != path and (not of_owner or one.parent == path.parent))
                     raise QueueFull(
-                        f"uploads use {self._used()} bytes, {more_bytes} more do not fit into spool_bytes = {self._quota_bytes}",
-                        retry_after_s=min(10.0, self._ttl_s),
+                        f"{whose} {used} bytes, {more_bytes} more do not fit into {name} = {limit}",
+                        retry_after_s=self._until_gone_s(ours, excess),
                     )
             self._sizes[path] = size
             self._report_bytes()
@@ -189,10 +207,7 @@ class Spool:
         return self._folder / hashlib.blake2b(owner.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def _is_old(self, path: Path) -> bool:
-        try:
-            return time.time() - path.stat().st_mtime > self._ttl_s
-        except OSError:
-            return True
+        return _age_s(path) > self._ttl_s
 
     def _delete(self, path: Path) -> None:
         with suppress(OSError):
@@ -200,12 +215,26 @@ class Spool:
         self._sizes.pop(path, None)
         self._report_bytes()
 
-    def _used(self) -> int:
-        """Bytes of this spool and of all others in the same folder."""
+    def _used(self) -> Counter[Path]:
+        """Bytes in each owner's folder, of this spool and of all others."""
         if self._shared and time.monotonic() - self._others[0] > COUNT_TTL_S:
-            sizes = (_size(path) for path in self._files() if path not in self._sizes)
-            self._others = time.monotonic(), sum(sizes)
-        return sum(self._sizes.values()) + self._others[1]
+            self._others = time.monotonic(), _sum_up((path, _size(path)) for path in self._files() if path not in self._sizes)
+        return _sum_up(self._sizes.items()) + self._others[1]
+
+    def _excess(self, folder: Path, share: int, more_bytes: int) -> tuple[int, bool]:
+        """(bytes that are too many with `more_bytes` in the folder of an owner, whether they are of the owner's share)."""
+        used = self._used()
+        of_owner, of_all = used[folder] + more_bytes - share, used.total() + more_bytes - self._quota_bytes
+        return max(of_owner, of_all), of_owner >= of_all
+
+    def _until_gone_s(self, paths: Iterable[Path], num_bytes: int) -> float:
+        """Seconds until so much of these files may be gone: what a preparation needs at any time, uploads when they expire."""
+        left = [(1.0 if path.suffix == ".part" else max(1.0, self._ttl_s - _age_s(path)), self._sizes[path]) for path in paths]
+        for left_s, size in sorted(left):
+            num_bytes -= size
+            if num_bytes <= 0:
+                return left_s
+        return self._ttl_s
 
     def _files(self) -> list[Path]:
         return [path for path in self._folder.glob("*/*") if _ID.fullmatch(path.stem) and path.suffix[1:] in (*KINDS, "part")]
@@ -275,3 +304,19 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since it was last written or used; infinite for what is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def _sum_up(sizes: Iterable[tuple[Path, int]]) -> Counter[Path]:
+    """Bytes in each folder."""
+    used: Counter[Path] = Counter()
+    for path, size in sizes:
+        used[path.parent] += size
+    return used

@@ -72,6 +72,10 @@ class ConversationStore:
     def __len__(self) -> int:
         return len(self._all)
 
+    def num_of(self, tenant: str) -> int:
+        """Conversations of one tenant."""
+        return sum(conversation.tenant == tenant for conversation in self._all.values())
+
     def get(self, conversation_id: str) -> Conversation | None:
         """The conversation, marked as just used; None if it is unknown."""
         conversation = self._all.get(conversation_id)

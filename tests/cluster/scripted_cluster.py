@@ -47,7 +47,8 @@ class Cluster:
         return self.directory_pool.workers["directory"]
 
     def start_directory(self):
-        self.directory_pool.workers["directory"] = Directory(1.0, clock=self.clock)
+        most, share = self.config.router.max_conversations, self.config.door.max_share
+        self.directory_pool.workers["directory"] = Directory(1.0, most, share, clock=self.clock)
 
     def add_prefill(self, name):
         self.prefill.workers[name] = ScriptedPrefill(name, self.lanes)

@@ -1,12 +1,16 @@
 """What another tenant can do with a conversation whose token it has: nothing."""
 
 import asyncio
+import json
 
 import pytest
 
 from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
+from sparsevila_cluster.core.api_keys import ApiKeyEntry, add_api_key, hash_api_key
+from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import NotFound
-from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, listen, run_prepared, turn
+from sparsevila_cluster.gateway.service import VideoQAService
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, listen, run, run_prepared, turn, video
 from tests.cluster.scripted_workers import conversation
 
 
@@ -52,3 +56,77 @@ def test_only_its_owner_closes_a_conversation(worker_is_gone, router_is_new):
         assert cluster.directory.history(base) is None and not cluster.decode.workers[worker].chats
 
     run_prepared(scenario)
+
+
+# ---- what the server tells ---------------------------------------------------------------------------------------------------
+
+
+async def told(service, key):
+    """What GetServerInfo tells the holder of a key."""
+    async with service.call("GetServerInfo", [f"Bearer {key}"], lambda: None) as call:
+        return await service.server_info(call)
+
+
+def test_the_info_of_a_user_has_nothing_of_workers_nor_of_other_tenants(tmp_path):
+    file = tmp_path / "keys.yaml"
+    add_api_key(file, ApiKeyEntry(name="root", hash=hash_api_key("r"), tenant="ops", role="admin"))
+
+    async def scenario(cluster, router):
+        gateway = GatewayConfig(api_keys={"a": "ann", "b": "bob"}, keys_file=str(file))
+        service = VideoQAService(router, gateway, cluster.config.engine)
+        try:
+            ours = await router.prepare(video(tenant="ann"))
+            theirs = await router.prepare(video(b"another video", tenant="bob"))
+            for _ in range(2):
+                await ask(router, ours.media_id, QUESTIONS[0], tenant="ann")
+            cluster.report()
+            everything = (await told(service, "r")).details
+            media = {one["media_id"] for one in everything["media"]}
+            assert media == {ours.media_id, theirs.media_id} and everything["pools"]["decode"][0]["worker"] == "d0"
+            info = await told(service, "a")
+            assert info.model == cluster.config.engine.model
+            counts = {name: info.details[name] for name in ("media", "media_bytes", "conversations")}
+            assert counts == {"media": 1, "media_bytes": ours.kv_bytes, "conversations": 2}
+            assert not (await told(service, "b")).details["conversations"]
+            allowed = {"model", "media", "media_bytes", "conversations", "door", "limits"}
+            assert info.details.keys() == allowed
+            said = json.dumps(info.details)
+            workers = [*cluster.decode.workers, *cluster.prefill.workers]
+            for secret in (*workers, "pid", "node", "address", ours.media_id, theirs.media_id, "bob", "router"):
+                assert f'"{secret}' not in said, secret
+        finally:
+            await service.close()
+
+    run(scenario)
+
+
+# ---- who makes room ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_conversations_of_one_tenant_do_not_push_out_anothers():
+    """Neither from the router's table, nor from the directory, from which they are recovered."""
+
+    async def scenario(cluster, router, key):
+        _, name = await ask(router, key, QUESTIONS[0], tenant="ann")
+        for _ in range(20):
+            await ask(router, key, QUESTIONS[0], tenant="bob")
+        token = ConversationToken.parse(name)
+        assert router._conversations.find(token, "ann") is not None and len(router._conversations) == 8
+        assert cluster.directory.history(token.base) is not None and cluster.directory.snapshot().num_conversations == 8
+        await cluster.settled()
+        cluster.kill(token.worker)
+        answer, _ = await ask(router, key, QUESTIONS[1], name, tenant="ann")
+        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1]
+
+    run_prepared(scenario, router={"max_conversations": 8})
+
+
+def test_tokens_that_are_made_up_do_not_push_out_anothers_conversations():
+    async def scenario(cluster, router, key):
+        _, name = await ask(router, key, QUESTIONS[0], tenant="ann")
+        token = ConversationToken.parse(name)
+        for i in range(20):
+            router._conversations.state_of(ConversationToken(f"{i:032x}", "d0", 1, 5), "bob")
+        assert router._conversations.find(token, "ann").num_turns == 1
+
+    run_prepared(scenario, router={"max_conversations": 8})

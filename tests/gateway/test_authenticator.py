@@ -7,9 +7,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from sparsevila_cluster.core.api_keys import ApiKeyEntry, add_api_key, hash_api_key, make_api_key
 from sparsevila_cluster.core.errors import NotFound, Unauthenticated
 from sparsevila_cluster.gateway.authenticator import Principal
-from sparsevila_cluster.gateway.service import visible_info
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 from tests.gateway.running_servers import ask, long_question, prepare, refused, run, running_server, slow_down, streamed, upload
@@ -118,15 +118,33 @@ def test_ids_of_two_owners_never_meet():
     assert Principal().pipeline_turn_id("x") == "x"
 
 
-def test_the_server_tells_nothing_of_other_tenants():
-    info = {
-        "residents": [{"media_id": "1", "tenant": "ann"}, {"media_id": "2", "tenant": "bob"}, {"media_id": "3", "tenant": ""}],
-        "by": {"x": {"tenant": "bob", "n": 1}, "y": {"n": 2}},
-        "n": (1, 2),
-    }
-    seen = json.dumps(visible_info(info, Principal("ann", "ann", True)))
-    assert "bob" not in seen and '"1"' in seen and '"3"' in seen and '"n": 2' in seen and "[1, 2]" in seen
-    assert json.loads(json.dumps(visible_info(info, Principal()))) == json.loads(json.dumps(info))
+def test_a_user_is_told_of_its_own_and_an_admin_of_everything(checkpoint, clips, tmp_path):
+    file, admin = tmp_path / "keys.yaml", make_api_key()
+    add_api_key(file, ApiKeyEntry(name="root", hash=hash_api_key(admin), tenant="ops", role="admin"))
+
+    async def info(stub, metadata):
+        reply = await stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata)
+        return reply, json.loads(reply.details_json)
+
+    async def work(served):
+        media = await prepare(served.stub, clips[0], ANN)
+        await streamed(served.stub, ask(media.media_id), metadata=ANN)
+        await upload(served.stub, clips[0], metadata=ANN)
+        reply, own = await info(served.stub, ANN)
+        assert reply.model and reply.fingerprint == own["fingerprint"] and own["limits"]["calls"] == 750
+        assert {name: own[name] for name in ("media", "media_bytes", "conversations")} == {
+            "media": 1, "media_bytes": media.kv_bytes, "conversations": 1,
+        }  # fmt: skip
+        assert own["door"] == {"calls": 1, "spool_bytes": len(clips[0])}
+        reply, others = await info(served.stub, BOB)
+        assert not any(others[name] for name in ("media", "media_bytes", "conversations")) and others.keys() == own.keys()
+        assert others["door"] == {"calls": 1, "spool_bytes": 0}
+        _, everything = await info(served.stub, key(admin))
+        assert everything["prefixes"] == everything["conversations"] == 1 and everything["steps"] > 0
+        assert everything["door"]["spool_bytes"] == len(clips[0])
+        assert "steps" not in own and "prefills" not in own
+
+    run(checkpoint, work, api_keys=KEYS, keys_file=str(file))
 
 
 # ---- TLS ---------------------------------------------------------------------------------------------------------------------

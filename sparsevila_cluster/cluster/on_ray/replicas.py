@@ -76,7 +76,7 @@ class DirectoryReplica(RpcServer):
     def __init__(self, config: ClusterConfig, verbose: bool = False):
         stay_on_loopback()
         log_to_stderr(verbose, "registry")
-        directory = Directory(config.report_s, config.router.max_conversations)
+        directory = Directory(config.report_s, config.router.max_conversations, config.door.max_share)
         super().__init__(replica_name(), directory, DirectoryApi, beat_s=config.transport.beat_s)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from sparsevila_cluster.cluster.messages import turn_identities
 from sparsevila_cluster.core.errors import BadRequest, NotFound
-from sparsevila_cluster.core.lru_dict import LRUDict
+from sparsevila_cluster.core.lru_dict import SharedLRUDict
 from sparsevila_cluster.core.requests import Turn, TurnRecord
 from sparsevila_cluster.core.tenancy import may_use
 
@@ -111,13 +111,14 @@ class ConversationState:
 
 
 class ConversationTable:
-    """The conversations of one router; beyond `most` the least recently used are forgotten. Used within one event loop.
+    """The conversations of one router; beyond `most` the least recently used are forgotten, first of a tenant that has more than
+    `max_share` of them. Used within one event loop.
 
     Each tenant has its own view: what one claims of a conversation that is not known here yet, no other sees.
     """
 
-    def __init__(self, most: int):
-        self._states: LRUDict[ConversationState] = LRUDict(most)
+    def __init__(self, most: int, max_share: float):
+        self._states: SharedLRUDict[ConversationState] = SharedLRUDict(most, max_share)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -125,7 +126,7 @@ class ConversationTable:
     def open(self, turn: Turn) -> ConversationState:
         """A new conversation."""
         state = ConversationState(uuid.uuid4().hex, turn.media_id, turn.tenant, known=True)
-        self._states.put(_name(state.base, turn.tenant), state)
+        self._states.put(_name(state.base, turn.tenant), state, turn.tenant)
         return state
 
     def state_of(self, token: ConversationToken, tenant: str) -> ConversationState:
@@ -133,7 +134,7 @@ class ConversationTable:
         state = self.find(token, tenant)
         if state is None:
             state = ConversationState(token.base, worker=token.worker, moves=token.moves, num_turns=token.num_turns)
-            self._states.put(_name(token.base, tenant), state)
+            self._states.put(_name(token.base, tenant), state, tenant)
         return state
 
     def find(self, token: ConversationToken, tenant: str) -> ConversationState | None:
@@ -142,7 +143,7 @@ class ConversationTable:
 
     def forget(self, base: str, tenant: str) -> None:
         """A conversation was closed, or never began."""
-        self._states.pop(_name(base, tenant), None)
+        self._states.pop(_name(base, tenant))
 
 
 def _name(base: str, tenant: str) -> str:

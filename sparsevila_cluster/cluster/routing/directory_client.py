@@ -12,7 +12,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sparsevila_cluster.cluster.messages import ClusterSnapshot, ConversationJournal, MediaLocation, PrefixLocation, WorkerReport
+from sparsevila_cluster.cluster.messages import (
+    ClusterSnapshot,
+    ConversationJournal,
+    MediaLocation,
+    PrefixLocation,
+    TenantCounts,
+    WorkerReport,
+)
 from sparsevila_cluster.cluster.worker_api import DirectoryApi
 from sparsevila_cluster.cluster.worker_pool import WorkerPool, pool_stub, stub
 from sparsevila_cluster.core.deadline import Deadline
@@ -87,6 +94,10 @@ class DirectoryClient:
     async def list_media(self, deadline: Deadline) -> tuple[MediaLocation, ...]:
         """`Directory.list_media`. Raises Unavailable, DeadlineExceeded, Cancelled."""
         return await self._patient(deadline).list_media()
+
+    async def tenant_counts(self, tenant: str, deadline: Deadline) -> TenantCounts:
+        """`Directory.tenant_counts`. Raises Unavailable, DeadlineExceeded, Cancelled."""
+        return await self._patient(deadline).tenant_counts(tenant)
 
     async def journal(self, conversation_id: str, deadline: Deadline) -> ConversationJournal | None:
         """`Directory.history`, None only when every worker had time to report. Raises Unavailable, DeadlineExceeded, Cancelled."""

@@ -56,7 +56,7 @@ class ClusterPipeline:
         provisioner = PrefixProvisioner(self._clients, name)
         self._preparer = MediaPreparer(self._clients, provisioner, sink)
         self._replicator = PrefixReplicator(self._clients, provisioner)
-        self._conversations = ConversationTable(config.router.max_conversations)
+        self._conversations = ConversationTable(config.router.max_conversations, config.door.max_share)
         self._parts = RouterParts(self._clients, self._conversations, provisioner, self._preparer, self._replicator, sink)
         self._turns: dict[str, RoutedTurn] = {}
         self._closed = False
@@ -224,6 +224,13 @@ class ClusterPipeline:
                 "cooling_down": sorted(self._clients.placement().cooling_down),
             },
         }
+
+    async def tenant_info(self, tenant: str) -> dict[str, Any]:
+        """As `Pipeline` says. Raises Unavailable: the directory does not answer."""
+        self._check_open()
+        own = await self._clients.directory.tenant_counts(tenant, self._short_call())
+        counts = {"media": own.num_media, "media_bytes": own.media_bytes, "conversations": own.num_conversations}
+        return {"model": self.config.engine.model, **counts}
 
     async def _info_of(self, one: WorkerReport, deadline: Deadline) -> dict[str, Any]:
         facts = {"worker": one.worker, "pool": one.pool, "node": one.node, "load": asdict(one.load)}

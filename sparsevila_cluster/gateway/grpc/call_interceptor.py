@@ -53,7 +53,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def run(request: Any, context: Any) -> Any:
             authorization = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
             try:
-                async with self._service.call(method, authorization, context.time_remaining) as call:
+                async with self._service.call(method, authorization, context.time_remaining, context.peer()) as call:
                     arrived = _received(request, context) if handler.request_streaming else _checked(request)
                     if not handler.response_streaming:
                         return await behaviour(arrived, call)

@@ -98,7 +98,7 @@ class GrpcServer:
             local = host == "localhost"
         if not local and config.tls_certificate is None:
             log.warning("the gRPC server listens on %s without TLS: what clients send can be read on the way", host)
-        if not local and not config.api_keys and config.tls_client_ca is None:
+        if not local and not config.api_keys and config.keys_file is None and config.tls_client_ca is None:
             log.warning("the gRPC server listens on %s without API keys: whoever reaches it may use it", host)
 
 
