@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks import write_docs
 from sparsevila_cluster.cli.main import main as sparsevila
+from sparsevila_cluster.core.api_keys import ApiKeyEntry, add_api_key
 from tests import structure
 from tests.client.conftest import in_thread
 
@@ -136,7 +137,7 @@ def help_of(*command):
 
 @pytest.mark.parametrize("words", [words[1:] for words in COMMANDS if words[0] == "sparsevila"], ids=" ".join)
 def test_commands_and_options_exist(words):
-    command = words[:2] if words[0] in ("config", "client") else words[:1]
+    command = words[:2] if words[0] in ("config", "client", "keys") else words[:1]
     shown = help_of(*command)
     assert shown.returncode == 0, shown.stderr
     for option in (word for word in words if word.startswith("--")):
@@ -189,6 +190,7 @@ def place(tmp_path_factory):
     (folder / "path" / "to").mkdir(parents=True)
     (folder / "path" / "to" / "checkpoint").symlink_to(CHECKPOINT, target_is_directory=True)
     (folder / "engine.yaml").write_text(next(text for _, language, text in BLOCKS if language == "yaml"))
+    add_api_key(folder / "keys.yaml", ApiKeyEntry(name="acme-phone", hash="0" * 64, tenant="acme"))
     (folder / "deploy").symlink_to(ROOT / "deploy", target_is_directory=True)
     picture = folder / "plan.png"
     from PIL import Image
