@@ -60,7 +60,7 @@ class AuditLog:
                 self._log.warning(message, event, left_out, subject, self._window_s, extra=extra)
 
     def _write(self, level: int, event: str, what: str, owner: str, key: str, method: str, peer: str) -> None:
-        what = what[:MAX_WHAT_CHARS]
+        what = " ".join(what[:MAX_WHAT_CHARS].split())  # one line, whatever a client has sent
         extra = {"event": event, "owner": owner, "key": key, "method": method, "peer": peer, "what": what}
         self._log.log(level, "%s: %s", event, what, extra=extra)
 

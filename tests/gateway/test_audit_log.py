@@ -112,6 +112,12 @@ def test_windows_end_by_themselves_and_many_peers_are_one(caplog):
     asyncio.run(main())
 
 
+def test_a_line_is_one_line(caplog):
+    AuditLog().note("event", f"a\nb\r\u2028c{'x' * 1000}")
+    ((line,), (record,)) = lines(caplog), caplog.records
+    assert line["what"].startswith("a b cx") and len(line["what"]) <= 300 and "\n" not in record.getMessage()
+
+
 def test_it_is_written_where_only_warnings_are(caplog):
     ours = logging.getLogger("sparsevila_cluster")
     before = ours.level

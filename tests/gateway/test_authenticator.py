@@ -9,6 +9,7 @@ import pytest
 
 from sparsevila_cluster.core.api_keys import ApiKeyEntry, add_api_key, hash_api_key, make_api_key
 from sparsevila_cluster.core.errors import NotFound, Unauthenticated
+from sparsevila_cluster.gateway.audit_log import MAX_LINES
 from sparsevila_cluster.gateway.authenticator import Principal
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
@@ -25,7 +26,7 @@ def key(name):
 ANN, BOB = key("key-of-ann"), key("key-of-bob")
 
 
-def test_without_a_known_key_nothing_is_done(checkpoint, clips):
+def test_without_a_known_key_nothing_is_done(checkpoint, clips, caplog):
     async def work(served):
         stub = served.stub
         wrong = [(), key("nobody's"), key(""), (("authorization", "key-of-ann"),), (("authorization", "Basic key-of-ann"),)]
@@ -44,6 +45,8 @@ def test_without_a_known_key_nothing_is_done(checkpoint, clips):
         for metadata in (ANN, key("other-key-of-ann"), (("authorization", "bearer  key-of-bob "),)):
             assert (await stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata)).fingerprint
         assert served.sink.counts["requests_total", "Ask", "UNAUTHENTICATED"] == len(wrong)
+        told = [record for record in caplog.records if getattr(record, "event", "") == "authentication_failed"]
+        assert len(told) == MAX_LINES and all(record.peer.startswith("ipv4:127.0.0.1:") for record in told)
 
     run(checkpoint, work, api_keys=KEYS)
 
