@@ -285,14 +285,14 @@ class VideoQAService:
 
     async def server_info(self, call: Call) -> ServerInfo:
         """Limits, and what the server does: all of it for an admin, the caller's own for others. Raises DeadlineExceeded."""
-        who, share_of = call.principal, self._shares.share_of
+        who, share_of, what = call.principal, self._shares.share_of, "asking for info"
         if who.role == "admin":
-            asking = self._pipeline.info()
+            info = await call.wait_shortly(self._pipeline.info(), what)
             door = {"calls": self._shares.num_calls, "spool_bytes": self._spool.num_bytes}
         else:
-            asking = self._pipeline.tenant_info(who.tenant)
-            door = {"calls": self._shares.num_calls_of(who.owner), "spool_bytes": self._spool.num_bytes_of(who.owner)}
-        info = await call.wait_shortly(asking, "asking for info")
+            info = await call.wait_shortly(self._pipeline.tenant_info(who.tenant), what)
+            spool_bytes = await call.wait_shortly(asyncio.to_thread(self._spool.num_bytes_of, who.owner), what)
+            door = {"calls": self._shares.num_calls_of(who.owner), "spool_bytes": spool_bytes}
         max_spool_bytes = share_of(self._config.spool_bytes)
         limits = {
             "calls": share_of(self._config.max_streams),
