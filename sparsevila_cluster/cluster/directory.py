@@ -33,6 +33,7 @@ NOTE_REPORTS = 2
 MAX_DIGESTS = 65_536
 MAX_CLAIMS = 4_096
 MAX_DELETED = 4_096
+MAX_REFUSED = 256
 # Turns kept of one conversation. A longer one can not be made again elsewhere.
 MAX_TURNS = 1_024
 # Workers for which it is kept what they are to close, and deployments for which it is kept why they do not start.
@@ -77,6 +78,7 @@ class Directory:
         self._digests: LRUDict[str] = LRUDict(MAX_DIGESTS)
         self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
         self._deleted: LRUDict[None] = LRUDict(MAX_DELETED)
+        self._refused: LRUDict[float] = LRUDict(MAX_REFUSED)
         self._journals: SharedLRUDict[ConversationJournal] = SharedLRUDict(max_conversations, max_share)
         self._stale: LRUDict[LRUDict[None]] = LRUDict(MAX_STALE_WORKERS)
         self._start_failures: LRUDict[dict[str, Any]] = LRUDict(MAX_DEPLOYMENTS)
@@ -137,10 +139,11 @@ class Directory:
         self._drop_silent()
         if key is None and digest is not None:
             key = self._digests.use(digest)
+        refused = self._refused_of(digest, key)
         if key is None:
-            return PrefixLocation(settled=self.is_settled())
+            return PrefixLocation(settled=self.is_settled(), refused=refused)
         deleted = key in self._deleted
-        return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), self.is_settled(), deleted)
+        return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), self.is_settled(), deleted, refused)
 
     def holders(self, key: str) -> tuple[WorkerReport, ...]:
         """Decode workers where the prefix is resident."""
@@ -199,10 +202,23 @@ class Directory:
     def _having(self, key: str, pool: str) -> tuple[WorkerReport, ...]:
         return tuple(k.report for k in self._workers.values() if k.report.pool == pool and k.handle(key) is not None)
 
+    # ---- requests that workers died of -------------------------------------------------------------------------------------
+
+    def refuse(self, names: Sequence[str], for_s: float) -> None:
+        """Requests of these names ("<key or digest>" of media, "<key>:<hash>" of a turn about it) are refused for a while."""
+        for name in names:
+            self._refused.put(name, self._clock() + for_s)
+
+    def _refused_of(self, *subjects: str | None) -> frozenset[str]:
+        now_s = self._clock()
+        for name in [name for name, until_s in self._refused.items() if until_s <= now_s]:
+            del self._refused[name]
+        return frozenset(name for name in self._refused if name.partition(":")[0] in subjects)
+
     # ---- claims ------------------------------------------------------------------------------------------------------------
 
     def claim(self, key: str, owner: str, lease_s: float) -> bool:
-        """Whether `owner` may make this prefix: nobody else has said so within their lease. Asking again renews one's own."""
+        """Whether `owner` has `key` to itself: nobody else has said so within their lease. Asking again renews one's own."""
         now_s = self._clock()
         holder, until_s = self._claims.get(key, (owner, now_s))
         if holder != owner and until_s > now_s:

@@ -89,6 +89,7 @@ class PrefixLocation:
     key: the content key, None while only a digest was named that nobody has noted. holders: decode workers where it is resident.
     copies: prefill workers that keep a host copy. settled: every worker has had time to report, so what is absent is unknown.
     deleted: it was, through whatever router, and nobody has prepared it since.
+    refused: names of requests about it that workers died of (`DirectoryApi.refuse`).
     """
 
     key: str | None = None
@@ -97,6 +98,7 @@ class PrefixLocation:
     copies: tuple[WorkerReport, ...] = ()
     settled: bool = True
     deleted: bool = False
+    refused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

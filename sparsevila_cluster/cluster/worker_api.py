@@ -49,7 +49,7 @@ def methods_of(api: Callable[..., Any]) -> dict[str, MethodKind]:
 
 
 class WorkerApi(Protocol):
-    """What prefill and decode workers have in common. Every method raises WorkerLost once the worker is closed."""
+    """What prefill and decode workers have in common. Every method raises WorkerClosed once the worker is closed."""
 
     @long_running
     async def ship(self, key: str, ticket: TransferTicket, /) -> dict[str, Any]:
@@ -158,8 +158,11 @@ class DirectoryApi(Protocol):
     async def drop_media(self, key: str, /) -> bool:
         """Forget who holds a prefix and which requests ask for it. False if nobody held it."""
 
+    async def refuse(self, names: Sequence[str], for_s: float, /) -> None:
+        """Workers died of a request that is known by these names: "<key or digest>" of media, "<key>:<hash>" of a turn about it."""
+
     async def claim(self, key: str, owner: str, lease_s: float, /) -> bool:
-        """Whether `owner` may make this prefix: nobody else has an unexpired claim. Asking again renews one's own."""
+        """Whether `owner` has `key` to itself: nobody else has an unexpired claim. Asking again renews one's own."""
 
     async def unclaim(self, key: str, owner: str, /) -> bool:
         """Give a claim back. False if it is not `owner`'s."""

@@ -67,6 +67,7 @@ class RouterConfig(FrozenConfig):
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one router.")
     max_attempts: int = Field(4, ge=1, description="Workers tried for one request before it fails.")
     call_timeout_s: float = Field(10.0, gt=0, description="Deadline of a call that should take milliseconds.")
+    refuse_s: float = Field(600.0, gt=0, description="How long a request that two workers died of is refused.")
     max_conversations: int = Field(10_000, ge=1, description="Conversations whose text is kept for recovery.")
 
 

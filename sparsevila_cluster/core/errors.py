@@ -69,6 +69,13 @@ class PermissionDenied(UserError):
     http_status = 403
 
 
+class PoisonRequest(UserError):
+    """Workers died with this request in hand, the last one with nothing else to blame. It is refused for a while."""
+
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 422
+
+
 class QueueFull(SparseVilaError):
     """No room now; the same call may succeed after `retry_after_s`."""
 
@@ -111,6 +118,10 @@ class _WorkerError(Unavailable):
 
 class WorkerLost(_WorkerError):
     """The worker that this was asked of is gone. Another one may do it."""
+
+
+class WorkerClosed(WorkerLost):
+    """The worker says itself that it is closing: nothing that it was asked killed it."""
 
 
 class LaneLost(_WorkerError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import msgpack
 
 from sparsevila_cluster.cluster.routing.placement import choose_prefill
 from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner, PrefixRequest
+from sparsevila_cluster.cluster.routing.visits import Visits
 from sparsevila_cluster.cluster.routing.worker_clients import WorkerClients
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.deadline import Deadline
@@ -49,10 +51,8 @@ def digest_of(request: PrepareRequest, config: EngineConfig) -> str:
 class MediaPreparer:
     """Makes or finds media prefixes for the callers of one router. Used within one event loop."""
 
-    def __init__(self, clients: WorkerClients, provisioner: PrefixProvisioner, sink: MetricsSink):
-        self._clients = clients
-        self._provisioner = provisioner
-        self._sink = sink
+    def __init__(self, clients: WorkerClients, provisioner: PrefixProvisioner, visits: Visits, sink: MetricsSink):
+        self._clients, self._provisioner, self._visits, self._sink = clients, provisioner, visits, sink
         self._flights = SingleFlight[MediaHandle]()
         self._remembered: LRUDict[PrepareRequest] = LRUDict(MAX_REMEMBERED)
 
@@ -75,11 +75,14 @@ class MediaPreparer:
     async def _find_or_make(
         self, digest: str, request: PrepareRequest, progress: Progress | None, deadline: Deadline
     ) -> MediaHandle:
-        directory = self._clients.directory
+        directory, suspects = self._clients.directory, self._clients.suspects
+        suspects.check(digest, time.monotonic())
         found = await directory.find(digest, None, deadline)
+        suspects.check(digest, time.monotonic(), found.refused)
         if found.key is None:
             found = await directory.find(None, await self._key_of(digest, request, deadline), deadline)
         assert found.key is not None
+        suspects.check(found.key, time.monotonic(), found.refused)
         if found.holders and found.handle is not None:
             self._sink.count("media_kv_hits_total")
             noting = directory.note_held(found.handle, (), digest, deadline.remaining_s("preparing media"))
@@ -97,7 +100,11 @@ class MediaPreparer:
             if worker is None:
                 break
             try:
-                return await self._clients.key_of(worker, request, deadline)
+                visit = await self._visits.enter("prefill", worker, (digest,), 0, deadline)
+                async with visit:
+                    key = await self._clients.key_of(worker, request, deadline)
+                    await visit.finish()
+                return key
             except (Unavailable, QueueFull) as failure:
                 tried.add(worker)
                 error = failure

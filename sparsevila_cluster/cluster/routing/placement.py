@@ -42,9 +42,10 @@ class CircuitBreaker:
 class PlacementContext:
     """What one decision may use beside the reports.
 
-    num_under_way: what this router has running at each worker, which reports show only later. cooling_down: avoided as long as
-    somebody else can do it. excluded: they failed this very request. subject: what is placed; it decides among equals, so that
-    routers which know the same send one thing to one worker, and different things to different ones.
+    num_under_way: what this router has running at each worker, which reports show only later. cooling_down: they failed
+    just now, or a suspect is alone there; avoided as long as somebody else can do it. excluded: they failed this very request.
+    subject: what is placed; it decides among equals, so that routers which know the same send one thing to one worker, and
+    different things to different ones.
     """
 
     num_under_way: Mapping[str, int] = field(default_factory=dict)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from sparsevila_cluster.cluster.messages import PoolName, WorkerReport
+from sparsevila_cluster.cluster.routing.claims import Claims
 from sparsevila_cluster.cluster.routing.placement import choose_decode, choose_holder, choose_prefill, choose_source
-from sparsevila_cluster.cluster.routing.prefill_claims import PrefillClaims
+from sparsevila_cluster.cluster.routing.visits import Visits
 from sparsevila_cluster.cluster.routing.worker_clients import PAUSE_S, WorkerClients
 from sparsevila_cluster.core.addresses import TransferTicket
 from sparsevila_cluster.core.deadline import Deadline
@@ -93,11 +94,10 @@ class _Attempt:
 
 
 class PrefixProvisioner:
-    """Makes prefixes resident for one router; `name`: the router's, for its claims."""
+    """Makes prefixes resident for one router."""
 
-    def __init__(self, clients: WorkerClients, name: str):
-        self._clients = clients
-        self._claims = PrefillClaims(clients, name)
+    def __init__(self, clients: WorkerClients, claims: Claims, visits: Visits):
+        self._clients, self._claims, self._visits = clients, claims, visits
         self._flights = SingleFlight[tuple[str, MediaHandle]]()
 
     async def provide(self, request: PrefixRequest) -> tuple[str, MediaHandle]:
@@ -105,7 +105,8 @@ class PrefixProvisioner:
 
         Raises:
             NotFound: it is nowhere, and there is no source to make it from. Unavailable, QueueFull, LaneLost, DataLoss,
-            Incompatible: no worker could, in `max_attempts`. DeadlineExceeded, Cancelled. BadMedia, BadRequest, TooLarge.
+            Incompatible: no worker could, in `max_attempts`. DeadlineExceeded, Cancelled. BadMedia, BadRequest, TooLarge,
+            PoisonRequest.
         """
         # A caller that cannot have it made must not decide for those that can.
         flight = f"{request.key}/{request.source is not None}"
@@ -270,22 +271,38 @@ class PrefixProvisioner:
     async def _make(self, attempt: _Attempt, request: PrefixRequest, ticket: TransferTicket) -> MediaHandle:
         sender = attempt.sender.worker
         assert request.source is not None
-        source = replace(request.source, deadline_s=ticket.deadline_s)
-        async with aclosing(self._clients.prefill(sender, request.deadline).make(source, request.key, ticket)) as items:
-            async for item in items:
-                if len(item) == 3:
-                    return item[1]
-                _, stage, done, total = item
-                # A maker publishes its copy with the last row; what fails after that is the lane.
-                attempt.copied |= stage == "prefill" and done >= total
-                if request.progress is not None:
-                    request.progress(stage, done, total)
+        # Either name of it is asked about before it is made.
+        names = (request.key,) if request.digest is None else (request.key, request.digest)
+        visit = await self._visits.enter("prefill", sender, names, 0, request.deadline)
+        async with visit:
+            left_s = min(ticket.deadline_s, request.deadline.remaining_s("preparing media"))
+            making = self._clients.prefill(sender, request.deadline).make(
+                replace(request.source, deadline_s=left_s), request.key, ticket
+            )
+            async with aclosing(making) as items:
+                async for item in items:
+                    if len(item) == 3:
+                        await visit.finish()
+                        return item[1]
+                    _, stage, done, total = item
+                    # A maker publishes its copy with the last row; what fails after that is the lane.
+                    attempt.copied |= stage == "prefill" and done >= total
+                    if attempt.copied:
+                        await visit.finish()
+                    if request.progress is not None:
+                        request.progress(stage, done, total)
         raise WorkerLost(f"worker {sender} stopped making media without a result")
 
     async def _check_source(self, maker: str, request: PrefixRequest) -> None:
         """Raises NotFound: the source of media that is to be made again is not what it was."""
         assert request.source is not None
-        if await self._clients.key_of(maker, request.source, request.deadline) != request.key:
+        # Reading the source is not making it: each may be what workers die of.
+        names = (f"{request.key}:source", request.key)
+        visit = await self._visits.enter("prefill", maker, names, 0, request.deadline)
+        async with visit:
+            key = await self._clients.key_of(maker, request.source, request.deadline)
+            await visit.finish()
+        if key != request.key:
             raise NotFound(f"media {request.key!r} is lost, and its source has changed since")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from sparsevila_cluster.cluster.routing.placement import choose_holder
 from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner, PrefixRequest
 from sparsevila_cluster.cluster.routing.replication import PrefixReplicator
 from sparsevila_cluster.cluster.routing.turn_recorder import record_turn
+from sparsevila_cluster.cluster.routing.visits import Visit, Visits
 from sparsevila_cluster.cluster.routing.worker_clients import PAUSE_S, WorkerClients
 from sparsevila_cluster.core.deadline import Deadline, wait_within
 from sparsevila_cluster.core.errors import (
@@ -47,6 +49,7 @@ class RouterParts:
     """What every turn of one router uses."""
 
     clients: WorkerClients
+    visits: Visits
     conversations: ConversationTable
     provisioner: PrefixProvisioner
     preparer: MediaPreparer
@@ -97,11 +100,13 @@ class RoutedTurn:
 
         Raises:
             What the worker raises of the turn itself. Unavailable, NotFound: it can go on nowhere. DeadlineExceeded, Cancelled.
+            PoisonRequest: two workers died of it.
         """
         try:
             await self._take_over()
             await self._lock()
             await self._locate()
+            self._clients.suspects.check(self._fingerprint, time.monotonic())
             async with aclosing(self._attempts()) as events:
                 async for event in events:
                     self._is_named = True
@@ -113,17 +118,21 @@ class RoutedTurn:
         """The events of the turn from as many workers as it takes."""
         sent: set[str] = set()
         for attempt in range(1, self._num_attempts + 1):
-            self._check()
-            worker = await self._choose_worker()
+            visit = await self._enter()
+            worker, unsent = visit.worker, list[TurnEvent]()
             try:
-                async with aclosing(self._run(worker)) as events:
+                async with visit, aclosing(self._run(worker)) as events:
                     async for event in events:
                         self._check()
                         await self._note(event)
+                        await (visit.finish() if event.kind == "done" else visit.got_to(len(self._token_ids)))
                         if event.kind == "token" or event.kind not in sent:
                             sent.add(event.kind)
                             with_token = event.kind in ("accepted", "done")
-                            yield replace(event, conversation_id=self.conversation.token) if with_token else event
+                            unsent.append(replace(event, conversation_id=self.conversation.token) if with_token else event)
+                        # Nobody else may enter the worker meanwhile, so this must not wait for a client who does not read.
+                        while unsent and not visit.is_alone:
+                            yield unsent.pop(0)
                 if "done" in sent:
                     return
                 raise WorkerLost(f"worker {worker} ended turn {self.turn.turn_id} without its last event")
@@ -233,12 +242,32 @@ class RoutedTurn:
 
     # ---- where it runs -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _fingerprint(self) -> str:
+        """The same for all who ask this question about this media: what a worker may die of."""
+        payload = f"{len(self.turn.tenant)}:{self.turn.tenant}{self.turn.question}".encode("utf-8", "surrogatepass")
+        return f"{self.conversation.media_id}:{hashlib.blake2b(payload, digest_size=16).hexdigest()}"
+
+    async def _enter(self) -> Visit:
+        """Choose a worker, and wait until the turn may be sent there. One that dies meanwhile is none of the attempts."""
+        while True:
+            self._check()
+            worker = await self._choose_worker()
+            names, num_heard = (self._fingerprint,), len(self._token_ids)
+            try:
+                return await self._parts.visits.enter("decode", worker, names, num_heard, self._deadline)
+            except Unavailable as error:
+                log.info("turn %s does not enter worker %s: %s", self.turn.turn_id, worker, error)
+                self._lost.add(worker)
+                self._recovering = True
+
     async def _choose_worker(self) -> str:
         """A worker that has the prefix as far as is known. Where the conversation is not, its history goes along."""
         conversation = self.conversation
         if conversation.worker and conversation.worker not in self._lost | self._lacking:
             return conversation.worker
         found = await self._clients.directory.locate(conversation.media_id, self._deadline)
+        self._clients.suspects.check(self._fingerprint, time.monotonic(), found.refused)
         if found.handle is not None and not may_use(found.handle.tenant, self.turn.tenant):
             raise NotFound(f"media {conversation.media_id!r} is not resident; prepare it first")
         if found.deleted:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sparsevila_cluster.cluster.messages import PoolName, WorkerReport
+from sparsevila_cluster.cluster.routing.claims import Claims
 from sparsevila_cluster.cluster.routing.conversation_table import ConversationTable, ConversationToken
 from sparsevila_cluster.cluster.routing.media_preparer import MediaPreparer
 from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner
 from sparsevila_cluster.cluster.routing.replication import PrefixReplicator
 from sparsevila_cluster.cluster.routing.routed_turn import RoutedTurn, RouterParts
+from sparsevila_cluster.cluster.routing.visits import Visits
 from sparsevila_cluster.cluster.routing.worker_clients import WorkerClients
 from sparsevila_cluster.cluster.worker_pool import WorkerPool
 from sparsevila_cluster.core.cluster_config import ClusterConfig
@@ -53,11 +56,13 @@ class ClusterPipeline:
         self.config = config
         self.name = name
         self._clients = WorkerClients(config, prefill, decode, directory)
-        provisioner = PrefixProvisioner(self._clients, name)
-        self._preparer = MediaPreparer(self._clients, provisioner, sink)
+        claims = Claims(self._clients, name)
+        visits = Visits(self._clients, claims)
+        provisioner = PrefixProvisioner(self._clients, claims, visits)
+        self._preparer = MediaPreparer(self._clients, provisioner, visits, sink)
         self._replicator = PrefixReplicator(self._clients, provisioner)
         self._conversations = ConversationTable(config.router.max_conversations, config.door.max_share)
-        self._parts = RouterParts(self._clients, self._conversations, provisioner, self._preparer, self._replicator, sink)
+        self._parts = RouterParts(self._clients, visits, self._conversations, provisioner, self._preparer, self._replicator, sink)
         self._turns: dict[str, RoutedTurn] = {}
         self._closed = False
 
@@ -68,7 +73,7 @@ class ClusterPipeline:
 
         Raises:
             BadMedia, BadRequest, TooLarge: media that cannot be used. QueueFull: no room. Unavailable, LaneLost, DataLoss,
-            Incompatible: no worker could, in `max_attempts`. DeadlineExceeded.
+            Incompatible: no worker could, in `max_attempts`. DeadlineExceeded. PoisonRequest: two workers died of it.
         """
         self._check_open()
         deadline_s = self.config.engine.prepare_timeout_s if request.deadline_s is None else request.deadline_s
@@ -128,6 +133,7 @@ class ClusterPipeline:
 
         Raises:
             UserError (BadRequest, TooLarge, NotFound), QueueFull, DeadlineExceeded, Cancelled, Internal, Unavailable.
+            PoisonRequest: two workers died with this question about this media in hand.
         """
         self._check_open()
         routed = RoutedTurn(self._parts, turn, self._turns.get(turn.turn_id))
@@ -193,7 +199,7 @@ class ClusterPipeline:
             snapshot = await self._clients.directory.snapshot(self._short_call())
         except SparseVilaError:
             return False
-        cooling_down = self._clients.placement().cooling_down
+        cooling_down = self._clients.breaker.cooling_down(time.monotonic())
         return all(any(one.worker not in cooling_down for one in snapshot.of(pool)) for pool in POOLS)
 
     async def info(self) -> dict[str, Any]:
@@ -221,7 +227,9 @@ class ClusterPipeline:
                 "conversations": len(self._conversations),
                 "replicas_made": self._replicator.num_replicas,
                 "background_tasks": len(self._clients.background),
-                "cooling_down": sorted(self._clients.placement().cooling_down),
+                "cooling_down": sorted(self._clients.breaker.cooling_down(time.monotonic())),
+                "suspected_requests": self._clients.suspects.num_suspects,
+                "refused_requests": self._clients.suspects.num_refused,
             },
         }
 

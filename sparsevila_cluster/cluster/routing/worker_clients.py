@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 from sparsevila_cluster.cluster.messages import PoolName, WorkerReport
 from sparsevila_cluster.cluster.routing.directory_client import DirectoryClient
 from sparsevila_cluster.cluster.routing.placement import CircuitBreaker, PlacementContext
+from sparsevila_cluster.cluster.routing.suspects import Suspects
 from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi, PrefillWorkerApi, WorkerApi
 from sparsevila_cluster.cluster.worker_pool import WorkerPool, stub
 from sparsevila_cluster.core.background_tasks import BackgroundTasks
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import Deadline
-from sparsevila_cluster.core.errors import DeadlineExceeded, LaneLost, SparseVilaError, Unavailable, WorkerLost
+from sparsevila_cluster.core.errors import DeadlineExceeded, LaneLost, SparseVilaError, Unavailable, WorkerClosed, WorkerLost
 from sparsevila_cluster.core.requests import PrepareRequest
 
 log = logging.getLogger(__name__)
@@ -39,12 +40,14 @@ class WorkerClients:
         self._pools: dict[PoolName, WorkerPool] = {"prefill": prefill, "decode": decode}
         self.directory = DirectoryClient(directory, config.router.call_timeout_s)
         self.breaker = CircuitBreaker()
+        self.suspects = Suspects(config.router.refuse_s)
         self.num_under_way: Counter[str] = Counter()
         self.background = BackgroundTasks()
 
     def placement(self, excluded: Collection[str] = (), subject: str = "") -> PlacementContext:
         """What placement may use now."""
-        return PlacementContext(self.num_under_way, self.breaker.cooling_down(time.monotonic()), excluded, subject)
+        avoided = self.breaker.cooling_down(time.monotonic()) | self.suspects.watched_workers()
+        return PlacementContext(self.num_under_way, avoided, excluded, subject)
 
     @contextmanager
     def busy(self, worker: str) -> Iterator[None]:
@@ -67,13 +70,17 @@ class WorkerClients:
         """A decode worker, called as `at` says. trips_breaker: whether calls that fail count against it."""
         return self._stub(DecodeWorkerApi, "decode", worker, deadline, trips_breaker)
 
+    def worker(self, pool: PoolName, worker: str, deadline: Deadline, trips_breaker: bool = True) -> WorkerApi:
+        """What the workers of both pools have in common, called as `at` says."""
+        return self._stub(WorkerApi, pool, worker, deadline, trips_breaker)
+
     def at(self, one: WorkerReport, deadline: Deadline) -> WorkerApi:
         """A worker of either pool.
 
         Short calls end within the caller's time and `call_timeout_s`, long ones and streams within the caller's time. Each raises
         WorkerLost, also for a worker that does not answer in time or falls silent, besides what the method raises.
         """
-        return self._stub(WorkerApi, one.pool, one.worker, deadline)
+        return self.worker(one.pool, one.worker, deadline)
 
     def _stub(self, api: Callable[..., Api], pool: PoolName, worker: str, deadline: Deadline, trips_breaker: bool = True) -> Api:
         call = self._call if trips_breaker else self._call_once
@@ -115,6 +122,8 @@ class WorkerClients:
         """`worker` did not do what it was asked: avoid it for a while; one that is gone is gone for every router."""
         log.warning("worker %s failed: %s", worker, error, extra={"at": worker})
         self.breaker.failed(worker, time.monotonic())
+        if isinstance(error, WorkerLost) and not isinstance(error, WorkerClosed):
+            self.suspects.worker_died(worker, time.monotonic())
         if isinstance(error, WorkerLost):
             self.in_background(self.directory.once().forget_worker(worker), f"forgetting worker {worker}")
 
@@ -131,7 +140,10 @@ class WorkerClients:
         """
         while True:
             snapshot = await self.directory.snapshot(deadline)
-            self.breaker.forget({one.worker for one in snapshot.workers}, time.monotonic())
+            present = {one.worker for one in snapshot.workers}
+            self.breaker.forget(present, time.monotonic())
+            if snapshot.settled:
+                self.suspects.workers_left(present, time.monotonic())
             if snapshot.of(pool) or snapshot.settled:
                 return snapshot.of(pool)
             await asyncio.sleep(min(PAUSE_S, deadline.remaining_s(f"waiting for {pool} workers")))

@@ -24,7 +24,7 @@ from sparsevila_cluster.cluster.workers.stage_metrics import count, record_memor
 from sparsevila_cluster.cluster.workers.transfer_tasks import TransferTasks
 from sparsevila_cluster.cluster.workers.turn_service import TurnService
 from sparsevila_cluster.core.cluster_config import ClusterConfig
-from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, WorkerLost
+from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, WorkerClosed
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnEvent, TurnRecord
 from sparsevila_cluster.engine.async_engine import AsyncDecodeEngine
@@ -66,7 +66,7 @@ class DecodeWorker:
         self.model = model or load_model(engine.model_dir, DECODE_PARTS, **engine.loading)
         spec = self.model.spec
         self.engine = DecodeEngine(self.model, engine)
-        lost = partial(WorkerLost, worker=name)
+        lost = partial(WorkerClosed, worker=name)
         self.async_engine = AsyncDecodeEngine(self.engine, f"worker {name}", lost, config.decode.brownout_at)
         self._journals = ConversationJournals(engine.max_conversations)
         self._turns = TurnService(name, self.async_engine, self._journals, self.sink)
@@ -90,7 +90,7 @@ class DecodeWorker:
 
         Raises:
             BadRequest: a transfer_id that was used before. TooLarge: more than all prefixes may take. QueueFull: running turns
-            hold so much that it could not fit now. WorkerLost (closed).
+            hold so much that it could not fit now. WorkerClosed.
         """
         self._check_open()
         rows = 1 if num_bytes is None else -(-num_bytes // self.model.spec.bytes_per_token)
@@ -148,7 +148,7 @@ class DecodeWorker:
 
         Raises:
             NotFound: the media is not resident, or `after` is at odds with the conversation. BadRequest, TooLarge, QueueFull,
-            DeadlineExceeded, Cancelled (aborted), WorkerLost (closed), Internal.
+            DeadlineExceeded, Cancelled (aborted), WorkerClosed, Internal.
         """
         self._check_open()
         async with aclosing(self._turns.ask(turn, history)) as lists:
@@ -232,7 +232,7 @@ class DecodeWorker:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise WorkerLost(f"worker {self.name} is closed", self.name)
+            raise WorkerClosed(f"worker {self.name} is closed", self.name)
 
     async def close(self) -> None:
         """Abort every turn and transfer and free everything, which takes at most a few times `close_timeout_s`. Idempotent.

@@ -25,7 +25,7 @@ from sparsevila_cluster.cluster.workers.transfer_tasks import TransferTasks
 from sparsevila_cluster.cluster.workers.warm_up import tiny_picture
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import Deadline, wait_within
-from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, WorkerLost
+from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, WorkerClosed
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.requests import MediaHandle, MediaSource, PrepareRequest
 from sparsevila_cluster.engine.async_engine import AsyncPrefillEngine
@@ -64,7 +64,7 @@ class PrefillWorker:
         self.sink: MetricsSink = Tally() if sink is None else sink
         self.model = model or load_model(engine.model_dir, PREFILL_PARTS, **engine.loading)
         self.engine = PrefillEngine(self.model, engine, config.transport.quantization, config.secret)
-        self.async_engine = AsyncPrefillEngine(self.engine, f"worker {name}", partial(WorkerLost, worker=name))
+        self.async_engine = AsyncPrefillEngine(self.engine, f"worker {name}", partial(WorkerClosed, worker=name))
         spec, device = self.model.spec, self.model.device
         self.copies = HostCopies(spec, config.prefill.copy_bytes)
         # On a CPU the prefill writes into the copy itself.
@@ -79,7 +79,7 @@ class PrefillWorker:
     # ---- media prefixes ----------------------------------------------------------------------------------------------------
 
     async def key_of(self, request: PrepareRequest) -> str:
-        """The content key of what `make` would make. Raises BadMedia, BadRequest, TooLarge, DeadlineExceeded, WorkerLost."""
+        """The content key of what `make` would make. Raises BadMedia, BadRequest, TooLarge, DeadlineExceeded, WorkerClosed."""
         return await self.async_engine.key_of(request)
 
     async def make(
@@ -93,7 +93,7 @@ class PrefillWorker:
         Raises:
             BadMedia, BadRequest, TooLarge: media that cannot be used. QueueFull: too many wait, or no room for the copy or at the
             other end. LaneLost: the worker of the ticket is gone; the copy stays, to be shipped to another one. DataLoss,
-            Incompatible, NotFound (the ticket): as `ship`. DeadlineExceeded, WorkerLost (closed), Internal.
+            Incompatible, NotFound (the ticket): as `ship`. DeadlineExceeded, WorkerClosed, Internal.
         """
         self._check_open()
         if self._num_waiting >= self.config.engine.max_waiting:
@@ -172,7 +172,7 @@ class PrefillWorker:
 
         Raises:
             NotFound: no copy, or no such ticket. LaneLost: its `worker` is gone. QueueFull, TooLarge, Incompatible: the
-            other end cannot take it. DataLoss, DeadlineExceeded, WorkerLost (closed).
+            other end cannot take it. DataLoss, DeadlineExceeded, WorkerClosed.
         """
         self._check_open()
         prefix = self.copies.hold(key)
@@ -232,7 +232,7 @@ class PrefillWorker:
         }
 
     async def check(self) -> None:
-        """Raises WorkerLost (closed) or Internal (a prefill that has said nothing for longer than any may take)."""
+        """Raises WorkerClosed or Internal (a prefill that has said nothing for longer than any may take)."""
         self._check_open()
         self.async_engine.check()
 
@@ -259,7 +259,7 @@ class PrefillWorker:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise WorkerLost(f"worker {self.name} is closed", self.name)
+            raise WorkerClosed(f"worker {self.name} is closed", self.name)
 
     async def close(self) -> None:
         """End what is under way and free everything, which takes at most three times `close_timeout_s`. Idempotent.

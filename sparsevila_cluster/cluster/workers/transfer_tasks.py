@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from sparsevila_cluster.core.deadline import GRACE_S, outliving, wait_within
-from sparsevila_cluster.core.errors import DeadlineExceeded, LaneLost, SparseVilaError, WorkerLost
+from sparsevila_cluster.core.errors import DeadlineExceeded, LaneLost, SparseVilaError, WorkerClosed
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.transport import KVSender, OutgoingTransfer, ReceiverAddress, TransferTicket
 
@@ -102,7 +102,7 @@ class TransferTasks:
             return self._track(self._finishers.submit(work))
         except RuntimeError as error:
             self.undo(transfer, release)
-            raise WorkerLost(f"worker {self.worker} is closed", self.worker) from error
+            raise WorkerClosed(f"worker {self.worker} is closed", self.worker) from error
 
     def abort(self, transfer: OutgoingTransfer, reason: str) -> None:
         """Have it end soon; does not wait."""
