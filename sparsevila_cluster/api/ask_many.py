@@ -6,7 +6,7 @@ items -> grouped by media -> a group waits until its media fits -> prepare -> at
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,9 @@ class Ask(ReprMixin):
 
     media: what `prepare` takes (a path, bytes, a data URL, or several of them), or a MediaHandle; questions: one, or several that
     are asked in order; options: those of `ask`, over the ones that are given for all; prepare: those of `prepare`, likewise.
+
+    Raises:
+        BadRequest: questions that are no text, options that are no mapping.
     """
 
     media: Source | Sequence[Source] | MediaHandle
@@ -42,9 +45,17 @@ class Ask(ReprMixin):
 
     def __post_init__(self) -> None:
         if not isinstance(self.questions, str):
+            if not isinstance(self.questions, Iterable):
+                raise BadRequest(f"an item of ask_many needs a question or several, got {type(self.questions).__name__}")
             object.__setattr__(self, "questions", tuple(self.questions))
             if not self.questions:
                 raise BadRequest("an item of ask_many needs at least one question, got none")
+            for question in self.questions:
+                if not isinstance(question, str):
+                    raise BadRequest(f"a question of an item of ask_many must be text, got {type(question).__name__}")
+        for name in ("options", "prepare"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise BadRequest(f"{name} of an item of ask_many must be a mapping, got {type(getattr(self, name)).__name__}")
 
     @classmethod
     def of(cls, item: Item) -> Ask:
@@ -67,9 +78,12 @@ Item = Ask | tuple[Source | Sequence[Source] | MediaHandle, str | Sequence[str]]
 
 @dataclass(frozen=True, repr=False)
 class Asked(ReprMixin):
-    """The result of one item: its media, the answers that were given, and the error that ended it early, if any."""
+    """The result of one item: its media, the answers that were given, and the error that ended it early, if any.
 
-    ask: Ask
+    ask: the item; None if it has none of the forms of one, which `error` then says.
+    """
+
+    ask: Ask | None
     media: MediaHandle | None = None
     answers: tuple[Answer, ...] = ()
     error: SparseVilaError | None = None
@@ -82,7 +96,8 @@ class Asked(ReprMixin):
         return self.answers[-1]
 
     def _facts(self) -> Iterator[tuple[str, object]]:
-        yield from ((question, answer.text) for question, answer in zip(self.ask.turns, self.answers, strict=False))
+        questions = () if self.ask is None else self.ask.turns
+        yield from ((question, answer.text) for question, answer in zip(questions, self.answers, strict=False))
         if self.error is not None:
             yield "error", self.error
 
@@ -109,15 +124,33 @@ class QuestionAnswerer(Protocol):
         ...
 
 
+def read_items(items: Iterable[Item], prepare: PrepareOptions, options: AskOptions) -> list[Ask | Asked]:
+    """Each item as an Ask, or the result of one that cannot be asked. prepare, options: those that are given for all."""
+    return [_read_item(item, prepare, options) for item in items]
+
+
+def _read_item(item: Item, prepare: PrepareOptions, options: AskOptions) -> Ask | Asked:
+    ask = None
+    try:
+        ask = Ask.of(item)
+        to_turn("", "", "?", _merged(options, ask.options))
+        hash(_preparation(ask, prepare))
+    except SparseVilaError as error:
+        return Asked(ask, error=error)
+    except (TypeError, ValueError, OverflowError) as error:  # values that cannot even be compared with their range
+        return Asked(ask, error=BadRequest(f"an item of ask_many: {error}"))
+    return ask
+
+
 async def run_ask_many(
     qa: QuestionAnswerer,
-    asks: Sequence[Ask],
+    items: Sequence[Ask | Asked],
     max_parallel: int | None,
     prepare: PrepareOptions,
     options: AskOptions,
     progress: Progress | bool | None,
 ) -> list[Asked]:
-    """The work of `AsyncVideoQA.ask_many`, which documents it."""
+    """The work of `AsyncVideoQA.ask_many`, which documents it. items: as `read_items` gives them."""
     if max_parallel is None:
         # No more than may wait, so that these conversations alone never fill the queue.
         max_parallel = min(qa.config.max_batch, qa.config.max_waiting)
@@ -128,13 +161,13 @@ async def run_ask_many(
     shows = progress is None or progress is True
     with ProgressLine(always=progress is True) if shows else nullcontext() as line:
         report = line.stage if line is not None else progress if callable(progress) else None
-        return await _AskMany(qa, asks, max_parallel, prepare, options, report).run()
+        return await _AskMany(qa, items, max_parallel, prepare, options, report).run()
 
 
-def ask_many_limit_s(qa: QuestionAnswerer, asks: Sequence[Ask], prepare: PrepareOptions, options: AskOptions) -> float:
+def ask_many_limit_s(qa: QuestionAnswerer, items: Sequence[Ask | Asked], prepare: PrepareOptions, options: AskOptions) -> float:
     """The longest that `run_ask_many` may take: everything one after the other, each at its deadline."""
     total_s = 0.0
-    for ask in asks:
+    for ask in (item for item in items if isinstance(item, Ask)):
         total_s += _longest_retry_s(qa.prepare_limit_s(_merged(prepare, ask.prepare).get("timeout_s")))
         total_s += _longest_retry_s(qa.turn_limit_s(_merged(options, ask.options).get("timeout_s"))) * len(ask.turns)
     return total_s
@@ -146,36 +179,34 @@ class _AskMany:
     def __init__(
         self,
         qa: QuestionAnswerer,
-        asks: Sequence[Ask],
+        items: Sequence[Ask | Asked],
         max_parallel: int,
         prepare: PrepareOptions,
         options: AskOptions,
         report: Progress | None,
     ):
-        self.qa, self.asks, self.prepare, self.options, self.report = qa, asks, prepare, options, report
-        self.results: list[Asked | None] = [None] * len(asks)
+        self.qa, self.prepare, self.options, self.report = qa, prepare, options, report
+        self.asks = {i: item for i, item in enumerate(items) if isinstance(item, Ask)}
+        self.refused = {i: item for i, item in enumerate(items) if isinstance(item, Asked)}
+        self.results: list[Asked | None] = [None] * len(items)
         self.slots = asyncio.Semaphore(max_parallel)
         self.preparing = asyncio.Lock()
         self.freed = asyncio.Event()
         self.bytes_in_use: dict[Hashable, int] = {}
-        self.until_s = asyncio.get_running_loop().time() + ask_many_limit_s(qa, asks, prepare, options)
-        self.num_done, self.num_questions = 0, sum(len(ask.turns) for ask in asks)
+        self.until_s = asyncio.get_running_loop().time() + ask_many_limit_s(qa, items, prepare, options)
+        known = [*self.asks.values(), *(item.ask for item in self.refused.values() if item.ask is not None)]
+        self.num_done, self.num_questions = 0, sum(len(ask.turns) for ask in known)
 
     async def run(self) -> list[Asked]:
         self._count(0)
         groups: dict[Hashable, list[int]] = {}
-        for i, ask in enumerate(self.asks):
-            try:
-                groups.setdefault(self._key(ask), []).append(i)
-            except SparseVilaError as error:
-                self._finish(i, Asked(ask, error=error))
+        for i, result in self.refused.items():
+            self._finish(i, result)
+        for i, ask in self.asks.items():
+            groups.setdefault(_preparation(ask, self.prepare), []).append(i)
         await _all([self._run_group(key, members) for key, members in groups.items()])
         assert all(result is not None for result in self.results)
         return [result for result in self.results if result is not None]
-
-    def _key(self, ask: Ask) -> Hashable:
-        """Equal for items that can share one preparation."""
-        return ask.media.media_id if isinstance(ask.media, MediaHandle) else to_request(ask.media, self._prepare_options(ask))
 
     async def _run_group(self, key: Hashable, members: Sequence[int]) -> None:
         try:
@@ -202,7 +233,7 @@ class _AskMany:
             if isinstance(ask.media, MediaHandle):
                 media = ask.media
             else:
-                options = self._prepare_options(ask)
+                options = _merged(self.prepare, ask.prepare)
                 call = partial(self.qa.prepare, ask.media, **options)
                 media = await _retry_while_full(call, self.qa.prepare_limit_s(options.get("timeout_s")))
             self.bytes_in_use[key] = media.kv_bytes
@@ -239,19 +270,21 @@ class _AskMany:
                     await chat.close()
         self._finish(i, Asked(ask, media, tuple(answers), error))
 
-    def _prepare_options(self, ask: Ask) -> PrepareOptions:
-        return _merged(self.prepare, ask.prepare)
-
     def _finish(self, i: int, result: Asked) -> None:
         """An item is done; the questions that were not asked because of an error count as done."""
         self.results[i] = result
-        if result.error is not None:
+        if result.error is not None and result.ask is not None:
             self._count(len(result.ask.turns) - len(result.answers))
 
     def _count(self, num: int) -> None:
         self.num_done += num
         if self.report is not None:
             self.report("ask", self.num_done, self.num_questions)
+
+
+def _preparation(ask: Ask, prepare: PrepareOptions) -> Hashable:
+    """Equal for items that can share one preparation. Raises BadRequest: an unknown or illegal option, no source."""
+    return ask.media.media_id if isinstance(ask.media, MediaHandle) else to_request(ask.media, _merged(prepare, ask.prepare))
 
 
 def _merged(common: Options, own: Options) -> Options:

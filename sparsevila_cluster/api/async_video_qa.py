@@ -17,7 +17,7 @@ from functools import partial
 from os import PathLike, fspath
 from typing import Any, Unpack
 
-from sparsevila_cluster.api.ask_many import Ask, Asked, Item, run_ask_many
+from sparsevila_cluster.api.ask_many import Asked, Item, read_items, run_ask_many
 from sparsevila_cluster.api.frame_reader import record_origin
 from sparsevila_cluster.api.heatmap import draw_conversation
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source, to_request
@@ -124,9 +124,9 @@ class AsyncVideoQA:
         always, False never; a function is called with ("ask", questions done, of how many).
 
         Raises:
-            BadRequest: an item of another form, an unknown or illegal option. Unavailable, BadCheckpoint.
+            BadRequest: an unknown or illegal option that is given for all. Unavailable, BadCheckpoint.
         """
-        items = [Ask.of(ask) for ask in asks]
+        items = read_items(asks, prepare or {}, options)
         await self.ready()
         return await run_ask_many(self, items, max_parallel, prepare or {}, options, progress)
 

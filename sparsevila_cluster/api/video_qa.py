@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any, Unpack
 
-from sparsevila_cluster.api.ask_many import Ask, Asked, Item, ask_many_limit_s
+from sparsevila_cluster.api.ask_many import Asked, Item, ask_many_limit_s, read_items
 from sparsevila_cluster.api.async_video_qa import AsyncVideoQA
 from sparsevila_cluster.core.call_options import AskOptions, PrepareOptions, Source
 from sparsevila_cluster.core.config import EngineConfig
@@ -82,8 +82,9 @@ class VideoQA(Blocking[AsyncVideoQA]):
         `AsyncVideoQA.ask_many` documents the arguments. A `progress` function is called in another thread: it must not call
         methods of this object.
         """
-        items = [Ask.of(ask) for ask in asks]
-        work = self._async.ask_many(items, max_parallel=max_parallel, prepare=prepare, progress=progress, **options)
+        asks = list(asks)
+        work = self._async.ask_many(asks, max_parallel=max_parallel, prepare=prepare, progress=progress, **options)
+        items = read_items(asks, prepare or {}, options)
         return self._run(work, ask_many_limit_s(self._async, items, prepare or {}, options))
 
     def info(self) -> dict[str, Any]:

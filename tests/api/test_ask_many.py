@@ -174,12 +174,40 @@ def test_media_that_do_not_fit_together_take_turns(checkpoint, clips, monkeypatc
     run(checkpoint, stuck, prefix_bytes=int(1.5 * room))
 
 
-@pytest.mark.parametrize("item", ["clip.mp4", ("clip.mp4",), ("clip.mp4", "a?", "b?"), ["clip.mp4", "a?"], ("clip.mp4", []), None])
-def test_items_of_another_form_are_refused_before_anything_is_done(checkpoint, item):  # noqa: F811
-    qa = AsyncVideoQA(checkpoint)
-    with pytest.raises(BadRequest, match="an item of ask_many"):
-        asyncio.run(qa.ask_many([("clip.mp4", "fine?"), item]))
-    assert qa._loaded is None
+MALFORMED = [
+    "clip.mp4", ("clip.mp4",), ("clip.mp4", "a?", "b?"), ["clip.mp4", "a?"], ("clip.mp4", []), None, ("clip.mp4", 3),
+    ("clip.mp4", ["a?", None]), (3, "a?"), (["clip.mp4", 3], "a?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("api", [VideoQA, AsyncVideoQA])
+def test_items_of_another_form_are_told_in_their_place_and_harm_no_other(checkpoint, clips, api):  # noqa: F811
+    unusual = [
+        Ask(clips[0], "a?", {"stop": 5}), Ask(clips[0], "a?", {"timeout_s": "soon"}), Ask(clips[0], "a?", {"max_tokens": []}),
+        Ask(clips[0], "a?", prepare={"timeout_s": "soon"}), Ask(clips[0], "a?", prepare={"prune_keep": {}}),
+    ]  # fmt: skip
+    items = [(clips[0], "first?"), *MALFORMED, *unusual, (clips[0], "last?")]
+    if api is VideoQA:
+        with VideoQA(checkpoint, **FIELDS) as qa:
+            results = qa.ask_many(items, max_tokens=2)
+    else:
+        results = asyncio.run(_ask_all(checkpoint, items))
+    assert [result.error is None for result in results] == [True, *[False] * (len(items) - 2), True]
+    for item, result in zip(items[1:-1], results[1:-1], strict=True):
+        assert type(result.error) is BadRequest and (result.ask is item or not isinstance(item, Ask)), item
+        assert "error" in repr(result)
+    assert len(results[0].answer.token_ids) == len(results[-1].answer.token_ids) == 2
+
+
+async def _ask_all(checkpoint, items):  # noqa: F811
+    async with AsyncVideoQA(checkpoint, **FIELDS) as qa:
+        return await qa.ask_many(iter(items), max_tokens=2)
+
+
+@pytest.mark.parametrize("fields", [{"questions": 3}, {"questions": [b"a?"]}, {"options": None}, {"prepare": ["fps"]}])
+def test_an_ask_that_cannot_be_one_is_refused_where_it_is_made(fields):
+    with pytest.raises(BadRequest, match="ask_many"):
+        Ask(**{"media": "clip.mp4", "questions": "a?", **fields})
 
 
 def test_mistakes_that_concern_all_items_are_raised(checkpoint, clips):  # noqa: F811

@@ -65,9 +65,11 @@ class KillCase:
 
 
 @asynccontextmanager
-async def kill_case(cluster: ProcessCluster, clip: CheckedClip, other: CheckedClip) -> AsyncGenerator[KillCase, None]:
+async def kill_case(
+    cluster: ProcessCluster, clip: CheckedClip, other: CheckedClip, num_prefill: int = 2, num_decode: int = 2
+) -> AsyncGenerator[KillCase, None]:
     """Two bystanders ask about `other` all the time; in the end nothing but the prefix of `other` may take a byte anywhere."""
-    await cluster.fill()
+    await cluster.fill(num_prefill, num_decode)
     await _forget(cluster, clip)
     await cluster.pipeline.prepare(other.request)
     await cluster.until(lambda: _is_reported(cluster, other), "a report of the bystanders' clip")

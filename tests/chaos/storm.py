@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
+from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, PoisonRequest, QueueFull, SparseVilaError, Unavailable
 from tests.chaos.checked_clients import QUESTIONS, CheckedClip, Client, checked_clip
 from tests.chaos.process_cluster import ProcessCluster
 from tests.engine.storm import unlogged
@@ -25,8 +25,9 @@ from tests.engine.storm import unlogged
 NUM_CLIENTS = 3
 DEADLINE_S = 20.0
 GRACE_S = 2.0  # of a client that was told later than its deadline
-# What a client may be told in such a storm. Anything else, an Internal above all, is a bug.
-LEGAL = (Unavailable, DeadlineExceeded, NotFound, QueueFull)
+# What a client may be told in such a storm. Anything else, an Internal above all, is a bug. PoisonRequest is bad luck: a second
+# worker was hit in the moments for which the turn was alone there.
+LEGAL = (Unavailable, DeadlineExceeded, NotFound, QueueFull, PoisonRequest)
 # One fault every so many operations.
 OPERATIONS_PER_FAULT = 12
 # How long a client waits that was told that nobody can do it.
@@ -51,7 +52,8 @@ class StormClient:
                 outcomes[f"{operation}: {type(error).__name__}"] += 1
                 if isinstance(error, NotFound):
                     await self._prepare_again()
-                if isinstance(error, Unavailable):  # who asks again at once uses up the operations while a pool is empty
+                # Who asks again at once uses up the operations while a pool is empty.
+                if isinstance(error, Unavailable | PoisonRequest):
                     await asyncio.sleep(REFUSED_PAUSE_S)
                 await self._begin_conversation()
             late_s = time.monotonic() - begun_s - DEADLINE_S

@@ -337,10 +337,10 @@ def test_the_gate_lets_in_by_order_of_arrival_and_keeps_one_alone():
             log.append(f"-{name}")
             gate.leave(alone)
 
-        visits = (("a", False, 0.03), ("b", False, 0.02), ("C", True, 0.01), ("d", False, 0.01), ("e", False, 0.02), ("F", True, 0.0))
+        entrants = (("a", 0.03), ("b", 0.02), ("C", 0.01), ("d", 0.01), ("e", 0.02), ("F", 0.0))
         tasks = []
-        for one in visits:
-            tasks.append(asyncio.create_task(visit(*one)))
+        for name, for_s in entrants:
+            tasks.append(asyncio.create_task(visit(name, name.isupper(), for_s)))
             await asyncio.sleep(0)
         await asyncio.sleep(0.005)
         assert gate.is_wanted_alone
