@@ -120,6 +120,12 @@ class EngineConfig(FrozenConfig):
     limits: MediaLimits = MediaLimits()
     prefix_bytes: int = Field(2 * GIB, ge=1, description="Budget for resident media prefixes (KV bytes).")
     turn_bytes: int = Field(1 * GIB, ge=1, description="Budget for running turns: packed KV and text tails (KV bytes).")
+    parked_bytes: int = Field(
+        1 * GIB,
+        ge=0,
+        description="Budget for text tails outside of turn_bytes (host memory); beyond it the least recently used idle "
+        "conversation is closed, and made again from its text when it goes on.",
+    )
     prefill_chunk: int = Field(
         2048, ge=1, description="Most rows of a media prefix that go through the text model at once; bounds its activations."
     )

@@ -37,6 +37,10 @@ class Pipeline(Protocol):
         """What is known of a prefix that is resident. Raises NotFound, also where it is another tenant's."""
         ...
 
+    async def find_media(self, request: PrepareRequest) -> MediaHandle | None:
+        """What `prepare` would find resident, None where it would have to make it."""
+        ...
+
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Forget a media prefix. False: there is none of this id that `tenant` may use."""
         ...

@@ -130,10 +130,11 @@ class Usage(ReprMixin):
 
 @dataclass(frozen=True)
 class MediaSource:
-    """One video or image as the user named it: a path, raw bytes or a data URL."""
+    """One video or image as the user named it: a path, raw bytes or a data URL. name: what errors call it ("": by path or size)."""
 
     data: str | bytes
     kind: Literal["video", "image", "auto"] = "auto"
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class DecodeEngine:
         per_token = model.spec.bytes_per_token
         self.prefixes = PrefixStore(Arena(model.spec, config.prefix_bytes // per_token, model.device))
         self.conversations = ConversationStore(
-            Arena(model.spec, config.turn_bytes // per_token, model.device), config.max_conversations
+            Arena(model.spec, config.turn_bytes // per_token, model.device), config.max_conversations, config.parked_bytes
         )
         self.scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.max_waiting, config.slice_steps)
         self.turns: dict[str, RunningTurn] = {}

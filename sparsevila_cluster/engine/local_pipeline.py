@@ -106,6 +106,13 @@ class LocalPipeline:
         """The handle of a resident prefix. Raises NotFound, Unavailable."""
         return (await self.decode.call(lambda engine: engine.prefix_of(media_id, tenant))).handle(reused=True)
 
+    async def find_media(self, request: PrepareRequest) -> MediaHandle | None:
+        """What is known of the prefix that a request asks for, None if it is not resident. Raises as `prepare`."""
+        deadline_s = self.prefill.deadline(request).deadline_s
+        key = await wait_within(self.prefill.key_of(request), deadline_s + GRACE_S, "looking for media")
+        resident = await self.decode.call(lambda engine: engine.prefixes.get(key))
+        return None if resident is None else resident.handle(reused=True)
+
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Drop a prefix. False if it is unknown, another tenant's, or a turn is using it."""
         request = self._remembered.get(media_id)
@@ -186,6 +193,8 @@ class LocalPipeline:
                 "turn_bytes": engine.conversations.arena.used_bytes,
                 "conversations": len(engine.conversations),
                 "tails_parked": engine.conversations.num_parked,
+                "parked_bytes": engine.conversations.parked_bytes,
+                "parked_conversations_closed": engine.conversations.num_closed_parked,
                 "turns_running": engine.scheduler.num_running,
                 "turns_waiting": engine.scheduler.num_waiting,
                 "turns_preempted": engine.scheduler.num_preempted,

@@ -18,10 +18,8 @@ from sparsevila_cluster.core.errors import (
     BadMedia,
     BadRequest,
     PermissionDenied,
-    SparseVilaError,
+    QueueFull,
     TooLarge,
-    from_failure,
-    to_failure,
 )
 from sparsevila_cluster.core.requests import MediaSource
 from sparsevila_cluster.gateway.call import Call
@@ -55,6 +53,14 @@ class MediaReference:
     url: str | None = None
     file: str | None = None
     kind: str = ""
+
+
+@dataclass
+class OpenedMedia:
+    """What a pipeline reads. full: the spool had no room for all of it, so that it is only good for looking up what is resident."""
+
+    sources: tuple[MediaSource, ...] = ()
+    full: QueueFull | None = None
 
 
 class MediaSources:
@@ -97,66 +103,84 @@ class MediaSources:
             raise
 
     @asynccontextmanager
-    async def opened(self, call: Call, named: Sequence[MediaReference]) -> AsyncIterator[tuple[MediaSource, ...]]:
-        """The sources for the length of an `async with` block; errors from inside it tell the client's names, not ours.
+    async def opened(self, call: Call, named: Sequence[MediaReference]) -> AsyncIterator[OpenedMedia]:
+        """The sources for the length of an `async with` block; errors about them tell the client's names, not ours.
 
         Raises:
             BadRequest, BadMedia, TooLarge, QueueFull, DeadlineExceeded. NotFound: an upload. PermissionDenied: a file or URL.
         """
         if len(named) > self._limits.max_images:
             raise BadRequest(f"{len(named)} media in one request; the limit is {self._limits.max_images}")
-        names: dict[str, str] = {}
         async with AsyncExitStack() as stack:
-            try:
-                yield tuple([await self._open(call, reference, stack, names) for reference in named])
-            except SparseVilaError as error:
-                raise renamed(error, names) from error
+            opened = OpenedMedia()
+            for reference in named:
+                opened.sources += (await self._open(call, reference, stack, opened),)
+            yield opened
 
-    async def _open(self, call: Call, named: MediaReference, stack: AsyncExitStack, names: dict[str, str]) -> MediaSource:
+    async def _open(self, call: Call, named: MediaReference, stack: AsyncExitStack, opened: OpenedMedia) -> MediaSource:
         kind = media_kind(named.kind)
         if named.upload_id is not None:
             path, uploaded_as = stack.enter_context(self._spool.hold(call.principal.owner, named.upload_id))
-            names[str(path)] = f"upload {named.upload_id!r}"
-            return _source(str(path), kind if named.kind else uploaded_as)
+            return _source(str(path), kind if named.kind else uploaded_as, f"upload {named.upload_id!r}")
         if named.inline is not None:
-            return _source(await self._keep_inline(named.inline, call, stack, names), kind)
+            return await self._keep_inline(named.inline, kind, call, stack, opened)
         if named.url is not None and named.url[:5].lower() == "data:":
-            return await self._keep_data_url(named.url, kind, call, stack, names)
+            return await self._keep_data_url(named.url, kind, call, stack, opened)
         if named.url is not None:
-            return _source(await self._keep_url(named.url, call, stack, names), kind)
+            return _source(await self._keep_url(named.url, call, stack, opened), kind, repr(named.url[:200]))
         if named.file is not None:
             path = await self._in_thread(allowed_file, named.file, self._config.file_root)
-            names[str(path)] = short_name(named.file)
-            return _source(str(path), kind)
+            return _source(str(path), kind, short_name(named.file))
         raise BadRequest("a source must name one of upload_id, inline, url, file; got none")
 
-    async def _keep_inline(self, data: bytes, call: Call, stack: AsyncExitStack, names: dict[str, str]) -> str:
+    async def _keep_inline(self, data: bytes, kind: str, call: Call, stack: AsyncExitStack, opened: OpenedMedia) -> MediaSource:
         if len(data) > self._config.max_inline_bytes:
             most = f"max_inline_bytes = {self._config.max_inline_bytes}"
             raise TooLarge(f"{len(data)} bytes within a request are more than {most}; upload them")
         if not data:
             raise BadMedia("inline media is empty; media need at least one frame")
-        part = self._part(call, stack)
-        names[str(part.path)] = f"inline media of {len(data)} bytes"
-        await self._in_thread(part.write, data)
-        return str(part.path)
+        name = f"inline media of {len(data)} bytes"
+        try:
+            part = self._part(call, stack)
+            await self._in_thread(part.write, data)
+        except QueueFull as error:
+            opened.full = error
+            return _source(data, kind, name)
+        return _source(str(part.path), kind, name)
 
-    async def _keep_data_url(self, url: str, kind: str, call: Call, stack: AsyncExitStack, names: dict[str, str]) -> MediaSource:
+    async def _keep_data_url(self, url: str, kind: str, call: Call, stack: AsyncExitStack, opened: OpenedMedia) -> MediaSource:
         """Bytes travel as files between workers, whatever they came in. What the URL says of its kind is what it is held to."""
         data, media_type = await self._in_thread(read_data_url, url, self._limits)
         declared = media_type.partition("/")[0]
-        path = await self._keep_inline(data, call, stack, names)
-        return _source(path, declared if kind == "auto" and declared in KINDS else kind)
+        return await self._keep_inline(data, declared if kind == "auto" and declared in KINDS else kind, call, stack, opened)
 
-    async def _keep_url(self, url: str, call: Call, stack: AsyncExitStack, names: dict[str, str]) -> str:
-        part = self._part(call, stack)
-        names[str(part.path)] = repr(url[:200])
+    async def _keep_url(self, url: str, call: Call, stack: AsyncExitStack, opened: OpenedMedia) -> str | bytes:
+        """The path of a file; the bytes themselves, `max_inline_bytes` at most, where there is no room for one."""
+        part: SpoolPart | None = None
+        num_written, kept = 0, bytearray()
 
         async def write(block: bytes) -> None:
-            await self._in_thread(part.write, block)
+            nonlocal num_written, kept
+            if opened.full is None and part is not None:
+                try:
+                    await self._in_thread(part.write, block)
+                    num_written += len(block)
+                    return
+                except QueueFull as error:
+                    if num_written > self._config.max_inline_bytes:
+                        raise
+                    opened.full, kept = error, bytearray((await self._in_thread(part.path.read_bytes))[:num_written])
+            assert opened.full is not None
+            if len(kept) + len(block) > self._config.max_inline_bytes:
+                raise opened.full
+            kept += block
 
+        try:
+            part = self._part(call, stack)
+        except QueueFull as error:
+            opened.full = error
         await self._fetcher.fetch(url, write, self._limits.max_bytes, call.left_s(self._spool.ttl_s))
-        return str(part.path)
+        return str(part.path) if part is not None and num_written and not kept else bytes(kept)
 
     def _part(self, call: Call, stack: AsyncExitStack) -> SpoolPart:
         part = self._spool.begin(call.principal.owner)
@@ -192,16 +216,5 @@ def allowed_file(named: str, root: str | None) -> Path:
     return path
 
 
-def renamed(error: SparseVilaError, names: dict[str, str]) -> SparseVilaError:
-    """The same error, with every path of `names` (as it is, quoted, or shortened) called what the client calls it."""
-    message = str(error)
-    for path, name in names.items():
-        for written in (short_name(path), repr(path), path):
-            message = message.replace(written, name)
-    if message == str(error):
-        return error
-    return from_failure({**to_failure(error), "message": message})
-
-
-def _source(data: str, kind: str) -> MediaSource:
-    return MediaSource(data, kind)  # type: ignore[arg-type]
+def _source(data: str | bytes, kind: str, name: str) -> MediaSource:
+    return MediaSource(data, kind, name)  # type: ignore[arg-type]

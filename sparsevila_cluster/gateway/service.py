@@ -177,15 +177,21 @@ class VideoQAService:
             Whatever the pipeline raises.
         """
         self._shares.check_visual_tokens(call.principal.owner)
-        async with self._sources.opened(call, media) as sources:
+        async with self._sources.opened(call, media) as opened:
             request = PrepareRequest(
-                sources=sources,
+                sources=opened.sources,
                 fps=fps,
                 max_frames=max_frames,
                 prune_keep=prune_keep,
                 deadline_s=call.left_s(self._engine.prepare_timeout_s),
                 tenant=call.principal.tenant,
             )
+            if opened.full is not None:
+                known = await self._pipeline.find_media(request)
+                if known is None:
+                    raise opened.full
+                yield known
+                return
             reports = ProgressQueue()
             preparing = asyncio.ensure_future(self._pipeline.prepare(request, reports.put))
             preparing.add_done_callback(lambda _: reports.close())

@@ -1,7 +1,8 @@
 """Conversations on media prefixes: the KV of their text (their tails), and who may keep it in the arena.
 
 The tail is stored once: packed KV never contains it. When running turns need room, the tails of conversations that do not run
-are parked outside the arena, in host memory, least recently used first, and come back unchanged with their next turn.
+are parked outside the arena, in host memory, least recently used first, and come back unchanged with their next turn. Parked tails
+have a budget of their own: beyond it the least recently used idle conversation is closed, to be made again from its text.
 """
 
 from __future__ import annotations
@@ -56,15 +57,19 @@ def _rounded(rows: int) -> int:
 class ConversationStore:
     """All conversations of one engine and the arena of running turns (tails and packed KV). Not thread-safe."""
 
-    def __init__(self, arena: Arena, max_conversations: int):
+    def __init__(self, arena: Arena, max_conversations: int, parked_budget_bytes: int):
+        """parked_budget_bytes: of tails outside the arena; only those of turns that wait may exceed it."""
         self.arena = arena
         self.max_conversations = max_conversations
+        self.parked_budget_bytes = parked_budget_bytes
+        self.parked_bytes = 0
         self._all: OrderedDict[str, Conversation] = OrderedDict()
         self._busy: dict[str, int] = {}
         self._rooms: dict[str, Room] = {}
         self._refused: tuple[str, int, int, int] | None = None
         self._num_left = 0
         self.num_parked = 0
+        self.num_closed_parked = 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all)
@@ -100,6 +105,7 @@ class ConversationStore:
         conversation = self._all.pop(conversation_id)
         if conversation.extent is not None:
             self.arena.free(conversation.extent)
+        self._unpark(conversation)
         return True
 
     def busy(self, conversation_id: str) -> bool:
@@ -117,6 +123,7 @@ class ConversationStore:
             self._busy[conversation.conversation_id] = count
         else:
             del self._busy[conversation.conversation_id]
+            self._close_parked()
 
     # ---- room of running turns ---------------------------------------------------------------------------------------------
 
@@ -137,7 +144,7 @@ class ConversationStore:
         room = self._try_take(conversation, tail_rows, packed_rows)
         if room is None:
             # Idle tails, the conversation's own among them, may lie where they leave no run that is long enough.
-            for idle in self._all.values():
+            for idle in list(self._all.values()):
                 self._park(idle)
             room = self._try_take(conversation, tail_rows, packed_rows)
         if room is None:
@@ -223,7 +230,23 @@ class ConversationStore:
         conversation.extent = None
         self.arena.free(extent)
         self.num_parked += not running
+        self.parked_bytes += k.nbytes + v.nbytes
+        if not running:  # one of a running turn comes back at once
+            self._close_parked()
         return True
+
+    def _close_parked(self) -> None:
+        """Close idle conversations, least recently used first, until the parked tails are within their budget."""
+        for name, conversation in list(self._all.items()):
+            if self.parked_bytes <= self.parked_budget_bytes:
+                return
+            if conversation.parked is not None and self.close(name):
+                self.num_closed_parked += 1
+
+    def _unpark(self, conversation: Conversation) -> None:
+        if conversation.parked is not None:
+            self.parked_bytes -= sum(rows.nbytes for rows in conversation.parked)
+            conversation.parked = None
 
     def _move(self, conversation: Conversation, extent: Extent) -> None:
         """Copy the tail, from its old extent or from where it is parked, into another extent."""
@@ -234,7 +257,8 @@ class ConversationStore:
                 target[:, :num].copy_(rows[:, :num])
         if old is not None:
             self.arena.free(old)
-        conversation.extent, conversation.parked = extent, None
+        conversation.extent = extent
+        self._unpark(conversation)
 
     def check_integrity(self) -> None:
         """Assert that every used slot of the arena is a tail or packed KV."""
@@ -246,5 +270,9 @@ class ConversationStore:
         assert set(self._rooms) <= set(self._busy) <= set(self._all), "a turn without its conversation"
         assert all(room.tail is self._all[name].extent for name, room in self._rooms.items()), "a turn without its tail"
         assert all(c.length <= c.written for c in self._all.values())
+        parked = {name: sum(rows.nbytes for rows in c.parked) for name, c in self._all.items() if c.parked is not None}
+        assert self.parked_bytes == sum(parked.values()), "parked bytes without an owner"
+        over = self.parked_bytes > self.parked_budget_bytes
+        assert not over or set(parked) <= set(self._busy), "parked tails above their budget that no turn waits for"
         idle = [c for name, c in self._all.items() if name not in self._busy]
         assert all(c.length == c.written for c in idle), "rows of a turn that is gone"

@@ -80,12 +80,12 @@ def open_source(source: MediaSource, limits: MediaLimits) -> Iterator[Blob]:
     if isinstance(data, str) and data[:5].lower() == "data:":
         data, declared = read_data_url(data, limits)
     if isinstance(data, (bytes, bytearray, memoryview)):
-        name = f"{len(data)} bytes"
+        name = source.name or f"{len(data)} bytes"
         if len(data) > limits.max_bytes:
             raise _too_many_bytes(name, len(data), limits)
         file, size = _in_memory(data), len(data)
     elif isinstance(data, (str, os.PathLike)):
-        name = short_name(os.fspath(data))
+        name = source.name or short_name(os.fspath(data))
         file, size = _open_path(data, name, limits)
     else:
         raise BadMedia(f"media must be a path, bytes or a data URL, got {type(data).__name__}")

@@ -8,14 +8,16 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatusOverview, ReplicaState
 
@@ -49,7 +51,8 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
 
     Raises:
         BadConfig, BadCheckpoint: a configuration that cannot be started. Unavailable: the port is taken, no Ray at the address, or
-        Ray is gone. DeadlineExceeded: not ready within `start_timeout_s`. KeyboardInterrupt: interrupted before it was ready.
+        Ray is gone, or does not answer within `start_timeout_s`. DeadlineExceeded: not ready within `start_timeout_s`.
+        KeyboardInterrupt: interrupted before it was ready.
     """
     check_cluster(config)
     start_s, stdout = time.perf_counter(), sys.stdout
@@ -70,7 +73,7 @@ def serve_cluster(config: ClusterConfig, address: str | None = None, verbose: bo
                 config = config.model_copy(update={"door": gateway})
         else:
             progress.stage("connect to Ray", 0, 1)
-            stack.enter_context(_connected(address, verbose))
+            stack.enter_context(_connected(address, verbose, config.start_timeout_s))
             config = with_routers(config)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         app = application(config, {} if address is None else REPLICA_ENV, verbose)  # an own Ray hands its environment on
@@ -108,14 +111,26 @@ def _ignoring(*numbers: int) -> Iterator[None]:
 
 
 @contextmanager
-def _connected(address: str, verbose: bool) -> Iterator[None]:
+def _connected(address: str, verbose: bool, within_s: float) -> Iterator[None]:
+    """Ray's own deadlines add up to minutes, so it is asked in a thread that nobody has to wait for. Raises Unavailable."""
     set_ray_log_level(verbose)
+    connecting: Future[None] = Future()
+
+    def connect() -> None:
+        try:
+            ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.CRITICAL)
+            serve.start(proxy_location="Disabled")
+            connecting.set_result(None)
+        except BaseException as error:
+            connecting.set_exception(error)
+
+    threading.Thread(target=connect, name="connect to Ray", daemon=True).start()
     try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.CRITICAL)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise Unavailable(f"no Ray cluster at {address!r}: {error}") from error
+        connecting.result(within_s)
+    except (OSError, RuntimeError, ValueError, RayError) as error:  # also TimeoutError
+        lines = str(error).strip().splitlines() or [f"no answer within {within_s:g} s"]
+        raise Unavailable(f"no Ray cluster at {address!r}: {lines[0]}") from error
     try:
-        serve.start(proxy_location="Disabled")
         yield
     finally:
         ray.shutdown()

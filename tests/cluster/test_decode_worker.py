@@ -158,6 +158,8 @@ def test_reports_tell_residents_when_they_change_and_everything_when_asked(check
             values = decode.sink.values
             assert values[("media_objects", "decode")] == 1 and values[("conversations",)] == 1
             assert values[("kv_bytes", "decode", "prefixes")] == handle.kv_bytes
+            assert values[("kv_bytes", "decode", "parked")] == 0
+            assert values[("kv_budget_bytes", "decode", "parked")] == decode.config.engine.parked_bytes
             info = json.loads(json.dumps(await decode.info()))
             assert info["residents"] == [handle.media_id] and info["conversations"] == 1
             (lane,) = info["lanes"]

@@ -71,6 +71,20 @@ def test_a_question_costs_two_workers_and_is_refused_at_once_from_then_on(point)
     run_with_key(scenario)
 
 
+def test_one_whose_last_tokens_were_not_heard_costs_two_workers_too():
+    """The same token kills both workers, but the first one had not sent those before it."""
+
+    async def scenario(cluster, router, key):
+        first = cluster.decode.workers[home(cluster, key)]
+        for worker in cluster.decodes:
+            kill_at(cluster, worker, POISON, "token 0" if worker is first else "token 3")
+        with pytest.raises(PoisonRequest):
+            await ask(router, key, POISON)
+        assert len(cluster.decodes) == 3
+
+    run_with_key(scenario)
+
+
 def test_in_a_later_turn_of_a_conversation_which_then_goes_on():
     async def scenario(cluster, router, key):
         _, name = await ask(router, key, QUESTIONS[0])
@@ -126,6 +140,33 @@ def test_a_suspect_is_alone_until_it_has_said_something_new():
         assert Answer.from_events(await tasks[2]).token_ids == conversation(key, ["other?", "and then?"], NUM)[1]
 
     run_with_key(scenario, num_decode=2, decode={"replicate_after": 0})
+
+
+def test_a_client_that_leaves_a_turn_which_was_alone_leaves_no_trace_of_it():
+    """What was held back while it was alone ends with `done`, which its client did not hear."""
+
+    async def scenario(cluster, router, key):
+        _, name = await ask(router, key, QUESTIONS[0])
+        worker = cluster.decode.workers[home(cluster, key)]
+        worker.breakpoints.hold("token 0")
+        heard = []
+
+        async def leave_early():
+            async with aclosing(router.ask(turn(key, "left?", name))) as events:
+                async for event in events:
+                    heard.append(event.kind)
+                    if event.kind == "token" and event.index == 1:
+                        return
+
+        task = asyncio.create_task(leave_early())
+        await worker.breakpoints.reached("token 0")
+        cluster.kill(worker.name)
+        await task
+        assert heard == ["accepted", "token", "token"]
+        answer, name = await ask(router, key, QUESTIONS[1], name)
+        assert answer.token_ids == conversation(key, QUESTIONS, NUM)[1]
+
+    run_with_key(scenario)
 
 
 def test_suspects_of_two_routers_are_not_alone_at_one_worker_together():
@@ -310,14 +351,15 @@ def test_other_preparations_at_a_worker_that_dies_are_made():
 
 def test_a_maker_that_is_killed_twice_at_random_does_not_refuse_media_that_it_had_made():
     async def scenario(cluster, router):
-        for name in ("p0", "p1"):
-            worker = cluster.prefill.workers[name]
+        for worker in cluster.prefill.workers.values():
             worker.breakpoints.hold("send")
         task = asyncio.create_task(router.prepare(video()))
         for _ in range(2):
             await until(lambda: any(worker.copies and worker.num_making for worker in cluster.prefill.workers.values()))
             (maker,) = [worker for worker in cluster.prefill.workers.values() if worker.num_making]
             cluster.kill(maker.name)
+        (last,) = cluster.prefill.workers.values()
+        last.breakpoints.free("send")
         assert (await task).media_id
 
     run(scenario, num_prefill=3)

@@ -21,8 +21,6 @@ from sparsevila_cluster.core.errors import (
 )
 from sparsevila_cluster.gateway.audit_log import NAME
 from sparsevila_cluster.gateway.grpc.status_codes import MAX_MESSAGE_BYTES, clipped, status_of
-from sparsevila_cluster.gateway.media_sources import renamed
-from sparsevila_cluster.media.media_source import short_name
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests.gateway.running_servers import ask, locally, prepare, refused, run, streamed, upload
 
@@ -311,11 +309,3 @@ def test_statuses_fit_into_metadata():
         assert len(clipped(text).encode()) <= MAX_MESSAGE_BYTES
         code, details, trailers = status_of(BadRequest(text))
         assert 3 * len(details.encode()) + sum(len(value) * 4 // 3 for _, value in trailers) < 8000
-
-
-def test_errors_tell_the_clients_names():
-    error = QueueFull("'/tmp/a/b' and /tmp/a/b", 3.0)
-    told = renamed(error, {"/tmp/a/b": "upload 'u'"})
-    assert str(told) == "upload 'u' and upload 'u'" and told.retry_after_s == 3.0 and renamed(error, {"/x": "y"}) is error
-    path = "/media/" + "x" * 300
-    assert str(renamed(BadRequest(f"cannot read {short_name(path)}"), {path: "'x'"})) == "cannot read 'x'"

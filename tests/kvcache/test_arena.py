@@ -133,7 +133,7 @@ def write(conversation, rows, value):
 
 
 def test_tails_park_and_come_back_unchanged():
-    store = ConversationStore(Arena(SPEC, 128), max_conversations=10)
+    store = ConversationStore(Arena(SPEC, 128), max_conversations=10, parked_budget_bytes=2**20)
     a, b = enter(store, "a"), enter(store, "b")
     for value, c in ((1.0, a), (2.0, b)):
         assert store.take(c, 40, 0) is not None
@@ -157,7 +157,7 @@ def test_a_turn_that_fits_alone_is_always_placed():
     """Also when the conversation's own old tail lies in the middle of the arena."""
     rng = random.Random(3)
     for _ in range(200):
-        store = ConversationStore(Arena(SPEC, 256), max_conversations=100)
+        store = ConversationStore(Arena(SPEC, 256), max_conversations=100, parked_budget_bytes=2**20)
         tails = [enter(store, str(i)) for i in range(4)]
         for c in tails:
             store.take(c, rng.randint(1, 90), 0)
@@ -170,7 +170,7 @@ def test_a_turn_that_fits_alone_is_always_placed():
 
 
 def test_the_room_of_a_running_turn_grows_in_place_elsewhere_or_through_the_outside():
-    store = ConversationStore(Arena(SPEC, 256), max_conversations=10)
+    store = ConversationStore(Arena(SPEC, 256), max_conversations=10, parked_budget_bytes=2**20)
     a, b = enter(store, "a"), enter(store, "b")
     first = store.take(a, 32, 10)
     assert (first.packed.start, first.tail.start) == (0, 10)
@@ -192,7 +192,7 @@ def test_the_room_of_a_running_turn_grows_in_place_elsewhere_or_through_the_outs
 
 
 def test_a_tail_uses_the_slots_it_lies_on_to_grow():
-    store = ConversationStore(Arena(SPEC, 160), max_conversations=10)
+    store = ConversationStore(Arena(SPEC, 160), max_conversations=10, parked_budget_bytes=2**20)
     a, b = enter(store, "a"), enter(store, "b")
     store.take(b, 32, 0)
     room = store.take(a, 64, 0)
@@ -211,7 +211,7 @@ def test_a_tail_uses_the_slots_it_lies_on_to_grow():
 
 
 def test_idle_conversations_close_when_there_are_too_many():
-    store = ConversationStore(Arena(SPEC, 128), max_conversations=2)
+    store = ConversationStore(Arena(SPEC, 128), max_conversations=2, parked_budget_bytes=2**20)
     a = store.open("a", "m", 0)
     store.enter(a)
     store.open("b", "m", 0)
@@ -219,3 +219,45 @@ def test_idle_conversations_close_when_there_are_too_many():
     assert store.get("b") is None and store.get("a") is a
     store.leave(a)
     assert store.close("a")
+
+
+def test_parked_tails_have_a_budget_of_bytes():
+    budget = 80 * SPEC.bytes_per_token
+    store = ConversationStore(Arena(SPEC, 128), max_conversations=100, parked_budget_bytes=budget)
+
+    def converse(name):
+        conversation = enter(store, name)
+        assert store.take(conversation, 64, 0) is not None
+        write(conversation, 40, 1.0)
+        store.give_back(conversation)
+        store.leave(conversation)
+        store.check_integrity()
+        assert store.parked_bytes <= budget
+
+    for i in range(10):
+        converse(f"{i}")
+    assert [*store] == ["6", "7", "8", "9"], "two lie in the arena, two of 40 rows are parked"
+    assert store.num_closed_parked == 6 and store.parked_bytes == budget
+    store.get("6")
+    converse("10")
+    assert "6" in store and "7" not in store, "what was used last is closed last"
+    for name in [*store]:
+        assert store.close(name)
+    assert store.parked_bytes == 0 and store.arena.used_bytes == 0
+
+
+def test_tails_of_turns_that_wait_are_parked_beyond_the_budget_and_none_is_closed():
+    store = ConversationStore(Arena(SPEC, 64), max_conversations=100, parked_budget_bytes=0)
+    waiting = [enter(store, f"{i}") for i in range(3)]
+    for conversation in waiting:
+        assert store.take(conversation, 64, 0) is not None
+        write(conversation, 40, 2.0)
+        store.give_back(conversation)
+        store.check_integrity()
+    assert store.parked_bytes == 80 * SPEC.bytes_per_token and not store.num_closed_parked
+    assert store.take(waiting[0], 64, 0) is not None and content(waiting[0]) == {2.0}
+    store.give_back(waiting[0])
+    for conversation in waiting:
+        store.leave(conversation)
+        store.check_integrity()
+    assert [*store] == ["0"] and store.parked_bytes == 0, "the one that lies in the arena"

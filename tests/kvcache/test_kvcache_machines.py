@@ -154,12 +154,18 @@ class ConversationMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.store = ConversationStore(Arena(SPEC, SLOTS), max_conversations=3)
+        self.store = ConversationStore(Arena(SPEC, SLOTS), 3, parked_budget_bytes=60 * SPEC.bytes_per_token)
         self.rows, self.committed, self.under_way, self.rooms = {}, {}, set(), {}
         self.next_value = 0
 
     def conversation(self, name):
         return self.store._all[name]
+
+    def forget_closed(self):
+        """What the store closed by itself, of which no turn waits or runs."""
+        for gone in [n for n in self.rows if n not in self.store._all]:
+            assert gone not in self.under_way, "a conversation with a turn was closed"
+            del self.rows[gone], self.committed[gone]
 
     @rule(name=names)
     def open_or_enter(self, name):
@@ -167,9 +173,7 @@ class ConversationMachine(RuleBasedStateMachine):
             return
         if self.store.get(name) is None:
             self.store.open(name, "media", 0)
-            for gone in [n for n in self.rows if n not in self.store._all]:
-                assert gone not in self.under_way, "a conversation with a turn was closed"
-                del self.rows[gone], self.committed[gone]
+            self.forget_closed()
             self.rows[name], self.committed[name] = [], 0
         self.store.enter(self.conversation(name))
         self.under_way.add(name)
@@ -180,6 +184,7 @@ class ConversationMachine(RuleBasedStateMachine):
             return
         tail = len(self.rows[name]) + more
         room = self.store.take(self.conversation(name), tail, packed)
+        self.forget_closed()
         if room is None:
             assert self.rooms or not self.store.fits_ever(tail, packed), "alone, what fits is placed"
         else:
@@ -191,7 +196,9 @@ class ConversationMachine(RuleBasedStateMachine):
         if name in self.rooms:
             room, tail = self.rooms[name], len(self.rows[name]) + more
             before = room.tail.length
-            if self.store.resize(self.conversation(name), tail, packed):
+            is_resized = self.store.resize(self.conversation(name), tail, packed)
+            self.forget_closed()
+            if is_resized:
                 assert room.tail.length >= tail and (room.packed.length if room.packed else 0) == packed
             else:
                 assert room.tail.length >= before and room.packed is None or room.packed.length == packed

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
+from sparsevila_cluster.cluster.messages import PrefixLocation
 from sparsevila_cluster.cluster.routing.placement import choose_prefill
 from sparsevila_cluster.cluster.routing.prefix_provisioner import PrefixProvisioner, PrefixRequest
 from sparsevila_cluster.cluster.routing.visits import Visits
@@ -72,9 +73,27 @@ class MediaPreparer:
         self._remembered.put(handle.media_id, request)
         return handle.as_reused() if shared else handle
 
+    async def find(self, request: PrepareRequest, deadline: Deadline) -> MediaHandle | None:
+        """What is resident at a decode worker, None if it would have to be made. Raises as `prepare`."""
+        digest = await asyncio.to_thread(digest_of, request, self._clients.config.engine)
+        found = await self._find(digest, request, deadline)
+        return found.handle.as_reused() if found.holders and found.handle is not None else None
+
     async def _find_or_make(
         self, digest: str, request: PrepareRequest, progress: Progress | None, deadline: Deadline
     ) -> MediaHandle:
+        found = await self._find(digest, request, deadline)
+        assert found.key is not None
+        if found.holders and found.handle is not None:
+            self._sink.count("media_kv_hits_total")
+            noting = self._clients.directory.note_held(found.handle, (), digest, deadline.remaining_s("preparing media"))
+            self._clients.in_background(noting, f"noting which request asks for media {found.key[:12]}")
+            return found.handle.as_reused()
+        _, handle = await self._provisioner.provide(PrefixRequest(found.key, deadline, request, progress, digest))
+        return handle
+
+    async def _find(self, digest: str, request: PrepareRequest, deadline: Deadline) -> PrefixLocation:
+        """Where it is, by whatever names it. Raises PoisonRequest: it is refused."""
         directory, suspects = self._clients.directory, self._clients.suspects
         suspects.check(digest, time.monotonic())
         found = await directory.find(digest, None, deadline)
@@ -83,13 +102,7 @@ class MediaPreparer:
             found = await directory.find(None, await self._key_of(digest, request, deadline), deadline)
         assert found.key is not None
         suspects.check(found.key, time.monotonic(), found.refused)
-        if found.holders and found.handle is not None:
-            self._sink.count("media_kv_hits_total")
-            noting = directory.note_held(found.handle, (), digest, deadline.remaining_s("preparing media"))
-            self._clients.in_background(noting, f"noting which request asks for media {found.key[:12]}")
-            return found.handle.as_reused()
-        _, handle = await self._provisioner.provide(PrefixRequest(found.key, deadline, request, progress, digest))
-        return handle
+        return found
 
     async def _key_of(self, digest: str, request: PrepareRequest, deadline: Deadline) -> str:
         """From whichever prefill worker answers. Raises Unavailable: none does, in `max_attempts`."""

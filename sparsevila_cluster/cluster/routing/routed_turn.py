@@ -124,8 +124,12 @@ class RoutedTurn:
                 async with visit, aclosing(self._run(worker)) as events:
                     async for event in events:
                         self._check()
+                        if event.kind == "done":
+                            await visit.finish()
+                            while unsent:  # a client that leaves here has not heard the end, so that it is not recorded
+                                yield unsent.pop(0)
                         await self._note(event)
-                        await (visit.finish() if event.kind == "done" else visit.got_to(len(self._token_ids)))
+                        await visit.got_to(len(self._token_ids))
                         if event.kind == "token" or event.kind not in sent:
                             sent.add(event.kind)
                             with_token = event.kind in ("accepted", "done")

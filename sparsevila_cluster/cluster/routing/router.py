@@ -91,6 +91,12 @@ class ClusterPipeline:
             raise NotFound(f"media {media_id!r} is not resident; prepare it first")
         return found.handle.as_reused()
 
+    async def find_media(self, request: PrepareRequest) -> MediaHandle | None:
+        """What is known of the prefix that a request asks for, None if it is at no decode worker. Raises as `prepare`."""
+        self._check_open()
+        deadline_s = self.config.engine.prepare_timeout_s if request.deadline_s is None else request.deadline_s
+        return await wait_within(self._preparer.find(request, Deadline(deadline_s)), deadline_s, "looking for media")
+
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Drop a prefix and its copies everywhere. False if it is unknown, another tenant's, or a turn is using it.
 

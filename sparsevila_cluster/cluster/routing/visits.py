@@ -25,6 +25,8 @@ from sparsevila_cluster.core.errors import (
 
 log = logging.getLogger(__name__)
 
+# Tokens that a worker may have made, but not sent, when it died: one list of events.
+LAG_TOKENS = 8
 # A turn whose client does not read keeps a suspect from its worker for no longer than this.
 ENTERING_S = 5.0
 
@@ -70,8 +72,8 @@ class Visit:
     def __init__(self, visits: Visits, pool: PoolName, request: InHand, alone: bool, entry: AsyncExitStack):
         self._clients, self._pool, self._request, self._entry = visits.clients, pool, request, entry
         suspects = self._clients.suspects
-        # A turn that goes on need not say again what was heard of it.
-        self._through_at = request.reach or suspects.reach_of(request.fingerprint)
+        # A turn that goes on need not say again what was heard of it. What died may have been further than anybody heard.
+        self._through_at = (request.reach or suspects.reach_of(request.fingerprint)) + (LAG_TOKENS if alone else 0)
         self._alone, self._done = alone, False
         bounded = pool == "decode" and not alone
         self._timer = asyncio.get_running_loop().call_later(ENTERING_S, self._let_others_in) if bounded else None
@@ -88,7 +90,7 @@ class Visit:
         return self._alone
 
     async def got_to(self, reach: int) -> None:
-        """How far it has come now, in tokens that were heard; the first one behind what was known frees it from suspicion."""
+        """How far it has come now, in tokens that were heard. Behind the point where a worker died it is free of suspicion."""
         self._request.reach = max(self._request.reach, reach)
         if reach > self._through_at:
             await self._get_through()

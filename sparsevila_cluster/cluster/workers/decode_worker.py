@@ -178,7 +178,11 @@ class DecodeWorker:
             self.sink,
             "decode",
             len(stats.residents),
-            {"prefixes": (load.prefix_bytes, load.prefix_budget_bytes), "turns": (load.turn_bytes, load.turn_budget_bytes)},
+            {
+                "prefixes": (load.prefix_bytes, load.prefix_budget_bytes),
+                "turns": (load.turn_bytes, load.turn_budget_bytes),
+                "parked": (self.engine.conversations.parked_bytes, self.engine.conversations.parked_budget_bytes),
+            },
         )
         self.sink.set("conversations", stats.num_conversations)
         self.sink.set("turns_running", load.num_running)
@@ -211,6 +215,9 @@ class DecodeWorker:
             "load": asdict(load_of(self.engine)),
             "residents": [handle.media_id for handle in stats.residents],
             "conversations": stats.num_conversations,
+            "parked_bytes": self.engine.conversations.parked_bytes,
+            "parked_budget_bytes": self.engine.conversations.parked_budget_bytes,
+            "parked_conversations_closed": self.engine.conversations.num_closed_parked,
             "prefixes_evicted": stats.num_evicted,
             "turns_preempted": stats.num_preempted,
             "brownout": stats.brownout,
