@@ -169,7 +169,9 @@ class MediaSources:
                 except QueueFull as error:
                     if num_written > self._config.max_inline_bytes:
                         raise
-                    opened.full, kept = error, bytearray((await self._in_thread(part.path.read_bytes))[:num_written])
+                    opened.full = error
+                    if num_written:
+                        kept += (await self._in_thread(part.path.read_bytes))[:num_written]
             assert opened.full is not None
             if len(kept) + len(block) > self._config.max_inline_bytes:
                 raise opened.full
