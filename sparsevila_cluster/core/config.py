@@ -138,6 +138,13 @@ class EngineConfig(FrozenConfig):
     max_question_bytes: int = Field(64 * KIB, ge=1, description="Longest question, in bytes of UTF-8; it is tokenised if it fits.")
     max_answer_tokens: int = Field(16_384, ge=1, description="Largest max_tokens, and longest replay, that a turn may ask for.")
     max_waiting: int = Field(256, ge=1, description="Longest queue of turns before new ones are refused.")
+    max_share: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="Most of max_waiting, max_waiting_pixels and prefix_bytes that one owner (an API key's tenant) may take; "
+        "without keys there are no shares.",
+    )
     max_conversations: int = Field(1024, ge=1, description="Conversations kept; the least recently used idle one is closed first.")
     turn_timeout_s: float = Field(300.0, gt=0, description="Deadline of a turn that names none.")
     prepare_timeout_s: float = Field(600.0, gt=0, description="Deadline of a preparation that names none.")

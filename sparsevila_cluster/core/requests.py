@@ -141,7 +141,8 @@ class MediaSource:
 class PrepareRequest:
     """What media prefix is wanted. `fps` and `max_frames` None = the engine's defaults; `prune_keep` None = the configured one.
 
-    tenant: who alone may use the prefix, part of its content key; "" = everybody.
+    tenant: who alone may use the prefix, part of its content key; "" = everybody. owner: whose share of the engines it takes, "" =
+    nobody counts shares.
     """
 
     sources: tuple[MediaSource, ...]
@@ -150,6 +151,7 @@ class PrepareRequest:
     prune_keep: float | None = None
     deadline_s: float | None = None
     tenant: str = ""
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -224,7 +226,7 @@ class Turn:
     retrieve_keep: fraction of the pruned visual KV that the answer attends to; with a mass, the most that it may be.
     retrieve_mass: share of the visual attention that this must hold, 1 = no mass. refresh_every: generated tokens between two
     choices, 0 = chosen once. Evidence is of the choice after the question. after: how many turns the conversation has behind it as
-    far as the caller knows, None = unchecked. replay: go on with an answer that was begun elsewhere.
+    far as the caller knows, None = unchecked. replay: go on with an answer that was begun elsewhere. owner: as in `PrepareRequest`.
     """
 
     turn_id: str
@@ -240,6 +242,7 @@ class Turn:
     tenant: str = ""
     after: int | None = None
     replay: Replay | None = None
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not self.question.strip():

@@ -64,7 +64,9 @@ class DecodeEngine:
         self.conversations = ConversationStore(
             Arena(model.spec, config.turn_bytes // per_token, model.device), config.max_conversations, config.parked_bytes
         )
-        self.scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.max_waiting, config.slice_steps)
+        self.scheduler = Scheduler(
+            config.max_batch, config.max_step_tokens, config.max_waiting, config.slice_steps, config.max_share
+        )
         self.turns: dict[str, RunningTurn] = {}
         self.num_steps = 0
         self.brownout = 0.0
@@ -91,6 +93,9 @@ class DecodeEngine:
             raise BadRequest(f"turn_id {turn.turn_id!r} is already in use")
         if self.scheduler.full:
             raise QueueFull(f"{self.scheduler.num_waiting} turns wait already; the limit is {self.config.max_waiting}")
+        if (num := self.scheduler.num_waiting_of(turn.owner)) >= (most := self.scheduler.bound_of(turn.owner)):
+            limit = f"its share of max_waiting={self.config.max_waiting} is {most}"
+            raise QueueFull(f"{num} turns of {turn.owner!r} wait already; {limit}")
         prefix = self.prefix_of(turn.media_id, turn.tenant)
         conversation = self._conversation_of(turn)
         prepared = prepared or self.prepare(turn)
@@ -100,7 +105,7 @@ class DecodeEngine:
         self.prefixes.hold(prefix.key)
         self.conversations.enter(conversation)
         self.turns[turn.turn_id] = RunningTurn(turn, prepared, conversation, prefix, self.model, self.config, sink)
-        self.scheduler.add(turn.turn_id, turn.conversation_id)
+        self.scheduler.add(turn.turn_id, turn.conversation_id, turn.owner)
         sink(TurnEvent("accepted", turn.turn_id, conversation_id=turn.conversation_id))
 
     def prefix_of(self, media_id: str, tenant: str = "") -> MediaPrefix:

@@ -185,6 +185,7 @@ class VideoQAService:
                 prune_keep=prune_keep,
                 deadline_s=call.left_s(self._engine.prepare_timeout_s),
                 tenant=call.principal.tenant,
+                owner=call.principal.owner,
             )
             if opened.full is not None:
                 known = await self._pipeline.find_media(request)
@@ -229,7 +230,7 @@ class VideoQAService:
     async def ask(self, call: Call, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn, measured, `done` last. Leaving early aborts it.
 
-        turn: as the client names it; a turn id is made where it is empty, and tenant and deadline are the call's.
+        turn: as the client names it; a turn id is made where it is empty; tenant, owner and deadline are the call's.
 
         Raises:
             BadRequest: an id or a token that cannot be one, a size over the engine's bounds. NotFound: media that is unknown, or
@@ -248,6 +249,7 @@ class VideoQAService:
             turn_id=call.principal.pipeline_turn_id(turn_id),
             deadline_s=call.left_s(self._engine.turn_timeout_s),
             tenant=call.principal.tenant,
+            owner=call.principal.owner,
         )
         labels = {"turn": "later" if turn.conversation_id else "first"}
         media = "cold" if turn.media_id in self._fresh else "warm"

@@ -76,6 +76,7 @@ async def replay(
                 conversation_id=turn.conversation_id,
                 media_id=turn.media_id,
                 tenant=turn.tenant,
+                owner=turn.owner,
                 want_evidence=False,
                 deadline_s=max(1e-3, deadline.left_s),
                 after=number,
