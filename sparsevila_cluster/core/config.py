@@ -33,6 +33,20 @@ class MediaLimits(FrozenConfig):
     max_pixels: int = Field(8192 * 8192, ge=1, description="Most pixels (width x height) of a decoded frame.")
     max_frames: int = Field(512, ge=1, description="Most frames after sampling; a request may ask for fewer.")
     max_images: int = Field(16, ge=1, description="Most images or videos in one composite prefix.")
+    max_decoded_pixels: int = Field(
+        2**37,
+        ge=1,
+        description="Most pixels of all frames that a request has decoded, over all its sources: 65,000 frames of 1920 x 1080, "
+        "about two minutes of one core. Seeking spares most frames of a long video.",
+    )
+    max_sampled_pixels: int = Field(
+        2**31,
+        ge=1,
+        description="Most pixels of all frames that a request has sampled, over all its sources: 1,000 frames of 1920 x 1080.",
+    )
+    max_visual_tokens: int = Field(
+        2**18, ge=1, description="Most visual tokens, before pruning, of all sources of a request: 512 frames of 512 tokens."
+    )
     decode_timeout_s: float = Field(60.0, gt=0, description="Deadline for decoding one source.")
     decode_memory_bytes: int = Field(
         4 * GIB, ge=256 * MIB, description="Most memory that decoding one source may take, besides the frames that it gives."
@@ -142,8 +156,17 @@ class EngineConfig(FrozenConfig):
         0.75,
         gt=0,
         le=1,
-        description="Most of max_waiting, max_waiting_pixels and prefix_bytes that one owner (an API key's tenant) may take; "
-        "without keys there are no shares.",
+        description="Most of max_waiting and prefix_bytes that one owner (an API key's tenant) may take. Without keys there are no "
+        "shares.",
+    )
+    max_waiting_pixels: int = Field(
+        2**39,
+        ge=1,
+        description="Most pixels (decoded ones, and eight for each that is sampled) of the preparations of one owner that wait: "
+        "about what prepare_timeout_s leaves time for. Without keys there is no such limit.",
+    )
+    max_preparing: int = Field(
+        4, ge=1, description="Preparations under way at once, each of another owner: they take turns with the engine."
     )
     max_conversations: int = Field(1024, ge=1, description="Conversations kept; the least recently used idle one is closed first.")
     turn_timeout_s: float = Field(300.0, gt=0, description="Deadline of a turn that names none.")

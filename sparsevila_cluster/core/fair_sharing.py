@@ -1,10 +1,27 @@
 """Who is served next where several owners want the same: start-time fair queueing (Goyal, Vin and Cheng, 1996), equal weights.
 
 Owners that want more than they get are served the same cost from the moment on that they ask, up to one piece of each. An owner
-that did not ask for a while has saved up nothing.
+that did not ask for a while has saved up nothing. Owner "" is everybody: a server without keys has this one, which is one queue.
 """
 
 from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sparsevila_cluster.core.errors import QueueFull, SparseVilaError
+
+# How often somebody who waits in a thread looks whether anybody still waits for it.
+CHECK_S = 0.05
+# Who holds a lock keeps it this long, whoever waits: a change costs what the caches held.
+SLICE_S = 0.01
+# What a measured rate of work forgets with every piece.
+FORGET = 0.3
+MAX_RETRY_S = 300.0
 
 
 class FairClock:
@@ -33,3 +50,159 @@ class FairClock:
 def owner_bound(owner: str, total: int, max_share: float) -> int:
     """Most of `total` that one owner may have, at least 1. Owner "" is everybody: all of it."""
     return total if not owner else max(1, int(total * max_share))
+
+
+class FairLock:
+    """One holder at a time, from any thread; of those who wait, the one whose owner has held it for the least time is next."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._clock = FairClock()
+        self._waiting: dict[int, str] = {}  # number -> owner
+        self._next_number = 0
+        self._held = False
+        self._since_s = 0.0
+
+    def acquire(self, owner: str, check: Callable[[], object]) -> None:
+        """Wait for it. check: called now and then; what it raises ends the waiting."""
+        with self._changed:
+            self._next_number += 1
+            number = self._next_number
+            self._waiting[number] = owner
+            try:
+                while self._held or min(self._waiting, key=self._rank) != number:
+                    check()
+                    self._changed.wait(CHECK_S)
+                self._held, self._since_s = True, time.perf_counter()
+            finally:
+                del self._waiting[number]
+                self._changed.notify_all()
+
+    def release(self, owner: str) -> None:
+        """Give it to the next."""
+        with self._changed:
+            self._clock.charge(owner, time.perf_counter() - self._since_s)
+            self._held = False
+            self._changed.notify_all()
+
+    def pause(self, owner: str, check: Callable[[], object]) -> None:
+        """Between two pieces of work of who holds it: whoever should be next has it first. Raises as `acquire`, not holding it."""
+        with self._changed:
+            now_s = time.perf_counter()
+            if not self._waiting or now_s - self._since_s < SLICE_S:
+                return
+            self._clock.charge(owner, now_s - self._since_s)
+            self._since_s = now_s
+            if all(self._clock.start(other) >= self._clock.start(owner) for other in self._waiting.values()):
+                return
+            self._held = False
+            self._changed.notify_all()
+        self.acquire(owner, check)
+
+    def _rank(self, number: int) -> tuple[float, int]:
+        return self._clock.start(self._waiting[number]), number
+
+
+@dataclass(eq=False)
+class _Waiter:
+    cost: float
+    granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class FairSlots:
+    """Places for work of one event loop, at most one for each owner: its others wait in order, and owners by the time they had.
+
+    cost: of a piece of work, in any unit, as far as it is known before.
+    """
+
+    def __init__(self, num_slots: int, max_waiting: int, max_share: float = 1.0, max_waiting_cost: float = float("inf")):
+        """max_waiting: who waits at once; of that, max_share: one owner's. max_waiting_cost: what one owner may have waiting; these
+        two are not for owner "".
+        """
+        self._num_slots, self._max_waiting, self._max_share = num_slots, max_waiting, max_share
+        self._max_cost = max_waiting_cost
+        self._clock = FairClock()
+        self._busy: dict[str, tuple[float, float]] = {}  # owner -> since when, cost
+        self._queues: dict[str, deque[_Waiter]] = {}
+        self._cost_per_s: float | None = None
+        self._closed: Callable[[], SparseVilaError] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Who waits for a place."""
+        return sum(map(len, self._queues.values()))
+
+    def check_room(self, owner: str, cost: float = 0.0) -> None:
+        """Raises QueueFull: this owner would have to wait, and too many do, or too much of its own."""
+        queue = self._queues.get(owner, ())
+        if owner not in self._busy and not queue and len(self._busy) < self._num_slots:
+            return
+        if self.num_waiting >= self._max_waiting:
+            raise QueueFull(f"{self.num_waiting} wait already; the limit is {self._max_waiting}", self._retry_after_s(owner))
+        most = owner_bound(owner, self._max_waiting, self._max_share)
+        if len(queue) >= most:
+            raise QueueFull(f"{len(queue)} of {owner!r} wait already; its share is {most}", self._retry_after_s(owner))
+        waiting = sum(waiter.cost for waiter in queue)
+        if owner and queue and waiting + cost > self._max_cost:
+            asked = (
+                f"{owner!r} has work of {waiting:.3g} pixels waiting; {cost:.3g} more are over its limit of {self._max_cost:.3g}"
+            )
+            raise QueueFull(asked, self._retry_after_s(owner))
+
+    async def enter(self, owner: str, cost: float = 0.0) -> None:
+        """Wait for a place; `leave` must follow. Raises QueueFull, and what `close` was told to."""
+        if self._closed is not None:
+            raise self._closed()
+        self.check_room(owner, cost)
+        waiter = _Waiter(cost)
+        self._queues.setdefault(owner, deque()).append(waiter)
+        self._grant()
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter.granted.done() and not waiter.granted.cancelled() and waiter.granted.exception() is None:
+                self.leave(owner, worked=False)
+            elif waiter in self._queues.get(owner, ()):
+                self._remove(owner, waiter)
+            raise
+
+    def leave(self, owner: str, worked: bool = True) -> None:
+        """Give the place back. worked: whether the time in it tells how long such work takes."""
+        since_s, cost = self._busy.pop(owner)
+        took_s = time.perf_counter() - since_s
+        self._clock.charge(owner, took_s)
+        if worked and cost and took_s > 0:
+            known = cost / took_s if self._cost_per_s is None else self._cost_per_s
+            self._cost_per_s = known + FORGET * (cost / took_s - known)
+        self._grant()
+
+    def close(self, error: Callable[[], SparseVilaError]) -> None:
+        """Who waits, or comes later, gets this error."""
+        self._closed = error
+        queues, self._queues = self._queues, {}
+        for waiter in (waiter for queue in queues.values() for waiter in queue):
+            if not waiter.granted.done():
+                waiter.granted.set_exception(error())
+
+    def _grant(self) -> None:
+        while len(self._busy) < self._num_slots:
+            owner = min((owner for owner in self._queues if owner not in self._busy), key=self._clock.start, default=None)
+            if owner is None:
+                return
+            waiter = self._queues[owner][0]
+            self._remove(owner, waiter)
+            if not waiter.granted.done():
+                self._busy[owner] = time.perf_counter(), waiter.cost
+                waiter.granted.set_result(None)
+
+    def _remove(self, owner: str, waiter: _Waiter) -> None:
+        self._queues[owner].remove(waiter)
+        if not self._queues[owner]:
+            del self._queues[owner]
+
+    def _retry_after_s(self, owner: str) -> float:
+        """How long what this owner has here may take, as fast as work went so far and shared with the others."""
+        if self._cost_per_s is None:
+            return 1.0
+        cost = sum(waiter.cost for waiter in self._queues.get(owner, ())) + self._busy.get(owner, (0.0, 0.0))[1]
+        return min(max(1.0, cost / self._cost_per_s * len(self._queues.keys() | self._busy.keys())), MAX_RETRY_S)

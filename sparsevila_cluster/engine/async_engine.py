@@ -4,7 +4,7 @@ Who may call what:
 
 event loop --- call, ask ------> AsyncDecodeEngine    one thread: DecodeEngine.step, posted calls between steps
 other threads - post, reserve -'
-event loop --- key_of, run ----> AsyncPrefillEngine   one thread prefills, another reads sources for their content keys
+event loop --- key_of, run ----> AsyncPrefillEngine   a few threads prefill, one for each owner; others read sources
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from sparsevila_cluster.core.deadline import Deadline, outliving, wait_within
 from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, SparseVilaError, Unavailable
+from sparsevila_cluster.core.fair_sharing import FairLock, FairSlots
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import PrepareRequest, Turn, TurnEvent
 from sparsevila_cluster.engine.decode_engine import DecodeEngine
@@ -33,6 +35,9 @@ from sparsevila_cluster.kvcache.prefix import MediaPrefix
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
+
+# Threads that read sources, for content keys and costs.
+READERS = 2
 
 # Queues a turn; called in the decode engine's thread.
 Submit = Callable[[DecodeEngine, Turn], None]
@@ -267,21 +272,35 @@ class AsyncDecodeEngine:
 
 
 class AsyncPrefillEngine:
-    """A prefill engine and its threads. Use it within one event loop."""
+    """A prefill engine and its threads. Use it within one event loop.
+
+    Of each owner one preparation is under way at a time, of all owners `max_preparing`. Those decode side by side and take turns
+    with the engine, so that a small one needs a small multiple of its time alone, whatever others prepare.
+    """
 
     def __init__(self, engine: PrefillEngine, owner: str, unavailable: Callable[[str], Unavailable] = Unavailable):
         """owner: whose it is, for messages. unavailable: what calls raise once it is closed."""
         self.engine, self.owner = engine, owner
         self._unavailable = unavailable
-        self._prefill_thread = ThreadPoolExecutor(1, thread_name_prefix="prefill")
-        self._key_thread = ThreadPoolExecutor(1, thread_name_prefix="content-key")
+        config = engine.config
+        self._lock = FairLock()
+        self._slots = FairSlots(config.max_preparing, config.max_waiting, config.max_share, config.max_waiting_pixels)
+        self._prefill_threads = ThreadPoolExecutor(config.max_preparing, thread_name_prefix="prefill")
+        self._reading = FairSlots(READERS, config.max_waiting, config.max_share)
+        self._reader_threads = ThreadPoolExecutor(READERS, thread_name_prefix="read-sources")
         self._closed = False
-        self._last_report_s: float | None = None  # of what the prefill thread does now; None while it does nothing
+        self._num_running = 0
+        self._last_report_s: float | None = None  # of any that is under way; None while there is none
 
     @property
-    def busy(self) -> bool:
-        """Whether the prefill thread does something."""
-        return self._last_report_s is not None
+    def num_running(self) -> int:
+        """Preparations under way."""
+        return self._num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Preparations that wait for their owner's others, or for a place."""
+        return self._slots.num_waiting
 
     def deadline(self, request: PrepareRequest) -> Deadline:
         """Of a preparation that begins now."""
@@ -293,40 +312,76 @@ class AsyncPrefillEngine:
         It fails with `unavailable` (closed), Cancelled or DeadlineExceeded (of the deadline), or what `progress` raises.
         """
 
-        def report(stage: str, done: int, total: int) -> None:
+        def check(stage: str = "wait") -> None:
             self._check_open()
             deadline.check(f"preparing media (in stage {stage!r})")
+
+        def report(stage: str, done: int, total: int) -> None:
+            check(stage)
             self._last_report_s = time.perf_counter()
             if progress is not None:
                 progress(stage, done, total)
 
-        return Preparation(request, report)
+        return Preparation(request, report, check, self._lock)
 
     async def key_of(self, request: PrepareRequest) -> str:
         """The content key of the prefix that `request` asks for; it does not wait for a prefill that runs.
 
         Raises:
-            BadMedia, BadRequest, TooLarge, DeadlineExceeded, `unavailable` (closed), Internal.
+            BadMedia, BadRequest, TooLarge, QueueFull, DeadlineExceeded, `unavailable` (closed), Internal.
         """
-        key = self._in(self._key_thread, lambda engine: engine.key_of(request))
+        key = self._read(request, lambda engine: engine.key_of(request))
         return await wait_within(key, self.deadline(request).deadline_s, "reading the sources")
 
-    async def run(self, call: Callable[[PrefillEngine], R]) -> R:
-        """What `call(engine)` returns, in the prefill thread. Raises `unavailable` (closed), Internal (unknown errors)."""
+    async def run(self, call: Callable[[PrefillEngine], R], preparation: Preparation | None = None) -> R:
+        """What `call(engine)` returns, in a prefill thread, once its owner's turn has come. A preparation is measured first.
+
+        Raises:
+            TooLarge, BadMedia: the sources cost too much, or cannot be read. QueueFull: too much waits, of this owner or in all.
+            `unavailable` (closed), Internal (unknown errors).
+        """
+        owner, cost = "", 0
+        if preparation is not None:
+            request = preparation.request
+            owner = request.owner
+            self._slots.check_room(owner)
+            cost = (await self._read(request, lambda engine: engine.cost_of(request))).pixels
+        self._check_open()
+        await self._slots.enter(owner, cost)
+        if preparation is not None:
+            preparation.queued = False
 
         def work(engine: PrefillEngine) -> R:
             self._last_report_s = time.perf_counter()
-            try:
-                return call(engine)
-            finally:
+            return call(engine)
+
+        def leave() -> None:
+            self._num_running -= 1
+            if not self._num_running:
                 self._last_report_s = None
+            self._slots.leave(owner)
 
-        return await self._in(self._prefill_thread, work)
+        self._num_running += 1
+        return await self._in(self._prefill_threads, work, leave)
 
-    async def _in(self, thread: ThreadPoolExecutor, call: Callable[[PrefillEngine], R]) -> R:
+    async def _read(self, request: PrepareRequest, call: Callable[[PrefillEngine], R]) -> R:
+        """What `call(engine)` returns, in a thread that reads sources, of which no owner has more than one."""
         self._check_open()
+        await self._reading.enter(request.owner)
+        return await self._in(self._reader_threads, call, lambda: self._reading.leave(request.owner))
+
+    async def _in(self, threads: ThreadPoolExecutor, call: Callable[[PrefillEngine], R], leave: Callable[[], None]) -> R:
+        """`leave` is called in the event loop once the thread is done with it, however early the caller goes."""
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.wrap_future(thread.submit(call, self.engine))
+            self._check_open()
+            future = threads.submit(call, self.engine)
+        except BaseException:
+            leave()
+            raise
+        future.add_done_callback(lambda _: _call_in(loop, leave))
+        try:
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -343,7 +398,7 @@ class AsyncPrefillEngine:
             raise self._unavailable(f"{self.owner} is closed")
 
     def check(self) -> None:
-        """Raises Internal: the prefill that runs has reported no progress for longer than any may take."""
+        """Raises Internal: nothing that is under way has reported progress for longer than any may take."""
         last_s, most_s = self._last_report_s, self.engine.config.prepare_timeout_s
         if last_s is not None and (silent_s := time.perf_counter() - last_s) > most_s:
             raise Internal(f"{self.owner}: a prefill has made no progress for {silent_s:.0f} s, over {most_s:g} s")
@@ -351,6 +406,13 @@ class AsyncPrefillEngine:
     async def close(self) -> None:
         """End what runs at its next report of progress, what waits at once, and the processes that decode. Idempotent."""
         self._closed = True
-        self._prefill_thread.shutdown(wait=False, cancel_futures=True)
-        self._key_thread.shutdown(wait=False, cancel_futures=True)
+        for slots in (self._slots, self._reading):
+            slots.close(lambda: self._unavailable(f"{self.owner} is closed"))
+        self._prefill_threads.shutdown(wait=False, cancel_futures=True)
+        self._reader_threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.engine.close)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and with it whoever waited
+        loop.call_soon_threadsafe(call)

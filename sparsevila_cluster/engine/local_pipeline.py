@@ -78,7 +78,7 @@ class LocalPipeline:
         if resident is not None:
             handle = resident.handle(reused=True)
         else:
-            made = await self.prefill.run(lambda engine: self._make(engine, preparation, key))
+            made = await self.prefill.run(lambda engine: self._make(engine, preparation, key), preparation)
             handle = made.handle(ms=preparation.stage_ms())
         self._remember(key, preparation.request)
         return handle

@@ -8,7 +8,8 @@ sources -> frames -> patches -> visual tokens + salience -> keep -> [system + ke
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
@@ -20,6 +21,7 @@ from torch import Tensor
 from sparsevila_cluster.attention.torch_backend import MediaBatch
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import BadRequest, TooLarge
+from sparsevila_cluster.core.fair_sharing import FairLock
 from sparsevila_cluster.core.protocols import Progress
 from sparsevila_cluster.core.requests import PrepareRequest, Timeline
 from sparsevila_cluster.engine.config_check import check_choices
@@ -27,7 +29,7 @@ from sparsevila_cluster.engine.content_key import content_key, tenant_salt
 from sparsevila_cluster.engine.prompt_rows import chunk_bounds, close_gaps, keep_of_each, kept_prompt_rows
 from sparsevila_cluster.kvcache.arena import Extent
 from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
-from sparsevila_cluster.media import DecoderSandbox, Media, identify, open_media
+from sparsevila_cluster.media import DecoderSandbox, Media, MediaCost, check_cost, identify, measure_media, open_media
 from sparsevila_cluster.models.adapter import Model, PromptPlan, VisualInputs, VisualTokens
 from sparsevila_cluster.pruning import build_pruning
 from sparsevila_cluster.pruning.pruning_method import PruningMethod
@@ -52,13 +54,36 @@ def _ignore_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
+def _wanted() -> None:
+    pass
+
+
 @dataclass
 class Preparation:
-    """One request on its way to a media prefix: whom to report progress to, and when each stage began."""
+    """One request on its way to a media prefix: whom to report progress to, when each stage began, whose turn it is to compute.
+
+    check: raises once nobody waits for it any more. lock: held by the one preparation that computes. queued: no thread has it yet.
+    """
 
     request: PrepareRequest
     progress: Progress = _ignore_progress
+    check: Callable[[], object] = _wanted
+    lock: FairLock = field(default_factory=FairLock)
     timeline: Timeline = field(default_factory=Timeline)
+    queued: bool = True
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute alone in the block, but for pauses. Raises what `check` raises."""
+        self.lock.acquire(self.request.owner, self.check)
+        try:
+            yield
+        finally:
+            self.lock.release(self.request.owner)
+
+    def pause(self) -> None:
+        """Between two pieces of work: another owner's preparation computes first if it has had less. Raises what `check` raises."""
+        self.lock.pause(self.request.owner, self.check)
 
     def stage(self, name: str) -> None:
         """A stage begins."""
@@ -73,9 +98,10 @@ class Preparation:
 
 
 class PrefillEngine:
-    """Makes media prefixes. Needs the parts vision, embed and llm. Its methods may be called from one thread at a time.
+    """Makes media prefixes. Needs the parts vision, embed and llm.
 
-    Owns the processes in which sources are decoded, from the first `load` to `close`, which any thread may call.
+    Its methods may be called from any thread: preparations decode and resize side by side, and share one lock to compute under.
+    Owns the processes in which sources are decoded, from the first `load` to `close`.
     """
 
     def __init__(self, model: Model, config: EngineConfig, wire: str = "none", secret: bytes | None = None):
@@ -121,6 +147,19 @@ class PrefillEngine:
         limits, sandbox = self.config.limits, self.sandbox
         return [open_media(source, fps=fps, max_frames=cap, limits=limits, sandbox=sandbox) for source in request.sources]
 
+    def cost_of(self, request: PrepareRequest) -> MediaCost:
+        """What decoding the sources will cost, before any frame is decoded.
+
+        Raises:
+            BadMedia, DeadlineExceeded, Unavailable (closed). TooLarge: one source, or all together, are over a limit.
+        """
+        fps, cap = self._sampling(request)
+        limits, sandbox, cost = self.config.limits, self.sandbox, MediaCost()
+        for source in request.sources:
+            cost += measure_media(source, fps=fps, max_frames=cap, limits=limits, sandbox=sandbox)
+            check_cost(cost, len(request.sources), limits)
+        return cost
+
     def close(self) -> None:
         """End the processes that decode. Idempotent."""
         self.sandbox.close()
@@ -160,6 +199,8 @@ class PrefillEngine:
     ) -> MediaPrefix:
         """Run every stage after decoding; KV rows go to the extent that `reserve(length)` gives. `observer` follows them.
 
+        Between two passes of the tower, and two chunks of the text model, other preparations may compute.
+
         `medias` is read once. Frames are let go as soon as they are patches, and patches when they are visual tokens, so that
         memory holds them no longer than the caller does.
 
@@ -168,12 +209,28 @@ class PrefillEngine:
         """
         preparation.stage("encode")
         inputs, medias = self.patchify(medias)
+        with preparation.computing():
+            return self._compute(preparation, inputs, medias, key, reserve, observer)
+
+    def _compute(
+        self,
+        preparation: Preparation,
+        inputs: list[VisualInputs],
+        medias: list[Media],
+        key: str,
+        reserve: Callable[[int], Extent],
+        observer: PrefillObserver | None,
+    ) -> MediaPrefix:
+        def encoded(done: int, total: int) -> None:
+            preparation.progress("encode", done, total)
+            preparation.pause()
+
         plan = self.plan(inputs)
         methods = [self.pruning(preparation.request, media.kind) for media in inputs]
         tokens = self.model.family.encode(
             inputs,
             needs=frozenset().union(*(method.needs for method in methods)),
-            report=lambda done, total: preparation.progress("encode", done, total),
+            report=encoded,
         )
         inputs = [replace(one, pixels=one.pixels.new_empty(0)) for one in inputs]
         preparation.stage("prune")
@@ -208,7 +265,10 @@ class PrefillEngine:
         return [inputs[i] for i in range(len(held))], held
 
     def plan(self, inputs: list[VisualInputs]) -> PromptPlan:
-        """The unpruned prompt. Raises TooLarge when it is longer than the model's positions."""
+        """The unpruned prompt. Raises TooLarge: too many visual tokens, or longer than the model's positions."""
+        num_tokens, most = sum(media.num_tokens for media in inputs), self.config.limits.max_visual_tokens
+        if num_tokens > most:
+            raise TooLarge(f"the media have {num_tokens} visual tokens; the limit is max_visual_tokens = {most}. Use fewer frames")
         ids = self.model.chat.prefix_ids(
             [media.kind for media in inputs], self.config.system_prompt, [media.spelling for media in inputs]
         )
@@ -245,6 +305,7 @@ class PrefillEngine:
         placed = plan.visual_mask[rows].nonzero()[:, 0]
         ordinals = torch.searchsorted(placed, torch.tensor(bounds, device=rows.device)).tolist()
         for (start, stop), (first, last) in zip(pairwise(bounds), pairwise(ordinals), strict=True):
+            preparation.pause()
             hidden = text.embed(plan.ids[rows[start:stop]])
             visual_rows, visual = placed[first:last] - start, keep[first:last]
             hidden[visual_rows] = tokens.embeds[visual].to(hidden.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -22,6 +23,25 @@ if TYPE_CHECKING:
 SHORTEST_MS, DEFAULT_MS = 10, 100
 
 
+@dataclass(frozen=True)
+class AnimationPlan:
+    """When each frame starts, which of them are wanted (ascending), and when the last one ends."""
+
+    starts_ms: list[int]
+    wanted: list[int]
+    duration_s: float
+
+
+def animation_plan(file: BinaryIO, name: str, fps: float, max_frames: int, limits: MediaLimits) -> AnimationPlan:
+    """From the headers of the frames. Raises BadMedia, TooLarge."""
+    ends_ms = list(accumulate(ms if ms > SHORTEST_MS else DEFAULT_MS for ms in webp_frames(file)))
+    starts_ms = [0, *ends_ms[:-1]]
+    duration_s = ends_ms[-1] / 1000
+    if duration_s > limits.max_duration_s:
+        raise TooLarge(f"{name}: {duration_s:.6g} s are longer than max_duration_s = {limits.max_duration_s:g}")
+    return AnimationPlan(starts_ms, pick(starts_ms, sample_times(duration_s, fps, max_frames), lambda ms: ms / 1000), duration_s)
+
+
 def decode_animation(
     file: BinaryIO, name: str, *, fps: float, max_frames: int, limits: MediaLimits, deadline: DecodeDeadline, allocate: Allocate
 ) -> Decoded:
@@ -30,15 +50,11 @@ def decode_animation(
     Raises:
         BadMedia: a frame is missing or broken. TooLarge, DeadlineExceeded: as `open_media`.
     """
-    ends_ms = list(accumulate(ms if ms > SHORTEST_MS else DEFAULT_MS for ms in webp_frames(file)))
-    starts_ms = [0, *ends_ms[:-1]]
-    duration_s = ends_ms[-1] / 1000
-    if duration_s > limits.max_duration_s:
-        raise TooLarge(f"{name}: {duration_s:.6g} s are longer than max_duration_s = {limits.max_duration_s:g}")
-    wanted = pick(starts_ms, sample_times(duration_s, fps, max_frames), lambda ms: ms / 1000)
+    plan = animation_plan(file, name, fps, max_frames, limits)
+    wanted = plan.wanted
     with open_picture(file, name, limits, ("WEBP",)) as image:
-        if (found := getattr(image, "n_frames", 1)) != len(ends_ms):
-            raise BadMedia(f"{name} is not whole: {found} of {len(ends_ms)} frames can be read")
+        if (found := getattr(image, "n_frames", 1)) != len(plan.starts_ms):
+            raise BadMedia(f"{name} is not whole: {found} of {len(plan.starts_ms)} frames can be read")
         check_frames_bytes(len(wanted), image.width, image.height, name, limits)
         frames: Frames | None = None
         place = {number: at for at, number in enumerate(wanted)}
@@ -51,4 +67,4 @@ def decode_animation(
                 if frames is None:
                     frames = allocate((len(wanted), *picture.shape))
                 frames[place[number]] = picture
-    return Decoded(frames, np.array([starts_ms[number] / 1000 for number in wanted]), duration_s)
+    return Decoded(frames, np.array([plan.starts_ms[number] / 1000 for number in wanted]), plan.duration_s)

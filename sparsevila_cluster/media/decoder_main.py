@@ -3,8 +3,10 @@
 It imports neither torch nor models, and lives no longer than its parent. Frames are decoded into shared memory, whose descriptor
 goes back with the reply. retire: the process should not be used again.
 
-    job {name, kind, fps, max_frames, timeout_s, left_s, limits} + source file  ->  {shape, times_s, duration_s, retire} + frames
-                                                                                or  {error, message, retire}
+    job {name, kind, fps, max_frames, timeout_s, left_s, limits, measure} + source file
+        ->  {shape, times_s, duration_s, retire} + frames
+        or  {decoded, sampled, retire}, where it is only to be measured
+        or  {error, message, retire}
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from sparsevila_cluster.core.errors import Internal, SparseVilaError, TooLarge
-from sparsevila_cluster.media.decoding import decode
+from sparsevila_cluster.media.decoding import decode, measure
 from sparsevila_cluster.media.fd_channel import Message, receive, send
 from sparsevila_cluster.media.frames import out_of_memory
 from sparsevila_cluster.media.media_source import DecodeDeadline
@@ -101,6 +103,9 @@ def _reply(job: Message, fd: int, shared: SharedFrames) -> Message:
     try:
         with os.fdopen(fd, "rb") as file:
             _limit_memory(_data_bytes() + limits.decode_memory_bytes)
+            if job["measure"]:
+                cost = measure(file, job["name"], job["kind"], **sampling, limits=limits, deadline=deadline)
+                return {"decoded": cost.decoded, "sampled": cost.sampled}
             done = decode(file, job["name"], job["kind"], **sampling, limits=limits, deadline=deadline, allocate=shared.allocate)
             return {"shape": done.frames.shape, "times_s": done.times_s.tobytes(), "duration_s": float(done.duration_s)}
     # Only names and texts leave these blocks: an error would keep frames alive through its traceback.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sparsevila_cluster.core.errors import BadRequest
+from sparsevila_cluster.media.cost import MediaCost
 from sparsevila_cluster.media.media_source import Blob, DecodeDeadline, hash_blob, open_source
 from sparsevila_cluster.media.sandbox import DecoderSandbox
 
@@ -80,6 +81,14 @@ def identify(source: MediaSource, *, fps: float, max_frames: int, limits: MediaL
     with open_source(source, limits) as blob:
         deadline = DecodeDeadline(blob.name, limits.decode_timeout_s)
         return hash_blob(blob, fps=fps, max_frames=cap, limits=limits, deadline=deadline), blob.kind
+
+
+def measure_media(source: MediaSource, *, fps: float, max_frames: int, limits: MediaLimits, sandbox: DecoderSandbox) -> MediaCost:
+    """What `open_media` would cost, from headers and packets alone. Raises as `open_media`, for what shows without decoding."""
+    cap = _check_sampling(fps, max_frames, limits)
+    with open_source(source, limits) as blob:
+        deadline = DecodeDeadline(blob.name, limits.decode_timeout_s)
+        return sandbox.measure(blob, fps=fps, max_frames=cap, limits=limits, deadline=deadline)
 
 
 def _check_sampling(fps: float, max_frames: int, limits: MediaLimits) -> int:

@@ -12,14 +12,16 @@ import mmap
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from sparsevila_cluster.core.errors import BadMedia, DeadlineExceeded, Internal, SparseVilaError, TooLarge, Unavailable
+from sparsevila_cluster.media.cost import MediaCost
 from sparsevila_cluster.media.decoder_process import START_TIMEOUT_S, DecoderProcess
 from sparsevila_cluster.media.fd_channel import Message
 from sparsevila_cluster.media.frames import Decoded
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from sparsevila_cluster.core.config import MediaLimits
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 # A decoder checks its own deadline between packets; this is how much later it is killed.
 GRACE_S = 0.5
@@ -73,15 +77,26 @@ class DecoderSandbox:
             BadMedia, TooLarge, DeadlineExceeded: as `open_media`; also for bytes that crash, exhaust or stop their decoder.
             Internal: a bug of ours in there. Unavailable: the sandbox is closed, or no process starts.
         """
+        return self._run(blob, _read_frames, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
+
+    def measure(self, blob: Blob, *, fps: float, max_frames: int, limits: MediaLimits, deadline: DecodeDeadline) -> MediaCost:
+        """`decoding.measure` in a process of its own. Raises as `decode`."""
+        return self._run(blob, _read_cost, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
+
+    def _run(
+        self, blob: Blob, read: Callable[[Message, int | None, str], R], *, fps: float, max_frames: int, limits: MediaLimits,
+        deadline: DecodeDeadline,
+    ) -> R:  # fmt: skip
         deadline.check()
         job: Message = {
             "name": blob.name, "kind": blob.kind, "fps": fps, "max_frames": max_frames, "timeout_s": deadline.timeout_s,
             "left_s": deadline.left_s(), "limits": {name: _small(value) for name, value in limits.model_dump().items()},
+            "measure": read is _read_cost,
         }  # fmt: skip
         process = self._submit(job, blob.file.fileno())
         try:
             reply, fd = process.receive(job["left_s"] + GRACE_S)
-            outcome = _read(reply, fd, blob.name)
+            outcome = _read(reply, fd, blob.name, read)
         except (EOFError, OSError, ValueError, LookupError, TypeError) as error:  # a timeout is an OSError
             raise self._explain(process, error, blob.name, limits) from error
         except BaseException:  # the caller was interrupted; nobody will ask for this reply any more
@@ -228,22 +243,38 @@ def _small(value: Any) -> Any:
     return min(value, 2**63 - 1) if isinstance(value, int) else value
 
 
-def _read(reply: Message, fd: int | None, name: str) -> Decoded | SparseVilaError:
-    """The frames or the error that a reply tells of. Nothing in it is trusted: ValueError, LookupError, TypeError."""
-    if fd is None:
-        return TYPED[reply["error"]](str(reply["message"]))
+def _read(reply: Message, fd: int | None, name: str, read: Callable[[Message, int | None, str], R]) -> R | SparseVilaError:
+    """What a reply tells of, or its error. Nothing in it is trusted: ValueError, LookupError, TypeError."""
     try:
-        if hasattr(fcntl, "F_ADD_SEALS"):
-            with suppress(OSError):  # not a memfd: a system without them
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        num, height, width, channels = shape = tuple(reply["shape"])
-        times_s = np.frombuffer(reply["times_s"], np.float64).copy()
-        if min(shape) < 1 or channels != 3 or times_s.shape != (num,) or os.fstat(fd).st_size < prod(shape):
-            raise ValueError(f"{num} frames of {width} x {height} x {channels} at {len(times_s)} times")
-        try:
-            memory = mmap.mmap(fd, prod(shape))
-        except OSError as error:
-            return TooLarge(f"{name}: {num} frames of {width} x {height} pixels do not fit into memory: {error.strerror}")
-        return Decoded(np.frombuffer(memory, np.uint8).reshape(shape), times_s, float(reply["duration_s"]))
+        if "error" in reply:
+            return TYPED[reply["error"]](str(reply["message"]))
+        return read(reply, fd, name)
+    except TooLarge as error:
+        return error
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
+
+
+def _read_cost(reply: Message, fd: int | None, name: str) -> MediaCost:
+    decoded, sampled = reply["decoded"], reply["sampled"]
+    if type(decoded) is not int or type(sampled) is not int or min(decoded, sampled) < 0:
+        raise ValueError(f"{decoded!r} pixels to decode, {sampled!r} of them sampled")
+    return MediaCost(decoded, sampled)
+
+
+def _read_frames(reply: Message, fd: int | None, name: str) -> Decoded:
+    if fd is None:
+        raise ValueError("no frames came")
+    if hasattr(fcntl, "F_ADD_SEALS"):
+        with suppress(OSError):  # not a memfd: a system without them
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    num, height, width, channels = shape = tuple(reply["shape"])
+    times_s = np.frombuffer(reply["times_s"], np.float64).copy()
+    if min(shape) < 1 or channels != 3 or times_s.shape != (num,) or os.fstat(fd).st_size < prod(shape):
+        raise ValueError(f"{num} frames of {width} x {height} x {channels} at {len(times_s)} times")
+    try:
+        memory = mmap.mmap(fd, prod(shape))
+    except OSError as error:
+        raise TooLarge(f"{name}: {num} frames of {width} x {height} pixels do not fit into memory: {error.strerror}") from error
+    return Decoded(np.frombuffer(memory, np.uint8).reshape(shape), times_s, float(reply["duration_s"]))

@@ -8,10 +8,12 @@ at a time, and converts to RGB only what is kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO
 
 import av
+import numpy as np
 
 from sparsevila_cluster.core.errors import TooLarge
 from sparsevila_cluster.media.container import check_lost, exact, is_end, open_video
@@ -19,7 +21,7 @@ from sparsevila_cluster.media.frame_buffer import FrameBuffer
 from sparsevila_cluster.media.frame_selection import choose, sample_times
 from sparsevila_cluster.media.frames import Allocate, Decoded, check_pixels
 from sparsevila_cluster.media.media_source import DecodeDeadline
-from sparsevila_cluster.media.seeking import plan_runs, take_around
+from sparsevila_cluster.media.seeking import Run, plan_runs, take_around
 from sparsevila_cluster.media.survey import Survey, survey_packets
 
 if TYPE_CHECKING:
@@ -27,6 +29,43 @@ if TYPE_CHECKING:
 
 # Field-coded video has two packets per frame; with fewer frames than that, a decoder dropped some without saying so.
 MIN_FRAMES_PER_PACKET = 0.49
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPlan:
+    """What packets and headers say: the sample times f64 [n], the runs to decode (None: all of it), the size of stored frames in
+    pixels and, of one pixel, width over height.
+    """
+
+    survey: Survey
+    times_s: np.ndarray
+    runs: list[Run] | None
+    width: int
+    height: int
+    aspect: Fraction
+
+    @property
+    def num_decoded(self) -> int:
+        """Frames that have to be decoded to have those that are wanted."""
+        index = self.survey.index
+        if not self.runs:
+            return self.survey.num_shown if index is None else len(index)
+        return sum(run.last - run.entry + 1 for run in self.runs)
+
+
+def video_plan(
+    file: BinaryIO, name: str, *, fps: float, max_frames: int, limits: MediaLimits, deadline: DecodeDeadline
+) -> VideoPlan:
+    """One pass over the packets. Raises BadMedia, TooLarge, DeadlineExceeded: as `open_media`."""
+    with open_video(file, name, limits, deadline) as (container, stream):
+        survey = survey_packets(container, stream, name, deadline)
+        context, format_name = stream.codec_context, container.format.name
+        codec, width, height = context.codec.canonical_name, context.width, context.height
+        aspect = exact(stream.sample_aspect_ratio, Fraction(1))
+    if survey.duration_s > limits.max_duration_s:
+        raise TooLarge(f"{name}: {survey.duration_s:.6g} s are longer than max_duration_s = {limits.max_duration_s:g}")
+    times_s = sample_times(survey.duration_s, fps, max_frames)
+    return VideoPlan(survey, times_s, plan_runs(survey, codec, format_name, times_s), width, height, aspect)
 
 
 def decode_video(
@@ -38,15 +77,10 @@ def decode_video(
     Raises:
         BadMedia, TooLarge, DeadlineExceeded: as `open_media`.
     """
-    with open_video(file, name, limits, deadline) as (container, stream):
-        survey = survey_packets(container, stream, name, deadline)
-        codec, format_name = stream.codec_context.codec.canonical_name, container.format.name
-        aspect = exact(stream.sample_aspect_ratio, Fraction(1))
-    if survey.duration_s > limits.max_duration_s:
-        raise TooLarge(f"{name}: {survey.duration_s:.6g} s are longer than max_duration_s = {limits.max_duration_s:g}")
-    times_s = sample_times(survey.duration_s, fps, max_frames)
-    buffer = FrameBuffer(len(times_s), aspect, name, limits, allocate)
-    if seek and (runs := plan_runs(survey, codec, format_name, times_s)):
+    plan = video_plan(file, name, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
+    survey, runs = plan.survey, plan.runs
+    buffer = FrameBuffer(len(plan.times_s), plan.aspect, name, limits, allocate)
+    if seek and runs:
         # A fresh container each time: raw streams cannot seek back, and parsers keep state.
         with open_video(file, name, limits, deadline) as (container, stream):
             done = take_around(container, stream, survey, runs, buffer, limits, deadline)
@@ -55,7 +89,7 @@ def decode_video(
         buffer.clear()
     with open_video(file, name, limits, deadline) as (container, stream):
         whole = _whole_frames(container, stream, survey, name, limits, deadline)
-        for frame, start_s in choose(_timed(whole, survey), times_s):
+        for frame, start_s in choose(_timed(whole, survey), plan.times_s):
             buffer.put(frame, start_s)
     return buffer.decoded(survey.duration_s)
 

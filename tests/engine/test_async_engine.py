@@ -111,7 +111,7 @@ def test_keys_do_not_wait_for_a_prefill_and_silence_fails_the_check(model):
         engine.key_of = lambda request: "key"
         prefill = AsyncPrefillEngine(engine, "worker w", LOST)
         running = asyncio.ensure_future(prefill.run(lambda engine: go_on.wait(20)))
-        while not prefill.busy:
+        while not prefill.num_running:
             await asyncio.sleep(0.001)
         assert await prefill.key_of(REQUEST) == "key"
         prefill.check()
@@ -119,7 +119,7 @@ def test_keys_do_not_wait_for_a_prefill_and_silence_fails_the_check(model):
         with pytest.raises(Internal, match="no progress"):
             prefill.check()
         go_on.set()
-        assert await running and not prefill.busy
+        assert await running and not prefill.num_running
         prefill.check()
         await prefill.close()
 

@@ -254,5 +254,11 @@ def test_replies_are_not_trusted(reply):
     if fd is not None:
         os.ftruncate(fd, 12)
     with pytest.raises((ValueError, LookupError, TypeError)):
-        guard_module._read(reply, fd, "video")
+        guard_module._read(reply, fd, "video", guard_module._read_frames)
     assert set(os.listdir("/proc/self/fd")) == files
+
+
+@pytest.mark.parametrize("reply", [{}, {"decoded": 1}, {"decoded": -1, "sampled": 0}, {"decoded": True, "sampled": 1.5}])
+def test_costs_are_not_trusted(reply):
+    with pytest.raises((ValueError, LookupError, TypeError)):
+        guard_module._read(reply, None, "video", guard_module._read_cost)

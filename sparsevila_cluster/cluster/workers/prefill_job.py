@@ -39,18 +39,13 @@ class PrefillJob:
         self._copies, self._staging, self._sender = copies, staging, sender
         self.transfer: OutgoingTransfer | None = None
         self.send_error: SparseVilaError | None = None  # of the sender, which does not end the prefill
-        self.waited_s: float | None = None  # until the prefill thread took it; None while it waits
+        self.waited_s: float | None = None  # until a prefill thread took it; None while it waits
         self.reused = False
         self.done = False  # the copy is there: what is left is to send it
         self._created_s = time.perf_counter()
         self._copy: Extent | None = None
         self._staged: Extent | None = None
         self._holds = False
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it waits for the prefill thread."""
-        return self.waited_s is None and not self.done
 
     def run(self, engine: PrefillEngine) -> MediaPrefix:
         """The finished copy, held. In the prefill thread.

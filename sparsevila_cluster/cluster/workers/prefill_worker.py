@@ -25,7 +25,7 @@ from sparsevila_cluster.cluster.workers.transfer_tasks import TransferTasks
 from sparsevila_cluster.cluster.workers.warm_up import tiny_picture
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import Deadline, wait_within
-from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, WorkerClosed
+from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, WorkerClosed
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.requests import MediaHandle, MediaSource, PrepareRequest
 from sparsevila_cluster.engine.async_engine import AsyncPrefillEngine
@@ -96,8 +96,6 @@ class PrefillWorker:
             Incompatible, NotFound (the ticket): as `ship`. DeadlineExceeded, WorkerClosed, Internal.
         """
         self._check_open()
-        if self._num_waiting >= self.config.engine.max_waiting:
-            raise QueueFull(f"{self._num_waiting} preparations wait already; the limit is {self.config.engine.max_waiting}")
         deadline, channel = self.async_engine.deadline(request), ProgressChannel()
         preparation = self.async_engine.preparation(request, deadline, channel.report)
         job = PrefillJob(preparation, key, ticket, self.copies, self.staging, self.sender)
@@ -113,18 +111,16 @@ class PrefillWorker:
             yield "made", handle, report
         finally:
             deadline.cancel()
+            if preparation.queued:
+                task.cancel()
             self._abort(task, job, "the caller left")
 
     def _abort(self, task: Sending, job: PrefillJob, reason: str) -> None:
-        """Have a job end soon. One that is in the prefill thread cannot be cancelled: it ends at its next report."""
+        """Have a job end soon. One that a prefill thread has cannot be cancelled: it ends at its next report."""
         if job.done:
             task.cancel()
         elif not task.done() and job.transfer is not None:
             self._transfers.abort(job.transfer, reason)
-
-    @property
-    def _num_waiting(self) -> int:
-        return sum(job.waiting for job in self._jobs.values())
 
     def _ended(self, task: Sending) -> None:
         del self._jobs[task]
@@ -136,7 +132,7 @@ class PrefillWorker:
         try:
             prefix = job.find_copy()
             if prefix is None:
-                prefix = await self.async_engine.run(job.run)
+                prefix = await self.async_engine.run(job.run, job.preparation)
             job.done = True
             ms = self._record(job, prefix, facts)
             deadline.check("sending media")
@@ -202,8 +198,8 @@ class PrefillWorker:
             node=self.node,
             address=None,
             load=Load(
-                num_running=int(self.async_engine.busy),
-                num_waiting=self._num_waiting,
+                num_running=self.async_engine.num_running,
+                num_waiting=self.async_engine.num_waiting,
                 prefix_bytes=used_bytes,
                 prefix_budget_bytes=self.copies.budget_bytes,
                 turn_bytes=0,
@@ -250,7 +246,7 @@ class PrefillWorker:
                 job.release()
                 self.copies.drop("warm")
 
-        await wait_within(self.async_engine.run(run), deadline.deadline_s, "warming up")
+        await wait_within(self.async_engine.run(run, preparation), deadline.deadline_s, "warming up")
         await self.meet(receivers)
 
     async def meet(self, receivers: Iterable[ReceiverAddress]) -> None:
