@@ -201,13 +201,14 @@ class AsyncDecodeEngine:
         """End one hold. From any thread; does not wait."""
         self.post(lambda engine: engine.prefixes.release(key))
 
-    def reserve(self, length: int, timeout_s: float) -> Extent:
+    def reserve(self, length: int, timeout_s: float, owner: str = "") -> Extent:
         """An extent for a prefix of `length` rows; idle prefixes are evicted for it. Waits; from any thread but the engine's.
 
         Raises:
-            TooLarge: over the whole budget. QueueFull: all that is resident is in use. DeadlineExceeded. Unavailable: closed.
+            TooLarge: over the whole budget, or the owner's share. QueueFull: all that could make way is in use. DeadlineExceeded.
+            Unavailable: closed.
         """
-        reserved = self.post(lambda engine: engine.prefixes.reserve(length))
+        reserved = self.post(lambda engine: engine.prefixes.reserve(length, owner))
         try:
             return self._result(reserved, timeout_s)
         except DeadlineExceeded:

@@ -60,7 +60,7 @@ class DecodeEngine:
         self.model = model
         self.config = config
         per_token = model.spec.bytes_per_token
-        self.prefixes = PrefixStore(Arena(model.spec, config.prefix_bytes // per_token, model.device))
+        self.prefixes = PrefixStore(Arena(model.spec, config.prefix_bytes // per_token, model.device), config.max_share)
         self.conversations = ConversationStore(
             Arena(model.spec, config.turn_bytes // per_token, model.device), config.max_conversations, config.parked_bytes
         )

@@ -92,7 +92,7 @@ class LocalPipeline:
         reserved: list[Extent] = []
 
         def reserve(length: int) -> Extent:
-            reserved.append(self.decode.reserve(length, timeout_s))
+            reserved.append(self.decode.reserve(length, timeout_s, preparation.request.owner))
             return reserved[-1]
 
         try:

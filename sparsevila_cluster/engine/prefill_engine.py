@@ -238,7 +238,7 @@ class PrefillEngine:
         preparation.stage("prefill")
         kept_rows = kept_prompt_rows(plan, keep)
         extent = reserve(len(kept_rows))
-        prefix = self._describe(key, preparation.request.tenant, plan, inputs, medias, tokens, keep, kept_rows, extent)
+        prefix = self._describe(key, preparation.request, plan, inputs, medias, tokens, keep, kept_rows, extent)
         self._run_text(preparation, plan, tokens, keep, kept_rows, prefix, observer)
         preparation.timeline.mark("ready")
         preparation.progress("prefill", 1, 1)
@@ -316,7 +316,7 @@ class PrefillEngine:
     def _describe(
         self,
         key: str,
-        tenant: str,
+        request: PrepareRequest,
         plan: PromptPlan,
         inputs: list[VisualInputs],
         medias: list[Media],
@@ -340,7 +340,8 @@ class PrefillEngine:
         times = [float(media.times_s[f]) for one, media in zip(inputs, medias, strict=True) for f in one.frame_of_group]
         metadata = PrefixMetadata(
             key=key,
-            tenant=tenant,
+            tenant=request.tenant,
+            owner=request.owner,
             spec=self.model.spec,
             is_visual=is_visual,
             positions=positions,

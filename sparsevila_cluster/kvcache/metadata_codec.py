@@ -29,6 +29,7 @@ def encode_metadata(metadata: PrefixMetadata) -> dict[str, Any]:
     return {
         "key": metadata.key,
         "tenant": metadata.tenant,
+        "owner": metadata.owner,
         "spec": {
             "num_layers": spec.num_layers,
             "num_kv_heads": spec.num_kv_heads,
@@ -64,6 +65,7 @@ def decode_metadata(fields: dict[str, Any]) -> PrefixMetadata:
     metadata = PrefixMetadata(
         key=read_text(fields["key"]),
         tenant=read_text(fields["tenant"]),
+        owner=read_text(fields["owner"]),
         spec=KVSpec(
             num_layers=read_int(spec["num_layers"]),
             num_kv_heads=read_int(spec["num_kv_heads"]),

@@ -20,6 +20,7 @@ class PrefixMetadata:
     Attributes:
         key: its content key.
         tenant: who alone may use it, "" = everybody.
+        owner: whose share of the budget it takes, "" = nobody's.
         spec: of its KV.
         is_visual: bool [n], False for text and for structural visual tokens (row ends), which always stay.
         positions: i64 [R, n].
@@ -38,6 +39,7 @@ class PrefixMetadata:
 
     key: str
     tenant: str = ""
+    owner: str = ""
     spec: KVSpec
     is_visual: Tensor
     positions: Tensor

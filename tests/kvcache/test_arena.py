@@ -14,10 +14,10 @@ from sparsevila_cluster.kvcache.prefix_store import PrefixStore
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32, fingerprint="test")
 
 
-def make_prefix(key, extent):
+def make_prefix(key, extent, owner=""):
     n = extent.length
     metadata = PrefixMetadata(
-        key=key, spec=SPEC, is_visual=torch.arange(n) > 0, positions=torch.arange(n)[None],
+        key=key, owner=owner, spec=SPEC, is_visual=torch.arange(n) > 0, positions=torch.arange(n)[None],
         token_map=torch.zeros(n, 3, dtype=torch.int32), next_pos=n, generation_floor=0, grids=((1, n),), media=(0,), frames=(0,),
         times_s=(0.0,), kind="video", num_frames=1, duration_s=1.0, num_visual=2 * n,
     )  # fmt: skip
@@ -98,6 +98,32 @@ def test_prefixes_are_evicted_least_recently_used_first_and_never_while_held():
     store.release("a")
     store.cancel(store.reserve(90))
     assert store.arena.free_slots == 100 and len(store) == 0
+    store.check_integrity()
+
+
+def test_an_owner_over_its_share_evicts_its_own_and_nobody_else_s():
+    store = PrefixStore(Arena(SPEC, 100), max_share=0.75)
+
+    def make(key, length, owner):
+        store.publish(make_prefix(key, store.reserve(length, owner), owner=owner))
+
+    make("b1", 20, "bert")
+    for i in range(5):
+        make(f"a{i}", 25, "anna")
+    assert [prefix.key for prefix in store] == ["b1", "a2", "a3", "a4"] and store.slots_of("anna") == 75
+    with pytest.raises(TooLarge, match="76 tokens .* share of 'anna' in prefix_bytes"):
+        store.reserve(76, "anna")
+    for key in ("a2", "a3", "a4"):
+        store.hold(key)
+    with pytest.raises(QueueFull, match="'anna' are in use"):
+        store.reserve(1, "anna")
+    assert "b1" in store
+    store.release("a3")
+    make("c1", 10, "carl")
+    assert [prefix.key for prefix in store] == ["b1", "a2", "a4", "c1"], "who has most makes way"
+    make("c2", 15, "carl")
+    make("everybody", 10, "")
+    assert "b1" not in store, "for whoever has no share, who was used least lately"
     store.check_integrity()
 
 

@@ -1,5 +1,7 @@
 """Arenas, prefixes and conversations against naive models, driven by hypothesis, in any order: nothing lost or shared."""
 
+from collections import Counter
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -147,6 +149,76 @@ class PrefixMachine(RuleBasedStateMachine):
         assert self.store.arena.used_bytes == (sum(self.lengths.values()) + self.num_reserved) * SPEC.bytes_per_token
 
 
+class SharedPrefixMachine(RuleBasedStateMachine):
+    """Prefixes of two owners and of nobody: an owner stays within its share, and who has least loses nothing to others."""
+
+    reserved = Bundle("reserved")
+    owners = st.sampled_from(("", "anna", "bert", "carl"))
+
+    def __init__(self):
+        super().__init__()
+        self.store, self.num = PrefixStore(Arena(SPEC, SLOTS), max_share=0.6), 0
+
+    def slots(self):
+        used = Counter()
+        for prefix in self.store:
+            used[prefix.metadata.owner] += prefix.length
+        for extent, owner in self.store._reserved.items():
+            used[owner] += extent.length
+        return used
+
+    @rule(target=reserved, length=st.integers(1, SLOTS), owner=owners)
+    def reserve(self, length, owner):
+        before, idle = self.slots(), {p.key: p.metadata.owner for p in self.store if not self.store.holders(p.key)}
+        most = int(SLOTS * 0.6) if owner else SLOTS
+        try:
+            extent = self.store.reserve(length, owner)
+        except TooLarge:
+            assert length > most
+            return None
+        except QueueFull:
+            extent = None
+        lost = Counter(name for key, name in idle.items() if key not in self.store)
+        left = Counter(name for key, name in idle.items() if key in self.store)
+        after = self.slots()
+        if owner:
+            assert after[owner] <= most
+            if before[owner] + length > most and before.total() + length - SLOTS <= 0:
+                assert set(lost) <= {owner}, "room for all, but not in this owner's share"
+            for name in lost.keys() - {owner}:
+                assert all(before[name] >= after[other] for other in left if other != name), "who has more, and idle, makes way"
+        return None if extent is None else (extent, owner)
+
+    @rule(made=consumes(reserved))
+    def publish(self, made):
+        if made is not None:
+            self.num += 1
+            self.store.publish(make_prefix(str(self.num), made[0], owner=made[1]))
+
+    @rule(made=consumes(reserved))
+    def cancel(self, made):
+        if made is not None:
+            self.store.cancel(made[0])
+
+    @rule(number=st.integers(0, 9))
+    def hold(self, number):
+        keys = [prefix.key for prefix in self.store]
+        if keys:
+            self.store.hold(keys[number % len(keys)])
+
+    @rule(number=st.integers(0, 9))
+    def release(self, number):
+        held = [prefix.key for prefix in self.store if self.store.holders(prefix.key)]
+        if held:
+            self.store.release(held[number % len(held)])
+
+    @invariant()
+    def shares_are_what_they_are(self):
+        self.store.check_integrity()
+        used = self.slots()
+        assert all(self.store.slots_of(owner) == used[owner] for owner in used)
+
+
 class ConversationMachine(RuleBasedStateMachine):
     """Each row of a tail holds a number of its own; the model is the list of those numbers, committed and not."""
 
@@ -261,5 +333,6 @@ class ConversationMachine(RuleBasedStateMachine):
                 assert source is not None or not values
 
 
-TestArena, TestPrefixes, TestConversations = (m.TestCase for m in (ArenaMachine, PrefixMachine, ConversationMachine))
-TestArena.settings = TestPrefixes.settings = TestConversations.settings = CALM
+MACHINES = (ArenaMachine, PrefixMachine, SharedPrefixMachine, ConversationMachine)
+TestArena, TestPrefixes, TestSharedPrefixes, TestConversations = (machine.TestCase for machine in MACHINES)
+TestArena.settings = TestPrefixes.settings = TestSharedPrefixes.settings = TestConversations.settings = CALM

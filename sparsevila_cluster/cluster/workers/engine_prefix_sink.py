@@ -22,7 +22,7 @@ class EnginePrefixSink:
             DeadlineExceeded: the engine did not answer within `deadline_s`. Unavailable: closed.
         """
         manifest.check(self._spec)
-        return self._engine.reserve(manifest.metadata.length, deadline_s)
+        return self._engine.reserve(manifest.metadata.length, deadline_s, manifest.metadata.owner)
 
     def publish(self, manifest: Manifest, extent: Extent) -> None:
         """Make a verified prefix visible; if its key is resident already, the extent is given back. Raises DeadlineExceeded."""

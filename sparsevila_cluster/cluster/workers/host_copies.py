@@ -19,8 +19,9 @@ from sparsevila_cluster.kvcache.prefix_store import PrefixStore
 class HostCopies:
     """A `PrefixStore` behind a lock. Its arena lies in host memory, or on `device` where it is the place to prefill in."""
 
-    def __init__(self, spec: KVSpec, budget_bytes: int, device: torch.device | str = "cpu"):
-        self._store = PrefixStore(Arena(spec, budget_bytes // spec.bytes_per_token, device))
+    def __init__(self, spec: KVSpec, budget_bytes: int, device: torch.device | str = "cpu", max_share: float = 1.0):
+        """max_share: of the budget, that the copies of one owner may take."""
+        self._store = PrefixStore(Arena(spec, budget_bytes // spec.bytes_per_token, device), max_share)
         self._lock = threading.Lock()
         self._version = 0
 
@@ -40,11 +41,11 @@ class HostCopies:
         """Another number whenever what is kept may have changed."""
         return self._version
 
-    def reserve(self, length: int) -> Extent:
+    def reserve(self, length: int, owner: str = "") -> Extent:
         """Slots for a prefix of `length` rows; copies that nobody holds make way.
 
         Raises:
-            TooLarge: longer than the whole budget. QueueFull: all copies are being made or sent.
+            TooLarge: longer than the whole budget, or its owner's share. QueueFull: all copies are being made or sent.
         """
         with self._lock:
             self._version += 1
@@ -56,7 +57,7 @@ class HostCopies:
                 )
             if length > self._store.most_room():
                 raise QueueFull(f"no room to make a media prefix of {length} tokens: all that are kept are being made or sent")
-            return self._store.reserve(length)
+            return self._store.reserve(length, owner)
 
     def cancel(self, extent: Extent) -> None:
         """Give back a reservation that will not be published. Harmless when repeated."""

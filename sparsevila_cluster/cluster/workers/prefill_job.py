@@ -71,10 +71,10 @@ class PrefillJob:
 
     def reserve(self, length: int) -> Extent:
         """The extent of `length` rows that the prefill writes to."""
-        self._copy = self._copies.reserve(length)
+        self._copy = self._copies.reserve(length, self.preparation.request.owner)
         if self._staging is None:
             return self._copy
-        self._staged = self._staging.reserve(length)
+        self._staged = self._staging.reserve(length, self.preparation.request.owner)
         return self._staged
 
     def on_start(self, prefix: MediaPrefix, bounds: Sequence[int]) -> None:

@@ -66,9 +66,9 @@ class PrefillWorker:
         self.engine = PrefillEngine(self.model, engine, config.transport.quantization, config.secret)
         self.async_engine = AsyncPrefillEngine(self.engine, f"worker {name}", partial(WorkerClosed, worker=name))
         spec, device = self.model.spec, self.model.device
-        self.copies = HostCopies(spec, config.prefill.copy_bytes)
+        self.copies = HostCopies(spec, config.prefill.copy_bytes, max_share=engine.max_share)
         # On a CPU the prefill writes into the copy itself.
-        self.staging = None if device.type == "cpu" else HostCopies(spec, engine.prefix_bytes, device)
+        self.staging = None if device.type == "cpu" else HostCopies(spec, engine.prefix_bytes, device, engine.max_share)
         self.sender = KVSender(name, config.transport, object_store=object_store, sink=self.sink)
         self.num_prefills = 0
         self._transfers = TransferTasks(name, self.sender, config.transport.dial_timeout_s)
