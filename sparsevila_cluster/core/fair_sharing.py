@@ -144,10 +144,8 @@ class FairSlots:
             raise QueueFull(f"{len(queue)} of {owner!r} wait already; its share is {most}", self._retry_after_s(owner))
         waiting = sum(waiter.cost for waiter in queue)
         if owner and queue and waiting + cost > self._max_cost:
-            asked = (
-                f"{owner!r} has work of {waiting:.3g} pixels waiting; {cost:.3g} more are over its limit of {self._max_cost:.3g}"
-            )
-            raise QueueFull(asked, self._retry_after_s(owner))
+            asked = f"{owner!r} has work of cost {waiting:.3g} waiting, and asks for {cost:.3g} more"
+            raise QueueFull(f"{asked}; the limit is {self._max_cost:.3g}", self._retry_after_s(owner))
 
     async def enter(self, owner: str, cost: float = 0.0) -> None:
         """Wait for a place; `leave` must follow. Raises QueueFull, and what `close` was told to."""

@@ -163,7 +163,7 @@ class LocalPipeline:
                 request = self._remembered.get(turn.media_id)
                 if not evicted or request is None or not may_use(request.tenant, turn.tenant):
                     raise
-                handle = await self.prepare(request)
+                handle = await self.prepare(replace(request, owner=turn.owner))
                 if handle.media_id != turn.media_id:
                     raise NotFound(f"media {turn.media_id!r} was evicted and its source has changed since") from None
         return await self.decode.call(attempt)

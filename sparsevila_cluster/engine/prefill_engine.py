@@ -145,7 +145,12 @@ class PrefillEngine:
         """Decode and sample every source. Raises BadMedia, TooLarge, DeadlineExceeded, Unavailable (closed)."""
         fps, cap = self._sampling(request)
         limits, sandbox = self.config.limits, self.sandbox
-        return [open_media(source, fps=fps, max_frames=cap, limits=limits, sandbox=sandbox) for source in request.sources]
+        medias, sampled = [], 0
+        for source in request.sources:
+            medias.append(open_media(source, fps=fps, max_frames=cap, limits=limits, sandbox=sandbox))
+            sampled += medias[-1].frames[..., 0].size
+            check_cost(MediaCost(sampled=sampled), len(request.sources), limits)
+        return medias
 
     def cost_of(self, request: PrepareRequest) -> MediaCost:
         """What decoding the sources will cost, before any frame is decoded.

@@ -49,5 +49,7 @@ def measure(
         with open_picture(file, name, limits, ("WEBP",)) as image:
             return MediaCost((wanted[-1] + 1) * image.width * image.height, len(wanted) * image.width * image.height)
     plan = video_plan(file, name, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
-    pixels = plan.width * plan.height
-    return MediaCost(plan.num_decoded * pixels, min(len(plan.times_s), plan.survey.num_shown) * pixels)
+    num_sampled = min(len(plan.times_s), plan.survey.num_shown)
+    return MediaCost(
+        plan.num_decoded * plan.width * plan.height, num_sampled * max(1, round(plan.width * plan.aspect)) * plan.height
+    )

@@ -53,9 +53,26 @@ def check_pixels(width: int, height: int, name: str, limits: MediaLimits) -> Non
         raise TooLarge(f"{name}: {width} x {height} pixels are more than max_pixels = {limits.max_pixels}")
 
 
+class PixelMeter:
+    """Counts what is decoded of one source: its headers may have promised less."""
+
+    def __init__(self, name: str, limits: MediaLimits):
+        self._name, self._limits, self._decoded = name, limits, 0
+
+    def add(self, width: int, height: int) -> None:
+        """One more frame. Raises TooLarge: it has too many pixels, or all so far have."""
+        check_pixels(width, height, self._name, self._limits)
+        self._decoded += width * height
+        if self._decoded > self._limits.max_decoded_pixels:
+            raise TooLarge(f"{self._name}: more pixels are decoded than max_decoded_pixels = {self._limits.max_decoded_pixels}")
+
+
 def check_frames_bytes(num: int, width: int, height: int, name: str, limits: MediaLimits) -> None:
-    """Raises TooLarge: one frame has too many pixels, or all have too many bytes."""
+    """Raises TooLarge: one frame has too many pixels, or all have too many pixels or bytes."""
     check_pixels(width, height, name, limits)
+    if num * width * height > limits.max_sampled_pixels:
+        sampled = f"{num} frames of {width} x {height} pixels"
+        raise TooLarge(f"{name}: {sampled} are more than max_sampled_pixels = {limits.max_sampled_pixels}; ask for fewer frames")
     if num * width * height * 3 > MAX_FRAMES_BYTES:
         asked = f"{num} frames of {width} x {height} pixels"
         raise TooLarge(f"{name}: {asked} are more than {MAX_FRAMES_BYTES} bytes; ask for fewer frames")

@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -21,12 +20,9 @@ import numpy as np
 from sparsevila_cluster.media.container import is_end
 from sparsevila_cluster.media.frame_buffer import FrameBuffer
 from sparsevila_cluster.media.frame_selection import pick
-from sparsevila_cluster.media.frames import check_pixels
+from sparsevila_cluster.media.frames import PixelMeter
 from sparsevila_cluster.media.media_source import DecodeDeadline
 from sparsevila_cluster.media.survey import BROKEN, ENTRY, HIDDEN, PacketIndex, Survey
-
-if TYPE_CHECKING:
-    from sparsevila_cluster.core.config import MediaLimits
 
 # By which timestamp a container finds its way. Others (raw streams, AVI, program streams) have no index worth the name.
 SEEK_BY = {"mov,mp4,m4a,3gp,3g2,mj2": "pts", "matroska,webm": "pts", "flv": "pts", "mpegts": "dts"}
@@ -74,7 +70,7 @@ def plan_runs(survey: Survey, codec: str, format_name: str, times_s: np.ndarray)
 
 def take_around(
     container: av.container.InputContainer, stream: av.VideoStream, survey: Survey,
-    runs: list[Run], buffer: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
+    runs: list[Run], buffer: FrameBuffer, meter: PixelMeter, deadline: DecodeDeadline,
 ) -> bool:  # fmt: skip
     """Put the wanted frames of all runs into `buffer`. False: something is damaged or not as surveyed; the buffer is no use then.
 
@@ -93,7 +89,7 @@ def take_around(
         for run in runs:
             if run.entry > 0:
                 container.seek(seek_by[run.entry], stream=stream)
-            if not all(_taken(run, container, stream, survey, index, buffer, limits, deadline)):
+            if not all(_taken(run, container, stream, survey, index, buffer, meter, deadline)):
                 return False
     except (av.error.MemoryError, av.error.ExitError):
         raise
@@ -104,7 +100,7 @@ def take_around(
 
 def _taken(
     run: Run, container: av.container.InputContainer, stream: av.VideoStream, survey: Survey, index: PacketIndex,
-    buffer: FrameBuffer, limits: MediaLimits, deadline: DecodeDeadline,
+    buffer: FrameBuffer, meter: PixelMeter, deadline: DecodeDeadline,
 ) -> Iterator[bool]:  # fmt: skip
     """True for each wanted frame that went into the buffer; a False ends it."""
     pts = index.pts
@@ -118,7 +114,7 @@ def _taken(
             stream.codec_context.skip_frame = "DEFAULT" if row in rows or row == run.entry else "NONREF"
         for frame in packet.decode():
             deadline.check()
-            check_pixels(frame.width, frame.height, buffer.name, limits)
+            meter.add(frame.width, frame.height)
             if frame.pts is not None and run.entry > 0 and frame.pts < pts[run.entry]:
                 continue  # shows before the key frame and needs what came before it
             bad_entry = frame.pts == pts[run.entry] and run.entry > 0 and not frame.key_frame

@@ -19,7 +19,7 @@ from sparsevila_cluster.core.errors import TooLarge
 from sparsevila_cluster.media.container import check_lost, exact, is_end, open_video
 from sparsevila_cluster.media.frame_buffer import FrameBuffer
 from sparsevila_cluster.media.frame_selection import choose, sample_times
-from sparsevila_cluster.media.frames import Allocate, Decoded, check_pixels
+from sparsevila_cluster.media.frames import Allocate, Decoded, PixelMeter, check_pixels
 from sparsevila_cluster.media.media_source import DecodeDeadline
 from sparsevila_cluster.media.seeking import Run, plan_runs, take_around
 from sparsevila_cluster.media.survey import Survey, survey_packets
@@ -79,16 +79,17 @@ def decode_video(
     """
     plan = video_plan(file, name, fps=fps, max_frames=max_frames, limits=limits, deadline=deadline)
     survey, runs = plan.survey, plan.runs
+    meter = PixelMeter(name, limits)
     buffer = FrameBuffer(len(plan.times_s), plan.aspect, name, limits, allocate)
     if seek and runs:
         # A fresh container each time: raw streams cannot seek back, and parsers keep state.
         with open_video(file, name, limits, deadline) as (container, stream):
-            done = take_around(container, stream, survey, runs, buffer, limits, deadline)
+            done = take_around(container, stream, survey, runs, buffer, meter, deadline)
         if done:
             return buffer.decoded(survey.duration_s)
         buffer.clear()
     with open_video(file, name, limits, deadline) as (container, stream):
-        whole = _whole_frames(container, stream, survey, name, limits, deadline)
+        whole = _whole_frames(container, stream, survey, name, limits, meter, deadline)
         for frame, start_s in choose(_timed(whole, survey), plan.times_s):
             buffer.put(frame, start_s)
     return buffer.decoded(survey.duration_s)
@@ -96,7 +97,7 @@ def decode_video(
 
 def _whole_frames(
     container: av.container.InputContainer, stream: av.VideoStream, survey: Survey,
-    name: str, limits: MediaLimits, deadline: DecodeDeadline,
+    name: str, limits: MediaLimits, meter: PixelMeter, deadline: DecodeDeadline,
 ) -> Iterator[av.VideoFrame]:  # fmt: skip
     """Frames that decoded without damage, in order; at the end, refuses a file that lost more than its share.
 
@@ -122,7 +123,7 @@ def _whole_frames(
             continue
         for frame in decoded:
             deadline.check()
-            check_pixels(frame.width, frame.height, name, limits)
+            meter.add(frame.width, frame.height)
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             num_errors += frame.is_corrupt
             if not damaged:

@@ -61,12 +61,22 @@ def serve(work, **fields):
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_public_media_are_everybodys_and_count_as_their_callers():
+    async def work(service, pipeline, sink):
+        async with service.call("Prepare", ANN, lambda: None) as call:
+            _ = [item async for item in service.prepare(call, [MediaReference(inline=b"de", kind="image")])]
+        (request,) = pipeline.requests
+        assert (request.tenant, request.owner) == ("", "ann")
+
+    serve(work, api_keys={"key-of-ann": "ann"}, public_media=True)
+
+
 def test_a_turn_has_the_callers_tenant_and_deadline_and_the_clients_id():
     async def work(service, pipeline, sink):
         async with service.call("Ask", ANN, lambda: 7.5) as call:
             events = [event async for event in service.ask(call, Turn("mine", "", MEDIA_ID, "what is it?"))]
         (turn,) = pipeline.turns
-        assert (turn.turn_id, turn.tenant, turn.deadline_s) == ("ann/mine", "ann", 7.5)
+        assert (turn.turn_id, turn.tenant, turn.owner, turn.deadline_s) == ("ann/mine", "ann", "ann", 7.5)
         assert [(event.kind, event.turn_id) for event in events] == [(kind, "mine") for kind in ("accepted", "token", "done")]
         assert events[1].evidence == Evidence() and sink.counts["requests_total", "Ask", "OK"] == 1
         assert sink.observed["request_ttft_seconds", "first", "warm"] == sink.observed["request_tpot_seconds",] == 1

@@ -286,6 +286,7 @@ class RoutedTurn:
         """A worker where the prefix has been made resident."""
         key, parts = self.conversation.media_id, self._parts
         source = parts.preparer.remembered(key, self.turn.tenant)
+        source = source and replace(source, owner=self.turn.owner)
         lost, lacking = frozenset(self._lost), frozenset(self._lacking)
         try:
             worker, _ = await parts.provisioner.provide(
