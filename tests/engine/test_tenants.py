@@ -2,13 +2,14 @@
 
 import asyncio
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sparsevila_cluster.core.config import build_config
-from sparsevila_cluster.core.errors import NotFound
+from sparsevila_cluster.core.errors import NotFound, QueueFull, TooLarge
 from sparsevila_cluster.core.requests import MediaSource, PrepareRequest, SamplingParams, Turn
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.engine.prefill_engine import PrefillEngine, Preparation
@@ -131,6 +132,45 @@ def test_a_conversation_is_its_tenant_s_also_on_shared_media(model):
     b.decode.submit(turn("m", tenant="anna", after=1), lambda event: None)
     b.run()
     assert b.decode.conversations.get("c").num_turns == 2
+
+
+# ---- owners ------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_owner_fills_its_share_of_the_queue_and_no_more(model):
+    b, events = bench(model, max_waiting=4), []
+    b.prefix(random_media("video", 2, 56, 84, seed=0), key="m")
+
+    def ask(name, owner):
+        b.decode.submit(turn("m", conversation=name, name=name, owner=owner), events.append)
+
+    for i in range(3):
+        ask(f"a{i}", "anna")
+    with pytest.raises(QueueFull, match="3 turns of 'anna' wait already; its share of max_waiting=4 is 3"):
+        ask("a3", "anna")
+    ask("b0", "bert")
+    with pytest.raises(QueueFull, match="4 turns wait already"):
+        ask("b1", "bert")
+    b.run()
+    assert [event.kind for event in events].count("done") == 4
+    b.decode.check_integrity()
+
+
+def test_a_prefix_takes_its_owner_s_share_of_the_bytes(model):
+    async def scenario(pipeline):
+        handle = await pipeline.prepare(replace(picture("anna"), owner="anna"))
+        return handle.prefix_tokens, await pipeline.decode.call(lambda engine: engine.prefixes.slots_of("anna"))
+
+    num, taken = with_pipeline(model, scenario)
+    assert taken == num
+    size = model.spec.bytes_per_token
+
+    async def too_large(pipeline):
+        assert (await pipeline.prepare(picture())).prefix_tokens == num
+        with pytest.raises(TooLarge, match="share of 'anna' in prefix_bytes"):
+            await pipeline.prepare(replace(picture("anna"), owner="anna"))
+
+    with_pipeline(model, too_large, prefix_bytes=(num + 1) * size)
 
 
 # ---- after -----------------------------------------------------------------------------------------------------------------
