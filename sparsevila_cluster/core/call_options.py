@@ -43,7 +43,8 @@ class AskOptions(TypedDict, total=False):
 
 _SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
 _GIVEN = {
-    "turn_id", "conversation_id", "media_id", "question", "sampling", "want_evidence", "deadline_s", "tenant", "owner", "after", "replay",
+    "turn_id", "conversation_id", "media_id", "question", "sampling", "want_evidence", "deadline_s", "tenant", "owner", "after",
+    "replay",
 }  # fmt: skip
 _OF_TURN = frozenset(Turn.__dataclass_fields__) - _GIVEN
 ASK_OPTIONS = _SAMPLING | _OF_TURN | {"evidence", "timeout_s"}
