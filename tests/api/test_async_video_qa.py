@@ -114,9 +114,9 @@ def test_options_are_known_by_name(checkpoint, clips):
     """A check on each side: what type checkers read is what is taken, and that is every field of a turn that users may set."""
     assert set(AskOptions.__annotations__) == ASK_OPTIONS and set(PrepareOptions.__annotations__) == PREPARE_OPTIONS
     fixed = {"turn_id", "conversation_id", "media_id", "question", "sampling", "want_evidence", "deadline_s"}
-    fixed |= {"tenant", "after", "replay"}  # the gateway and a router set these
+    fixed |= {"tenant", "owner", "after", "replay"}  # the gateway and a router set these
     assert set(Turn.__dataclass_fields__) - fixed <= ASK_OPTIONS
-    assert set(PrepareRequest.__dataclass_fields__) - {"sources", "deadline_s", "tenant"} <= PREPARE_OPTIONS
+    assert set(PrepareRequest.__dataclass_fields__) - {"sources", "deadline_s", "tenant", "owner"} <= PREPARE_OPTIONS
 
     async def work(qa):
         chat = qa.conversation(await qa.prepare(clips[0]))
