@@ -57,6 +57,10 @@ class OwnerShares:
         """Calls of one owner in progress."""
         return self._calls[owner]
 
+    def charged(self, owner: str) -> str:
+        """Whose share the engines take it from: "", which has none, where there is nobody else."""
+        return owner if self._has_several() else ""
+
     def share_of(self, budget: int) -> int:
         """What one owner may take of a budget of all: at least 1, and all of it where there is nobody else."""
         return max(1, int(budget * self._config.max_share)) if self._has_several() else budget

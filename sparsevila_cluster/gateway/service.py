@@ -185,7 +185,7 @@ class VideoQAService:
                 prune_keep=prune_keep,
                 deadline_s=call.left_s(self._engine.prepare_timeout_s),
                 tenant=call.principal.tenant,
-                owner=call.principal.owner,
+                owner=self._shares.charged(call.principal.owner),
             )
             if opened.full is not None:
                 known = await self._pipeline.find_media(request)
@@ -249,7 +249,7 @@ class VideoQAService:
             turn_id=call.principal.pipeline_turn_id(turn_id),
             deadline_s=call.left_s(self._engine.turn_timeout_s),
             tenant=call.principal.tenant,
-            owner=call.principal.owner,
+            owner=self._shares.charged(call.principal.owner),
         )
         labels = {"turn": "later" if turn.conversation_id else "first"}
         media = "cold" if turn.media_id in self._fresh else "warm"

@@ -61,14 +61,15 @@ def serve(work, **fields):
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_public_media_are_everybodys_and_count_as_their_callers():
+@pytest.mark.parametrize("keys, owner", [({"key-of-ann": "ann", "key-of-bob": "bob"}, "ann"), ({"key-of-ann": "ann"}, "")])
+def test_public_media_are_everybodys_and_count_as_their_callers_where_there_are_others(keys, owner):
     async def work(service, pipeline, sink):
         async with service.call("Prepare", ANN, lambda: None) as call:
             _ = [item async for item in service.prepare(call, [MediaReference(inline=b"de", kind="image")])]
         (request,) = pipeline.requests
-        assert (request.tenant, request.owner) == ("", "ann")
+        assert (request.tenant, request.owner) == ("", owner)
 
-    serve(work, api_keys={"key-of-ann": "ann"}, public_media=True)
+    serve(work, api_keys=keys, public_media=True)
 
 
 def test_a_turn_has_the_callers_tenant_and_deadline_and_the_clients_id():
@@ -85,7 +86,7 @@ def test_a_turn_has_the_callers_tenant_and_deadline_and_the_clients_id():
                 made = (await anext(leaving)).turn_id
         assert made and pipeline.aborted == [f"ann/{made}"] and sink.observed["request_e2e_seconds", "later"] == 0
 
-    serve(work, api_keys={"key-of-ann": "ann"})
+    serve(work, api_keys={"key-of-ann": "ann", "key-of-bob": "bob"})
 
 
 def test_media_go_from_upload_to_handle():
