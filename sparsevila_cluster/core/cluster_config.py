@@ -84,7 +84,27 @@ class GatewayConfig(FrozenConfig):
     tls_client_ca: str | None = Field(None, description="PEM file of the authority that clients must be signed by (mTLS).")
     max_message_bytes: int = Field(8 * MIB, ge=64 * 1024, description="Largest message from a client.")
     max_inline_bytes: int = Field(4 * MIB, ge=0, description="Largest media inside a request; larger ones are uploaded.")
-    max_streams: int = Field(1000, ge=1, description="Calls at the same time; more wait or are refused.")
+    max_streams: int = Field(1000, ge=1, description="Calls at the same time; more are refused.")
+    max_connections: int = Field(1000, ge=1, description="Connections at the same time; more are closed at once.")
+    max_streams_per_connection: int = Field(
+        1000, ge=1, description="Calls at the same time on one connection; clients wait with more."
+    )
+    max_pending_calls: int = Field(
+        10_000, ge=1, description="Calls of one method that arrived and were not looked at yet; more are cut off without a status."
+    )
+    max_loop_lag_s: float = Field(1.0, gt=0, description="New calls are refused while the event loop is later than this.")
+    max_header_bytes: int = Field(16 * 1024, ge=1024, le=MIB, description="Largest headers of one call, names and values.")
+    handshake_timeout_s: float = Field(10.0, gt=0, description="Deadline of a new connection for TLS and HTTP/2 settings.")
+    request_timeout_s: float = Field(60.0, gt=0, description="How long a call may take to bring its request, once it has begun.")
+    max_connection_idle_s: float = Field(600.0, gt=0, description="A connection without calls is closed after this.")
+    max_connection_age_s: float = Field(
+        86_400.0, gt=0, description="A connection takes no new calls after this, and is closed max_deadline_s later at the latest."
+    )
+    min_ping_interval_s: float = Field(
+        5.0, gt=0, description="Pings of a client closer together than this, a few times, close its connection."
+    )
+    min_upload_bytes_per_s: int = Field(1024, ge=0, description="An upload that is slower is given up; 0: never.")
+    upload_grace_s: float = Field(30.0, gt=0, description="How long an upload may take before its speed counts.")
     keepalive_s: float = Field(30.0, gt=0, description="Seconds between two pings on an idle connection.")
     max_deadline_s: float = Field(3600.0, gt=0, description="Longest deadline that a client may set; what it names beyond is cut.")
     spool_dir: str | None = Field(None, description="Folder of uploads; routers and prefill workers reach it. None: a private one.")

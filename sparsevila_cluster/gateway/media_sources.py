@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -63,6 +65,29 @@ class OpenedMedia:
     full: QueueFull | None = None
 
 
+class UploadPace:
+    """How long one client was waited for, and how long it may be for the bytes it brought. Our own work is not on its clock."""
+
+    def __init__(self, min_bytes_per_s: int, grace_s: float):
+        self._min_bytes_per_s, self._grace_s = min_bytes_per_s, grace_s
+        self._waited_s = 0.0
+
+    async def wait_for(self, chunk: Awaitable[R], num_bytes: int, within_s: float) -> R:
+        """`chunk`, where `num_bytes` came before it. Raises DeadlineExceeded: within_s is over, or it is too slow."""
+        most_s = math.inf
+        if self._min_bytes_per_s:
+            most_s = self._grace_s + num_bytes / self._min_bytes_per_s - self._waited_s
+        what = "the next chunk of the upload"
+        if most_s < within_s:
+            rate = f"min_upload_bytes_per_s = {self._min_bytes_per_s} after upload_grace_s = {self._grace_s:g}"
+            what = f"{what} after {num_bytes} bytes in {self._waited_s:.1f} s, at {rate},"
+        begun_s = time.perf_counter()
+        try:
+            return await wait_within(chunk, max(0.0, min(within_s, most_s)), what)
+        finally:
+            self._waited_s += time.perf_counter() - begun_s
+
+
 class MediaSources:
     """Opens what clients name. `close` ends its threads; files that are being written are the spool's to delete."""
 
@@ -80,14 +105,15 @@ class MediaSources:
 
         Raises:
             BadRequest: an empty file, a chunk above MAX_CHUNK_BYTES, an unknown kind. TooLarge. QueueFull: over the quota.
-            DeadlineExceeded: the client pauses for too long. Whatever the iteration raises.
+            DeadlineExceeded: the client pauses for too long, or sends fewer than `min_upload_bytes_per_s`. Whatever the iteration
+            raises.
         """
         part, kind, first = self._spool.begin(call.principal.owner), "auto", True
-        arriving = aiter(chunks)
+        arriving, pace = aiter(chunks), UploadPace(self._config.min_upload_bytes_per_s, self._config.upload_grace_s)
         try:
             while True:
                 within_s = min(CHUNK_WAIT_S, call.left_s(self._spool.ttl_s))
-                chunk = await wait_within(anext(arriving, None), within_s, "the next chunk of the upload")
+                chunk = await pace.wait_for(anext(arriving, None), part.num_bytes, within_s)
                 if chunk is None:
                     break
                 if first:

@@ -30,6 +30,7 @@ from sparsevila_cluster.core.errors import (
     SparseVilaError,
     TooLarge,
     Unauthenticated,
+    Unavailable,
 )
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
@@ -38,6 +39,7 @@ from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, 
 from sparsevila_cluster.gateway.audit_log import AuditLog, host_of
 from sparsevila_cluster.gateway.authenticator import Authenticator, check_id
 from sparsevila_cluster.gateway.call import Call
+from sparsevila_cluster.gateway.loop_lag import LoopLag
 from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference, MediaSources
 from sparsevila_cluster.gateway.owner_shares import OwnerShares
 from sparsevila_cluster.gateway.progress_queue import ProgressQueue, StageProgress
@@ -89,10 +91,12 @@ class VideoQAService:
         self._spool = Spool(config, engine.limits.max_bytes, self._sink, self._shares.share_of)
         self._sources = MediaSources(config, engine.limits, self._spool, fetcher or UrlFetcher())
         self._fresh: LRUDict[None] = LRUDict(MAX_FRESH)
+        self._lag = LoopLag(config.max_loop_lag_s)
         self._chores = (asyncio.create_task(self._sweep()), asyncio.create_task(self._authenticator.watch()))
 
     async def close(self) -> None:
         """Delete what clients sent. To be called once no call is in progress. Idempotent."""
+        self._lag.close()
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
@@ -117,16 +121,21 @@ class VideoQAService:
             peer: where the call comes from, for the audit log.
 
         Raises:
-            Unauthenticated. QueueFull: more than `max_streams` calls, or more than the owner's share or rate. Whatever
-            SparseVilaError is raised inside; Internal for any other exception.
+            Unauthenticated. QueueFull: more than `max_streams` calls, more than the owner's share or rate, or the event loop is
+            late. Unavailable: what it waited for was cancelled, though nobody cancelled the call. Whatever SparseVilaError is
+            raised inside; Internal for any other exception.
         """
         code, call = "OK", None
         try:
+            self._lag.check()
             principal = self._authenticator.authenticate(authorization)
             call = Call(principal, client_left_s, self._config.max_deadline_s, method, peer)
             with self._shares.call(principal.owner):
                 yield call
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            if not _is_cancelled():
+                code = Unavailable.grpc_status
+                raise Unavailable(f"{method} ended early: what it waited for was cancelled; try again") from error
             code = "DEADLINE_EXCEEDED" if call is not None and call.is_late else "CANCELLED"
             raise
         except SparseVilaError as error:
@@ -332,6 +341,12 @@ def _version() -> str:
         return metadata.version("sparsevila-cluster")
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
         return "unknown"
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody asked the running task itself to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _end(work: asyncio.Future[MediaHandle]) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from sparsevila_cluster.core.errors import BadRequest, Cancelled, SparseVilaError
+from sparsevila_cluster.core.cluster_config import GatewayConfig
+from sparsevila_cluster.core.deadline import wait_within
+from sparsevila_cluster.core.errors import BadRequest, Cancelled, QueueFull, SparseVilaError
 from sparsevila_cluster.gateway.grpc.status_codes import status_of
 from sparsevila_cluster.gateway.service import VideoQAService
 
 SERVICE = "sparsevila.v1.VideoQA"
+# What asks for no key: how soon each request must come, and how many streams of reflection there may be.
+KEYLESS_REQUEST_S = 5.0
+MAX_REFLECTIONS = 20
 
 
 class Malformed:
@@ -21,14 +26,16 @@ class Malformed:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the methods of `SERVICE`; other services (health, reflection) pass as they are.
+    """Wraps every method, so that a call without a request, or with one that does not parse, ends the same way everywhere.
 
-    A method gets a `Call` where gRPC gives a context. One that streams is an async generator, closed when the client leaves.
+    A method of `SERVICE` gets a `Call` where gRPC gives a context. One that streams is an async generator, closed when the client
+    leaves. Others (health, reflection) ask for no key: they get gRPC's context, and their requests come soon or not at all.
     """
 
-    def __init__(self, service: VideoQAService):
-        self._service = service
+    def __init__(self, service: VideoQAService, config: GatewayConfig):
+        self._service, self._config = service, config
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
+        self._num_reflections = 0
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[grpc.RpcMethodHandler]], handler_call_details: Any
@@ -36,35 +43,84 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """gRPC's hook."""
         name = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if handler is None or not name.startswith(f"/{SERVICE}/"):
-            return handler
+        if handler is None:
+            return None
         if name not in self._wrapped:
-            self._wrapped[name] = self._wrap(name.rpartition("/")[2], handler)
+            ours = name.startswith(f"/{SERVICE}/")
+            self._wrapped[name] = self._wrap(name.rpartition("/")[2], handler) if ours else self._wrap_keyless(handler)
         return self._wrapped[name]
 
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler:
-        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary
-        kinds = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-        }
+        behaviour = _behaviour(handler)
 
-        async def run(request: Any, context: Any) -> Any:
+        async def run(messages: Any, context: Any) -> Any:
             authorization = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
             try:
                 async with self._service.call(method, authorization, context.time_remaining, context.peer()) as call:
-                    arrived = _received(request, context) if handler.request_streaming else _checked(request)
+                    if handler.request_streaming:
+                        arrived = _received(messages, context)
+                    else:
+                        arrived = await _request(context, min(self._config.request_timeout_s, self._config.max_deadline_s))
                     if not handler.response_streaming:
                         return await behaviour(arrived, call)
-                    async with aclosing(behaviour(arrived, call)) as messages:
-                        async for message in messages:
+                    async with aclosing(behaviour(arrived, call)) as answers:
+                        async for message in answers:
                             await _reaching(context.write(message))
             except SparseVilaError as error:
                 await context.abort(*status_of(error))
 
-        kind, parse = kinds[handler.request_streaming, handler.response_streaming], _lenient(handler.request_deserializer)
-        return kind(run, request_deserializer=parse, response_serializer=handler.response_serializer)
+        return _reading(run, handler)
+
+    def _wrap_keyless(self, handler: Any) -> grpc.RpcMethodHandler:
+        behaviour = _behaviour(handler)
+
+        async def run(messages: Any, context: Any) -> Any:
+            try:
+                if not handler.request_streaming:
+                    return await behaviour(await _request(context, KEYLESS_REQUEST_S), context)
+                with self._reflection():
+                    async with aclosing(behaviour(_soon(context), context)) as answers:
+                        async for message in answers:
+                            await wait_within(_reaching(context.write(message)), KEYLESS_REQUEST_S, "sending")
+            except SparseVilaError as error:
+                await context.abort(*status_of(error))
+
+        return _reading(run, handler)
+
+    @contextmanager
+    def _reflection(self) -> Iterator[None]:
+        if self._num_reflections >= MAX_REFLECTIONS:
+            raise QueueFull(f"{MAX_REFLECTIONS} streams of reflection are open; that is the limit")
+        self._num_reflections += 1
+        try:
+            yield
+        finally:
+            self._num_reflections -= 1
+
+
+def _behaviour(handler: Any) -> Callable[..., Any]:
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+
+def _reading(run: Callable[..., Awaitable[Any]], handler: Any) -> grpc.RpcMethodHandler:
+    """A handler that reads by itself: gRPC would wait for the first message of a call before it calls anybody, and for ever."""
+    kind = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return kind(run, request_deserializer=_lenient(handler.request_deserializer), response_serializer=handler.response_serializer)
+
+
+async def _request(context: Any, within_s: float) -> Any:
+    """The only message of a call. Raises BadRequest: none, or one that does not parse. DeadlineExceeded. Cancelled: it broke."""
+    message = await wait_within(context.read(), within_s, "the request of this call")
+    if message is grpc.aio.EOF:
+        await _reaching(context.send_initial_metadata(()))  # a call that breaks ends in the same way
+        raise BadRequest("the call brings no message")
+    return _checked(message)
+
+
+async def _soon(context: Any) -> AsyncIterator[Any]:
+    """The messages of a client's stream, each within KEYLESS_REQUEST_S. Raises BadRequest, DeadlineExceeded."""
+    while (message := await wait_within(context.read(), KEYLESS_REQUEST_S, "the next request of this call")) is not grpc.aio.EOF:
+        yield _checked(message)
 
 
 def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -81,7 +137,7 @@ def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _checked(message: Any) -> Any:
     if isinstance(message, Malformed):
-        raise BadRequest(f"the message is no message of {SERVICE}: its bytes do not parse")
+        raise BadRequest("the message is none of this method: its bytes do not parse")
     return message
 
 

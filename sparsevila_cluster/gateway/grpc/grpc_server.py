@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 # A connection whose ping is not answered for this long is lost, and with it all calls on it.
 MAX_PING_ANSWER_S = 10.0
-# What a client may do at most: pings closer together than this are taken for an attack.
-MIN_PING_GAP_S = 5.0
+# gRPC takes milliseconds in 32 bits.
+MAX_MS = 2**31 - 1
 
 
 class GrpcServer:
@@ -57,7 +57,7 @@ class GrpcServer:
         assert self._server is None, "a server is started once"
         credentials = _credentials(self._config)
         self._warn()
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(self._service),), options=_options(self._config))
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(self._service, self._config),), options=_options(self._config))
         add_VideoQAServicer_to_server(GrpcServicer(self._service), self._server)
         self._health = HealthService(self._service.ready)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -103,18 +103,38 @@ class GrpcServer:
 
 
 def _options(config: GatewayConfig) -> list[tuple[str, int]]:
+    ping_answer_s = min(MAX_PING_ANSWER_S, config.keepalive_s)
     return [
         ("grpc.so_reuseport", 1),  # several routers on one node share the port
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        ("grpc.max_concurrent_streams", config.max_streams),
-        ("grpc.keepalive_time_ms", round(config.keepalive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", round(min(MAX_PING_ANSWER_S, config.keepalive_s) * 1000)),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
+        # It refuses streams of clients that keep to the limit: a stream that has ended counts until its memory is free.
+        ("grpc.http.overload_protection", 0),
+        # What gRPC cuts off by itself ends as CANCELLED, without a time to try again (gRPC 1.85: above 1,000 calls that wait for
+        # the event loop, or after 30 s). So the service refuses, and these are the last bound on memory.
+        ("grpc.server.max_pending_requests", config.max_pending_calls),
+        ("grpc.server.max_pending_requests_hard_limit", config.max_pending_calls + 1),
+        ("grpc.server_max_unrequested_time_in_server", round(min(config.max_deadline_s + 1, MAX_MS))),
+        # Between the two of them gRPC refuses at random.
+        ("grpc.max_metadata_size", config.max_header_bytes),
+        ("grpc.absolute_max_metadata_size", config.max_header_bytes),
+        ("grpc.server_handshake_timeout_ms", _ms(config.handshake_timeout_s)),
+        ("grpc.max_connection_idle_ms", _ms(config.max_connection_idle_s)),
+        ("grpc.max_connection_age_ms", _ms(config.max_connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", _ms(config.max_deadline_s)),
+        ("grpc.keepalive_time_ms", _ms(config.keepalive_s)),
+        ("grpc.keepalive_timeout_ms", _ms(ping_answer_s)),
         # Without this one, whose default is a minute, a shorter keep-alive timeout has no effect (gRPC 1.85, measured).
-        ("grpc.http2.ping_timeout_ms", round(min(MAX_PING_ANSWER_S, config.keepalive_s) * 1000)),
+        ("grpc.http2.ping_timeout_ms", _ms(ping_answer_s)),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", round(min(MIN_PING_GAP_S, config.keepalive_s) * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", _ms(min(config.min_ping_interval_s, config.keepalive_s))),
     ]
+
+
+def _ms(seconds: float) -> int:
+    return min(MAX_MS, max(1, round(seconds * 1000)))
 
 
 def _credentials(config: GatewayConfig) -> Any:
