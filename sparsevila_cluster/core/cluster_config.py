@@ -86,13 +86,11 @@ class GatewayConfig(FrozenConfig):
     max_inline_bytes: int = Field(4 * MIB, ge=0, description="Largest media inside a request; larger ones are uploaded.")
     max_streams: int = Field(1000, ge=1, description="Calls at the same time; more are refused.")
     max_connections: int = Field(1000, ge=1, description="Connections at the same time; more are closed at once.")
-    max_streams_per_connection: int = Field(
-        1000, ge=1, description="Calls at the same time on one connection; clients wait with more."
-    )
+    max_streams_per_connection: int = Field(2000, ge=1, description="Calls at the same time on one connection; more are cut off.")
     max_pending_calls: int = Field(
         10_000, ge=1, description="Calls of one method that arrived and were not looked at yet; more are cut off without a status."
     )
-    max_loop_lag_s: float = Field(1.0, gt=0, description="New calls are refused while the event loop is later than this.")
+    max_loop_lag_s: float = Field(5.0, gt=0, description="New calls are refused while the event loop is later than this.")
     max_header_bytes: int = Field(16 * 1024, ge=1024, le=MIB, description="Largest headers of one call, names and values.")
     handshake_timeout_s: float = Field(10.0, gt=0, description="Deadline of a new connection for TLS and HTTP/2 settings.")
     request_timeout_s: float = Field(60.0, gt=0, description="How long a call may take to bring its request, once it has begun.")

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadConfig
+from sparsevila_cluster.gateway.grpc.aio_server import AioServer
 from sparsevila_cluster.gateway.grpc.call_interceptor import SERVICE, CallInterceptor
 from sparsevila_cluster.gateway.grpc.health_service import HealthService
 from sparsevila_cluster.gateway.grpc.servicer import GrpcServicer
@@ -57,7 +58,8 @@ class GrpcServer:
         assert self._server is None, "a server is started once"
         credentials = _credentials(self._config)
         self._warn()
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(self._service, self._config),), options=_options(self._config))
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
+        self._server = AioServer([CallInterceptor(self._service, self._config)], _options(self._config))
         add_VideoQAServicer_to_server(GrpcServicer(self._service), self._server)
         self._health = HealthService(self._service.ready)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -102,6 +104,11 @@ class GrpcServer:
             log.warning("the gRPC server listens on %s without API keys: whoever reaches it may use it", host)
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """gRPC logs a traceback for each header that is no UTF-8: what a client sends, without a key, and as often as it likes."""
+    return not str(record.msg).startswith("Invalid encoding on")
+
+
 def _options(config: GatewayConfig) -> list[tuple[str, int]]:
     ping_answer_s = min(MAX_PING_ANSWER_S, config.keepalive_s)
     return [
@@ -110,8 +117,6 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.max_allowed_incoming_connections", config.max_connections),
         ("grpc.max_concurrent_streams", config.max_streams_per_connection),
-        # It refuses streams of clients that keep to the limit: a stream that has ended counts until its memory is free.
-        ("grpc.http.overload_protection", 0),
         # What gRPC cuts off by itself ends as CANCELLED, without a time to try again (gRPC 1.85: above 1,000 calls that wait for
         # the event loop, or after 30 s). So the service refuses, and these are the last bound on memory.
         ("grpc.server.max_pending_requests", config.max_pending_calls),
