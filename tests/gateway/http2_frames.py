@@ -99,6 +99,13 @@ class Connection:
                     payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
                     yield Frame(kind, flags, stream & 0x7FFFFFFF, payload)
 
+    async def acknowledged(self) -> None:
+        """Read until the server's settings, and acknowledge them."""
+        async for one in self.frames():
+            if one.kind == SETTINGS and not one.flags & ACK:
+                await self.send(frame(SETTINGS, ACK))
+                return
+
     async def closed(self, within_s: float = 20) -> bool:
         """Whether the server closes the connection within the time; frames until then are dropped."""
         try:

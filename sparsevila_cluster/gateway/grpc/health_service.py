@@ -22,12 +22,16 @@ Status = health_pb2.HealthCheckResponse
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """ready: asked once per POLL_S at most, however many want to know. No answer within ANSWER_S, or an error: not ready."""
+    """ready: asked once per POLL_S at most, however many want to know. An error, or no answer within ANSWER_S twice: not ready.
+
+    One answer that does not come may be the lateness of our own event loop, and a server that is late must not leave its
+    balancer for it.
+    """
 
     def __init__(self, ready: Callable[[], Awaitable[bool]]):
         self._ready = ready
         self._leaving = asyncio.Event()
-        self._known = (-POLL_S, False)
+        self._known, self._silent = (-POLL_S, False), False
         self._asking: asyncio.Future[None] | None = None
         self._num_watchers = 0
 
@@ -88,7 +92,9 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def _ask(self) -> None:
         try:
             async with asyncio.timeout(ANSWER_S):
-                ready = await self._ready()
+                ready, self._silent = await self._ready(), False
+        except TimeoutError:
+            ready, self._silent = self._known[1] and not self._silent, True
         except Exception:
             ready = False
         self._known = time.monotonic(), ready
