@@ -23,7 +23,7 @@ INSTALL     := $(if $(UV),$(UV) pip install --python $(PY),$(PY) -m pip install)
 SYSTEM_PY   := $(or $(PYTHON),python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix constraints lint bench figures fuzz fuzz-wire storm chaos protos clean
+.PHONY: help setup demo test matrix constraints lint bench figures fuzz fuzz-door fuzz-wire storm chaos protos clean
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench   benchmarks: engine, accuracy (quick)"
 	@echo "make fuzz    2,000 broken media files through the public call (MUTANTS=..., SEED=...)"
 	@echo "make fuzz-wire  100,000 broken manifests, lane messages, handshakes and transfers between workers; CASES=n SEED=n"
+	@echo "make fuzz-door  broken calls and broken HTTP/2 against a server (CASES=100000, SEED=...)"
 	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
 	@echo "make chaos   three thousand operations on a cluster whose workers are killed and stopped; OPERATIONS=n SEED=n"
 	@echo "make figures write benchmarks/results/ into README.md and docs/benchmarks.md"
@@ -70,6 +71,9 @@ fuzz: setup
 
 fuzz-wire: setup
 	@$(PY) -m tests.transport.fuzz_wire --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
+
+fuzz-door: setup
+	@GRPC_VERBOSITY=NONE $(PY) -m tests.gateway.fuzz_door --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
 
 storm: setup
 	@$(PY) -m tests.engine.storm --operations $(or $(OPERATIONS),10000) --seed $(or $(SEED),0)

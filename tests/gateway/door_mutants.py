@@ -13,10 +13,24 @@ from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests.gateway import http2_frames as h2
 
 METHODS = pb.DESCRIPTOR.services_by_name["VideoQA"].methods
-KEYLESS = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")  # fmt: skip
+KEYLESS = (
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/List",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
 INTS = (0, 1, 2, 63, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 DOUBLES = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"))
-TEXTS = (b"", b"\xed\xa0\x80", b"\xff\xfe", b"\0", b"a\nb", b"../../etc/passwd", "e\u0301 \u202e \U0001f600".encode(), b"%s%n{}", b" ")
+TEXTS = (
+    b"",
+    b"\xed\xa0\x80",
+    b"\xff\xfe",
+    b"\0",
+    b"a\nb",
+    b"../../etc/passwd",
+    "e\u0301 \u202e \U0001f600".encode(),
+    b"%s%n{}",
+    b" ",
+)
 VARINT, I64, LEN, GROUP, END_GROUP, I32 = range(6)
 
 
@@ -89,7 +103,8 @@ def valid(rng: random.Random, method: str, known: Known) -> list[bytes]:
     if method == "PrepareMedia":
         url = rng.choice(("data:image/png;base64,AAAA", "https://127.0.0.1:1/x.mp4", "http://[::1]/x"))
         ways = (dict(inline=known.clip), dict(upload_id="0" * 32), dict(url=url), dict(file="clip.mp4"), dict(inline=b"no media"))
-        sources = [pb.MediaSource(**rng.choice(ways), kind=rng.choice(("", "auto", "video", "image"))) for _ in range(rng.choice((1, 1, 1, 2)))]  # fmt: skip
+        num = rng.choice((1, 1, 1, 2))
+        sources = [pb.MediaSource(**rng.choice(ways), kind=rng.choice(("", "auto", "video", "image"))) for _ in range(num)]
         made = pb.PrepareMediaRequest(sources=sources, fps=rng.choice((1.0, 2.0)), max_frames=rng.choice((1, 2)), prune_keep=0.5)
     elif method in ("Ask", "Answer"):
         made = pb.AskRequest(
@@ -237,7 +252,12 @@ def _call(rng: random.Random, number: int, known: Known) -> Case:
         case.mutations.append(f"{len(messages)} messages")
     case.messages = tuple(messages)
     if rng.randrange(30) == 0:
-        bad = (("authorization", "Bearer nobody"), ("authorization", ""), ("authorization", "Bearer " + "x" * 3000), ("x-a-bin", b"\0\xff"))
+        bad = (
+            ("authorization", "Bearer nobody"),
+            ("authorization", ""),
+            ("authorization", "Bearer " + "x" * 3000),
+            ("x-a-bin", b"\0\xff"),
+        )
         case.metadata = (rng.choice(bad),)
         case.mutations.append(f"metadata {case.metadata[0][0]}")
     return case
@@ -256,11 +276,15 @@ def _frames(rng: random.Random, number: int, known: Known) -> Case:
     block, body = h2.hpack(head), h2.message(data)
     if rng.randrange(4) == 0:
         at = rng.randrange(len(block))
-        block = rng.choice((block[:at], block[:at] + rng.randbytes(3) + block[at:], rng.randbytes(60), b"\x80" + block, b"\x3f\xff\xff\xff\x0f"))
+        block = rng.choice(
+            (block[:at], block[:at] + rng.randbytes(3) + block[at:], rng.randbytes(60), b"\x80" + block, b"\x3f\xff\xff\xff\x0f")
+        )
         case.mutations.append("a broken header block")
     if rng.randrange(4) == 0:
         size = rng.choice((0, 1, len(data) + 1, 2**31, 2**32 - 1))
-        body = rng.choice((b"\1" + body[1:], b"\xff" + body[1:], b"\0" + struct.pack(">I", size) + data, body[:3], body + b"\0", body * 2, b""))
+        body = rng.choice(
+            (b"\1" + body[1:], b"\xff" + body[1:], b"\0" + struct.pack(">I", size) + data, body[:3], body + b"\0", body * 2, b"")
+        )
         case.mutations.append("a broken message prefix")
     frames = [
         h2.Frame(h2.SETTINGS, 0, 0, b""),
@@ -279,7 +303,9 @@ def _frames(rng: random.Random, number: int, known: Known) -> Case:
         out = out[:at] + rng.randbytes(2) + out[at + 2 :]
         case.mutations.append("two wrong bytes")
     elif way == 2:
-        out = rng.choice((rng.randbytes(500), b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01" + rng.randbytes(200), h2.PREFACE * 3))
+        out = rng.choice(
+            (rng.randbytes(500), b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01" + rng.randbytes(200), h2.PREFACE * 3)
+        )
         case.mutations.append("no HTTP/2")
     case.frames = out
     return case
@@ -303,7 +329,9 @@ def _mutate_head(rng: random.Random, head: list, said: list[str]) -> None:
         head.append(("grpc-timeout", value))
         said.append(f"grpc-timeout {value!r}")
     elif way == 4:
-        name = rng.choice(("grpc-encoding", "content-encoding", "grpc-accept-encoding", "connection", "transfer-encoding", "content-length"))
+        name = rng.choice(
+            ("grpc-encoding", "content-encoding", "grpc-accept-encoding", "connection", "transfer-encoding", "content-length")
+        )
         head.append((name, rng.choice((b"gzip", b"identity", b"none such", b"", b"-1"))))
         said.append(name)
     else:
@@ -338,13 +366,17 @@ def _mutate_frames(rng: random.Random, frames: list[h2.Frame], said: list[str]) 
         said.append(f"window update {size}")
         return [*frames[:at], h2.Frame(h2.WINDOW_UPDATE, 0, rng.choice((0, 1, 5)), struct.pack(">I", size)), *frames[at:]]
     if way == 6:
-        pairs = b"".join(struct.pack(">HI", rng.choice((0, 1, 2, 3, 4, 5, 6, 0xFE03)), rng.choice((0, 1, 2**14, 2**24, 2**31, 2**32 - 1))) for _ in range(rng.randrange(5)))  # fmt: skip
+        pairs = b""
+        for _ in range(rng.randrange(5)):
+            name, value = rng.choice((0, 1, 2, 3, 4, 5, 6, 0xFE03)), rng.choice((0, 1, 2**14, 2**24, 2**31, 2**32 - 1))
+            pairs += struct.pack(">HI", name, value)
         said.append("settings")
         return [*frames[:at], h2.Frame(h2.SETTINGS, rng.choice((0, 0, 1)), 0, pairs[: rng.choice((len(pairs), 5))]), *frames[at:]]
     if way == 7:
         kind = rng.choice((h2.PING, h2.GOAWAY, h2.PUSH_PROMISE, h2.PRIORITY, h2.CONTINUATION, 0x20))
         said.append(f"a frame of type {kind}")
-        return [*frames[:at], h2.Frame(kind, rng.choice((0, 1, 4)), rng.choice((0, 1)), rng.randbytes(rng.choice((0, 4, 5, 8, 16)))), *frames[at:]]  # fmt: skip
+        flags, stream, num_bytes = rng.choice((0, 1, 4)), rng.choice((0, 1)), rng.choice((0, 4, 5, 8, 16))
+        return [*frames[:at], h2.Frame(kind, flags, stream, rng.randbytes(num_bytes)), *frames[at:]]
     said.append("split headers")
     cut = len(one.payload) // 2
     rest = h2.Frame(h2.CONTINUATION, h2.END_HEADERS, one.stream, one.payload[cut:])

@@ -29,7 +29,7 @@ from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.gateway import http2_frames as h2
 from tests.gateway.door_mutants import METHODS, Case, Known, case_of
-from tests.gateway.running_servers import RunningServer, ask, clip, prepare, running_server, until
+from tests.gateway.running_servers import RunningServer, ask, clip, prepare, running_server
 
 BATCH = 500
 AT_ONCE = 24
@@ -43,7 +43,13 @@ BY_GRPC = {"UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "CANCELLED"}
 # What grpc.aio's client makes of a status that comes while it still sends: the status is lost.
 ENDED_EARLY = ("INTERNAL", "Internal error from Core")
 ENGINE = {"max_answer_tokens": 16, "max_question_bytes": 2048, "prepare_timeout_s": 30.0}
-DOOR = {"api_keys": {"fuzz": "fuzzers"}, "max_message_bytes": 1 << 20, "max_inline_bytes": 65_536, "upload_ttl_s": 0.5, "max_loop_lag_s": 60.0, "request_timeout_s": 5.0}  # fmt: skip
+DOOR = {
+    "api_keys": {"fuzz": "fuzzers"},
+    "max_message_bytes": 1 << 20,
+    "max_inline_bytes": 65_536,
+    "upload_ttl_s": 0.5,
+    "request_timeout_s": 5.0,
+}
 
 
 @dataclass
@@ -68,7 +74,9 @@ class ErrorLog(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        cause = "" if not record.exc_info or record.exc_info[0] is None else f" ({record.exc_info[0].__name__}: {record.exc_info[1]})"
+        cause = (
+            "" if not record.exc_info or record.exc_info[0] is None else f" ({record.exc_info[0].__name__}: {record.exc_info[1]})"
+        )
         self.lines.append(f"{record.name}: {record.getMessage()[:300]}{cause}")
 
 
@@ -147,7 +155,9 @@ class DoorFuzzer:
             while (reply := await call.read()) is not grpc.aio.EOF:
                 replies.append(reply)
             if (code := await call.code()) is not grpc.StatusCode.OK:
-                raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
+                raise grpc.aio.AioRpcError(
+                    code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+                )
         except grpc.aio.AioRpcError as failed:
             error = failed
         except UnicodeDecodeError as failed:
@@ -162,7 +172,9 @@ class DoorFuzzer:
         self.outcomes.counts[code] += 1
         failure = dict(error.trailing_metadata() or ()).get("sparsevila-failure-bin")
         if failure is None:
-            return None if code in BY_GRPC and "Traceback" not in (error.details() or "") else f"{code} of no kind: {error.details()}"
+            return (
+                None if code in BY_GRPC and "Traceback" not in (error.details() or "") else f"{code} of no kind: {error.details()}"
+            )
         raised = from_failure(msgpack.unpackb(failure))
         if code in ("INTERNAL", "UNKNOWN") or raised.grpc_status != code or "Traceback" in str(raised) or not str(raised):
             return f"{code}: {type(raised).__name__}: {raised}"
@@ -243,7 +255,9 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def fuzz(numbers: Sequence[int], seed: int, checkpoint: Path, advance: Callable[[int, Outcomes], None] = lambda *_: None) -> tuple[Outcomes, str]:  # fmt: skip
+async def fuzz(
+    numbers: Sequence[int], seed: int, checkpoint: Path, advance: Callable[[int, Outcomes], None] = lambda *_: None
+) -> tuple[Outcomes, str]:
     """Try these cases; what came of it and its summary line."""
     begun_s, settled_bytes = time.monotonic(), None
     async with running_server(checkpoint, engine=ENGINE, **DOOR) as served:

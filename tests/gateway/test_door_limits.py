@@ -94,12 +94,36 @@ def test_grpc_cuts_nothing_off_while_the_loop_is_late():
     async def work(one):
         async with h2.connection(one.address) as first, h2.connection(one.address) as second:
             for connection in (first, second):
-                await connection.send(b"".join(h2.call(2 * i + 1, "Abort", ABORT) for i in range(600)))
+                await connection.send(b"".join(h2.call(2 * i + 1, "Abort", ABORT) for i in range(900)))
             time.sleep(0.5)  # gRPC's threads take all of them in
-            reading = [asyncio.ensure_future(ends(connection, 600)) for connection in (first, second)]
+            reading = [asyncio.ensure_future(ends(connection, 900)) for connection in (first, second)]
             await asyncio.sleep(0)
             for ended in await asyncio.gather(*reading):
-                assert len(ended) == 600 and {frame.kind for frame in ended.values()} == {h2.HEADERS}
+                assert len(ended) == 900 and {frame.kind for frame in ended.values()} == {h2.HEADERS}
+
+    served(work)
+
+
+def test_a_busy_loop_takes_several_calls_in_each_turn():
+    """gRPC takes one in five turns: calls behind a thousand others then wait for as long as they are cut off after."""
+
+    async def work(one):
+        num_turns = 0
+
+        async def busy():
+            nonlocal num_turns
+            while True:
+                num_turns += 1
+                time.sleep(0.005)
+                await asyncio.sleep(0)
+
+        async with h2.connection(one.address) as connection:
+            await connection.send(b"".join(h2.call(2 * i + 1, "Abort", ABORT) for i in range(80)))
+            time.sleep(0.2)
+            turning = asyncio.ensure_future(busy())
+            assert len(await ends(connection, 80)) == 80
+            turning.cancel()
+        assert num_turns < 200, num_turns
 
     served(work)
 
@@ -394,10 +418,14 @@ def test_what_asks_for_no_key_is_bounded_and_typed(monkeypatch):
         code, error = await refused(check(b"\xff"))
         assert code == "INVALID_ARGUMENT" and type(error) is BadRequest and "parse" in str(error)
         async with h2.connection(one.address) as connection:
-            await connection.send(b"".join(h2.call(2 * i + 1, name, service=HEALTH) for i, name in enumerate(("Check", "Watch", "List"))))
+            await connection.send(
+                b"".join(h2.call(2 * i + 1, name, service=HEALTH) for i, name in enumerate(("Check", "Watch", "List")))
+            )
             ended = await ends(connection, 3)
             assert len(ended) == 3 and b"grpc-status\x014" in ended[1].payload  # DEADLINE_EXCEEDED
-        reflect = one.channel.stream_stream(REFLECTION + "ServerReflectionInfo", request_serializer=bytes, response_deserializer=bytes)
+        reflect = one.channel.stream_stream(
+            REFLECTION + "ServerReflectionInfo", request_serializer=bytes, response_deserializer=bytes
+        )
         streams = [reflect(timeout=20) for _ in range(MAX_REFLECTIONS + 1)]
         codes = [(await stream.code()).name for stream in streams]
         assert sorted(codes) == ["DEADLINE_EXCEEDED"] * MAX_REFLECTIONS + ["RESOURCE_EXHAUSTED"]

@@ -1,8 +1,9 @@
 """gRPC's server for asyncio, with a way of its own to accept calls.
 
-What gRPC does (1.85.3) asks for one call of a method at a time, through five turns of the event loop: a busy one accepts ten calls a
-second, and what waits for 30 s is cut off as CANCELLED. And it decodes the path of a call to an unknown method there, so that one path
-that is no UTF-8 ends the server: one header, without a key. Here several calls are asked for at a time, and no path is looked at.
+What gRPC does (1.85.3) asks for one call of a method at a time, through five turns of the event loop: a busy one accepts ten calls
+a second, and what waits for 30 s is cut off as CANCELLED. And it decodes the path of a call to an unknown method there, so that one
+path that is no UTF-8 ends the server: one header, without a key. Here several calls are asked for at a time, and no path is looked
+at.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class AioServer(grpc.aio._server.Server):
         self._server.prepare(tuple(interceptors))
 
 
-class _CoreServer(cygrpc.AioServer):  # type: ignore[misc]
+class _CoreServer(cygrpc.AioServer):
     """The two hooks by which gRPC's loop asks for the next call never return: calls are answered here."""
 
     def prepare(self, interceptors: tuple[grpc.aio.ServerInterceptor, ...]) -> None:
@@ -44,8 +45,8 @@ class _CoreServer(cygrpc.AioServer):  # type: ignore[misc]
         await self._accept(super()._request_call, "", ())
 
     async def _request_registered_call(self, method: bytes) -> None:
-        def request() -> Awaitable[Any]:
-            return cygrpc.AioServer._request_registered_call(self, method)
+        async def request() -> Any:
+            return await cygrpc.AioServer._request_registered_call(self, method)
 
         name = method.decode()
         for _ in range(ACCEPT_AT_ONCE - 1):

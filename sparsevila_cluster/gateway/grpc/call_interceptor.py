@@ -99,7 +99,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _behaviour(handler: Any) -> Callable[..., Any]:
-    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    behaviour: Callable[..., Any] = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    return behaviour
 
 
 def _reading(run: Callable[..., Awaitable[Any]], handler: Any) -> grpc.RpcMethodHandler:
