@@ -104,9 +104,13 @@ class GrpcServer:
             log.warning("the gRPC server listens on %s without API keys: whoever reaches it may use it", host)
 
 
+# What gRPC logs with a traceback because of a client, without a key and as often as it likes: headers that are no UTF-8, and a call
+# that ended just when its answer was sent.
+CLIENTS_DOING = ("Invalid encoding on", "ExecuteBatchError raised in core")
+
+
 def _is_ours(record: logging.LogRecord) -> bool:
-    """gRPC logs a traceback for each header that is no UTF-8: what a client sends, without a key, and as often as it likes."""
-    return not str(record.msg).startswith("Invalid encoding on")
+    return not str(record.msg).startswith(CLIENTS_DOING)
 
 
 def _options(config: GatewayConfig) -> list[tuple[str, int]]:
