@@ -240,7 +240,7 @@ class DoorFuzzer:
         info = await self._served.pipeline.info()
         counts = {name: info[name] for name in ("conversations", "turns_running", "turns_waiting", "turn_bytes")}
         spool = self._served.service._spool
-        counts["calls"], counts["spool_bytes"] = self._served.service._num_calls, spool.num_bytes
+        counts["calls"], counts["spool_bytes"] = self._served.service._shares.num_calls, spool.num_bytes
         counts["spool_files"] = sum(1 for path in spool._folder.glob("*/*"))
         counts["tasks"] = max(0, len(asyncio.all_tasks()) - self._num_tasks)
         counts["files"] = max(0, _num_files() - self._num_files)

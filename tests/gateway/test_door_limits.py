@@ -82,7 +82,7 @@ def test_calls_beyond_the_limit_are_told_when_to_try_again(num_connections):
                 assert done, "neither answered nor refused"
                 for code, error in (each.result() for each in done):
                     assert code == "RESOURCE_EXHAUSTED" and type(error) is QueueFull and error.retry_after_s > 0
-            assert one.service._num_calls == 20
+            assert one.service._shares.num_calls == 20
             for call in calls:
                 call.cancel()
             await asyncio.wait(pending)
@@ -238,7 +238,7 @@ def test_streams_of_one_connection_have_a_limit_and_their_requests_a_deadline():
 
 
 async def num_calls(one, wanted):
-    return one.service._num_calls == wanted
+    return one.service._shares.num_calls == wanted
 
 
 def test_headers_have_a_limit():
@@ -364,7 +364,7 @@ def test_a_flood_of_frames_costs_who_sends_it(kind):
         assert await watching < 5
 
         async def nothing_stays():
-            return one.service._num_calls == 0 and (len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())) <= before
+            return one.service._shares.num_calls == 0 and (len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())) <= before
 
         await until(nothing_stays, f"{before} files and tasks before, now {len(asyncio.all_tasks())} tasks")
         await alive(one)
