@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 
 # Media that was made here and not asked about yet, so that a first question counts as cold.
 MAX_FRESH = 4096
-SWEEP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -329,7 +328,7 @@ class VideoQAService:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(min(SWEEP_S, self._config.upload_ttl_s))
+            await asyncio.sleep(self._spool.sweep_s)
             try:
                 await asyncio.to_thread(self._spool.sweep)
             except Exception:

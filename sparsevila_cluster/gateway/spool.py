@@ -30,6 +30,7 @@ from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.private_folder import check_private, own_folder
 
 KINDS = ("auto", "video", "image")
+SWEEP_S = 30.0
 # How long a count of what other routers keep in a shared folder is good for, in seconds.
 COUNT_TTL_S = 1.0
 # When a client may try again that found the disk full.
@@ -124,10 +125,16 @@ class Spool:
                 self._release(path)
 
     def sweep(self) -> None:
-        """Delete what has expired and is not in use, also what a router that is gone left in a shared folder."""
+        """Delete what has expired and is not in use, also what a router that is gone left in a shared folder.
+
+        What is in use here is touched, so that no other router of the folder takes it for expired; to be called every `sweep_s`.
+        """
         with self._lock:
-            for path in self._files() if self._shared else list(self._sizes):
-                if not self._held[path] and self._is_old(path):
+            for path in {*self._sizes, *(self._files() if self._shared else ())}:
+                if path in self._held:
+                    with suppress(OSError):
+                        os.utime(path)
+                elif self._is_old(path):  # or deleted by another router
                     self._delete(path)
 
     def close(self) -> None:
@@ -183,6 +190,11 @@ class Spool:
         with self._lock:
             self._held.pop(path, None)
             self._delete(path)
+
+    @property
+    def sweep_s(self) -> float:
+        """How often to sweep, in seconds."""
+        return min(SWEEP_S, self._ttl_s / 3)
 
     @property
     def ttl_s(self) -> float:

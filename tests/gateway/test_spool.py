@@ -16,7 +16,7 @@ import pytest
 from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.errors import BadConfig, NotFound, QueueFull, TooLarge, Unavailable
 from sparsevila_cluster.core.metrics import Tally
-from sparsevila_cluster.gateway import service
+from sparsevila_cluster.gateway import spool as spools
 from sparsevila_cluster.gateway.spool import Spool
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests import structure as rules
@@ -137,6 +137,25 @@ def test_a_shared_folder_has_one_quota_and_is_cleaned_of_the_dead(tmp_path):
         spool(spool_dir="/proc/no such folder")
 
 
+def test_routers_of_one_folder_neither_take_from_each_other_what_is_in_use_nor_count_what_is_gone(tmp_path):
+    one, two = (spool(spool_dir=str(tmp_path / "spool"), upload_ttl_s=60) for _ in range(2))
+    used, idle = put(one, bytes(300)), put(one, bytes(200))
+    with one.hold("ann", used.upload_id) as (path, _):
+        age(*path.parent.iterdir())
+        one.sweep()
+        two.sweep()
+        assert path.exists()
+    age(path)
+    two.sweep()
+    assert not path.exists()
+    one.sweep()
+    assert one.num_bytes == two.num_bytes == 0
+    with pytest.raises(NotFound), one.hold("ann", idle.upload_id):
+        pass
+    one.close()
+    two.close()
+
+
 KILLED = """
 import os, signal
 from tests.gateway.test_spool import put, spool
@@ -245,7 +264,7 @@ def test_discarding_while_another_thread_writes_leaves_nothing():
 
 def test_uploads_over_grpc_have_quota_size_and_expiry(checkpoint, clips, monkeypatch):
     size = len(clips[0])
-    monkeypatch.setattr(service, "SWEEP_S", 0.1)
+    monkeypatch.setattr(spools, "SWEEP_S", 0.1)
 
     async def work(served):
         code, error = await refused(upload(served.stub, bytes(size * 3), step=1000))
