@@ -1,0 +1,229 @@
+"""Those who mean harm to a server, as clients with a key: `python -m benchmarks.lib.attackers TARGET KEY SECONDS KIND ...`
+
+    questions   as long as a message may be, four at a time
+    replays     60,000 tokens that the client says it has heard, and the longest that the server takes
+    media       videos and pictures that are small as files and large as pixels, sixteen in a request, and broken files
+    streams     a thousand answers at the same time, as long as they may be
+    resets      ten thousand calls that are taken back at once, over and over
+    watchers    five hundred that watch the server's health
+
+All kinds run at the same time in this process. The last line counts, as JSON, what they were told: {kind: {status: number}}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import av
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+
+from benchmarks.lib import http2_frames as http2
+from sparsevila_cluster.demo.world import make_video, write_mp4
+from sparsevila_cluster.pb import video_qa_pb2 as pb
+from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
+
+NUM_LOOPS = 4
+NUM_STREAMS, NUM_RESETS, NUM_WATCHERS = 1_000, 10_000, 500
+QUESTION_BYTES = 7_900_000
+SAID_TOKENS, CONTROL_TOKEN = 60_000, 0
+NUM_SOURCES = 16
+CALL_S = 30.0
+
+
+class Attacker:
+    """One client with a key that does as much harm as it can until `until_s`."""
+
+    def __init__(self, target: str, key: str, until_s: float):
+        self._target, self._key, self._until_s = target, key, until_s
+        self._metadata = (("authorization", f"Bearer {key}"),)
+        self.told: dict[str, Counter[str]] = {}
+
+    async def run(self, kinds: Sequence[str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            clip = Path(folder) / "clip.mp4"
+            write_mp4(make_video(3)[1], clip)
+            self._clip = clip.read_bytes()
+        if "media" in kinds:
+            self._costly = (costly_video(), large_picture())
+        async with self._channel() as channel:
+            self._media_id = await self._prepared(VideoQAStub(channel), self._clip)
+            print("ready", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)  # whoever measures says when
+            self._until_s += time.monotonic()
+            await asyncio.gather(*(getattr(self, f"_{kind}")(Counter()) for kind in kinds))
+
+    def _channel(self) -> grpc.aio.Channel:
+        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1))
+        return grpc.aio.insecure_channel(self._target, options)
+
+    async def _prepared(self, stub: VideoQAStub, data: bytes) -> str:
+        request = pb.PrepareMediaRequest(sources=[pb.MediaSource(inline=data)])
+        async for status in stub.PrepareMedia(request, metadata=self._metadata, timeout=120):
+            if status.state == pb.MediaStatus.READY:
+                return str(status.media.media_id)
+        raise RuntimeError("the attacker's own video is not ready")
+
+    async def _loop(self, kind: str, work: Callable[[VideoQAStub], Awaitable[None]], told: Counter[str], num: int) -> None:
+        """`num` times at once, each again and again over a channel of its own."""
+        self.told[kind] = told
+
+        async def one() -> None:
+            async with self._channel() as channel:
+                stub = VideoQAStub(channel)
+                while time.monotonic() < self._until_s:
+                    try:
+                        await asyncio.wait_for(work(stub), max(0.1, self._until_s - time.monotonic()))
+                        told["OK"] += 1
+                    except grpc.aio.AioRpcError as error:
+                        told[error.code().name] += 1
+                    except TimeoutError:
+                        told["still waiting"] += 1
+
+        await asyncio.gather(*(one() for _ in range(num)))
+
+    async def _questions(self, told: Counter[str]) -> None:
+        async def ask(stub: VideoQAStub) -> None:
+            request = pb.AskRequest(media_id=self._media_id, question="why " * (QUESTION_BYTES // 4))
+            await stub.Answer(request, metadata=self._metadata, timeout=CALL_S)
+
+        await self._loop("questions", ask, told, NUM_LOOPS)
+
+    async def _replays(self, told: Counter[str]) -> None:
+        longest = await self._longest_replay()
+
+        async def ask(stub: VideoQAStub) -> None:
+            num, most = random.choice(((SAID_TOKENS, 2**31 - 1), (longest, longest + 1)))
+            request = pb.AskRequest(media_id=self._media_id, question="Why?", said_token_ids=[CONTROL_TOKEN] * num)
+            request.sampling.max_tokens = most
+            await stub.Answer(request, metadata=self._metadata, timeout=CALL_S)
+
+        await self._loop("replays", ask, told, NUM_LOOPS)
+
+    async def _longest_replay(self) -> int:
+        """By halving: what is one token longer is refused as too long."""
+        low, high = 1, SAID_TOKENS
+        async with self._channel() as channel:
+            while high - low > 16:
+                middle = (low + high) // 2
+                request = pb.AskRequest(media_id="none", question="Why?", said_token_ids=[CONTROL_TOKEN] * middle)
+                request.sampling.max_tokens = middle
+                try:
+                    await VideoQAStub(channel).Answer(request, metadata=self._metadata, timeout=CALL_S)
+                except grpc.aio.AioRpcError as error:
+                    low, high = (low, middle) if error.code() == grpc.StatusCode.INVALID_ARGUMENT else (middle, high)
+        return low
+
+    async def _media(self, told: Counter[str]) -> None:
+        rng = random.Random(0)
+
+        def broken() -> bytes:
+            data = bytearray(self._clip)
+            for _ in range(8):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            return bytes(data[: rng.randrange(1, len(data))])
+
+        async def prepare(stub: VideoQAStub) -> None:
+            # Other bytes behind the end of a file make another file of it.
+            sources = [rng.choice((*self._costly, broken()))] * rng.choice((1, NUM_SOURCES))
+            request = pb.PrepareMediaRequest(sources=[pb.MediaSource(inline=data + rng.randbytes(8)) for data in sources])
+            async for _ in stub.PrepareMedia(request, metadata=self._metadata, timeout=CALL_S):
+                pass
+
+        await self._loop("media", prepare, told, NUM_LOOPS)
+
+    async def _streams(self, told: Counter[str]) -> None:
+        async def ask(stub: VideoQAStub) -> None:
+            request = pb.AskRequest(media_id=self._media_id, question="Describe everything.")
+            request.sampling.max_tokens = 4096
+            try:
+                async for _ in stub.Ask(request, metadata=self._metadata, timeout=CALL_S):
+                    pass
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.5)  # a thousand at the same time, not as many as fit into the time
+                raise
+
+        await self._loop("streams", ask, told, NUM_STREAMS)
+
+    async def _resets(self, told: Counter[str]) -> None:
+        self.told["resets"] = told
+        data = pb.AskRequest(media_id=self._media_id, question="Why?").SerializeToString()
+        header = ("authorization", f"Bearer {self._key}")
+        reset = http2.CANCEL.to_bytes(4, "big")
+        while time.monotonic() < self._until_s:
+            with contextlib.suppress(ConnectionError):
+                async with http2.connection(self._target) as connection:
+                    for i in range(NUM_RESETS):
+                        stream = 2 * i + 1
+                        call = http2.call(stream, "Answer", data, header) + http2.frame(http2.RST_STREAM, 0, stream, reset)
+                        if time.monotonic() >= self._until_s or not await connection.send(call):
+                            break
+                        told["sent"] += 1
+                told["connections"] += 1
+
+    async def _watchers(self, told: Counter[str]) -> None:
+        self.told["watchers"] = told
+
+        async def watch() -> None:
+            async with self._channel() as channel:
+                stub = health_pb2_grpc.HealthStub(channel)
+                while time.monotonic() < self._until_s:
+                    watching = stub.Watch(health_pb2.HealthCheckRequest(service="sparsevila.v1.VideoQA"))
+                    try:
+                        async with asyncio.timeout(max(0.1, self._until_s - time.monotonic())):
+                            async for reply in watching:
+                                told[health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)] += 1
+                    except TimeoutError:
+                        watching.cancel()
+                    except grpc.aio.AioRpcError as error:
+                        told[error.code().name] += 1
+                        await asyncio.sleep(0.5)
+
+        await asyncio.gather(*(watch() for _ in range(NUM_WATCHERS)))
+
+
+def costly_video(width: int = 3840, height: int = 2160, num_frames: int = 240) -> bytes:
+    """A minute of nothing in ultra-high definition, with one key frame: some 50 kB."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=4, options={"preset": "ultrafast", "g": str(num_frames)})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((height * 3 // 2, width), np.uint8), format="yuv420p")
+        for i in range(num_frames):
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def large_picture(side: int = 8192) -> bytes:
+    """As many pixels as are allowed, all the same: some 200 kB."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+KINDS = ("questions", "replays", "media", "streams", "resets", "watchers")
+
+
+def main(argv: Sequence[str]) -> None:
+    target, key, seconds, *kinds = argv
+    attacker = Attacker(target, key, float(seconds))
+    asyncio.run(attacker.run(kinds))
+    print(json.dumps(attacker.told))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
