@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -91,13 +92,24 @@ class Connection:
 
     async def frames(self, within_s: float = 20) -> AsyncIterator[Frame]:
         """Those that come until the server closes the connection, or within the time."""
+        until_s = time.monotonic() + within_s
         with suppress(TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            async with asyncio.timeout(within_s):
-                while True:
-                    head = await self._reader.readexactly(9)
-                    kind, flags, stream = struct.unpack(">BBI", head[3:])
-                    payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
-                    yield Frame(kind, flags, stream & 0x7FFFFFFF, payload)
+            while True:
+                yield await self._frame(until_s - time.monotonic())
+
+    async def _frame(self, within_s: float) -> Frame:
+        async with asyncio.timeout(within_s):
+            head = await self._reader.readexactly(9)
+            kind, flags, stream = struct.unpack(">BBI", head[3:])
+            payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
+        return Frame(kind, flags, stream & 0x7FFFFFFF, payload)
+
+    async def acknowledged(self) -> None:
+        """Read until the server's settings, and acknowledge them."""
+        async for one in self.frames():
+            if one.kind == SETTINGS and not one.flags & ACK:
+                await self.send(frame(SETTINGS, ACK))
+                return
 
     async def closed(self, within_s: float = 20) -> bool:
         """Whether the server closes the connection within the time; frames until then are dropped."""

@@ -1,6 +1,6 @@
 """A storm over `sparsevila serve`: `python -m tests.chaos.ray_storm --minutes 10 --seed 0`.
 
-Clients of the library ask, leave, hurry, upload, prepare and delete over gRPC, while replicas of every kind and the Serve controller
+Clients of the library ask, leave, hurry, upload, prepare and delete over gRPC, while replicas of every kind and Serve's controller
 are killed on a real Ray. Halfway and at the end everything that clients hold is given back: then nothing may take a byte, a file, a
 descriptor or a thread more than before the storm, and memory may not have grown from one half to the other.
 """
@@ -47,7 +47,7 @@ CONFIG = f"door: {{upload_ttl_s: {UPLOAD_TTL_S:g}}}\nreport_s: 0.5\n"
 
 @dataclass(frozen=True)
 class Clip:
-    """A video, questions about it and the tokens of their answers, asked one after the other in a process that nothing happens to."""
+    """A video, questions about it, and their answers, asked one after the other in a process that nothing happens to."""
 
     path: Path
     questions: tuple[str, ...]
@@ -99,21 +99,21 @@ class StormClient:
             outcomes[f"{operation}: {type(error).__name__}"] += 1
             self._storm.messages[f"{type(error).__name__}: {re.sub(r'[0-9a-f]{8,}|[0-9.]+', '#', str(error))[:110]}"] += 1
             if isinstance(error, NotFound):
-                await self._leave_chat()
+                await self.leave_chat()
             if isinstance(error, Unavailable):
                 await asyncio.sleep(REFUSED_PAUSE_S)
         late_s = time.monotonic() - begun_s - 3 * DEADLINE_S  # begin, ask and close have one each
         assert late_s < GRACE_S, f"{operation} told its client {late_s:.1f} s after its deadline"
 
     async def _begin(self, upload: bool = False) -> None:
-        await self._leave_chat()
+        await self.leave_chat()
         self._clip = self._rng.choice(self._storm.clips)
         source = await self._client.upload(self._clip.path, timeout_s=DEADLINE_S) if upload else self._clip.path
         self._media = await self._client.prepare(source, timeout_s=DEADLINE_S)
         self._storm.media.add(self._media.media_id)
         self._chat, self._num_answers = self._client.conversation(self._media), 0
 
-    async def _leave_chat(self) -> None:
+    async def leave_chat(self) -> None:
         chat, self._chat = self._chat, None
         if chat is not None and chat.conversation_id:
             self._storm.conversations[chat.conversation_id] = chat
@@ -163,8 +163,8 @@ class Storm:
         async with AsyncClient.connect(self.served.target, timeout_s=DEADLINE_S) as client:
             for clip in self.clips:
                 self.media.add((await client.prepare(clip.path)).media_id)
-            clients = [asyncio.ensure_future(StormClient(self, client, random.Random(self._rng.random())).run())
-                       for _ in range(NUM_CLIENTS)]  # fmt: skip
+            self._storm_clients = [StormClient(self, client, random.Random(self._rng.random())) for _ in range(NUM_CLIENTS)]
+            clients = [asyncio.ensure_future(one.run()) for one in self._storm_clients]
             try:
                 await self._go_on(clients, CALM_S, with_faults=False)
                 rest = [await self._rest(client, {})]
@@ -194,7 +194,9 @@ class Storm:
             if with_faults and time.monotonic() > fault_s:
                 self._kill_something()
                 fault_s = time.monotonic() + self._rng.uniform(*FAULT_EVERY_S)
-            self._say(f"{sum(self.outcomes.values())} operations, {sum(self.faults.values())} kills, {until_s - time.monotonic():.0f} s")
+            self._say(
+                f"{sum(self.outcomes.values())} operations, {sum(self.faults.values())} kills, {until_s - time.monotonic():.0f} s"
+            )
         self.may_run.clear()
         until_s = time.monotonic() + 4 * DEADLINE_S
         while self.num_running:
@@ -213,7 +215,9 @@ class Storm:
         """Those of the served cluster that live, by kind; "Ray" are all others."""
         done = subprocess.run(["ps", "-eo", "pid=,sid=,stat=,args="], capture_output=True, text=True, check=True)
         found = defaultdict(list)
-        for pid, session, state, name in (line.split(None, 3) for line in done.stdout.splitlines() if len(line.split(None, 3)) == 4):
+        for pid, session, state, name in (
+            line.split(None, 3) for line in done.stdout.splitlines() if len(line.split(None, 3)) == 4
+        ):
             if session == str(self.served.process.pid) and not state.startswith("Z"):
                 replica = re.match(r"ray::ServeReplica:[^:]+:(\w+)", name)
                 kind = replica[1] if replica else "Controller" if name.startswith("ray::ServeController") else "Ray"
@@ -232,6 +236,8 @@ class Storm:
 
     async def _rest(self, client: AsyncClient, before: dict[str, Any]) -> dict[str, Any]:
         """Give everything back; what processes take then. Raises AssertionError: more of something than `before`."""
+        for one in self._storm_clients:
+            await one.leave_chat()
         until_s = time.monotonic() + UPLOAD_TTL_S + 60
         while kept := await self._kept(client):
             assert time.monotonic() < until_s, f"not given back: {kept}"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from benchmarks.lib import http2_frames as h2
 from sparsevila_cluster.pb import video_qa_pb2 as pb
-from tests.gateway import http2_frames as h2
 
 METHODS = pb.DESCRIPTOR.services_by_name["VideoQA"].methods
 KEYLESS = (

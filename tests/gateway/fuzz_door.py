@@ -24,10 +24,10 @@ from pathlib import Path
 import grpc
 import msgpack
 
+from benchmarks.lib import http2_frames as h2
 from sparsevila_cluster.core.errors import from_failure
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
-from tests.gateway import http2_frames as h2
 from tests.gateway.door_mutants import METHODS, Case, Known, case_of
 from tests.gateway.running_servers import RunningServer, ask, clip, prepare, running_server
 

@@ -12,11 +12,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.lib import http2_frames as h2
 from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, QueueFull, TooLarge, Unavailable
 from sparsevila_cluster.gateway.grpc.call_interceptor import MAX_REFLECTIONS
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
-from tests.gateway import http2_frames as h2
 from tests.gateway.running_servers import ask, refused, run, until
 from tests.gateway.test_bad_calls import Broken
 
