@@ -2,8 +2,8 @@
 
 A cluster of one prefill and two decode workers is served to two keys. The victim asks about a video that is there, one question
 after the other. It does so alone, then under each kind of attack (`benchmarks.lib.attackers`), then under all of them, then alone
-again. Attacker, victim and server share the machine's cores: every second of processor time that the attacker's own process takes is
-missing to the victim; both are told beside what the server spends.
+again. Attacker, victim and server share the cores of the machine: what the attacker itself computes is missing to the victim. Both
+are told beside what the server spends.
 
 Ends with status 1 if the victim was told an error or a wrong answer, or if its p99 under any attack is more than --limit times that
 of the quiet phases.
