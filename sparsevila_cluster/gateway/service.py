@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import Any
 
 from sparsevila_cluster.core.cluster_config import GatewayConfig
-from sparsevila_cluster.core.config import EngineConfig
+from sparsevila_cluster.core.config import KIB, EngineConfig
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import (
     BadMedia,
@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 # Media that was made here and not asked about yet, so that a first question counts as cold.
 MAX_FRESH = 4096
+# What a token and all options of a turn take when they are written down.
+MAX_TOKEN_BYTES, MAX_OPTION_BYTES = 10, 64 * KIB
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,11 @@ class VideoQAService:
     def max_answer_tokens(self) -> int:
         """Most tokens of an answer, and of the part of it that a client resumes behind."""
         return self._engine.max_answer_tokens
+
+    @property
+    def max_turn_bytes(self) -> int:
+        """Most bytes of a question with all that belongs to it, in any protocol."""
+        return self._engine.max_question_bytes + MAX_TOKEN_BYTES * self._engine.max_answer_tokens + MAX_OPTION_BYTES
 
     async def ask(self, call: Call, turn: Turn) -> AsyncGenerator[TurnEvent, None]:
         """The events of a turn, measured, `done` last. Leaving early aborts it.

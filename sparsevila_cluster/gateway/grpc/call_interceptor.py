@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from sparsevila_cluster.core.cluster_config import GatewayConfig
+from sparsevila_cluster.core.config import KIB
 from sparsevila_cluster.core.deadline import wait_within
 from sparsevila_cluster.core.errors import BadRequest, Cancelled, QueueFull, SparseVilaError
 from sparsevila_cluster.gateway.grpc.status_codes import status_of
@@ -21,8 +23,16 @@ KEYLESS_REQUEST_S = 5.0
 MAX_REFLECTIONS = 20
 
 
+# Largest message of a method that neither brings media nor asks a question.
+SMALL_MESSAGE_BYTES = 64 * KIB
+WITH_MEDIA, WITH_QUESTION = ("UploadMedia", "PrepareMedia"), ("Ask", "Answer")
+
+
+@dataclass(frozen=True)
 class Malformed:
-    """Stands for a message whose bytes are not one."""
+    """Stands for a message that cannot be read, or that nobody should: why."""
+
+    why: str
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -69,7 +79,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except SparseVilaError as error:
                 await context.abort(*status_of(error))
 
-        return _reading(run, handler)
+        return _reading(run, handler, self._most_bytes(method))
+
+    def _most_bytes(self, method: str) -> int:
+        """Of a message that is worth parsing, which takes the event loop's time: large ones are for media."""
+        if method in WITH_MEDIA:
+            return self._config.max_message_bytes
+        return self._service.max_turn_bytes if method in WITH_QUESTION else SMALL_MESSAGE_BYTES
 
     def _wrap_keyless(self, handler: Any) -> grpc.RpcMethodHandler:
         behaviour = _behaviour(handler)
@@ -85,7 +101,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except SparseVilaError as error:
                 await context.abort(*status_of(error))
 
-        return _reading(run, handler)
+        return _reading(run, handler, SMALL_MESSAGE_BYTES)
 
     @contextmanager
     def _reflection(self) -> Iterator[None]:
@@ -103,10 +119,14 @@ def _behaviour(handler: Any) -> Callable[..., Any]:
     return behaviour
 
 
-def _reading(run: Callable[..., Awaitable[Any]], handler: Any) -> grpc.RpcMethodHandler:
+def _reading(run: Callable[..., Awaitable[Any]], handler: Any, most_bytes: int) -> grpc.RpcMethodHandler:
     """A handler that reads by itself: gRPC would wait for the first message of a call before it calls anybody, and for ever."""
     kind = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
-    return kind(run, request_deserializer=_lenient(handler.request_deserializer), response_serializer=handler.response_serializer)
+    return kind(
+        run,
+        request_deserializer=_lenient(handler.request_deserializer, most_bytes),
+        response_serializer=handler.response_serializer,
+    )
 
 
 async def _request(context: Any, within_s: float) -> Any:
@@ -124,21 +144,23 @@ async def _soon(context: Any) -> AsyncIterator[Any]:
         yield _checked(message)
 
 
-def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """What does not parse arrives as `Malformed`, and is answered with a code of ours instead of gRPC's UNKNOWN."""
+def _lenient(deserialize: Callable[[bytes], Any], most_bytes: int) -> Callable[[bytes], Any]:
+    """What does not parse, or is too long to be parsed, arrives as `Malformed`, and is answered with a code of ours."""
 
     def parse(data: bytes) -> Any:
+        if len(data) > most_bytes:
+            return Malformed(f"a message of this method must have at most {most_bytes} bytes, got {len(data)}")
         try:
             return deserialize(data)
         except DecodeError:
-            return Malformed()
+            return Malformed("the message is none of this method: its bytes do not parse")
 
     return parse
 
 
 def _checked(message: Any) -> Any:
     if isinstance(message, Malformed):
-        raise BadRequest("the message is none of this method: its bytes do not parse")
+        raise BadRequest(message.why)
     return message
 
 
