@@ -23,7 +23,7 @@ INSTALL     := $(if $(UV),$(UV) pip install --python $(PY),$(PY) -m pip install)
 SYSTEM_PY   := $(or $(PYTHON),python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix constraints lint bench figures fuzz fuzz-door fuzz-wire storm chaos protos clean
+.PHONY: help setup demo test matrix constraints lint bench figures fuzz fuzz-door fuzz-wire storm chaos ray-chaos attack protos clean
 
 help:
 	@echo "make demo    answer questions about a synthetic video with the bundled model"
@@ -39,6 +39,8 @@ help:
 	@echo "make fuzz-door  broken calls and broken HTTP/2 against a server (CASES=100000, SEED=...)"
 	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
 	@echo "make chaos   three thousand operations on a cluster whose workers are killed and stopped; OPERATIONS=n SEED=n"
+	@echo "make ray-chaos  ten minutes of clients of 'sparsevila serve' whose replicas and controller are killed; MINUTES=n SEED=n"
+	@echo "make attack  what one tenant notices of another one's attacks, as a table; SECONDS=n of each"
 	@echo "make figures write benchmarks/results/ into README.md and docs/benchmarks.md"
 	@echo "make protos  regenerate code from protos/"
 	@echo "make clean   remove caches and build products (the environment stays)"
@@ -80,6 +82,12 @@ storm: setup
 
 chaos: setup
 	@$(PY) -m tests.chaos.storm --operations $(or $(OPERATIONS),3000) --seed $(or $(SEED),0)
+
+ray-chaos: setup
+	@$(PY) -m tests.chaos.ray_storm --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
+
+attack: setup
+	@GRPC_VERBOSITY=NONE $(PY) -m benchmarks.attack --seconds $(or $(SECONDS),20)
 
 figures: setup
 	@$(PY) -m benchmarks.write_docs
