@@ -237,7 +237,7 @@ class PrefillEngine:
             needs=frozenset().union(*(method.needs for method in methods)),
             report=encoded,
         )
-        inputs = [replace(one, pixels=one.pixels.new_empty(0)) for one in inputs]
+        inputs[:] = [replace(one, pixels=one.pixels.new_empty(0)) for one in inputs]  # the caller's list, too
         preparation.stage("prune")
         keep = keep_of_each(methods, inputs, tokens)
         preparation.stage("prefill")

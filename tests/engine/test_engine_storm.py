@@ -192,13 +192,16 @@ async def listen(pipeline, turn):
     return Answer.from_events([event async for event in pipeline.ask(turn)])
 
 
+SECRET = b"s" * 32  # two pipelines name the same media alike
+
+
 def test_callers_in_threads_that_come_and_go(model):
     requests = [png(seed) for seed in range(4)]
     size = model.spec.bytes_per_token
     tiny = {"prefix_bytes": 90 * size, "turn_bytes": 320 * size, "max_batch": 4, "max_step_tokens": 16, "slice_steps": 8}
 
     async def main():
-        pipeline = LocalPipeline(build_config(model="unused", max_waiting=4, **tiny), model)
+        pipeline = LocalPipeline(build_config(model="unused", max_waiting=4, **tiny), model, SECRET)
         talks = await asyncio.wait_for(asyncio.gather(*(held_talk(pipeline, n, requests) for n in range(10))), 180)
         while (await pipeline.info())["turns_running"]:
             await asyncio.sleep(0.01)  # turns that were left end with the next step
@@ -215,7 +218,7 @@ def test_callers_in_threads_that_come_and_go(model):
 
     async def alone(talks):
         """Every talk again, by itself, in a pipeline with room for all."""
-        pipeline = LocalPipeline(build_config(model="unused"), model)
+        pipeline = LocalPipeline(build_config(model="unused"), model, SECRET)
         for request in requests:
             await pipeline.prepare(request)
         for talk in talks:
