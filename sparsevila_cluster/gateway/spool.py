@@ -132,8 +132,7 @@ class Spool:
         with self._lock:
             for path in {*self._sizes, *(self._files() if self._shared else ())}:
                 if path in self._held:
-                    with suppress(OSError):
-                        os.utime(path)
+                    _touch(path)
                 elif self._is_old(path):  # or deleted by another router
                     self._delete(path)
 
@@ -206,7 +205,7 @@ class Spool:
             for kind in KINDS:
                 path = self._owner_folder(owner) / f"{upload_id}.{kind}"
                 if path.is_file() and (self._held[path] or not self._is_old(path)):
-                    os.utime(path)
+                    _touch(path)
                     return path
         raise NotFound(f"no upload {upload_id[:40]!r}: it is unknown, or expired after upload_ttl_s = {self._ttl_s:g} s")
 
@@ -318,10 +317,17 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _touch(path: Path) -> None:
+    """It is used now. When it was written stays: whoever reads it meanwhile looks at that, to see whether it is still the same."""
+    with suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
 def _age_s(path: Path) -> float:
     """Seconds since it was last written or used; infinite for what is gone."""
     try:
-        return time.time() - path.stat().st_mtime
+        found = path.stat()
+        return time.time() - max(found.st_mtime, found.st_atime)
     except OSError:
         return math.inf
 

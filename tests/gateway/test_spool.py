@@ -142,9 +142,11 @@ def test_routers_of_one_folder_neither_take_from_each_other_what_is_in_use_nor_c
     used, idle = put(one, bytes(300)), put(one, bytes(200))
     with one.hold("ann", used.upload_id) as (path, _):
         age(*path.parent.iterdir())
+        written_ns = path.stat().st_mtime_ns
         one.sweep()
         two.sweep()
-        assert path.exists()
+        with two.hold("ann", used.upload_id):  # as long as it lives it may be used by several
+            assert path.exists() and path.stat().st_mtime_ns == written_ns, "whoever reads it would think that it has changed"
     age(path)
     two.sweep()
     assert not path.exists()
