@@ -60,7 +60,7 @@ class FairLock:
         self._clock = FairClock()
         self._waiting: dict[int, str] = {}  # number -> owner
         self._next_number = 0
-        self._held = False
+        self._holder: int | None = None  # thread
         self._since_s = 0.0
 
     def acquire(self, owner: str, check: Callable[[], object]) -> None:
@@ -70,19 +70,21 @@ class FairLock:
             number = self._next_number
             self._waiting[number] = owner
             try:
-                while self._held or min(self._waiting, key=self._rank) != number:
+                while self._holder is not None or min(self._waiting, key=self._rank) != number:
                     check()
                     self._changed.wait(CHECK_S)
-                self._held, self._since_s = True, time.perf_counter()
+                self._holder, self._since_s = threading.get_ident(), time.perf_counter()
             finally:
                 del self._waiting[number]
                 self._changed.notify_all()
 
     def release(self, owner: str) -> None:
-        """Give it to the next."""
+        """Give it to the next. Harmless where a `pause` that was ended has given it away."""
         with self._changed:
+            if self._holder != threading.get_ident():
+                return
             self._clock.charge(owner, time.perf_counter() - self._since_s)
-            self._held = False
+            self._holder = None
             self._changed.notify_all()
 
     def pause(self, owner: str, check: Callable[[], object]) -> None:
@@ -95,7 +97,7 @@ class FairLock:
             self._since_s = now_s
             if all(self._clock.start(other) >= self._clock.start(owner) for other in self._waiting.values()):
                 return
-            self._held = False
+            self._holder = None
             self._changed.notify_all()
         self.acquire(owner, check)
 

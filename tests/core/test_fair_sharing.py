@@ -89,6 +89,37 @@ def test_waiting_for_the_lock_ends_when_nobody_waits_for_it():
     lock.release("carl")
 
 
+def test_who_is_ended_in_a_pause_takes_the_lock_from_nobody(monkeypatch):
+    monkeypatch.setattr(fair_sharing, "SLICE_S", 0.0)
+    lock, has_it, may_end = FairLock(), threading.Event(), threading.Event()
+
+    def work():
+        lock.acquire("bert", lambda: None)
+        has_it.set()
+        may_end.wait(10)
+        lock.release("bert")
+
+    def gone():
+        if has_it.is_set():
+            raise Cancelled("gone")
+
+    lock.acquire("anna", lambda: None)
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not lock._waiting:
+        time.sleep(0.001)
+    time.sleep(0.01)  # anna has had some time, bert none
+    with pytest.raises(Cancelled):
+        lock.pause("anna", gone)
+    lock.release("anna")  # as who began a block does at its end
+    with pytest.raises(Cancelled):
+        lock.acquire("carl", gone)
+    may_end.set()
+    thread.join(10)
+    lock.acquire("carl", lambda: None)
+    lock.release("carl")
+
+
 def run(main):
     asyncio.run(asyncio.wait_for(main(), 20))
 
