@@ -19,7 +19,7 @@ from sparsevila_cluster.kvcache.arena import Extent, KVSpec
 from sparsevila_cluster.kvcache.metadata_codec import decode_metadata, encode_metadata, read_int, read_text, require
 from sparsevila_cluster.kvcache.prefix import MediaPrefix, PrefixMetadata
 
-VERSION = 1
+VERSION = 2
 MAX_CHUNK_BYTES = 32 * 2**20
 MAX_CHUNKS = 2**18
 MAX_FIELDS = 64

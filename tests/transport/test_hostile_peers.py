@@ -21,7 +21,7 @@ from sparsevila_cluster.transport.channel import Channel
 from sparsevila_cluster.transport.chunks import ChunkBuffers
 from sparsevila_cluster.transport.handshake import Handshake, MessageSocket, PairStore, receive_frame
 from sparsevila_cluster.transport.link import Endpoint
-from sparsevila_cluster.transport.manifest import Manifest
+from sparsevila_cluster.transport.manifest import VERSION, Manifest
 from tests.transport.fuzz_wire import RawLink
 from tests.transport.transport_fixtures import BOUNDS, Pair, make_prefix, rows_equal, until
 from tests.transport.wire_scripts import CPU, ScriptedPeer, Step, packed_message, receiver_script, sealed, sender_script
@@ -75,8 +75,8 @@ def received(raw):
         ("refused", {"transfer": "t", "failure": {"error": "QueueFull", "message": "", "retry_after_s": "soon"}}),
         ("refused", {"transfer": "t", "failure": {"error": "LaneLost", "message": "", "worker": 7}}),
         ("bye", {"failure": [1]}),
-        ("hello", {"lane": "l", "worker": "w", "epoch": math.inf, "token": "t", "version": 1}),
-        ("hello", {"worker": "w", "epoch": 1, "token": "t", "version": 1}),
+        ("hello", {"lane": "l", "worker": "w", "epoch": math.inf, "token": "t", "version": VERSION}),
+        ("hello", {"worker": "w", "epoch": 1, "token": "t", "version": VERSION}),
         ("sung", {}),
         (["beat"], {}),
         (None, {}),
@@ -427,7 +427,7 @@ def test_a_peer_that_does_not_read_keeps_no_heartbeat_from_the_others():
     try:
         address = pair.receiver.address
         deaf = TRANSPORTS["gloo"].dial(address, "deaf", Endpoint(pair.config, CPU))
-        hello = {"lane": "deaf", "worker": "prefill-9", "epoch": 1, "token": address.token, "version": 1}
+        hello = {"lane": "deaf", "worker": "prefill-9", "epoch": 1, "token": address.token, "version": VERSION}
         deaf.send(packed_message(0, "hello", hello))
         transfer = pair.begin(make_prefix(), BOUNDS)
         transfer.wrote(0, 0, 1500)

@@ -70,8 +70,8 @@ def test_another_model_or_layout_is_incompatible(spec):
 
 
 def test_another_version_is_incompatible_whatever_else_it_says():
-    with pytest.raises(Incompatible, match="version 2; this worker speaks 1"):
-        Manifest.unpack(msgpack.packb({"version": 2, "something": "else"}))
+    with pytest.raises(Incompatible, match="version 1; this worker speaks 2"):
+        Manifest.unpack(msgpack.packb({"version": 1, "something": "else"}))
 
 
 @pytest.mark.parametrize(

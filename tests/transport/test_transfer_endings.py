@@ -72,7 +72,7 @@ class TestEveryKind:
         of = Manifest.of
         with monkeypatch.context() as newer:
             newer.setattr(Manifest, "of", lambda *given: replace(of(*given), version=9))
-            with pytest.raises(Incompatible, match="version 9; this worker speaks 1"):
+            with pytest.raises(Incompatible, match="version 9; this worker speaks 2"):
                 pair.send(make_prefix())
         pair.settle()
         assert pair.prefix_sink.num_cancelled == 0
