@@ -17,7 +17,7 @@ from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, QueueFu
 from sparsevila_cluster.gateway.grpc.call_interceptor import MAX_REFLECTIONS
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
-from tests.gateway.running_servers import ask, refused, run, until
+from tests.gateway.running_servers import ask, blocking_upload, refused, run, until
 from tests.gateway.test_bad_calls import Broken
 
 HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/"
@@ -295,16 +295,22 @@ def test_pings_close_together_close_the_connection():
 
 def test_an_upload_that_trickles_is_given_up():
     async def work(one):
-        async def chunks(num_bytes, pause_s, num):
-            for _ in range(num):
-                yield pb.MediaChunk(data=b"x" * num_bytes)
-                await asyncio.sleep(pause_s)
+        def trickle():
+            for _ in range(100):
+                yield pb.MediaChunk(data=b"x")
+                time.sleep(0.05)
 
-        code, error = await refused(one.stub.UploadMedia(chunks(1, 0.05, 100)))
+        code, error = await refused(blocking_upload(one.address, trickle()))
         assert code == "DEADLINE_EXCEEDED" and type(error) is DeadlineExceeded
         assert "min_upload_bytes_per_s = 1000" in str(error) and "upload_grace_s = 0.3" in str(error)
         assert one.service._spool.num_bytes == 0
-        assert (await one.stub.UploadMedia(chunks(1000, 0.05, 12))).num_bytes == 12_000
+
+        async def steady():
+            for _ in range(12):
+                yield pb.MediaChunk(data=b"x" * 1000)
+                await asyncio.sleep(0.05)
+
+        assert (await one.stub.UploadMedia(steady())).num_bytes == 12_000
 
     served(work, min_upload_bytes_per_s=1000, upload_grace_s=0.3)
 

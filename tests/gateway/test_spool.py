@@ -20,7 +20,7 @@ from sparsevila_cluster.gateway import spool as spools
 from sparsevila_cluster.gateway.spool import Spool
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests import structure as rules
-from tests.gateway.running_servers import prepare, refused, run, until, upload
+from tests.gateway.running_servers import blocking_upload, prepare, refused, run, until, upload
 
 
 def spool(max_bytes=1000, sink=None, **fields):
@@ -268,12 +268,15 @@ def test_uploads_over_grpc_have_quota_size_and_expiry(checkpoint, clips, monkeyp
     size = len(clips[0])
     monkeypatch.setattr(spools, "SWEEP_S", 0.1)
 
+    def pieces(data):
+        return [pb.MediaChunk(data=data[start : start + 1000]) for start in range(0, len(data), 1000)]
+
     async def work(served):
-        code, error = await refused(upload(served.stub, bytes(size * 3), step=1000))
+        code, error = await refused(blocking_upload(served.address, pieces(bytes(size * 3))))
         assert (code, type(error)) == ("RESOURCE_EXHAUSTED", TooLarge) and "spool_bytes" in str(error)
         sent = await upload(served.stub, clips[0], step=1000, kind="video")
         assert sent.digest == hashlib.blake2b(clips[0], digest_size=32).hexdigest() and sent.num_bytes == size
-        code, error = await refused(upload(served.stub, clips[0], step=1000))
+        code, error = await refused(blocking_upload(served.address, pieces(clips[0])))
         assert (code, type(error)) == ("RESOURCE_EXHAUSTED", QueueFull) and "spool_bytes" in str(error)
         source = pb.MediaSource(upload_id=sent.upload_id)
         assert (await prepare(served.stub, source)).kind == "video"
