@@ -146,11 +146,12 @@ class DecodeEngine:
     def close_conversation(self, conversation_id: str, tenant: str | None = None) -> bool:
         """Abort the conversation's turns and free its KV. False if it is unknown, or another tenant's than `tenant` (None: any)."""
         known = self.conversations.get(conversation_id)
-        if tenant is not None and known is not None and not may_use(known.tenant, tenant):
+        if known is None or tenant is not None and not may_use(known.tenant, tenant):
             return False
         for running in [t for t in self.turns.values() if t.conversation.conversation_id == conversation_id]:
             self.abort(running.turn.turn_id)
-        return self.conversations.close(conversation_id)
+        self.conversations.close(conversation_id)  # gone with its first turn, perhaps
+        return True
 
     def set_brownout(self, level: float) -> None:
         """Attend to less instead of refusing work: from 0, every turn as it wishes, to 1, at `brownout_floor`.
@@ -321,4 +322,6 @@ class DecodeEngine:
             self.conversations.give_back(running.conversation)
             running.room = None
         self.conversations.leave(running.conversation)
+        if not running.conversation.num_turns:  # its client may never have heard its name, and would find it as it finds none
+            self.conversations.close(running.conversation.conversation_id)
         self.prefixes.release(running.prefix.key)
