@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -53,4 +54,10 @@ class Call:
 
     async def wait_shortly(self, work: Awaitable[R], what: str) -> R:
         """The result of what should take milliseconds. Raises DeadlineExceeded."""
-        return await wait_within(work, self.left_s(SHORT_CALL_S), what)
+        try:
+            within_s = self.left_s(SHORT_CALL_S)
+        except DeadlineExceeded:
+            if asyncio.iscoroutine(work):
+                work.close()  # never begun
+            raise
+        return await wait_within(work, within_s, what)
