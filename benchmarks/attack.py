@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -117,11 +116,9 @@ async def one_phase(target: str, key: str, victim: Victim, phase: Phase, seconds
     spent = {who: busy_s / (time.monotonic() - begun_s) for who, busy_s in cpu_time.cpu_since(before).items()}
     phase.cores = {"victim": spent.pop("client"), "server": sum(spent.values()), "attacker": 0.0}
     if attacker is not None:
-        user_s = os.times().children_user + os.times().children_system
         out, _ = await asyncio.wait_for(attacker.communicate(), READY_S)
-        children_s = os.times().children_user + os.times().children_system - user_s
-        phase.cores["attacker"] = children_s / seconds
-        phase.told = json.loads(out.splitlines()[-1])
+        outcome = json.loads(out.splitlines()[-1])
+        phase.told, phase.cores["attacker"] = outcome["told"], outcome["cores"]
 
 
 async def _attacker(target: str, key: str, seconds: float, kinds: Sequence[str]) -> Any:

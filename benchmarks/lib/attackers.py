@@ -7,7 +7,8 @@
     resets      ten thousand calls that are taken back at once, over and over
     watchers    five hundred that watch the server's health
 
-All kinds run at the same time in this process. The last line counts, as JSON, what they were told: {kind: {status: number}}.
+All kinds run at the same time in this process. The last line tells, as JSON, what they were told and how busy they were:
+{"told": {kind: {status: number}}, "cores": busy on average}.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Attacker:
         self._target, self._key, self._until_s = target, key, until_s
         self._metadata = (("authorization", f"Bearer {key}"),)
         self.told: dict[str, Counter[str]] = {}
+        self.cores = 0.0
 
     async def run(self, kinds: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -62,8 +64,10 @@ class Attacker:
             self._media_id = await self._prepared(VideoQAStub(channel), self._clip)
             print("ready", flush=True)
             await asyncio.to_thread(sys.stdin.readline)  # whoever measures says when
-            self._until_s += time.monotonic()
+            begun_s, spent_s = time.monotonic(), time.process_time()
+            self._until_s += begun_s
             await asyncio.gather(*(getattr(self, f"_{kind}")(Counter()) for kind in kinds))
+            self.cores = (time.process_time() - spent_s) / (time.monotonic() - begun_s)
 
     def _channel(self) -> grpc.aio.Channel:
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1))
@@ -222,7 +226,7 @@ def main(argv: Sequence[str]) -> None:
     target, key, seconds, *kinds = argv
     attacker = Attacker(target, key, float(seconds))
     asyncio.run(attacker.run(kinds))
-    print(json.dumps(attacker.told))
+    print(json.dumps({"told": attacker.told, "cores": attacker.cores}))
 
 
 if __name__ == "__main__":
