@@ -69,6 +69,12 @@ class RouterConfig(FrozenConfig):
     call_timeout_s: float = Field(10.0, gt=0, description="Deadline of a call that should take milliseconds.")
     refuse_s: float = Field(600.0, gt=0, description="How long a request that two workers died of is refused.")
     max_conversations: int = Field(10_000, ge=1, description="Conversations whose text is kept for recovery.")
+    max_turns_per_owner: int | None = Field(
+        None,
+        ge=1,
+        description="Turns of one owner of keys that a router has with workers at a time; its others wait at the router. None: as "
+        "many as all decode workers run, decode.replicas x engine.max_batch.",
+    )
 
 
 class GatewayConfig(FrozenConfig):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from sparsevila_cluster.core.errors import QueueFull, SparseVilaError
@@ -103,6 +104,42 @@ class FairLock:
 
     def _rank(self, number: int) -> tuple[float, int]:
         return self._clock.start(self._waiting[number]), number
+
+
+class OwnerPlaces:
+    """At most `num_places` of one owner's work at the same time, in one event loop; the rest waits in order. Owner "" has no bound.
+
+    What waits here costs nothing: no message, no place in a queue that others see.
+    """
+
+    def __init__(self, num_places: int):
+        self._num_places = num_places
+        self._places: dict[str, asyncio.Semaphore] = {}
+        self._num_here: Counter[str] = Counter()
+        self.num_waiting = 0
+
+    @asynccontextmanager
+    async def place(self, owner: str) -> AsyncGenerator[None, None]:
+        """A place for the length of an `async with` block, waited for without end: the caller has a deadline."""
+        if not owner:
+            yield
+            return
+        places = self._places.setdefault(owner, asyncio.Semaphore(self._num_places))
+        self._num_here[owner] += 1
+        try:
+            self.num_waiting += 1
+            try:
+                await places.acquire()
+            finally:
+                self.num_waiting -= 1
+            try:
+                yield
+            finally:
+                places.release()
+        finally:
+            self._num_here[owner] -= 1
+            if not self._num_here[owner]:
+                del self._num_here[owner], self._places[owner]
 
 
 @dataclass(eq=False)

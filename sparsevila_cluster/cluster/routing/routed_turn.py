@@ -1,6 +1,7 @@
 """One turn on the router, from its arrival to its end: on the worker that has its conversation, and on another one if that is lost.
 
-    a former run of it is ended -> the conversation's turns before it are over -> the conversation begins, or is located
+    a former run of it is ended -> the conversation's turns before it are over -> its owner has a place
+    -> the conversation begins, or is located
     -> [a worker is chosen -> events | the worker is lost, or lacks the conversation or its prefix]*
     -> the turn is recorded -> done -> the conversation's next turn may begin
 A worker that takes the turn over gets the prefix from a copy, the conversation's text from the directory, and what the client has
@@ -14,7 +15,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from sparsevila_cluster.cluster.routing.conversation_table import ConversationState, ConversationTable, ConversationToken
@@ -37,6 +38,7 @@ from sparsevila_cluster.core.errors import (
     Unavailable,
     WorkerLost,
 )
+from sparsevila_cluster.core.fair_sharing import OwnerPlaces
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import Replay, Turn, TurnEvent, TurnRecord
 from sparsevila_cluster.core.tenancy import may_use
@@ -54,6 +56,7 @@ class RouterParts:
     provisioner: PrefixProvisioner
     preparer: MediaPreparer
     replicator: PrefixReplicator
+    places: OwnerPlaces
     sink: MetricsSink
 
 
@@ -105,12 +108,13 @@ class RoutedTurn:
         try:
             await self._take_over()
             await self._lock()
-            await self._locate()
-            self._clients.suspects.check(self._fingerprint, time.monotonic())
-            async with aclosing(self._attempts()) as events:
-                async for event in events:
-                    self._is_named = True
-                    yield event
+            async with self._place():
+                await self._locate()
+                self._clients.suspects.check(self._fingerprint, time.monotonic())
+                async with aclosing(self._attempts()) as events:
+                    async for event in events:
+                        self._is_named = True
+                        yield event
         finally:
             self._leave()
 
@@ -189,6 +193,16 @@ class RoutedTurn:
         what = f"waiting for the turns before turn {self.turn.turn_id}"
         await wait_within(self.conversation.lock.acquire(), self._deadline.remaining_s(what), what)
         self._holds_lock = True
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncGenerator[None, None]:
+        """A place of the turn's owner for the length of the block. Raises DeadlineExceeded, Cancelled: none came free."""
+        what = f"waiting for other turns of {self.turn.owner!r}"
+        async with AsyncExitStack() as stack:
+            entering = stack.enter_async_context(self._parts.places.place(self.turn.owner))
+            await wait_within(entering, self._deadline.remaining_s(what), what)
+            self._check()
+            yield
 
     def _unlock(self) -> None:
         """Let the conversation's next turn begin. Harmless when repeated."""

@@ -29,6 +29,7 @@ from sparsevila_cluster.cluster.worker_pool import WorkerPool
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import Deadline, wait_within
 from sparsevila_cluster.core.errors import NotFound, SparseVilaError, Unavailable, WorkerLost
+from sparsevila_cluster.core.fair_sharing import OwnerPlaces
 from sparsevila_cluster.core.metrics import MetricsSink
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent, check_brownout
 from sparsevila_cluster.core.tenancy import may_use
@@ -62,7 +63,11 @@ class ClusterPipeline:
         self._preparer = MediaPreparer(self._clients, provisioner, visits, sink)
         self._replicator = PrefixReplicator(self._clients, provisioner)
         self._conversations = ConversationTable(config.router.max_conversations, config.door.max_share)
-        self._parts = RouterParts(self._clients, visits, self._conversations, provisioner, self._preparer, self._replicator, sink)
+        most_turns = config.router.max_turns_per_owner or config.decode.replicas * config.engine.max_batch
+        self._places = OwnerPlaces(most_turns)
+        self._parts = RouterParts(
+            self._clients, visits, self._conversations, provisioner, self._preparer, self._replicator, self._places, sink
+        )
         self._turns: dict[str, RoutedTurn] = {}
         self._closed = False
 
@@ -230,6 +235,7 @@ class ClusterPipeline:
             "router": {
                 "name": self.name,
                 "turns": len(self._turns),
+                "turns_waiting": self._places.num_waiting,
                 "conversations": len(self._conversations),
                 "replicas_made": self._replicator.num_replicas,
                 "background_tasks": len(self._clients.background),
