@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     report = Report("attack", machine.card(), quiet=options.json)
     config = build_cluster_config(
-        engine={"device": "cpu", "max_batch": 4},
+        engine={"device": "cpu", "max_batch": 2},
         transport={"kind": "gloo"},
         decode={"replicas": 2},
         door={"port": 0, "api_keys": KEYS},
