@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -31,6 +32,7 @@ from sparsevila_cluster.core.errors import (
     TooLarge,
     Unauthenticated,
     Unavailable,
+    UserError,
 )
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
@@ -43,6 +45,7 @@ from sparsevila_cluster.gateway.loop_lag import LoopLag
 from sparsevila_cluster.gateway.media_sources import MediaChunk, MediaReference, MediaSources
 from sparsevila_cluster.gateway.owner_shares import OwnerShares
 from sparsevila_cluster.gateway.progress_queue import ProgressQueue, StageProgress
+from sparsevila_cluster.gateway.refusal_pace import RefusalPace
 from sparsevila_cluster.gateway.spool import Spool, StoredUpload
 from sparsevila_cluster.gateway.url_fetcher import UrlFetcher
 
@@ -89,6 +92,7 @@ class VideoQAService:
         self._audit = AuditLog()
         self._authenticator = Authenticator(config, self._audit)
         self._shares = OwnerShares(config, lambda: self._authenticator.has_several_owners)
+        self._refusals = RefusalPace(lambda: self._authenticator.has_several_owners)
         self._spool = Spool(config, engine.limits.max_bytes, self._sink, self._shares.share_of)
         self._sources = MediaSources(config, engine.limits, self._spool, fetcher or UrlFetcher())
         self._fresh: LRUDict[None] = LRUDict(MAX_FRESH)
@@ -97,6 +101,7 @@ class VideoQAService:
 
     async def close(self) -> None:
         """Delete what clients sent. To be called once no call is in progress. Idempotent."""
+        self._refusals.close()
         self._lag.close()
         for chore in self._chores:
             chore.cancel()
@@ -104,6 +109,11 @@ class VideoQAService:
         self._audit.close()
         await asyncio.to_thread(self._sources.close)
         await asyncio.to_thread(self._spool.close)
+
+    @property
+    def refusals(self) -> RefusalPace:
+        """How soon those who are refused may be told."""
+        return self._refusals
 
     async def ready(self) -> bool:
         """Whether media can be prepared and questions answered now."""
@@ -124,7 +134,8 @@ class VideoQAService:
         Raises:
             Unauthenticated. QueueFull: more than `max_streams` calls, more than the owner's share or rate, or the event loop is
             late. Unavailable: what it waited for was cancelled, though nobody cancelled the call. Whatever SparseVilaError is
-            raised inside; Internal for any other exception.
+            raised inside; Internal for any other exception. What the caller can help is raised later and later where it comes
+            again and again: see `RefusalPace`.
         """
         code, call = "OK", None
         try:
@@ -142,6 +153,10 @@ class VideoQAService:
         except SparseVilaError as error:
             code = error.grpc_status
             self._audit_refusal(error, call, method, peer)
+            if isinstance(error, UserError | QueueFull):
+                left_s = client_left_s()
+                most_s = math.inf if left_s is None else left_s / 2  # so that the client hears of it
+                await self._refusals.hold(call.principal.owner if call is not None else host_of(peer), most_s)
             raise
         except Exception as error:
             code = Internal.grpc_status

@@ -39,6 +39,8 @@ PR_SET_PDEATHSIG = 1
 RETIRE_SHARE = 1 / 8
 # What the allocator may keep between sources: new memory costs more than decoding a small picture.
 KEEP_BYTES = 128 << 20
+# Where processors are scarce, answers go before media, which may be anybody's and take seconds.
+NICENESS = 10
 
 
 class SharedFrames:
@@ -173,6 +175,7 @@ def main() -> None:
     _prefer_for_oom()
     for end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's business; it will end us
         signal.signal(end, signal.SIG_IGN)
+    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.preinit()  # now and not with the first picture
     gc.freeze()

@@ -61,7 +61,7 @@ class GrpcServer:
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
         self._server = AioServer([CallInterceptor(self._service, self._config)], _options(self._config))
         add_VideoQAServicer_to_server(GrpcServicer(self._service), self._server)
-        self._health = HealthService(self._service.ready)
+        self._health = HealthService(self._service.ready, self._service.refusals)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.port = self._listen(credentials)
@@ -73,6 +73,7 @@ class GrpcServer:
         if self._running is None:
             return
         self._health.leave()
+        self._service.refusals.close()  # those who wait to be refused are told
         await asyncio.sleep(0)  # those who watch are told before anything is refused
         await self._server.stop(grace_s)
         await self._running

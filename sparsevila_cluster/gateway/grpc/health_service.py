@@ -10,7 +10,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from sparsevila_cluster.gateway.audit_log import host_of
 from sparsevila_cluster.gateway.grpc.call_interceptor import SERVICE
+from sparsevila_cluster.gateway.refusal_pace import RefusalPace
 
 # How soon a watcher learns of a change.
 POLL_S = 0.2
@@ -28,16 +30,18 @@ class HealthService(health_pb2_grpc.HealthServicer):
     balancer for it.
     """
 
-    def __init__(self, ready: Callable[[], Awaitable[bool]]):
-        self._ready = ready
-        self._leaving = asyncio.Event()
+    def __init__(self, ready: Callable[[], Awaitable[bool]], refusals: RefusalPace):
+        self._ready, self._refusals = ready, refusals
+        self._leaving, self._changed = False, asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
         self._known, self._silent = (-POLL_S, False), False
         self._asking: asyncio.Future[None] | None = None
         self._num_watchers = 0
 
     def leave(self) -> None:
         """From now on nothing is serving. Those who watch are told, and their streams end."""
-        self._leaving.set()
+        self._leaving = True
+        self._wake()
 
     async def Check(self, request: Any, context: Any) -> Any:
         """The status of one service. NOT_FOUND: an unknown name."""
@@ -54,9 +58,12 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Watch(self, request: Any, context: Any) -> None:
         """The status of one service, again after each change. RESOURCE_EXHAUSTED: MAX_WATCHERS watch already."""
         if self._num_watchers >= MAX_WATCHERS:
+            await self._refusals.hold(host_of(context.peer()))
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHERS} streams watch already; that is the limit")
         self._num_watchers += 1
         try:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look())
             await self._watch(request.service, context)
         finally:
             self._num_watchers -= 1
@@ -64,23 +71,32 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def _watch(self, service: str, context: Any) -> None:
         sent = None
         while True:
-            leaving, status = self._leaving.is_set(), await self._status(service)
+            changed, leaving, status = self._changed, self._leaving, await self._status(service)
             if status != sent:
                 await context.write(Status(status=status))
                 sent = status
             if leaving:
                 return
-            try:
-                async with asyncio.timeout(POLL_S):
-                    await self._leaving.wait()
-            except TimeoutError:
-                continue
+            await changed.wait()
+
+    async def _look(self) -> None:
+        """Wake those who watch when there is something else to tell, as long as anybody does."""
+        told = self._known[1]
+        while self._num_watchers and not self._leaving:
+            if (ready := await self._is_ready()) != told:
+                told = ready
+                self._wake()
+            await asyncio.sleep(POLL_S)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def _status(self, service: str) -> int:
         if service not in ("", SERVICE):
             return int(Status.SERVICE_UNKNOWN)
-        serves = not self._leaving.is_set() and (service == "" or await self._is_ready())
-        return int(Status.SERVING if serves and not self._leaving.is_set() else Status.NOT_SERVING)
+        serves = not self._leaving and (service == "" or await self._is_ready())
+        return int(Status.SERVING if serves and not self._leaving else Status.NOT_SERVING)
 
     async def _is_ready(self) -> bool:
         if time.monotonic() - self._known[0] > POLL_S:
