@@ -73,7 +73,8 @@ class RouterConfig(FrozenConfig):
         None,
         ge=1,
         description="Turns of one owner of keys that a router has with workers at a time; its others wait at the router. None: as "
-        "many as all decode workers run, decode.replicas x engine.max_batch.",
+        "many as all decode workers run, decode.replicas x engine.max_batch; where decode.brownout_at is below 1, which looks at "
+        "their queues, also as many as wait there.",
     )
 
 

@@ -8,9 +8,9 @@ import pytest
 from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
 from sparsevila_cluster.core.api_keys import ApiKeyEntry, add_api_key, hash_api_key
 from sparsevila_cluster.core.cluster_config import GatewayConfig
-from sparsevila_cluster.core.errors import NotFound
+from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound
 from sparsevila_cluster.gateway.service import VideoQAService
-from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, listen, run, run_prepared, turn, video
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, listen, run, run_prepared, turn, until, video
 from tests.cluster.scripted_workers import conversation
 
 
@@ -56,6 +56,38 @@ def test_only_its_owner_closes_a_conversation(worker_is_gone, router_is_new):
         assert cluster.directory.history(base) is None and not cluster.decode.workers[worker].chats
 
     run_prepared(scenario)
+
+
+def test_turns_of_one_owner_that_find_no_place_wait_at_the_router_and_those_of_others_do_not():
+    async def scenario(cluster, router, key):
+        async def num_turns(what):
+            return (await router.info())["router"][what]
+
+        worker = cluster.decode.workers[home(cluster, key)]
+        worker.breakpoints.hold("token 2")
+        flood = [asyncio.create_task(ask(router, key, QUESTIONS[0], owner="ann")) for _ in range(8)]
+        await until(lambda: len(worker.running) == 3)
+        await asyncio.sleep(0.05)
+        assert len(worker.running) == 3 and await num_turns("turns_waiting") == 5 and await num_turns("turns") == 8
+        flood.pop().cancel()
+        with pytest.raises(DeadlineExceeded, match="waiting for other turns of 'ann'"):
+            await ask(router, key, QUESTIONS[0], owner="ann", deadline_s=0.1)
+        others = [asyncio.create_task(ask(router, key, QUESTIONS[0], owner=owner)) for owner in ("bob", "", "", "", "")]
+        await until(lambda: len(worker.running) == 8)
+        worker.breakpoints.free("token 2")
+        wanted = conversation(key, QUESTIONS, NUM)[0]
+        assert all(answer.token_ids == wanted for answer, _ in await asyncio.gather(*flood, *others))
+        assert await num_turns("turns_waiting") == 0 and not router._places._places
+
+    run_prepared(scenario, num_decode=1, router={"max_turns_per_owner": 3})
+
+
+@pytest.mark.parametrize("brownout_at, wanted", [(1.0, 2 * 7), (0.5, 2 * (7 + 11))])
+def test_without_a_number_one_owner_may_fill_the_batches_of_all_workers(brownout_at, wanted):
+    async def scenario(cluster, router, key):
+        assert router._places._num_places == wanted
+
+    run_prepared(scenario, engine={"max_batch": 7, "max_waiting": 11}, decode={"replicas": 2, "brownout_at": brownout_at})
 
 
 # ---- what the server tells ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparsevila_cluster.core import fair_sharing
 from sparsevila_cluster.core.errors import Cancelled, QueueFull, Unavailable
-from sparsevila_cluster.core.fair_sharing import FairClock, FairLock, FairSlots, owner_bound
+from sparsevila_cluster.core.fair_sharing import FairClock, FairLock, FairSlots, OwnerPlaces, owner_bound
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -225,5 +225,33 @@ def test_everybody_together_has_no_share():
         assert slots.num_waiting == 3 and not any(task.done() and task.exception() for task in tasks)
         for task in tasks:
             task.cancel()
+
+    run(main)
+
+
+def test_work_of_one_owner_waits_for_its_own_only_and_leaves_nothing():
+    async def main():
+        places, running, most = OwnerPlaces(2), [], 0
+
+        async def work(owner, seconds=0.005):
+            nonlocal most
+            async with places.place(owner):
+                running.append(owner)
+                most = max(most, running.count("a"))
+                await asyncio.sleep(seconds)
+                running.remove(owner)
+
+        flood = [asyncio.create_task(work("a")) for _ in range(12)]
+        await asyncio.sleep(0)
+        assert places.num_waiting == 10
+        leaving = asyncio.create_task(work("a"))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        async with asyncio.timeout(0.004):  # before anything of the flood is over
+            await asyncio.gather(work("b", 0.0), *(work("", 0.0) for _ in range(20)))
+        await asyncio.gather(*flood)
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert most == 2 and not running and not places.num_waiting and not places._places and not places._num_here
 
     run(main)

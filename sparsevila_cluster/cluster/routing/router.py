@@ -63,8 +63,7 @@ class ClusterPipeline:
         self._preparer = MediaPreparer(self._clients, provisioner, visits, sink)
         self._replicator = PrefixReplicator(self._clients, provisioner)
         self._conversations = ConversationTable(config.router.max_conversations, config.door.max_share)
-        most_turns = config.router.max_turns_per_owner or config.decode.replicas * config.engine.max_batch
-        self._places = OwnerPlaces(most_turns)
+        self._places = OwnerPlaces(_turns_per_owner(config))
         self._parts = RouterParts(
             self._clients, visits, self._conversations, provisioner, self._preparer, self._replicator, self._places, sink
         )
@@ -273,3 +272,9 @@ class ClusterPipeline:
         for turn in list(self._turns.values()):
             turn.end(Unavailable("the router is closing"))
         await self._clients.background.settle(self.config.router.call_timeout_s)
+
+
+def _turns_per_owner(config: ClusterConfig) -> int:
+    """See `router.max_turns_per_owner`."""
+    num_waiting = config.engine.max_waiting if config.decode.brownout_at < 1 else 0
+    return config.router.max_turns_per_owner or config.decode.replicas * (config.engine.max_batch + num_waiting)
