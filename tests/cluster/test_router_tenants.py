@@ -8,7 +8,7 @@ import pytest
 from sparsevila_cluster.cluster.routing.conversation_table import ConversationToken
 from sparsevila_cluster.core.api_keys import ApiKeyEntry, add_api_key, hash_api_key
 from sparsevila_cluster.core.cluster_config import GatewayConfig
-from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound
+from sparsevila_cluster.core.errors import Cancelled, DeadlineExceeded, NotFound
 from sparsevila_cluster.gateway.service import VideoQAService
 from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, home, listen, run, run_prepared, turn, until, video
 from tests.cluster.scripted_workers import conversation
@@ -70,6 +70,12 @@ def test_turns_of_one_owner_that_find_no_place_wait_at_the_router_and_those_of_o
         await asyncio.sleep(0.05)
         assert len(worker.running) == 3 and await num_turns("turns_waiting") == 5 and await num_turns("turns") == 8
         flood.pop().cancel()
+        aborted = asyncio.create_task(ask(router, key, QUESTIONS[0], owner="ann", turn_id="mine"))
+        await until(lambda: "mine" in router._turns)
+        await asyncio.sleep(0.01)
+        assert await router.abort("mine")
+        with pytest.raises(Cancelled, match="'mine'|turn mine"):
+            await asyncio.wait_for(aborted, 1)
         with pytest.raises(DeadlineExceeded, match="waiting for other turns of 'ann'"):
             await ask(router, key, QUESTIONS[0], owner="ann", deadline_s=0.1)
         others = [asyncio.create_task(ask(router, key, QUESTIONS[0], owner=owner)) for owner in ("bob", "", "", "", "")]

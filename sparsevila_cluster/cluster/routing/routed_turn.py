@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -26,11 +26,12 @@ from sparsevila_cluster.cluster.routing.replication import PrefixReplicator
 from sparsevila_cluster.cluster.routing.turn_recorder import record_turn
 from sparsevila_cluster.cluster.routing.visits import Visit, Visits
 from sparsevila_cluster.cluster.routing.worker_clients import PAUSE_S, WorkerClients
-from sparsevila_cluster.core.deadline import Deadline, wait_within
+from sparsevila_cluster.core.deadline import Deadline
 from sparsevila_cluster.core.errors import (
     BadMedia,
     BadRequest,
     Cancelled,
+    DeadlineExceeded,
     Internal,
     NotFound,
     QueueFull,
@@ -86,6 +87,7 @@ class RoutedTurn:
         self._worker: str | None = None  # where it runs now
         self._ended: SparseVilaError | None = None
         self._holds_lock = False
+        self._waiting: asyncio.Timeout | None = None
         self._opening: asyncio.Task[None] | None = None
         self._is_named = self._token is not None  # whether the client can name the conversation
         self._history: tuple[TurnRecord, ...] | None = None
@@ -167,8 +169,10 @@ class RoutedTurn:
         return await self._clients.abort_turn(self.turn.turn_id, [self._worker], deadline)
 
     def end(self, error: SparseVilaError) -> None:
-        """Send no more of this turn; its stream ends with `error`."""
+        """Send no more of this turn; its stream ends with `error`, at once if it waits for other turns."""
         self._ended = self._ended or error
+        if self._waiting is not None and not self._waiting.expired():
+            self._waiting.reschedule(asyncio.get_running_loop().time())
 
     # ---- arrival and departure ---------------------------------------------------------------------------------------------
 
@@ -190,19 +194,29 @@ class RoutedTurn:
 
     async def _lock(self) -> None:
         """Wait for the conversation's turns before this one. Raises DeadlineExceeded."""
-        what = f"waiting for the turns before turn {self.turn.turn_id}"
-        await wait_within(self.conversation.lock.acquire(), self._deadline.remaining_s(what), what)
+        await self._wait_for(self.conversation.lock.acquire, f"waiting for the turns before turn {self.turn.turn_id}")
         self._holds_lock = True
 
     @asynccontextmanager
     async def _place(self) -> AsyncGenerator[None, None]:
         """A place of the turn's owner for the length of the block. Raises DeadlineExceeded, Cancelled: none came free."""
-        what = f"waiting for other turns of {self.turn.owner!r}"
+        place = self._parts.places.place(self.turn.owner)
         async with AsyncExitStack() as stack:
-            entering = stack.enter_async_context(self._parts.places.place(self.turn.owner))
-            await wait_within(entering, self._deadline.remaining_s(what), what)
-            self._check()
+            await self._wait_for(lambda: stack.enter_async_context(place), f"waiting for other turns of {self.turn.owner!r}")
             yield
+
+    async def _wait_for(self, begin: Callable[[], Awaitable[object]], what: str) -> None:
+        """Wait for what `begin` returns, at most until the turn ends. Raises DeadlineExceeded, and what `end` was told."""
+        left_s = self._deadline.remaining_s(what)
+        try:
+            async with asyncio.timeout(left_s) as self._waiting:
+                await begin()
+        except TimeoutError as error:
+            if self._ended is not None:
+                raise self._ended from error
+            raise DeadlineExceeded(f"{what} took longer than {left_s:g} s") from error
+        finally:
+            self._waiting = None
 
     def _unlock(self) -> None:
         """Let the conversation's next turn begin. Harmless when repeated."""
