@@ -6,6 +6,7 @@ bounded: the least recently used goes first. Plain and synchronous; one thread a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,8 @@ MAX_TURNS = 1_024
 # Workers for which it is kept what they are to close, and deployments for which it is kept why they do not start.
 MAX_STALE_WORKERS = 1_024
 MAX_DEPLOYMENTS = 16
+# Conversations of which it is remembered that they were closed: what is told of them later, by whoever did not know, is not kept.
+MAX_CLOSED = 65_536
 
 
 @dataclass
@@ -59,9 +62,15 @@ class _WorkerEntry:
         return {*self.residents, *self.noted}
 
 
+@dataclass
+class _Conversation:
+    journal: ConversationJournal
+    used_s: float
+
+
 class Directory:
     """`report_s`: seconds between two reports of a worker. `max_share`: of conversations, what one tenant may take from others.
-    `clock`: seconds, monotonic.
+    `conversation_idle_s`: one that nobody used for so long is closed. `clock`: seconds, monotonic.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class Directory:
         report_s: float = 1.0,
         max_conversations: int = 10_000,
         max_share: float = 1.0,
+        conversation_idle_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.report_s = report_s
@@ -79,7 +89,9 @@ class Directory:
         self._claims: LRUDict[tuple[str, float]] = LRUDict(MAX_CLAIMS)
         self._deleted: LRUDict[None] = LRUDict(MAX_DELETED)
         self._refused: LRUDict[float] = LRUDict(MAX_REFUSED)
-        self._journals: SharedLRUDict[ConversationJournal] = SharedLRUDict(max_conversations, max_share)
+        self._conversations: SharedLRUDict[_Conversation] = SharedLRUDict(max_conversations, max_share)
+        self._idle_s = conversation_idle_s
+        self._closed: LRUDict[None] = LRUDict(MAX_CLOSED)
         self._stale: LRUDict[LRUDict[None]] = LRUDict(MAX_STALE_WORKERS)
         self._start_failures: LRUDict[dict[str, Any]] = LRUDict(MAX_DEPLOYMENTS)
 
@@ -91,15 +103,17 @@ class Directory:
         bare = replace(report, residents=None, records=None)
         known = self._workers.setdefault(report.worker, _WorkerEntry(bare, now_s))
         known.report, known.seen_s = bare, now_s
+        self._close_idle(now_s)
         known.complete |= report.residents is not None and (report.pool == "prefill" or report.records is not None)
         known.noted = {k: v for k, v in known.noted.items() if now_s - v[1] < NOTE_REPORTS * self.report_s}
         if report.residents is not None:
             known.residents = {handle.media_id: handle for handle in report.residents}
         stale = self._stale.pop(report.worker, ())
+        closed = [journal.conversation_id for journal in report.records or () if journal.conversation_id in self._closed]
         for journal in report.records or ():
             if journal.conversation_id not in stale:
                 self._restore(journal)
-        return ReportAnswer(send_all=not known.complete, close=tuple(stale))
+        return ReportAnswer(send_all=not known.complete, close=tuple(dict.fromkeys([*stale, *closed])))
 
     def forget_worker(self, worker: str) -> bool:
         """A worker that is gone; should it report again, it is asked for everything. False if it was not known."""
@@ -108,7 +122,7 @@ class Directory:
     def snapshot(self) -> ClusterSnapshot:
         """Every worker that reports."""
         self._drop_silent()
-        return ClusterSnapshot(tuple(known.report for known in self._workers.values()), len(self._journals), self.is_settled())
+        return ClusterSnapshot(tuple(known.report for known in self._workers.values()), len(self._conversations), self.is_settled())
 
     def is_settled(self) -> bool:
         """Whether every worker has had time to report since this directory started, or went on after it heard from nobody."""
@@ -173,7 +187,7 @@ class Directory:
         self._drop_silent()
         handles = (handle for known in self._workers.values() for key in known.keys() if (handle := known.handle(key)) is not None)
         own = {handle.media_id: handle.kv_bytes for handle in handles if may_use(handle.tenant, tenant)}
-        return TenantCounts(len(own), sum(own.values()), self._journals.num_of(tenant))
+        return TenantCounts(len(own), sum(own.values()), self._conversations.num_of(tenant))
 
     def note_digest(self, digest: str, key: str) -> None:
         """Requests with this digest ask for this content key."""
@@ -236,17 +250,19 @@ class Directory:
     # ---- conversations -----------------------------------------------------------------------------------------------------
 
     def open_conversation(self, conversation_id: str, media_id: str, tenant: str = "") -> None:
-        """A conversation begins; known ones stay as they are."""
-        if self._journals.use(conversation_id) is None:
+        """A conversation begins; known ones stay as they are, and closed ones closed."""
+        if self.history(conversation_id) is None:
             self._keep(ConversationJournal(conversation_id, media_id, tenant=tenant))
 
     def record(self, conversation_id: str, media_id: str, number: int, record: TurnRecord) -> bool:
         """Turn `number` (0 = the first) of a conversation is over. Another one that was known in its place is replaced, with all
-        that followed it; the same one, told again, changes nothing.
+        that followed it; the same one, told again, changes nothing. What is told of a closed conversation is not kept.
 
         False, and nothing is kept, when turns before it are not known here, or it is beyond MAX_TURNS.
         """
-        known = self._journals.use(conversation_id) or ConversationJournal(conversation_id, media_id, tenant=record.turn.tenant)
+        if conversation_id in self._closed:
+            return True
+        known = self.history(conversation_id) or ConversationJournal(conversation_id, media_id, tenant=record.turn.tenant)
         if not 0 <= number <= min(len(known.records), MAX_TURNS - 1):
             return False
         there = known.records[number] if number < len(known.records) else None
@@ -258,26 +274,46 @@ class Directory:
 
     def history(self, conversation_id: str) -> ConversationJournal | None:
         """The finished turns of a conversation, None if it is unknown."""
-        return self._journals.use(conversation_id)
+        known = self._conversations.use(conversation_id)
+        if known is None:
+            return None
+        known.used_s = self._clock()
+        return known.journal
 
     def forget_conversation(self, conversation_id: str) -> bool:
         """A conversation was closed. False if it is unknown."""
-        return self._journals.pop(conversation_id) is not None
+        self._closed.put(conversation_id, None)
+        return self._conversations.pop(conversation_id) is not None
 
     def mark_stale(self, conversation_id: str, worker: str, successor: str = "") -> None:
         """A conversation is at `successor` now ("": closed); what `worker`, which could not be told, has of it is stale."""
-        stale = self._stale.use(worker) or LRUDict(self._journals.most)
+        stale = self._stale.use(worker) or LRUDict(self._conversations.most)
         stale.put(conversation_id, None)
         self._stale.put(worker, stale)
         if successor in self._stale:
             self._stale[successor].pop(conversation_id, None)
 
+    def _close_idle(self, now_s: float) -> None:
+        """Also where they are: any of the workers may hold what no client can name any more."""
+        idle = []
+        for conversation_id in self._conversations:
+            known = self._conversations.get(conversation_id)
+            if known is None or now_s - known.used_s <= self._idle_s:
+                break
+            idle.append(conversation_id)
+        for conversation_id in idle:
+            self.forget_conversation(conversation_id)
+            for worker in [worker for worker, known in self._workers.items() if known.report.pool == "decode"]:
+                self.mark_stale(conversation_id, worker)
+
     def _keep(self, journal: ConversationJournal) -> None:
-        self._journals.put(journal.conversation_id, journal, journal.tenant)
+        if journal.conversation_id not in self._closed:
+            self._conversations.put(journal.conversation_id, _Conversation(journal, self._clock()), journal.tenant)
 
     def _restore(self, journal: ConversationJournal) -> None:
         """From a worker's memory; what is longer has seen more, but takes no turn away whose end was heard."""
-        known, records = self._journals.get(journal.conversation_id), journal.records[:MAX_TURNS]
+        entry, records = self._conversations.get(journal.conversation_id), journal.records[:MAX_TURNS]
+        known = entry.journal if entry is not None else None
         # A turn is asked by somebody who heard the one before it.
         num_heard = max(0, len(records) - 1)
         if known is not None:

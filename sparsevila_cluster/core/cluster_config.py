@@ -69,6 +69,9 @@ class RouterConfig(FrozenConfig):
     call_timeout_s: float = Field(10.0, gt=0, description="Deadline of a call that should take milliseconds.")
     refuse_s: float = Field(600.0, gt=0, description="How long a request that two workers died of is refused.")
     max_conversations: int = Field(10_000, ge=1, description="Conversations whose text is kept for recovery.")
+    conversation_idle_s: float = Field(
+        86_400.0, gt=0, description="A conversation that nobody went on with for this long is closed, and its text forgotten."
+    )
     max_turns_per_owner: int | None = Field(
         None,
         ge=1,
@@ -160,6 +163,15 @@ class ClusterConfig(FrozenConfig):
     health_timeout_s: float = Field(5.0, gt=0, description="Deadline of a health check.")
     start_timeout_s: float = Field(600.0, gt=0, description="Deadline for the whole cluster to be ready.")
     drain_timeout_s: float = Field(20.0, gt=0, description="How long a replica that is told to stop may finish what it does.")
+
+    @model_validator(mode="after")
+    def _idle_for_longer_than_a_turn(self) -> ClusterConfig:
+        idle_s, turn_s = self.router.conversation_idle_s, self.door.max_deadline_s
+        if idle_s < turn_s:
+            raise ValueError(
+                f"router.conversation_idle_s = {idle_s:g} must be at least door.max_deadline_s = {turn_s:g}, the longest turn"
+            )
+        return self
 
     def with_secret(self) -> ClusterConfig:
         """This configuration with a `content_secret`: its own, or a new one of 256 bits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
@@ -47,6 +48,10 @@ class SharedLRUDict(Generic[V]):
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """Least recently put or used first."""
+        return iter(self._entries)
 
     def num_of(self, owner: str) -> int:
         """Entries of one owner."""

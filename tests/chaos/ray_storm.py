@@ -2,7 +2,8 @@
 
 Clients of the library ask, leave, hurry, upload, prepare and delete over gRPC, while replicas of every kind and Serve's controller
 are killed on a real Ray. Halfway and at the end everything that clients hold is given back: then nothing may take a byte, a file, a
-descriptor or a thread more than before the storm, and memory may not have grown from one half to the other.
+descriptor or a thread more than before the storm, and memory may not have grown from one half to the other. Conversations whose
+clients never heard their names, for a router was killed or a deadline had passed, are given back by being idle.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ FAULT_EVERY_S = (4.0, 16.0)
 # What a client may be told in such a storm. Anything else, an Internal above all, is a bug.
 LEGAL = (Unavailable, DeadlineExceeded, NotFound, QueueFull)
 REFUSED_PAUSE_S = 0.3
-UPLOAD_TTL_S = 20.0
+UPLOAD_TTL_S, IDLE_S = 20.0, 60.0
 CALM_S = 20.0
 BACK_S = 240.0
-CONFIG = f"door: {{upload_ttl_s: {UPLOAD_TTL_S:g}}}\nreport_s: 0.5\n"
+CONFIG = f"""
+door: {{upload_ttl_s: {UPLOAD_TTL_S:g}, max_deadline_s: {DEADLINE_S:g}}}
+router: {{conversation_idle_s: {IDLE_S:g}}}
+report_s: 0.5
+"""
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class Storm:
         """Give everything back; what processes take then. Raises AssertionError: more of something than `before`."""
         for one in self._storm_clients:
             await one.leave_chat()
-        until_s = time.monotonic() + UPLOAD_TTL_S + 60
+        until_s = time.monotonic() + IDLE_S + 60
         while kept := await self._kept(client):
             assert time.monotonic() < until_s, f"not given back: {kept}"
             await asyncio.sleep(1.0)

@@ -224,3 +224,32 @@ def test_it_keeps_the_last_reason_why_a_deployment_does_not_start(directory):
     assert isinstance(from_failure(failures["Decode"]), BadCheckpoint)
     directory.note_start_failure("one more", to_failure(QueueFull("full")))
     assert "Decode" not in directory.start_failures()
+
+
+def test_what_is_told_of_a_closed_conversation_is_not_kept(directory):
+    """By a router that records late, by one whose opening was on its way, by a worker that was not told."""
+    directory.record("c", "m", 0, said(0, 1, 2))
+    assert directory.forget_conversation("c")
+    directory.open_conversation("c", "m")
+    assert directory.record("c", "m", 0, said(0, 1, 2)) and directory.record("c", "m", 1, said(1, 3)), "nobody need tell it again"
+    journal = ConversationJournal("c", "m", (said(0, 1, 2),))
+    assert directory.report(report("d0", keys=["m"], records=[journal])).close == ("c",)
+    assert directory.history("c") is None and directory.snapshot().num_conversations == 0
+    directory.open_conversation("d", "m")
+    assert directory.history("d") is not None
+
+
+def test_a_conversation_that_nobody_goes_on_with_is_closed_wherever_it_is(clock):
+    directory = Directory(10.0, max_conversations=9, conversation_idle_s=50.0, clock=clock)
+    directory.open_conversation("opened", "m")
+    directory.record("c", "m", 0, said(0, 1, 2))
+    for _ in range(6):
+        clock.now_s += 10.0
+        for worker, pool in (("d0", "decode"), ("d1", "decode"), ("p0", "prefill")):
+            told = directory.report(report(worker, pool, keys=["m"]))
+            assert told.close == (("opened",) if clock.now_s > 150.0 and pool == "decode" else ())
+        directory.record("c", "m", 0, said(0, 1, 2))  # goes on
+    assert directory.history("opened") is None and directory.history("c") is not None
+    clock.now_s += 50.1
+    assert directory.report(report("d2", keys=[])).close == ("c",)
+    assert directory.history("c") is None and directory.snapshot().num_conversations == 0

@@ -76,7 +76,10 @@ class DirectoryReplica(RpcServer):
     def __init__(self, config: ClusterConfig, verbose: bool = False):
         stay_on_loopback()
         log_to_stderr(verbose, "registry")
-        directory = Directory(config.report_s, config.router.max_conversations, config.door.max_share)
+        router = config.router
+        directory = Directory(
+            config.report_s, router.max_conversations, config.door.max_share, conversation_idle_s=router.conversation_idle_s
+        )
         super().__init__(replica_name(), directory, DirectoryApi, beat_s=config.transport.beat_s)
 
 
