@@ -4,7 +4,7 @@
     replays     60,000 tokens that the client says it has heard, and the longest that the server takes
     media       videos and pictures that are small as files and large as pixels, sixteen in a request, and broken files
     streams     a thousand answers at the same time, as long as they may be
-    resets      ten thousand calls that are taken back at once, over and over
+    resets      ten thousand calls that are taken back at once, over and over, of the method that others wait for
     watchers    five hundred that watch the server's health
 
 All kinds run at the same time in this process. The last line tells, as JSON, what they were told and how busy they were:
@@ -172,7 +172,7 @@ class Attacker:
                 async with http2.connection(self._target) as connection:
                     for i in range(NUM_RESETS):
                         stream = 2 * i + 1
-                        call = http2.call(stream, "Answer", data, header) + http2.frame(http2.RST_STREAM, 0, stream, reset)
+                        call = http2.call(stream, "Ask", data, header) + http2.frame(http2.RST_STREAM, 0, stream, reset)
                         if time.monotonic() >= self._until_s or not await connection.send(call):
                             break
                         told["sent"] += 1

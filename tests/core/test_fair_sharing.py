@@ -231,14 +231,16 @@ def test_everybody_together_has_no_share():
 
 def test_work_of_one_owner_waits_for_its_own_only_and_leaves_nothing():
     async def main():
-        places, running, most = OwnerPlaces(2), [], 0
+        places, running, most, may_end = OwnerPlaces(2), [], 0, asyncio.Event()
 
-        async def work(owner, seconds=0.005):
+        async def work(owner):
             nonlocal most
             async with places.place(owner):
                 running.append(owner)
                 most = max(most, running.count("a"))
-                await asyncio.sleep(seconds)
+                if owner == "a":
+                    await may_end.wait()
+                    await asyncio.sleep(0)
                 running.remove(owner)
 
         flood = [asyncio.create_task(work("a")) for _ in range(12)]
@@ -247,8 +249,9 @@ def test_work_of_one_owner_waits_for_its_own_only_and_leaves_nothing():
         leaving = asyncio.create_task(work("a"))
         await asyncio.sleep(0)
         leaving.cancel()
-        async with asyncio.timeout(0.004):  # before anything of the flood is over
-            await asyncio.gather(work("b", 0.0), *(work("", 0.0) for _ in range(20)))
+        await asyncio.gather(work("b"), *(work("") for _ in range(20)))
+        assert running == ["a", "a"] and places.num_waiting == 10, "none of the flood is over"
+        may_end.set()
         await asyncio.gather(*flood)
         with pytest.raises(asyncio.CancelledError):
             await leaving

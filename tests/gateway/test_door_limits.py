@@ -87,7 +87,32 @@ def test_calls_beyond_the_limit_are_told_when_to_try_again(num_connections):
                 call.cancel()
             await asyncio.wait(pending)
 
-    served(work, max_streams=20)
+    served(work, max_streams=20, max_streams_per_connection=300)  # beyond those gRPC itself refuses, as UNAVAILABLE
+
+
+def test_a_call_of_the_same_method_does_not_wait_for_a_flood_of_those_that_are_taken_back():
+    async def work(one):
+        async def flood():
+            async with h2.connection(one.address) as connection:
+                for i in range(6000):
+                    if not await connection.send(resets(i)):
+                        return
+                await asyncio.sleep(60)
+
+        flooding = asyncio.create_task(flood())
+        await asyncio.sleep(0.2)
+        try:
+            took_s = []
+            for _ in range(10):
+                begun_s = time.monotonic()
+                await alive(one)
+                took_s.append(time.monotonic() - begun_s)
+            assert not flooding.done() and sorted(took_s)[5] < 1.0
+        finally:
+            flooding.cancel()
+            await asyncio.wait((flooding,))
+
+    served(work)
 
 
 def test_grpc_cuts_nothing_off_while_the_loop_is_late():

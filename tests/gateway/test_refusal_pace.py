@@ -6,7 +6,6 @@ import time
 import pytest
 
 from sparsevila_cluster.gateway import refusal_pace
-from sparsevila_cluster.gateway.grpc.call_interceptor import LEAST_REST_S, MOST_REST_S, SOON_S
 from sparsevila_cluster.gateway.refusal_pace import BURST, MAX_HOLD_S, PER_S, RefusalPace
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests.gateway.running_servers import refused, run, until
@@ -73,33 +72,6 @@ def test_who_is_refused_again_and_again_waits_and_others_do_not(monkeypatch):
         assert code == "INVALID_ARGUMENT" and "turn_id" in str(error)
 
     run("tiny", work, pipeline=Broken(None), api_keys=KEYS)
-
-
-def test_the_more_calls_are_taken_back_at_once_the_later_the_next_are_accepted():
-    class Silent(Broken):
-        async def abort(self, turn_id):
-            await asyncio.sleep(3600 if turn_id == "never" else 0)
-            return False
-
-    async def work(one):
-        interceptor = one.server._calls
-        assert interceptor.rest_s() == LEAST_REST_S
-        for _ in range(40):
-            call = one.stub.Abort(pb.AbortRequest(turn_id="never"))
-            await until(lambda: _is(one.service._shares.num_calls == 1), "it has arrived")
-            call.cancel()
-            await until(lambda: _is(one.service._shares.num_calls == 0), "it has ended")
-        assert interceptor.rest_s() > (LEAST_REST_S + MOST_REST_S) / 2
-        call = one.stub.Abort(pb.AbortRequest(turn_id="never"))
-        await asyncio.sleep(SOON_S + 0.2)
-        before_s = interceptor.rest_s()
-        call.cancel()
-        await until(lambda: _is(interceptor.rest_s() < before_s), "one that was waited for is not taken back at once")
-        for _ in range(100):
-            await one.stub.Abort(pb.AbortRequest(turn_id="t"))
-        assert interceptor.rest_s() < 2 * LEAST_REST_S
-
-    run("tiny", work, pipeline=Silent(None))
 
 
 async def _is(condition):

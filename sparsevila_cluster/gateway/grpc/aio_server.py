@@ -3,8 +3,7 @@
 What gRPC does (1.85.3) asks for one call of a method at a time, through five turns of the event loop: a busy one accepts ten calls
 a second, and what waits for 30 s is cut off as CANCELLED. And it decodes the path of a call to an unknown method there, so that one
 path that is no UTF-8 ends the server: one header, without a key. Here several calls are asked for at a time, and no path is looked
-at. Whoever asked rests after a call: of a flood of calls that are taken back at once, most then end in gRPC's own queue, where they
-cost a tenth and no turn of the event loop.
+at.
 """
 
 from __future__ import annotations
@@ -23,24 +22,18 @@ ACCEPT_AT_ONCE = 8
 class AioServer(grpc.aio._server.Server):
     """`grpc.aio.server` with these arguments, for methods that are registered, as generated code does it."""
 
-    def __init__(
-        self,
-        interceptors: Sequence[grpc.aio.ServerInterceptor],
-        options: Sequence[tuple[str, int]],
-        rest_s: Callable[[], float],
-    ):
-        """rest_s: how long to rest after a call."""
+    def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, int]]):
         self._loop = asyncio.get_running_loop()
         self._server = _CoreServer(self._loop, None, (), tuple(interceptors), tuple(options), None)
-        self._server.prepare(tuple(interceptors), rest_s)
+        self._server.prepare(tuple(interceptors))
 
 
 class _CoreServer(cygrpc.AioServer):
     """The two hooks by which gRPC's loop asks for the next call never return: calls are answered here."""
 
-    def prepare(self, interceptors: tuple[grpc.aio.ServerInterceptor, ...], rest_s: Callable[[], float]) -> None:
+    def prepare(self, interceptors: tuple[grpc.aio.ServerInterceptor, ...]) -> None:
         self._loop_of_calls = asyncio.get_running_loop()
-        self._interceptors_of_calls, self._rest_s = interceptors, rest_s
+        self._interceptors_of_calls = interceptors
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -73,9 +66,6 @@ class _CoreServer(cygrpc.AioServer):
             state = await request()
             answer = cygrpc._handle_rpc(name, cygrpc._MethodResolver([], handlers), interceptors, state, self._loop_of_calls, False)
             self._spawn(cygrpc._schedule_rpc_coro(answer, state, self._loop_of_calls, name))
-            await asyncio.sleep(self._rest_s())
-            if not self.is_running():  # a server that has ended must not be asked: it is no more
-                raise cygrpc._RequestCallError("the server has stopped")
 
     def _spawn(self, work: Any) -> None:
         task = self._loop_of_calls.create_task(work)

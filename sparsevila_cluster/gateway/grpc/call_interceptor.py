@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -27,10 +25,6 @@ MAX_REFLECTIONS = 20
 
 # Largest message of a method that neither brings media nor asks a question.
 SMALL_MESSAGE_BYTES = 64 * KIB
-# Whoever accepted a call rests for the first of these, and for the second where all calls are taken back as soon as this.
-LEAST_REST_S, MOST_REST_S, SOON_S = 0.005, 0.04, 1.0
-# What one call counts in the share of those that are taken back.
-FORGET = 1 / 32
 WITH_MEDIA, WITH_QUESTION = ("UploadMedia", "PrepareMedia"), ("Ask", "Answer")
 
 
@@ -52,11 +46,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._service, self._config = service, config
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._num_reflections = 0
-        self._taken_back = 0.0  # share of the latest calls
-
-    def rest_s(self) -> float:
-        """How long to rest after a call before the next one is accepted."""
-        return LEAST_REST_S + self._taken_back * (MOST_REST_S - LEAST_REST_S)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[grpc.RpcMethodHandler]], handler_call_details: Any
@@ -76,7 +65,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def run(messages: Any, context: Any) -> Any:
             authorization = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
-            begun_s, taken_back = time.monotonic(), False
             try:
                 async with self._service.call(method, authorization, context.time_remaining, context.peer()) as call:
                     if handler.request_streaming:
@@ -88,15 +76,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async with aclosing(behaviour(arrived, call)) as answers:
                         async for message in answers:
                             await _reaching(context.write(message))
-            except asyncio.CancelledError:
-                taken_back = True
-                raise
             except SparseVilaError as error:
-                taken_back = isinstance(error, Cancelled)
                 await context.abort(*status_of(error))
-            finally:
-                taken_back = taken_back and time.monotonic() - begun_s < SOON_S
-                self._taken_back += FORGET * (taken_back - self._taken_back)
 
         return _reading(run, handler, self._most_bytes(method))
 

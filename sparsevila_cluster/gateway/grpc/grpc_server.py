@@ -59,8 +59,7 @@ class GrpcServer:
         credentials = _credentials(self._config)
         self._warn()
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
-        self._calls = CallInterceptor(self._service, self._config)
-        self._server = AioServer([self._calls], _options(self._config), self._calls.rest_s)
+        self._server = AioServer([CallInterceptor(self._service, self._config)], _options(self._config))
         add_VideoQAServicer_to_server(GrpcServicer(self._service), self._server)
         self._health = HealthService(self._service.ready, self._service.refusals)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -122,6 +121,7 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_allowed_incoming_connections", config.max_connections),
+        # Also what gRPC holds for us of calls that were taken back: the queue in which a flood of those keeps others waiting.
         ("grpc.max_concurrent_streams", config.max_streams_per_connection),
         # What gRPC cuts off by itself ends as CANCELLED, without a time to try again (gRPC 1.85: above 1,000 calls that wait for
         # the event loop, or after 30 s). So the service refuses, and these are the last bound on memory.
