@@ -36,7 +36,7 @@ def config_of(checkpoint: Path) -> dict[str, Any]:
         },
         "prefill": {"copy_bytes": 2 * 2**20},
         "decode": {"replicate_after": 0},
-        "router": {"call_timeout_s": 3.0, "refuse_s": 2.0},
+        "router": {"call_timeout_s": 6.0, "refuse_s": 2.0},
         "report_s": 0.1,
         "content_secret": "of all workers, which are made from these fields one by one",
     }  # fmt: skip

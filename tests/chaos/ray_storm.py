@@ -217,7 +217,7 @@ class Storm:
             self.faults[kind] += 1
 
     def _processes(self) -> dict[str, list[int]]:
-        """Those of the served cluster that live, by kind; "Ray" are all others."""
+        """Those of the served cluster that live, by kind; "Ray ..." are all others, by their programs' names."""
         done = subprocess.run(["ps", "-eo", "pid=,sid=,stat=,args="], capture_output=True, text=True, check=True)
         found = defaultdict(list)
         for pid, session, state, name in (
@@ -225,7 +225,8 @@ class Storm:
         ):
             if session == str(self.served.process.pid) and not state.startswith("Z"):
                 replica = re.match(r"ray::ServeReplica:[^:]+:(\w+)", name)
-                kind = replica[1] if replica else "Controller" if name.startswith("ray::ServeController") else "Ray"
+                others = f"Ray {Path(name.split(None, 1)[0]).name}"
+                kind = replica[1] if replica else "Controller" if name.startswith("ray::ServeController") else others
                 found[kind].append(int(pid))
         return found
 
