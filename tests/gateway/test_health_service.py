@@ -14,7 +14,8 @@ from sparsevila_cluster.core.cluster_config import GatewayConfig
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import BadConfig
 from sparsevila_cluster.gateway.grpc import GrpcServer
-from sparsevila_cluster.gateway.grpc.health_service import MAX_WATCHERS
+from sparsevila_cluster.gateway.grpc.health_service import MAX_WATCHERS, POLL_S, HealthService, Status
+from sparsevila_cluster.gateway.refusal_pace import RefusalPace
 from sparsevila_cluster.gateway.service import VideoQAService
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests import structure as rules
@@ -190,3 +191,37 @@ def test_many_connections_come_and_go():
                 assert (await health_pb2_grpc.HealthStub(channel).Check(ask(""))).status == SERVING
 
     run("tiny", work, pipeline=Broken(None))
+
+
+def test_who_began_to_watch_in_a_short_failure_is_told_of_its_end():
+    class Context:
+        def __init__(self):
+            self.told = []
+
+        async def write(self, message):
+            self.told.append(message.status)
+
+    async def main():
+        answers = []
+
+        async def ready():
+            return answers.pop() if answers else True
+
+        health, first, second = HealthService(ready, RefusalPace(lambda: False)), Context(), Context()
+        watching = [asyncio.create_task(health.Watch(ask(SERVICE), first))]
+        while not first.told:
+            await asyncio.sleep(0.01)
+        answers.append(False)
+        health._known = -POLL_S, True
+        watching.append(asyncio.create_task(health.Watch(ask(SERVICE), second)))
+        while not second.told:
+            await asyncio.sleep(0)
+        health._known = -POLL_S, False  # the next to ask is late
+        async with asyncio.timeout(10):
+            while second.told[-1:] != [Status.SERVING]:
+                await asyncio.sleep(0.01)
+        assert second.told == [Status.NOT_SERVING, Status.SERVING]
+        health.leave()
+        await asyncio.gather(*watching)
+
+    asyncio.run(main())

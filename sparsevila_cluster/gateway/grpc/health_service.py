@@ -80,12 +80,9 @@ class HealthService(health_pb2_grpc.HealthServicer):
             await changed.wait()
 
     async def _look(self) -> None:
-        """Wake those who watch when there is something else to tell, as long as anybody does."""
-        told = self._known[1]
+        """Ask again and again, as long as anybody watches."""
         while self._num_watchers and not self._leaving:
-            if (ready := await self._is_ready()) != told:
-                told = ready
-                self._wake()
+            await self._is_ready()
             await asyncio.sleep(POLL_S)
 
     def _wake(self) -> None:
@@ -113,4 +110,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
             ready, self._silent = self._known[1] and not self._silent, True
         except Exception:
             ready = False
-        self._known = time.monotonic(), ready
+        before, self._known = self._known[1], (time.monotonic(), ready)
+        if ready != before:  # whoever asked: one who watches may have heard what was true in between
+            self._wake()
