@@ -217,7 +217,7 @@ class Storm:
             self.faults[kind] += 1
 
     def _processes(self) -> dict[str, list[int]]:
-        """Those of the served cluster that live, by kind; "Ray ..." are all others, by their programs' names."""
+        """Those of the served cluster that live, by kind; "serve" is the command's own, "Ray ..." are all others, by program."""
         done = subprocess.run(["ps", "-eo", "pid=,sid=,stat=,args="], capture_output=True, text=True, check=True)
         found = defaultdict(list)
         for pid, session, state, name in (
@@ -225,8 +225,13 @@ class Storm:
         ):
             if session == str(self.served.process.pid) and not state.startswith("Z"):
                 replica = re.match(r"ray::ServeReplica:[^:]+:(\w+)", name)
-                others = f"Ray {Path(name.split(None, 1)[0]).name}"
-                kind = replica[1] if replica else "Controller" if name.startswith("ray::ServeController") else others
+                if replica:
+                    kind = replica[1]
+                elif name.startswith("ray::ServeController"):
+                    kind = "Controller"
+                else:
+                    program = next((word for word in name.split() if word.endswith(".py")), name.split()[0])
+                    kind = "serve" if int(pid) == self.served.process.pid else f"Ray {'/'.join(Path(program).parts[-2:])}"
                 found[kind].append(int(pid))
         return found
 

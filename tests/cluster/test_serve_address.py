@@ -15,10 +15,11 @@ SLACK_S = 60.0
 
 @pytest.mark.parametrize("how", ["closed", "silent"])
 def test_an_address_where_no_ray_answers_is_told_in_time(tmp_path, how):
-    with socket.create_server(("0.0.0.0", 0)) as listener:
-        port = listener.getsockname()[1]
-        if how == "closed":
-            listener.close()
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        if how == "silent":
+            bound.listen()
         (tmp_path / "cluster.yaml").write_text(f"start_timeout_s: {START_TIMEOUT_S}\n")
         begun_s = time.monotonic()
         served = ServeProcess(tmp_path, "--config", "cluster.yaml", "--address", f"127.0.0.1:{port}")
