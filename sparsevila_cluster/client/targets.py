@@ -8,6 +8,7 @@ against one name, and does not tell at which address a stream broke.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 from typing import Any
@@ -21,6 +22,8 @@ from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 
 MAX_RECEIVE_BYTES = 64 * 2**20
+# A server takes some hundred calls at a time on one connection; more go over further ones (gRFC A105), where else they would wait.
+MAX_CONNECTIONS = 20
 # Clients do not share connections: one that is closed, or blocked, is nobody else's. A lost server is looked for often; one that is
 # silent counts as lost before the deadline of a short call.
 CHANNEL_OPTIONS = (
@@ -33,6 +36,8 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 8_000),
     ("grpc.http2.ping_timeout_ms", 8_000),
+    ("grpc.max_connections_per_subchannel_cap", MAX_CONNECTIONS),
+    ("grpc.service_config", json.dumps({"connectionScaling": {"maxConnectionsPerSubchannel": MAX_CONNECTIONS}})),
 )
 MAX_TARGETS = 64
 FIRST_PROBE_S, LONGEST_PROBE_S, PROBE_WITHIN_S = 0.5, 5.0, 2.0

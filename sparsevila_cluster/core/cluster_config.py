@@ -97,7 +97,7 @@ class GatewayConfig(FrozenConfig):
     max_streams: int = Field(1000, ge=1, description="Calls at the same time; more are refused.")
     max_connections: int = Field(1000, ge=1, description="Connections at the same time; more are closed at once.")
     max_streams_per_connection: int = Field(
-        200, ge=1, description="Calls at the same time on one connection; a client's further ones wait, or go over another one."
+        100, ge=1, description="Calls at the same time on one connection; a client's further ones wait, or go over another one."
     )
     max_pending_calls: int = Field(
         10_000, ge=1, description="Calls of one method that arrived and were not looked at yet; more are cut off without a status."

@@ -185,9 +185,9 @@ class Wire:
 
 
 @asynccontextmanager
-async def serving(servicer, port=0, credentials=None, shared=False):
+async def serving(servicer, port=0, credentials=None, shared=False, options=()):
     """`servicer` on a port of this machine, which others may share. Yields (server, port)."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", int(shared))])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", int(shared)), *options])
     add_VideoQAServicer_to_server(servicer, server)
     address = f"127.0.0.1:{port}"
     port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
@@ -199,9 +199,9 @@ async def serving(servicer, port=0, credentials=None, shared=False):
 
 
 @asynccontextmanager
-async def wired(servicer):
+async def wired(servicer, **options):
     """A server behind a wire. Yields the wire."""
-    async with serving(servicer) as (_, port):
+    async with serving(servicer, **options) as (_, port):
         wire = Wire(port)
         await wire.start()
         try:

@@ -22,7 +22,7 @@ from sparsevila_cluster.core.errors import (
     Unauthenticated,
     Unavailable,
 )
-from tests.client.scripted_server import MEDIA_ID, TEXT, Scripted, connect, serving
+from tests.client.scripted_server import MEDIA_ID, TEXT, Scripted, connect, serving, wired
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,6 +144,19 @@ async def test_tls_and_a_certificate_of_the_client(pems, monkeypatch):
             connect(1, tls=tls)
     with pytest.raises(BadRequest, match="go together"):
         Tls(certificate=cert)
+
+
+async def test_more_calls_than_one_connection_takes_go_over_others():
+    servicer, num_calls = Scripted(), 24
+    arrived = asyncio.Barrier(num_calls)
+
+    async def together(_context):
+        await asyncio.wait_for(arrived.wait(), 20)
+
+    servicer.script["GetMedia"] = [together] * num_calls
+    async with wired(servicer, options=[("grpc.max_concurrent_streams", 3)]) as wire, connect(wire.port) as client:
+        await asyncio.gather(*(client.media(MEDIA_ID) for _ in range(num_calls)))
+        assert wire.num_connections == num_calls / 3
 
 
 # ---- loops and threads -----------------------------------------------------------------------------------------------

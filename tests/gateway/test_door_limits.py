@@ -420,7 +420,7 @@ def test_health_takes_no_calls_from_those_who_have_a_key_and_does_not_flap():
             call.cancel()
         await asyncio.gather(*flips, return_exceptions=True)
 
-    served(work, max_streams=1)
+    served(work, max_streams=1, max_streams_per_connection=300)
 
 
 async def _said(call):
