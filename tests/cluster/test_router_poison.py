@@ -414,6 +414,23 @@ def test_whoever_gives_up_in_line_holds_up_nobody(how):
     asyncio.run(main())
 
 
+def test_whoever_gives_up_just_when_let_in_fails_nobody():
+    async def main():
+        gate = EntryGate()
+        await gate.enter(True, Deadline(5.0), "first")
+        waiting = [asyncio.create_task(gate.enter(False, Deadline(5.0), name)) for name in ("second", "third")]
+        await asyncio.sleep(0.01)
+        waiting[0].cancel()
+        gate.leave(True)  # before the one that was cancelled has run
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[0]
+        await asyncio.wait_for(waiting[1], 1.0)
+        gate.leave(False)
+        assert gate.is_idle
+
+    asyncio.run(main())
+
+
 def test_the_directory_forgets_what_is_refused_in_time():
     from sparsevila_cluster.cluster.directory import MAX_REFUSED, Directory
 

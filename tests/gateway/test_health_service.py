@@ -93,7 +93,7 @@ def test_however_many_watch_the_pipeline_is_asked_by_one_at_a_time():
         for flip in flips:
             flip.cancel()
 
-    run("tiny", work, pipeline=pipeline)
+    run("tiny", work, pipeline=pipeline, max_streams_per_connection=300)
 
 
 def test_a_pipeline_that_cannot_say_is_not_ready(caplog):

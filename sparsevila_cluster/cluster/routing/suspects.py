@@ -99,7 +99,8 @@ class EntryGate:
         while self._line and self._is_open(self._line[0][0]):
             alone, admitted = self._line.popleft()
             self._let_in(alone)
-            admitted.set_result(None)
+            if not admitted.done():  # else whoever gave up leaves at once
+                admitted.set_result(None)
 
 
 class Suspects:
