@@ -125,7 +125,8 @@ async def _attacker(target: str, key: str, seconds: float, kinds: Sequence[str])
     """The process, which has prepared what it needs and waits for a line."""
     command = [sys.executable, "-m", "benchmarks.lib.attackers", target, key, str(seconds), *kinds]
     pipe = subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**20)
+    # In a session of its own: Linux shares cores between sessions (sched_autogroup), and the attacker's is not the victim's.
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**20, start_new_session=True)
     assert process.stdout is not None
     line = await asyncio.wait_for(process.stdout.readline(), READY_S)
     if line != b"ready\n":

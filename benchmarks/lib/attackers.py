@@ -64,7 +64,8 @@ class Attacker:
         async with self._channel() as channel:
             self._media_id = await self._prepared(VideoQAStub(channel), self._clip)
             print("ready", flush=True)
-            await asyncio.to_thread(sys.stdin.readline)  # whoever measures says when
+            if not await asyncio.to_thread(sys.stdin.readline):  # whoever measures says when, or has gone
+                return
             begun_s, spent_s = time.monotonic(), time.process_time()
             self._until_s += begun_s
             await asyncio.gather(*(getattr(self, f"_{kind}")(Counter()) for kind in kinds))

@@ -157,7 +157,9 @@ class Directory:
         if key is None:
             return PrefixLocation(settled=self.is_settled(), refused=refused)
         deleted = key in self._deleted
-        return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), self.is_settled(), deleted, refused)
+        owners = frozenset[str]().union(*(known.report.owners for known in self._workers.values()))
+        settled = self.is_settled()
+        return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), settled, deleted, refused, owners)
 
     def holders(self, key: str) -> tuple[WorkerReport, ...]:
         """Decode workers where the prefix is resident."""

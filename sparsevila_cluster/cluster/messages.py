@@ -58,7 +58,7 @@ class WorkerReport:
 
     address: where it receives KV, to build lanes ahead; None for a worker that receives none. residents: every
     prefix that it holds or keeps a copy of, None = as in the report before. records: every conversation that it holds, told to a
-    directory that asks for everything; None otherwise.
+    directory that asks for everything; None otherwise. owners: who has, or just had, turns there; of decode workers.
     """
 
     worker: str
@@ -68,6 +68,7 @@ class WorkerReport:
     load: Load = Load()
     residents: tuple[MediaHandle, ...] | None = None
     records: tuple[ConversationJournal, ...] | None = None
+    owners: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class PrefixLocation:
     key: the content key, None while only a digest was named that nobody has noted. holders: decode workers where it is resident.
     copies: prefill workers that keep a host copy. settled: every worker has had time to report, so what is absent is unknown.
     deleted: it was, through whatever router, and nobody has prepared it since.
-    refused: names of requests about it that workers died of (`DirectoryApi.refuse`).
+    refused: names of requests about it that workers died of (`DirectoryApi.refuse`). owners: who has turns anywhere.
     """
 
     key: str | None = None
@@ -99,6 +100,7 @@ class PrefixLocation:
     settled: bool = True
     deleted: bool = False
     refused: frozenset[str] = frozenset()
+    owners: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class RouterConfig(FrozenConfig):
         ge=1,
         description="Turns of one owner of keys that a router has with workers at a time; its others wait at the router. None: as "
         "many as all decode workers run, decode.replicas x engine.max_batch; where decode.brownout_at is below 1, which looks at "
-        "their queues, also as many as wait there.",
+        "their queues, also as many as wait there. While other owners have turns, engine.max_share of it, over all routers.",
     )
 
 

@@ -156,8 +156,8 @@ class EngineConfig(FrozenConfig):
         0.75,
         gt=0,
         le=1,
-        description="Most of max_waiting and prefix_bytes that one owner (an API key's tenant) may take. Without keys there are no "
-        "shares.",
+        description="Most of max_waiting and prefix_bytes that one owner (an API key's tenant) may take, and of the turns that run "
+        "while others have some. Without keys there are no shares.",
     )
     max_waiting_pixels: int = Field(
         2**39,

@@ -10,11 +10,12 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from sparsevila_cluster.core.errors import QueueFull, SparseVilaError
+from sparsevila_cluster.core.lru_dict import LRUDict
 
 # How often somebody who waits in a thread looks whether anybody still waits for it.
 CHECK_S = 0.05
@@ -23,6 +24,9 @@ SLICE_S = 0.01
 # What a measured rate of work forgets with every piece.
 FORGET = 0.3
 MAX_RETRY_S = 300.0
+# How long an owner counts as one that others leave something for, and of how many that is known.
+RECENT_S = 2.0
+MAX_RECENT = 256
 
 
 class FairClock:
@@ -106,17 +110,61 @@ class FairLock:
         return self._clock.start(self._waiting[number]), number
 
 
+class RecentOwners:
+    """Owners that have work here, or had some less than RECENT_S ago. Used within one event loop. Owner "" does not count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._here: Counter[str] = Counter()
+        self._until_s: LRUDict[float] = LRUDict(MAX_RECENT)
+
+    @contextmanager
+    def active(self, owner: str) -> Iterator[None]:
+        """It has work for the length of the block."""
+        self._here[owner] += 1
+        try:
+            yield
+        finally:
+            self._here[owner] -= 1
+            if not self._here[owner]:
+                del self._here[owner]
+            self.note((owner,))
+
+    def note(self, owners: Iterable[str]) -> None:
+        """They have work, here or somewhere else."""
+        for owner in owners:
+            self._until_s.put(owner, self._clock() + RECENT_S)
+
+    def names(self) -> frozenset[str]:
+        """Who they are."""
+        now_s = self._clock()
+        for owner in [owner for owner, until_s in self._until_s.items() if until_s <= now_s]:
+            del self._until_s[owner]
+        return frozenset(self._here.keys() | self._until_s.keys()) - {""}
+
+    def has_others(self, owner: str) -> bool:
+        """Whether there are others than this one."""
+        return bool(self.names() - {owner})
+
+
 class OwnerPlaces:
     """At most `num_places` of one owner's work at the same time, in one event loop; the rest waits in order. Owner "" has no bound.
 
     What waits here costs nothing: no message, no place in a queue that others see.
     """
 
-    def __init__(self, num_places: int):
+    def __init__(self, num_places: int, num_shared: int | None = None, recent: RecentOwners | None = None):
+        """num_shared: places of one owner while others have work, by `recent`; as many as else if None."""
+        self.recent = RecentOwners() if recent is None else recent
         self._num_places = num_places
-        self._places: dict[str, asyncio.Semaphore] = {}
-        self._num_here: Counter[str] = Counter()
-        self.num_waiting = 0
+        self._num_shared = num_places if num_shared is None else min(num_shared, num_places)
+        self._num_taken: Counter[str] = Counter()
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Work of all owners that waits for a place."""
+        return sum(map(len, self._queues.values()))
 
     @asynccontextmanager
     async def place(self, owner: str) -> AsyncGenerator[None, None]:
@@ -124,22 +172,47 @@ class OwnerPlaces:
         if not owner:
             yield
             return
-        places = self._places.setdefault(owner, asyncio.Semaphore(self._num_places))
-        self._num_here[owner] += 1
-        try:
-            self.num_waiting += 1
-            try:
-                await places.acquire()
-            finally:
-                self.num_waiting -= 1
+        with self.recent.active(owner):
+            await self._take(owner)
             try:
                 yield
             finally:
-                places.release()
-        finally:
-            self._num_here[owner] -= 1
-            if not self._num_here[owner]:
-                del self._num_here[owner], self._places[owner]
+                self._give_back(owner)
+
+    async def _take(self, owner: str) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(owner, deque()).append(waiter)
+        self._grant(owner)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled():
+                self._give_back(owner)
+            elif waiter in self._queues.get(owner, ()):
+                self._queues[owner].remove(waiter)
+                self._grant(owner)
+            raise
+
+    def _give_back(self, owner: str) -> None:
+        self._num_taken[owner] -= 1
+        if not self._num_taken[owner]:
+            del self._num_taken[owner]
+        self._grant(owner)
+
+    def _grant(self, owner: str) -> None:
+        """Whether others have work is looked at whenever a place is asked for or given back: while somebody waits, there is one."""
+        queue = self._queues.get(owner)
+        if not queue:
+            self._queues.pop(owner, None)
+            return
+        most = self._num_shared if self.recent.has_others(owner) else self._num_places
+        while queue and self._num_taken[owner] < most:
+            waiter = queue.popleft()
+            if not waiter.done():  # else whoever waited has been cancelled just now
+                self._num_taken[owner] += 1
+                waiter.set_result(None)
+        if not queue:
+            del self._queues[owner]
 
 
 @dataclass(eq=False)

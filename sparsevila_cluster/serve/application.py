@@ -29,6 +29,7 @@ from sparsevila_cluster.cluster.on_ray.replicas import (
     DecodeReplica,
     DirectoryReplica,
     PrefillReplica,
+    freeze_what_stays,
     replica_name,
     start_failures_reported,
 )
@@ -161,6 +162,7 @@ class RouterReplica(RpcServer):
             self._is_draining = False
             api: RouterApi = self
             super().__init__(replica_name(), api, RouterApi)
+            freeze_what_stays()
             try:
                 await self._server.start()
             except BaseException:

@@ -131,6 +131,7 @@ class ScriptedDecode:
         self.residents, self.reserved, self.chats, self.running = {}, {}, {}, {}
         self.breakpoints, self.brownout, self.num_answered, self.num_replayed = Breakpoints(), 0.0, 0, 0
         self.num_tokens_sent = Counter()
+        self.owners = Counter()
 
     async def reserve(self, transfer_id, key, num_bytes, lease_s):
         await self.breakpoints.passes("reserve")
@@ -176,6 +177,7 @@ class ScriptedDecode:
         if turn.after is not None and len(chat) != turn.after:
             raise NotFound(f"conversation {turn.conversation_id!r} has {len(chat)} turns, not {turn.after}")
         ended = self.running[turn.turn_id] = asyncio.get_running_loop().create_future()
+        self.owners[turn.owner] += 1
         try:
             yield [TurnEvent("accepted", turn.turn_id, conversation_id=turn.conversation_id)]
             known = turn.replay.token_ids if turn.replay is not None else ()
@@ -231,7 +233,8 @@ class ScriptedDecode:
                 ConversationJournal(name, chat[0].turn.media_id, tuple(chat)) for name, chat in self.chats.items() if chat
             )
         residents = tuple(self.residents.values())
-        return WorkerReport(self.name, "decode", address=self.name, load=load, residents=residents, records=records)
+        owners = frozenset(self.owners)
+        return WorkerReport(self.name, "decode", address=self.name, load=load, residents=residents, records=records, owners=owners)
 
 
 async def _either(work, ended):

@@ -52,8 +52,10 @@ def test_only_its_tenant_closes_a_conversation(checkpoint, clips, endless):
     async def main():
         async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), model=endless) as ([prefill], [decode]):
             handle, _ = await prepared(prefill, decode, request_of(clips[0]))
-            stream = decode.ask(turn_of(handle.media_id, max_tokens=2000, tenant="ann"))
+            stream = decode.ask(turn_of(handle.media_id, max_tokens=2000, tenant="ann", owner="ann"))
+            assert decode.report(False).owners == frozenset()
             await anext(stream)
+            assert decode.report(False).owners == {"ann"}
             for stranger in ("bob", ""):
                 assert not await decode.close_conversation("c", stranger) and decode.engine.turns
             await stream.aclose()

@@ -63,6 +63,14 @@ def test_it_knows_who_holds_what_and_with_which_load(directory):
     ]
 
 
+def test_it_knows_whose_turns_there_are_anywhere(directory):
+    directory.report(replace(report("d0", keys=["m"]), owners=frozenset({"ann", "bob"})))
+    directory.report(replace(report("d1", keys=["n"]), owners=frozenset({"bob", "eve"})))
+    assert directory.find(None, "m").owners == {"ann", "bob", "eve"} == directory.find(None, "unknown").owners
+    directory.report(report("d0"))
+    assert directory.find(None, "m").owners == {"bob", "eve"}
+
+
 def test_an_unchanged_report_keeps_residents_and_a_new_list_replaces_them(directory):
     directory.report(report("d0", keys=["m"]))
     assert directory.report(report("d0", num_waiting=5)).send_all is False

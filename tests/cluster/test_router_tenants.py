@@ -83,15 +83,39 @@ def test_turns_of_one_owner_that_find_no_place_wait_at_the_router_and_those_of_o
         worker.breakpoints.free("token 2")
         wanted = conversation(key, QUESTIONS, NUM)[0]
         assert all(answer.token_ids == wanted for answer, _ in await asyncio.gather(*flood, *others))
-        assert await num_turns("turns_waiting") == 0 and not router._places._places
+        assert await num_turns("turns_waiting") == 0 and not router._places._queues
 
     run_prepared(scenario, num_decode=1, router={"max_turns_per_owner": 3})
+
+
+def test_while_others_have_turns_at_whatever_router_one_owner_has_a_share_only():
+    async def scenario(cluster, router, key):
+        worker = cluster.decode.workers[home(cluster, key)]
+        worker.breakpoints.hold("token 2")
+
+        async def num_of_ann():
+            await asyncio.sleep(0.05)
+            return sum(name.startswith("ann") for name in worker.running)
+
+        asked = [asyncio.create_task(ask(cluster.router("other"), key, QUESTIONS[0], owner="bob"))]
+        await until(lambda: worker.running)
+        cluster.report()
+        asked.append(asyncio.create_task(ask(router, key, QUESTIONS[0], owner="ann", turn_id="ann 0")))
+        await until(lambda: len(worker.running) == 2)  # of this one the router learned of bob
+        asked += [asyncio.create_task(ask(router, key, QUESTIONS[0], owner="ann", turn_id=f"ann {i}")) for i in range(1, 30)]
+        assert await num_of_ann() == 3
+        worker.breakpoints.free("token 2")
+        wanted = conversation(key, QUESTIONS, NUM)[0]
+        assert all(answer.token_ids == wanted for answer, _ in await asyncio.gather(*asked))
+
+    # A half of 12 is shared by two routers.
+    run_prepared(scenario, num_decode=1, router={"max_turns_per_owner": 12, "replicas": 2}, engine={"max_share": 0.5})
 
 
 @pytest.mark.parametrize("brownout_at, wanted", [(1.0, 2 * 7), (0.5, 2 * (7 + 11))])
 def test_without_a_number_one_owner_may_fill_the_batches_of_all_workers(brownout_at, wanted):
     async def scenario(cluster, router, key):
-        assert router._places._num_places == wanted
+        assert router._places._num_places == wanted and router._places._num_shared == int(wanted * 0.75)
 
     run_prepared(scenario, engine={"max_batch": 7, "max_waiting": 11}, decode={"replicas": 2, "brownout_at": brownout_at})
 

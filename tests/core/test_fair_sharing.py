@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from sparsevila_cluster.core import fair_sharing
 from sparsevila_cluster.core.errors import Cancelled, QueueFull, Unavailable
-from sparsevila_cluster.core.fair_sharing import FairClock, FairLock, FairSlots, OwnerPlaces, owner_bound
+from sparsevila_cluster.core.fair_sharing import (
+    MAX_RECENT,
+    RECENT_S,
+    FairClock,
+    FairLock,
+    FairSlots,
+    OwnerPlaces,
+    RecentOwners,
+    owner_bound,
+)
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -255,6 +264,101 @@ def test_work_of_one_owner_waits_for_its_own_only_and_leaves_nothing():
         await asyncio.gather(*flood)
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        assert most == 2 and not running and not places.num_waiting and not places._places and not places._num_here
+        assert most == 2 and not running and not places.num_waiting and not places._queues and not places._num_taken
 
     run(main)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def test_an_owner_leaves_places_to_others_while_they_have_work_and_shortly_after():
+    async def main():
+        clock = Clock()
+        places = OwnerPlaces(4, 2, RecentOwners(clock))
+        may_end = {owner: asyncio.Event() for owner in "ab"}
+        running = []
+
+        async def work(owner):
+            async with places.place(owner):
+                running.append(owner)
+                await may_end[owner].wait()
+                running.remove(owner)
+
+        async def settled():
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return running.count("a")
+
+        others = [asyncio.create_task(work("b"))]
+        await settled()
+        flood = [asyncio.create_task(work("a")) for _ in range(20)]
+        assert await settled() == 2 and places.num_waiting == 18
+        clock.now_s += 10 * RECENT_S
+        leaving = flood.pop()
+        leaving.cancel()
+        assert await settled() == 2, "b still runs"
+        may_end["b"].set()
+        await asyncio.gather(*others)
+        more = asyncio.create_task(work("a"))
+        assert await settled() == 2, "b has just gone"
+        clock.now_s += RECENT_S
+        flood.append(asyncio.create_task(work("a")))
+        assert await settled() == 4, "a is alone"
+        places.recent.note({"b"})  # at another router
+        may_end["a"].set()
+        await asyncio.gather(*flood, more)
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert not running and not places.num_waiting and not places._queues and not places._num_taken
+
+    run(main)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_places_are_never_lost_nor_given_twice_whoever_leaves_when(seed):
+    async def main():
+        rng, clock = random.Random(seed), Clock()
+        places, running = OwnerPlaces(3, 1, RecentOwners(clock)), []
+
+        async def work(owner, num_turns):
+            async with places.place(owner):
+                running.append(owner)
+                assert running.count(owner) <= 3
+                try:
+                    for _ in range(num_turns):
+                        await asyncio.sleep(0)
+                finally:
+                    running.remove(owner)
+
+        tasks = []
+        for _ in range(400):
+            tasks.append(asyncio.create_task(work(rng.choice("aab"), rng.randrange(5))))
+            clock.now_s += rng.choice((0.0, 0.0, RECENT_S))
+            if rng.random() < 0.3:
+                rng.choice(tasks).cancel()
+            for _ in range(rng.randrange(3)):
+                await asyncio.sleep(0)
+        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        assert {type(one) for one in ended} == {type(None), asyncio.CancelledError}
+        assert not running and not places.num_waiting and not places._queues and not places._num_taken
+
+    run(main)
+
+
+def test_who_was_here_is_known_for_a_while_and_of_so_many_only():
+    clock = Clock()
+    recent = RecentOwners(clock)
+    with recent.active("a"), recent.active("a"), recent.active(""):
+        clock.now_s += 10 * RECENT_S
+        assert recent.names() == {"a"} and recent.has_others("b") and not recent.has_others("a")
+    recent.note(["b"])
+    assert recent.names() == {"a", "b"}
+    clock.now_s += RECENT_S
+    assert not recent.names() and not recent.has_others("b")
+    recent.note(map(str, range(2 * MAX_RECENT)))
+    assert len(recent.names()) == MAX_RECENT

@@ -9,6 +9,7 @@ Serve skips `__del__` when requests outlast the drain, and nothing runs after a 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -56,6 +57,12 @@ def placed(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"transport": transport})
 
 
+def freeze_what_stays() -> None:
+    """Keep what was imported and loaded so far from the garbage collector, which else stops the process for 0.2 to 0.4 s a time."""
+    gc.collect()
+    gc.freeze()
+
+
 @asynccontextmanager
 async def start_failures_reported(deployment: str, directory: DeploymentHandle) -> AsyncIterator[None]:
     """Tell the directory of an error that ends the block, in which a replica of `deployment` starts."""
@@ -81,6 +88,7 @@ class DirectoryReplica(RpcServer):
             config.report_s, router.max_conversations, config.door.max_share, conversation_idle_s=router.conversation_idle_s
         )
         super().__init__(replica_name(), directory, DirectoryApi, beat_s=config.transport.beat_s)
+        freeze_what_stays()
 
 
 class WorkerReplica(RpcServer):
@@ -107,6 +115,7 @@ class WorkerReplica(RpcServer):
     def _begin(self, worker: PrefillWorker | DecodeWorker, api: Callable[..., object]) -> None:
         RpcServer.__init__(self, replica_name(), worker, api, self._config.transport.beat_s)
         self._hosted = worker
+        freeze_what_stays()
         self._reporting = asyncio.create_task(self._report())
 
     async def check_health(self) -> None:

@@ -299,6 +299,7 @@ class RoutedTurn:
         if conversation.worker and conversation.worker not in self._lost | self._lacking:
             return conversation.worker
         found = await self._clients.directory.locate(conversation.media_id, self._deadline)
+        self._parts.places.recent.note(found.owners)
         self._clients.suspects.check(self._fingerprint, time.monotonic(), found.refused)
         if found.handle is not None and not may_use(found.handle.tenant, self.turn.tenant):
             raise NotFound(f"media {conversation.media_id!r} is not resident; prepare it first")

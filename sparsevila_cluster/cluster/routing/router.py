@@ -63,7 +63,7 @@ class ClusterPipeline:
         self._preparer = MediaPreparer(self._clients, provisioner, visits, sink)
         self._replicator = PrefixReplicator(self._clients, provisioner)
         self._conversations = ConversationTable(config.router.max_conversations, config.door.max_share)
-        self._places = OwnerPlaces(_turns_per_owner(config))
+        self._places = OwnerPlaces(*_turns_per_owner(config))
         self._parts = RouterParts(
             self._clients, visits, self._conversations, provisioner, self._preparer, self._replicator, self._places, sink
         )
@@ -274,7 +274,8 @@ class ClusterPipeline:
         await self._clients.background.settle(self.config.router.call_timeout_s)
 
 
-def _turns_per_owner(config: ClusterConfig) -> int:
-    """See `router.max_turns_per_owner`."""
+def _turns_per_owner(config: ClusterConfig) -> tuple[int, int]:
+    """Of one owner at a time: alone, and while others have turns. See `router.max_turns_per_owner`."""
     num_waiting = config.engine.max_waiting if config.decode.brownout_at < 1 else 0
-    return config.router.max_turns_per_owner or config.decode.replicas * (config.engine.max_batch + num_waiting)
+    alone = config.router.max_turns_per_owner or config.decode.replicas * (config.engine.max_batch + num_waiting)
+    return alone, max(1, int(alone * config.engine.max_share) // max(1, config.router.replicas))

@@ -25,6 +25,7 @@ from sparsevila_cluster.cluster.workers.transfer_tasks import TransferTasks
 from sparsevila_cluster.cluster.workers.turn_service import TurnService
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.errors import BadRequest, DeadlineExceeded, NotFound, QueueFull, TooLarge, WorkerClosed
+from sparsevila_cluster.core.fair_sharing import RecentOwners
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnEvent, TurnRecord
 from sparsevila_cluster.engine.async_engine import AsyncDecodeEngine
@@ -77,6 +78,7 @@ class DecodeWorker:
         sender = KVSender(name, transport, object_store=object_store, sink=self.sink)
         self._transfers = TransferTasks(name, sender, transport.dial_timeout_s)
         self._exchanges = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="exchange")
+        self._owners = RecentOwners()
         self._reported: tuple[MediaHandle, ...] | None = None
         self._num_preempted = 0
         self._closed = False
@@ -151,9 +153,10 @@ class DecodeWorker:
             DeadlineExceeded, Cancelled (aborted), WorkerClosed, Internal.
         """
         self._check_open()
-        async with aclosing(self._turns.ask(turn, history)) as lists:
-            async for events in lists:
-                yield events
+        with self._owners.active(turn.owner):
+            async with aclosing(self._turns.ask(turn, history)) as lists:
+                async for events in lists:
+                    yield events
 
     async def abort(self, turn_id: str) -> bool:
         """End a turn; its conversation stays as it was before it. False if it is unknown or over."""
@@ -197,6 +200,7 @@ class DecodeWorker:
             load=load,
             residents=stats.residents if changed else None,
             records=self._journals.all() if full else None,
+            owners=self._owners.names(),
         )
 
     async def info(self) -> dict[str, Any]:
