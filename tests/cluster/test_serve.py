@@ -1,6 +1,7 @@
 """The whole cluster, as `sparsevila serve` starts it with nothing given but ports: asked over gRPC, hurt, ended by a signal."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -52,8 +54,11 @@ def right(films):
 
 @pytest.fixture(scope="module")
 def metrics_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """Below those that the system gives to whoever asks for any: other tests do so meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @pytest.fixture(scope="module")
