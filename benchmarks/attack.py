@@ -210,7 +210,12 @@ def _main(options: argparse.Namespace) -> int:
         report.say(error)
     worst = max((row["ratio"] for row in report.rows if row["attack"] != "quiet"), default=0.0)
     num_errors = sum(row["errors"] + row["wrong"] for row in report.rows)
-    report.figures = {"worst_p99_ratio": worst, "victim_errors": num_errors}
+    attacked = [row for row in report.rows if row["attack"] != "quiet"]
+    report.figures = {
+        **{f"{row['attack'].replace(' ', '_')}_p99_ratio": row["ratio"] for row in attacked},
+        "worst_p99_ratio": worst,
+        "victim_errors": num_errors,
+    }
     report.show_figures()
     report.finish(options.save)
     return 1 if num_errors or worst > options.limit else 0

@@ -40,6 +40,11 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
         "twin_dense": ("dense, a twin that was trained on dense videos only", PERCENT),
         "twin_sparse": ("sparse, that twin", PERCENT),
     },
+    "attack": {
+        "p99_ratio": ("the victim's p99 under this attack / in quiet", RATIO),
+        "worst_p99_ratio": ("the worst of them", RATIO),
+        "victim_errors": ("errors and wrong answers that the victim was told", "{:.0f}"),
+    },
     "engine": {
         "prefill_speedup_64f": ("prefill of the language model, 64 frames, dense / sparse", RATIO),
         "prefill_speedup_256f": ("prefill of the language model, 256 frames, dense / sparse", RATIO),
