@@ -226,11 +226,11 @@ def test_plain_messages_are_echoed_in_number():
 
 
 def test_processor_time_is_counted():
-    before, until_s = cpu_time.cpu_s(), time.process_time() + 0.1
+    before, until_s = cpu_time.cpu_s(), time.process_time() + 0.3
     while time.process_time() < until_s:
         pass
     spent = cpu_time.cpu_since(before)
-    assert set(spent) == {"client"} and spent["client"] >= 0.09
+    assert set(spent) == {"client"} and spent["client"] >= 0.25  # user and system time are told in ticks of 10 ms each
 
 
 # ---- the whole run -------------------------------------------------------------------------------------------------------------
