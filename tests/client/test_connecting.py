@@ -156,7 +156,7 @@ async def test_more_calls_than_one_connection_takes_go_over_others():
     servicer.script["GetMedia"] = [together] * num_calls
     async with wired(servicer, options=[("grpc.max_concurrent_streams", 3)]) as wire, connect(wire.port) as client:
         await asyncio.gather(*(client.media(MEDIA_ID) for _ in range(num_calls)))
-        assert wire.num_connections == num_calls / 3
+        assert wire.num_connections >= num_calls / 3
 
 
 # ---- loops and threads -----------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def placed(config: ClusterConfig) -> ClusterConfig:
 
 
 def freeze_what_stays() -> None:
-    """Keep what was imported and loaded so far from the garbage collector, which else stops the process for 0.2 to 0.4 s a time."""
+    """Keep what was imported and loaded so far from the garbage collector, which else stops the process to look at all of it."""
     gc.collect()
     gc.freeze()
 
