@@ -54,10 +54,14 @@ def test_turns_of_one_conversation_are_served_in_the_order_in_which_they_were_as
             handle, _ = await prepared(prefill, one, request_of(clips[0]))
             key = handle.media_id
             await prefill.ship(key, await worker_fixtures.ticket_for(two, key))
-            wanted = [await answer(one, turn_of(key, question)) for question in QUESTIONS]
+            lengths = 6, 200, 6  # the second is not over when the third arrives
+            asked = list(zip(QUESTIONS, lengths, strict=True))
+            wanted = [await answer(one, turn_of(key, question, max_tokens=most)) for question, most in asked]
             records = one.report(full=True).records[0].records
             # Both bring the history: the second must neither make it again nor overtake the first.
-            got = await asyncio.gather(*(answer(two, turn_of(key, question), records[:1]) for question in QUESTIONS[1:]))
+            turns = [turn_of(key, question, max_tokens=most) for question, most in asked[1:]]
+            got = await asyncio.gather(*(answer(two, turn, records[:1]) for turn in turns))
+            assert len(got[0]) > 50
             assert got == wanted[1:]
             assert two.sink.counts[("conversations_replayed_total",)] == 1
 

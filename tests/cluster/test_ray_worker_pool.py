@@ -16,6 +16,7 @@ from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, NotFound, QueueFull, WorkerLost
 from sparsevila_cluster.serve.local_ray import local_ray
 from tests.cluster.ray_workers import FaultyReplica
+from tests.processes import stop
 from tests.structure import ROOT
 
 pytestmark = pytest.mark.slow
@@ -202,7 +203,7 @@ def test_a_stopped_worker_is_lost_after_a_silence(handle):
         victim, process = next(iter(workers.items()))
         stream = await begun(pool.stream(victim, "count", 10_000, 0.02, within_s=60))
         start_s = time.monotonic()
-        os.kill(process, signal.SIGSTOP)
+        await asyncio.to_thread(stop, process)
         with pytest.raises(DeadlineExceeded, match="took longer than 0.3 s"):
             await pool.call(victim, "who", within_s=0.3)
         with pytest.raises(WorkerLost, match="has not been heard of for 1.5 s"):

@@ -1,9 +1,7 @@
 """The local pipeline and its simple face, with real files and threads: reuse, sharing, eviction, deadlines, early leaving."""
 
 import asyncio
-import os
 import shutil
-import signal
 import threading
 import time
 
@@ -27,6 +25,7 @@ from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import load_model
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.media.clips import write_clip
+from tests.processes import stop
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +246,7 @@ def test_a_decoder_that_hangs_costs_one_preparation(checkpoint, clips):
         sandbox = qa.pipeline.prefill.engine.sandbox
         assert qa.conversation(qa.prepare(clips[0])).ask("what?", max_tokens=2).text is not None
         for pid in sandbox.pids():
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
         with pytest.raises(DeadlineExceeded, match="hung and was killed.*decode_timeout_s = 5 s"):
             qa.prepare(clips[1])
         assert qa.prepare(clips[1]).num_frames == 6 and sandbox.num_started == 2

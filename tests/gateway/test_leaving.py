@@ -26,6 +26,7 @@ from tests.gateway.running_servers import (
     until,
     upload,
 )
+from tests.processes import stop
 
 
 async def turns(served):
@@ -193,7 +194,7 @@ def test_a_client_that_stands_still_is_given_up(checkpoint, clips):
         try:
             await asyncio.to_thread(client.stdout.readline)
             assert await turns(served) == 1
-            client.send_signal(signal.SIGSTOP)
+            await asyncio.to_thread(stop, client.pid)
             started = time.perf_counter()
             await served.settled()
             assert time.perf_counter() - started < 10 and served.service._spool.num_bytes == 0

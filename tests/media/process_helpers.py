@@ -1,10 +1,8 @@
-"""Looking at processes and waiting for them, with a deadline."""
+"""Opening media in a sandbox, and in a thread."""
 
 from __future__ import annotations
 
 import threading
-import time
-from pathlib import Path
 
 from PIL import Image
 
@@ -18,20 +16,6 @@ PICTURE = picture_bytes(Image.new("RGB", (8, 6), (1, 2, 3)))
 
 def show(sandbox: DecoderSandbox, data=PICTURE, **limits) -> Media:
     return open_media(MediaSource(data), fps=2.0, max_frames=64, limits=MediaLimits(**limits), sandbox=sandbox)
-
-
-def wait_for(condition, timeout_s: float = 20.0) -> None:
-    until_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until_s, "waited in vain"
-        time.sleep(0.01)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def in_thread(call) -> tuple[threading.Thread, list]:

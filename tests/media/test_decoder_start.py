@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,8 @@ from sparsevila_cluster.core.errors import Unavailable
 from sparsevila_cluster.media import DecoderSandbox
 from sparsevila_cluster.media.decoder_process import ROOT
 from tests.media.fuzz import child_pids
-from tests.media.process_helpers import PICTURE, is_running, show, wait_for
+from tests.media.process_helpers import PICTURE, show
+from tests.processes import is_running, stop, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -56,7 +55,7 @@ def test_the_worker_dies_with_its_parent(tmp_path, stopped):
     pid = int(process.stdout.readline().split()[-1])
     assert is_running(pid)
     if stopped:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     process.kill()
     process.communicate(timeout=20)
     wait_for(lambda: not is_running(pid))

@@ -24,7 +24,8 @@ from sparsevila_cluster.media.decoder_process import DecoderProcess
 from sparsevila_cluster.media.media_source import DecodeDeadline, open_source
 from tests.media.fuzz import child_pids
 from tests.media.media_files import indices, load_here, picture_bytes, texture, video_bytes
-from tests.media.process_helpers import PICTURE, in_thread, is_running, show, wait_for
+from tests.media.process_helpers import PICTURE, in_thread, show
+from tests.processes import is_running, stop, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -112,7 +113,7 @@ def test_a_crash_is_a_typed_error(guard, handed_over, end, error, message, tmp_p
     path = tmp_path / "crash.png"
     path.write_bytes(PICTURE)
     (pid,) = guard.pids()
-    os.kill(pid, signal.SIGSTOP)  # so that it surely dies with the job in its hands
+    stop(pid)  # so that it surely dies with the job in its hands
     thread, outcome = in_thread(lambda: show(guard, str(path)))
     assert handed_over.wait(20)
     os.kill(pid, end)
@@ -126,7 +127,7 @@ def test_a_crash_is_a_typed_error(guard, handed_over, end, error, message, tmp_p
 
 def test_a_hang_ends_with_the_deadline(guard):
     (pid,) = guard.pids()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     begun_s = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=rf"{len(PICTURE)} bytes: decoding hung and was killed.*decode_timeout_s = 0.3 s"):
         show(guard, decode_timeout_s=0.3)
@@ -188,7 +189,7 @@ def test_close_ends_everything(handed_over):
     guard = DecoderSandbox()
     show(guard)
     (pid,) = guard.pids()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     handed_over.clear()
     thread, outcome = in_thread(lambda: show(guard))
     assert handed_over.wait(20)
@@ -218,7 +219,7 @@ def test_without_a_guard_there_is_one_for_the_call():
 
 def test_an_interrupted_caller_gets_out(guard, handed_over, interruptible):
     (pid,) = guard.pids()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     interrupting, _ = in_thread(lambda: handed_over.wait(20) and os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         show(guard)

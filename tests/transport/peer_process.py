@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from functools import partial
 from multiprocessing.connection import Connection
@@ -15,6 +16,7 @@ from typing import Any
 from sparsevila_cluster.core.cluster_config import TransportConfig
 from sparsevila_cluster.core.errors import SparseVilaError
 from sparsevila_cluster.transport import KVReceiver, KVSender, TransferTicket, handshake
+from tests.processes import stop
 from tests.transport.transport_fixtures import SPEC, StoreSink, make_prefix, rows_equal
 
 SHORT = {"beat_s": 0.1, "silence_s": 2.0, "op_timeout_s": 3.0, "dial_timeout_s": 3.0, "lease_s": 30.0}
@@ -47,7 +49,10 @@ class Peer:
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        if number == signal.SIGSTOP:
+            stop(self.process.pid)
+        else:
+            os.kill(self.process.pid, number)
 
     def close(self) -> None:
         self.process.kill()
