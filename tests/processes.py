@@ -22,8 +22,12 @@ def is_running(pid: int) -> bool:
 def stop(pid: int) -> None:
     """SIGSTOP, and wait until every thread has stopped: on a busy machine they go on for a while after the call."""
     os.kill(pid, signal.SIGSTOP)
-    threads = Path(f"/proc/{pid}/task")
-    wait_for(lambda: all(_state(thread) in ("T", "") for thread in threads.iterdir()))
+    wait_for(lambda: is_stopped(pid))
+
+
+def is_stopped(pid: int) -> bool:
+    """Every thread of it."""
+    return all(_state(thread) in ("T", "") for thread in Path(f"/proc/{pid}/task").iterdir())
 
 
 def _state(process: Path) -> str:

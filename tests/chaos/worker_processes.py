@@ -20,6 +20,7 @@ from typing import Any
 
 from sparsevila_cluster.core.errors import DeadlineExceeded, WorkerLost, from_failure
 from tests.chaos.unix_socket_rpc import LIMIT_BYTES, receive, send
+from tests.processes import is_stopped
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 60.0
@@ -147,7 +148,7 @@ class Process:
 
     @property
     def stopped(self) -> bool:
-        return self.lives and Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+        return self.lives and is_stopped(self.pid)
 
     def signal(self, number: int) -> None:
         signal.pidfd_send_signal(self._pidfd, number)
