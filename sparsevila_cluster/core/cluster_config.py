@@ -126,6 +126,12 @@ class GatewayConfig(FrozenConfig):
         le=1,
         description="Most of max_streams, spool_bytes and conversations for one tenant, where there are several.",
     )
+    paced_calls_per_s: float = Field(
+        50.0,
+        gt=0,
+        description="Calls of one owner of keys that begin in each second at one router while others have calls there, beyond 20 "
+        "at once; the next ones wait for their turn.",
+    )
     requests_per_s: float | None = Field(None, gt=0, description="Calls per second of one tenant at one router. None: any number.")
     visual_tokens_per_minute: int | None = Field(
         None, ge=1, description="Visual tokens, before pruning, of media made for one tenant at one router. None: any number."

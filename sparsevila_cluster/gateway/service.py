@@ -38,6 +38,7 @@ from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.protocols import Pipeline
 from sparsevila_cluster.core.requests import MediaHandle, PrepareRequest, Turn, TurnEvent, check_size
+from sparsevila_cluster.gateway.arrival_pace import ArrivalPace
 from sparsevila_cluster.gateway.audit_log import AuditLog, host_of
 from sparsevila_cluster.gateway.authenticator import Authenticator, check_id
 from sparsevila_cluster.gateway.call import Call
@@ -93,6 +94,7 @@ class VideoQAService:
         self._authenticator = Authenticator(config, self._audit)
         self._shares = OwnerShares(config, lambda: self._authenticator.has_several_owners)
         self._refusals = RefusalPace(lambda: self._authenticator.has_several_owners)
+        self._arrivals = ArrivalPace(config.paced_calls_per_s)
         self._spool = Spool(config, engine.limits.max_bytes, self._sink, self._shares.share_of)
         self._sources = MediaSources(config, engine.limits, self._spool, fetcher or UrlFetcher())
         self._fresh: LRUDict[None] = LRUDict(MAX_FRESH)
@@ -119,6 +121,11 @@ class VideoQAService:
         """Whether media can be prepared and questions answered now."""
         return await self._pipeline.ready()
 
+    async def arrive(self, authorization: Sequence[str | bytes]) -> None:
+        """Wait until a call with these headers may begin: see `ArrivalPace`. Calls without a key do not wait."""
+        if owner := self._authenticator.owner_of(authorization):
+            await self._arrivals.turn(owner)
+
     @asynccontextmanager
     async def call(
         self, method: str, authorization: Sequence[str | bytes], client_left_s: Callable[[], float | None], peer: str = ""
@@ -142,7 +149,7 @@ class VideoQAService:
             self._lag.check()
             principal = self._authenticator.authenticate(authorization)
             call = Call(principal, client_left_s, self._config.max_deadline_s, method, peer)
-            with self._shares.call(principal.owner):
+            with self._shares.call(principal.owner), self._arrivals.call(principal.owner):
                 yield call
         except asyncio.CancelledError as error:
             if not _is_cancelled():

@@ -110,6 +110,32 @@ async def _is(condition):
     return condition
 
 
+def test_a_call_of_one_owner_does_not_wait_for_all_of_another_one_that_came_before():
+    order = []
+
+    class Noted(Patient):
+        async def ask(self, turn):
+            order.append(turn.owner)
+            await asyncio.sleep(3600)
+            yield
+
+    async def work(one):
+        host, _, port = one.address.rpartition(":")
+        sockets = [socket.create_connection((host, int(port)), 20) for _ in range(4)]
+        asked = pb.AskRequest(media_id="m", question="Why?").SerializeToString()
+        for each, key, num in zip(sockets, ("few", "many", "many", "few"), (1, 90, 90, 1), strict=True):
+            calls = (h2.call(2 * i + 1, "Ask", asked, ("authorization", f"Bearer {key}-key")) for i in range(num))
+            each.sendall(h2.PREFACE + h2.frame(h2.SETTINGS) + b"".join(calls))
+            time.sleep(0.2)  # this blocks the loop, gRPC's threads take all of them in
+        await until(lambda: _is(order.count("few") == 2), "it begins")
+        assert len(order) < 100, len(order)
+        await until(lambda: _is(len(order) == 182), "all begin")
+        for each in sockets:
+            each.close()
+
+    run("tiny", work, pipeline=Noted(), api_keys={"many-key": "many", "few-key": "few"}, max_streams=400)
+
+
 def test_grpc_cuts_nothing_off_while_the_loop_is_late():
     """It did above a thousand calls of a method: CANCELLED, without a time to try again."""
 

@@ -52,6 +52,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """gRPC's hook."""
         name = handler_call_details.method
+        await self._service.arrive(_authorization(handler_call_details.invocation_metadata))
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -64,7 +65,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         behaviour = _behaviour(handler)
 
         async def run(messages: Any, context: Any) -> Any:
-            authorization = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+            authorization = _authorization(context.invocation_metadata())
             try:
                 async with self._service.call(method, authorization, context.time_remaining, context.peer()) as call:
                     if handler.request_streaming:
@@ -112,6 +113,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             yield
         finally:
             self._num_reflections -= 1
+
+
+def _authorization(metadata: Any) -> list[str | bytes]:
+    return [value for name, value in metadata or () if name == "authorization"]
 
 
 def _behaviour(handler: Any) -> Callable[..., Any]:
