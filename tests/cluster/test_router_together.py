@@ -171,11 +171,11 @@ def test_a_decode_worker_killed_in_mid_answer_costs_no_token_and_no_prefill(chec
 
 def test_sampling_without_a_seed_goes_on_with_the_same_draws(checkpoint, endless, clips, local):
     async def scenario(cluster):
-        router, key = cluster.router(), local[0][0]
+        router, key, num = cluster.router(), local[0][0], 120  # so many that it is not over when its worker is killed
         await router.prepare(request_of(clips[0]))
 
         async def draw(turn_id, index=None):
-            asked = replace(turn_of(key, QUESTIONS[0], "", NUM), turn_id=turn_id)
+            asked = replace(turn_of(key, QUESTIONS[0], "", num), turn_id=turn_id)
             asked, tokens = replace(asked, sampling=replace(asked.sampling, temperature=2.0)), []
             async for event in router.ask(asked):
                 tokens += event.token_ids
@@ -184,7 +184,7 @@ def test_sampling_without_a_seed_goes_on_with_the_same_draws(checkpoint, endless
             return tokens
 
         first, other = await draw("one"), await draw("another")
-        assert len(first) == NUM and first != other
+        assert len(first) == num and first != other
         assert await draw("one", index=3) == first and cluster.sink.counts["turns_recovered_total",] == 1
 
     run(scenario, checkpoint, endless)
