@@ -12,6 +12,7 @@ PYTHON      ?=
 TORCH_SPEC  ?= torch==2.13.0
 TORCH_INDEX ?=
 WORKERS     ?= 4
+AUTOGROUP   ?= as-is
 PY          := $(VENV)/bin/python
 INSTALLED   := $(VENV)/.installed
 # The versions that were tested with this Python. They name neither torch nor what a build of torch brings along (CUDA, Triton):
@@ -40,7 +41,7 @@ help:
 	@echo "make storm   ten thousand random operations on a tiny engine; OPERATIONS=n SEED=n"
 	@echo "make chaos   three thousand operations on a cluster whose workers are killed and stopped; OPERATIONS=n SEED=n"
 	@echo "make ray-chaos  ten minutes of clients of 'sparsevila serve' whose replicas and controller are killed; MINUTES=n SEED=n"
-	@echo "make attack  what one tenant notices of another one's attacks, as a table; SECONDS=n of each"
+	@echo "make attack  what one tenant notices of another one's attacks, as a table; SECONDS=n of each, AUTOGROUP=off"
 	@echo "make figures write benchmarks/results/ into README.md and docs/benchmarks.md"
 	@echo "make protos  regenerate code from protos/"
 	@echo "make clean   remove caches and build products (the environment stays)"
@@ -87,7 +88,7 @@ ray-chaos: setup
 	@$(PY) -m tests.chaos.ray_storm --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 attack: setup
-	@GRPC_VERBOSITY=NONE $(PY) -m benchmarks.attack --seconds $(or $(SECONDS),20)
+	@GRPC_VERBOSITY=NONE $(PY) -m benchmarks.attack --seconds $(or $(SECONDS),20) --autogroup $(AUTOGROUP)
 
 figures: setup
 	@$(PY) -m benchmarks.write_docs

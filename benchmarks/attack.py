@@ -3,7 +3,8 @@
 A cluster of one prefill and two decode workers is served to two keys. The victim asks about a video that is there, one question
 after the other. It does so alone, then under each kind of attack (`benchmarks.lib.attackers`), then under all of them, then alone
 again. Attacker, victim and server share the cores of the machine: what the attacker itself computes is missing to the victim. Both
-are told beside what the server spends.
+are told beside what the server spends, and how late the system wakes a process that does nothing but sleep: no server answers
+sooner than it is woken (`benchmarks.lib.wake_up`; --autogroup off).
 
 Ends with status 1 if the victim was told an error or a wrong answer, or if its p99 under any attack is more than --limit times that
 of the quiet phases.
@@ -14,19 +15,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.lib import cpu_time, machine
+from benchmarks.lib import cpu_time, machine, wake_up
 from benchmarks.lib.attackers import KINDS
 from benchmarks.lib.report import Report, progress
 from sparsevila_cluster.client import AsyncClient
@@ -43,7 +46,10 @@ READY_S = 120.0
 
 @dataclass
 class Phase:
-    """One stretch of time. attacks: kinds; told: what the attacker heard, by kind and status; cores: busy on average, by whom."""
+    """One stretch of time.
+
+    attacks: kinds; told: what the attacker heard, by kind and status; cores: busy on average, by whom; late_ms: see `wake_up`.
+    """
 
     attacks: tuple[str, ...] = ()
     latency_s: list[float] = field(default_factory=list)
@@ -51,6 +57,7 @@ class Phase:
     num_wrong: int = 0
     told: dict[str, dict[str, int]] = field(default_factory=dict)
     cores: dict[str, float] = field(default_factory=dict)
+    late_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -108,12 +115,17 @@ async def one_phase(target: str, key: str, victim: Victim, phase: Phase, seconds
     """A conversation without the clock comes first, so that what the phase before left behind is not of this one."""
     await victim.ask(Phase(), 1.0)
     attacker = await _attacker(target, key, seconds, phase.attacks) if phase.attacks else None
+    sleeper = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "benchmarks.lib.wake_up", str(seconds), stdout=subprocess.PIPE, start_new_session=True
+    )
     before, begun_s = cpu_time.cpu_s(), time.monotonic()
     if attacker is not None:
         attacker.stdin.write(b"go\n")
         await attacker.stdin.drain()
     await victim.ask(phase, seconds)
     spent = {who: busy_s / (time.monotonic() - begun_s) for who, busy_s in cpu_time.cpu_since(before).items()}
+    out, _ = await asyncio.wait_for(sleeper.communicate(), READY_S)
+    phase.late_ms = json.loads(out)
     phase.cores = {"victim": spent.pop("client"), "server": sum(spent.values()), "attacker": 0.0}
     if attacker is not None:
         out, _ = await asyncio.wait_for(attacker.communicate(), READY_S)
@@ -149,6 +161,7 @@ def judge(phases: Sequence[Phase]) -> list[dict[str, Any]]:
             "p50_ms": phase.percentile_ms(50),
             "p99_ms": phase.percentile_ms(99),
             "ratio": round(phase.percentile_ms(99) / quiet.percentile_ms(99), 2),
+            **{f"late_{which}_ms": phase.late_ms.get(which, 0.0) for which in ("p99", "max")},
             **{f"{who}_cores": round(phase.cores.get(who, 0.0), 2) for who in ("server", "attacker", "victim")},
             "told": phase.told,
         }
@@ -158,7 +171,8 @@ def judge(phases: Sequence[Phase]) -> list[dict[str, Any]]:
 
 HEAD = {
     "attack": "attack", "answers": "victim's answers", "errors": "errors", "wrong": "wrong", "p50_ms": "p50 ms", "p99_ms": "p99 ms",
-    "ratio": "p99 / quiet", "server_cores": "cores: server", "attacker_cores": "attacker", "victim_cores": "victim",
+    "ratio": "p99 / quiet", "late_p99_ms": "woken late, p99 ms", "late_max_ms": "at most ms",
+    "server_cores": "cores: server", "attacker_cores": "attacker", "victim_cores": "victim",
 }  # fmt: skip
 
 
@@ -167,9 +181,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated; all of them come once more together")
     parser.add_argument("--limit", type=float, default=3.0, help="the most that the victim's p99 may grow")
+    parser.add_argument(
+        "--autogroup", choices=("as-is", "off"), default="as-is", help="off: without Linux's sched_autogroup meanwhile; needs root"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON document and nothing else")
     parser.add_argument("--save", type=Path, metavar="DIR", help="also write results to DIR")
     options = parser.parse_args(argv)
+    if options.autogroup == "off" and wake_up.has_autogroup() and not os.access(wake_up.AUTOGROUP, os.W_OK):
+        parser.error(f"--autogroup off: this user may not write {wake_up.AUTOGROUP}")
     options.kinds = tuple(options.kinds.split(","))
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"--kinds: no {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
@@ -198,7 +217,9 @@ def _main(options: argparse.Namespace) -> int:
     phases = [Phase(), *(Phase((kind,)) for kind in kinds), *map(Phase, together), Phase()]
     with progress() as say:
         report.show_card()
-        with serving(config, lambda stage, done, total: say(stage)) as target:
+        fair = wake_up.without_autogroup() if options.autogroup == "off" else nullcontext()
+        with fair, serving(config, lambda stage, done, total: say(stage)) as target:
+            report.say(f"sched_autogroup  {'on' if wake_up.has_autogroup() else 'off'}")
             asyncio.run(measure(target, list(KEYS), phases, options.seconds, say))
             say("end the cluster")
     report.rows = judge(phases)
