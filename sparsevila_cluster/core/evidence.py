@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Draw = Callable[["Evidence"], Image.Image]
+else:
+    Draw = Callable
 
 Cell = tuple[int, int]
 

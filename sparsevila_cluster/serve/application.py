@@ -20,7 +20,6 @@ from ray.serve.handle import DeploymentHandle
 from sparsevila_cluster.cluster.check_cluster import check_cluster
 from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
 from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
-from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.cluster.on_ray.replicas import (
     DECODE,
     PREFILL,
@@ -29,12 +28,13 @@ from sparsevila_cluster.cluster.on_ray.replicas import (
     DecodeReplica,
     DirectoryReplica,
     PrefillReplica,
+    Replica,
     freeze_what_stays,
     replica_name,
     start_failures_reported,
 )
-from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
-from sparsevila_cluster.cluster.worker_api import RouterApi
+from sparsevila_cluster.cluster.on_ray.serve_caller import worker_pool
+from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi, DirectoryApi, PrefillWorkerApi, RouterApi
 from sparsevila_cluster.core.cluster_config import ClusterConfig, PoolConfig, cluster_config_of, load_cluster_config
 from sparsevila_cluster.core.errors import BadConfig, Unavailable
 from sparsevila_cluster.core.json_logging import log_to_stderr
@@ -108,7 +108,7 @@ def application(config: ClusterConfig, env: dict[str, str], verbose: bool = Fals
 
 
 def _deployment(
-    kind: type[RpcServer], name: str, config: ClusterConfig, replicas: int, actor: dict[str, Any], verbose: bool
+    kind: type[Replica], name: str, config: ClusterConfig, replicas: int, actor: dict[str, Any], verbose: bool
 ) -> serve.Deployment:
     make: Any = serve.deployment(
         name=name,
@@ -136,7 +136,7 @@ def _actor(num_cpus: float, env: dict[str, str]) -> dict[str, Any]:
     return {"num_cpus": num_cpus} | ({"runtime_env": {"env_vars": env}} if env else {})
 
 
-class RouterReplica(RpcServer):
+class RouterReplica(Replica):
     """One router: a `ClusterPipeline` and the gRPC server in front of it, which listens by itself."""
 
     async def __init__(  # type: ignore[misc]
@@ -155,13 +155,14 @@ class RouterReplica(RpcServer):
             from sparsevila_cluster.gateway.service import VideoQAService
 
             sink, silence_s = RayMetricsSink(), config.transport.silence_s
-            pools = [RayWorkerPool(handle, silence_s) for handle in (prefill, decode, directory)]
-            self._pipeline = ClusterPipeline(config, pools[0], pools[1], pools[2], sink, replica_name())
+            apis = (prefill, PrefillWorkerApi), (decode, DecodeWorkerApi), (directory, DirectoryApi)
+            self._pools = [worker_pool(handle, api, silence_s) for handle, api in apis]
+            self._pipeline = ClusterPipeline(config, self._pools[0], self._pools[1], self._pools[2], sink, replica_name())
             self._service = VideoQAService(self._pipeline, config.door, config.engine, sink)
             self._server = GrpcServer(self._service, config.door)
             self._is_draining = False
             api: RouterApi = self
-            super().__init__(replica_name(), api, RouterApi)
+            super().__init__(config, api, RouterApi)
             freeze_what_stays()
             try:
                 await self._server.start()
@@ -187,3 +188,5 @@ class RouterReplica(RpcServer):
     async def __del__(self) -> None:
         await self.drain(0.0)
         await self._pipeline.close()
+        for pool in self._pools:
+            await pool.close()

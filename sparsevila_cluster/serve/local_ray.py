@@ -18,11 +18,9 @@ from sparsevila_cluster.core.errors import BadConfig
 from sparsevila_cluster.core.private_folder import own_folder
 
 OBJECT_STORE_BYTES = 512 * MIB
-# For the processes of every node that runs replicas. Messages between replicas: Serve's limit of 4 MiB is too small for a report of
-# everything. The loop that routes is the replica's own: a call between replicas takes 0.4 ms less. Whether a replica
-# lives is asked for 1 s, not 0.1 s, which a busy machine does not hold.
+# For the processes of every node that runs replicas. Handles have no event loop of their own: gRPC wakes every loop of a process
+# for each message. Whether a replica lives is asked for 1 s, not 0.1 s, which a busy machine does not hold.
 REPLICA_ENV = {
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * MIB),
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
 }

@@ -22,8 +22,8 @@ from ray.serve import RunTarget
 from ray.serve.schema import ApplicationStatusOverview, ReplicaState
 
 from sparsevila_cluster.cluster.check_cluster import check_cluster
-from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
 from sparsevila_cluster.cluster.on_ray.replicas import REGISTRY, ROUTER
+from sparsevila_cluster.cluster.on_ray.serve_caller import ServeCaller
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import (
@@ -160,7 +160,7 @@ def _reserved_port(config: ClusterConfig) -> Iterator[int]:
 def _wait_until_ready(config: ClusterConfig, until_s: float, report: Callable[[str, int, int], None]) -> int:
     """The port that clients connect to, once they can be served."""
     num_wanted = config.prefill.replicas + config.decode.replicas + config.router.replicas + 1
-    registry: RayWorkerPool | None = None
+    registry: ServeCaller | None = None
     state: dict[str, Any] = {"ready": False}
     missing = "nothing has started"
     while not state["ready"]:
@@ -175,14 +175,14 @@ def _wait_until_ready(config: ClusterConfig, until_s: float, report: Callable[[s
         starting = [name for name, one in deployments.items() if one.status != "HEALTHY"]
         failures: dict[str, dict[str, Any]] = {}
         if num_running.get(REGISTRY):
-            registry = registry or _pool(config, REGISTRY)
+            registry = registry or _caller(config, REGISTRY)
             failures = _ask(registry, "start_failures", config) or {}
         _check_start(status, [failures[name] for name in starting if name in failures])
         missing = ", ".join(f"{name} is {deployments[name].status.value.lower()}" for name in starting)
         report("start workers", min(sum(num_running.values()), num_wanted - 1), num_wanted)
         if status.status == "RUNNING":
             missing = "the workers have not reported"
-            state = _ask(_pool(config, ROUTER), "state", config) or state
+            state = _ask(_caller(config, ROUTER), "state", config) or state
     return int(state["port"])
 
 
@@ -198,16 +198,16 @@ def _check_start(status: ApplicationStatusOverview, failures: list[dict[str, Any
         raise Internal(f"the application could not be started: {lines[-1] if lines else 'Serve does not say why'}")
 
 
-def _ask(pool: RayWorkerPool, method: str, config: ClusterConfig) -> Any:
+def _ask(caller: ServeCaller, method: str, config: ClusterConfig) -> Any:
     """What a replica answers; None if none answers: it may be gone the next moment."""
     try:
-        return asyncio.run(pool.call(None, method, within_s=config.router.call_timeout_s))
+        return asyncio.run(caller.call(None, method, within_s=config.router.call_timeout_s))
     except SparseVilaError:
         return None
 
 
-def _pool(config: ClusterConfig, deployment: str) -> RayWorkerPool:
-    return RayWorkerPool(serve.get_deployment_handle(deployment, app_name=config.name))
+def _caller(config: ClusterConfig, deployment: str) -> ServeCaller:
+    return ServeCaller(serve.get_deployment_handle(deployment, app_name=config.name))
 
 
 def _watch(config: ClusterConfig) -> None:

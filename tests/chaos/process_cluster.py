@@ -106,7 +106,7 @@ class ProcessCluster:
     async def spawn(self, kind: str, name: str = "", port: int = 0) -> Process:
         name = name or f"{kind}-{next(self._numbers)}"
         process = self.forker.spawn(kind, name, self.fields, port)
-        await process.connect()
+        await process.connect(self.pools[kind].silence_s)
         self.pools[kind].processes[name] = process
         self._reports[name] = asyncio.ensure_future(self._report(process))
         return process

@@ -55,7 +55,7 @@ def _become(serve: Any, model: Any, job: dict[str, Any]) -> int:
         config = build_cluster_config(**job["config"])
         if job["port"]:
             _listen_at(job["port"])
-        asyncio.run(serve(job["kind"], job["name"], job["socket"], config, model, job["prefills"]))
+        asyncio.run(serve(job["kind"], job["name"], job["endpoints"], config, model, job["prefills"]))
     except BaseException:
         traceback.print_exc()
         return 1

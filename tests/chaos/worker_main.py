@@ -1,15 +1,18 @@
-"""One prefill or decode worker in this process, which answers over a Unix socket until SIGTERM."""
+"""One prefill or decode worker in this process, which answers until SIGTERM."""
 
 from __future__ import annotations
 
 import asyncio
 import faulthandler
+import json
 import os
 import signal
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from sparsevila_cluster.cluster.messages import WorkerReport
-from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.cluster.rpc.rpc_server import RpcServer
 from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi, PrefillWorkerApi
 from sparsevila_cluster.cluster.workers.decode_worker import DecodeWorker
 from sparsevila_cluster.cluster.workers.prefill_job import PrefillJob
@@ -18,7 +21,6 @@ from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.kvcache.prefix import MediaPrefix
 from sparsevila_cluster.models.adapter import Model
 from tests.chaos.kill_points import PLACES, set_trap
-from tests.chaos.unix_socket_rpc import LIMIT_BYTES, receive, send
 
 APIS = {"prefill": PrefillWorkerApi, "decode": DecodeWorkerApi}
 
@@ -110,7 +112,7 @@ class Host:
 
 
 async def serve(kind: str, name: str, path: str, config: ClusterConfig, model: Model, prefills: str) -> None:
-    """Answer calls and streams until SIGTERM; then close the worker."""
+    """Answer calls and streams until SIGTERM; then close the worker. path: of the file that will say where."""
     faulthandler.enable()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -118,42 +120,14 @@ async def serve(kind: str, name: str, path: str, config: ClusterConfig, model: M
     made = CountedPrefillWorker if kind == "prefill" else DecodeWorker
     worker = made(name, config, model=model)
     await worker.warm()
-    host = Host(kind, worker)
     servers = {
         "worker": RpcServer(name, worker, APIS[kind], config.transport.beat_s),
-        "host": RpcServer(name, host, HostApi),
+        "host": RpcServer(name, Host(kind, worker), HostApi),
     }
-
-    async def work(writer: asyncio.StreamWriter, number: int, whom: str, method: str, args: tuple[Any, ...]) -> None:
-        if whom != "stream":
-            send(writer, (number, await servers[whom].call(name, method, args)))
-            return
-        envelopes = servers["worker"].stream(name, method, args)
-        try:
-            async for envelope in envelopes:
-                send(writer, (number, envelope))
-        finally:
-            await envelopes.aclose()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks: dict[int, asyncio.Task[None]] = {}
-        try:
-            while True:
-                number, whom, method, args = await receive(reader)
-                if whom == "cancel":
-                    if number in tasks:
-                        tasks[number].cancel()
-                    continue
-                tasks[number] = asyncio.ensure_future(work(writer, number, whom, method, args))
-                tasks[number].add_done_callback(lambda _, number=number: tasks.pop(number, None))  # type: ignore[misc]
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            for task in list(tasks.values()):
-                task.cancel()
-            writer.close()
-
-    server = await asyncio.start_unix_server(connected, path, limit=LIMIT_BYTES)
+    endpoints = {whom: asdict(await server.listen()) for whom, server in servers.items()}
+    Path(f"{path}.new").write_text(json.dumps(endpoints))
+    os.rename(f"{path}.new", path)
     await stop.wait()
-    server.close()
+    for server in servers.values():
+        await server.leave(0.0)
     await worker.close()

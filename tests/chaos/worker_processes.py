@@ -1,4 +1,4 @@
-"""Workers in processes of their own, spoken to over Unix sockets: what dies here dies as a real process does.
+"""Workers in processes of their own, called as routers call replicas: what dies here dies as a real process does.
 
 `ProcessPool` is a `WorkerPool`, so that a router runs over it.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import select
@@ -15,16 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsevila_cluster.core.errors import DeadlineExceeded, WorkerLost, from_failure
-from tests.chaos.unix_socket_rpc import LIMIT_BYTES, receive, send
+from sparsevila_cluster.cluster.rpc.endpoint import WorkerEndpoint
+from sparsevila_cluster.cluster.rpc.rpc_worker_pool import RpcWorkerPool
+from sparsevila_cluster.core.errors import WorkerLost
+from tests.chaos.worker_main import APIS, HostApi
 from tests.processes import is_stopped
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 60.0
-LOST = ("lost", None)
 
 
 class WorkerForker:
@@ -47,10 +49,10 @@ class WorkerForker:
 
     def spawn(self, kind: str, name: str, config: dict[str, Any], port: int = 0) -> Process:
         assert self._popen.stdin is not None
-        path = self.folder / f"{name}.sock"
+        path = self.folder / f"{name}.json"
         path.unlink(missing_ok=True)
         job = {
-            "kind": kind, "name": name, "config": config, "socket": str(path), "log": str(self.folder / f"{name}.log"),
+            "kind": kind, "name": name, "config": config, "endpoints": str(path), "log": str(self.folder / f"{name}.log"),
             "prefills": str(self.prefills), "port": port,
         }  # fmt: skip
         self._popen.stdin.write(json.dumps(job) + "\n")
@@ -69,76 +71,26 @@ class WorkerForker:
 
 
 class Process:
-    """One worker process, and the connection to it."""
+    """One worker process, and the connections to it. path: of the file that says where it answers, once it does."""
 
     def __init__(self, kind: str, name: str, pid: int, path: Path, log: Path):
         self.kind, self.name, self.pid, self.path, self.log = kind, name, pid, path, log
         self._pidfd = os.pidfd_open(pid)
-        self._answers: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
-        self._numbers = itertools.count()
-        self._reading: asyncio.Task[None] | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self.pools: dict[str, RpcWorkerPool] = {}
 
-    async def connect(self) -> None:
-        """Wait until it listens."""
+    async def connect(self, silence_s: float) -> None:
+        """Wait until it listens. silence_s: of a stream that has lost its worker."""
         until_s = time.monotonic() + START_S
-        while True:
-            try:
-                reader, self._writer = await asyncio.open_unix_connection(str(self.path), limit=LIMIT_BYTES)
-                break
-            except OSError:
-                assert self.lives, f"{self.name} died at once: {self.log_tail()}"
-                assert time.monotonic() < until_s, f"{self.name} did not start: {self.log_tail()}"
-                await asyncio.sleep(0.01)
-        self._reading = asyncio.ensure_future(self._read(reader))
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        try:
-            while True:
-                number, envelope = await receive(reader)
-                if number in self._answers:
-                    self._answers[number].put_nowait(envelope)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            self._writer = None
-            for queue in self._answers.values():
-                queue.put_nowait(LOST)
-
-    async def envelopes(
-        self, whom: str, method: str, args: tuple[Any, ...], within_s: float, silence_s: float
-    ) -> AsyncGenerator[tuple[str, Any], None]:
-        """What an `RpcServer` answers. Raises WorkerLost: gone, or silent for `silence_s`. DeadlineExceeded."""
-        number = next(self._numbers)
-        queue: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
-        self._answers[number] = queue
-        until_s, over = time.monotonic() + within_s, False
-        try:
-            if self._writer is None:
-                raise WorkerLost(f"worker {self.name} is gone")
-            send(self._writer, (number, whom, method, args))
-            while not over:
-                left_s = until_s - time.monotonic()
-                try:
-                    async with asyncio.timeout(min(left_s, silence_s)):
-                        kind, value = await queue.get()
-                except TimeoutError:
-                    if left_s <= silence_s:
-                        raise DeadlineExceeded(f"{method} of {self.name} took longer than {within_s:g} s") from None
-                    raise WorkerLost(f"worker {self.name} has not been heard of for {silence_s:g} s") from None
-                over = whom != "stream" or kind in ("end", "failure", "lost")
-                if kind == "lost":
-                    raise WorkerLost(f"worker {self.name} is gone")
-                if kind == "failure":
-                    raise from_failure(value)
-                yield kind, value
-        finally:
-            del self._answers[number]
-            if not over and self._writer is not None:
-                send(self._writer, (number, "cancel", "", ()))
+        while not self.path.exists():
+            assert self.lives, f"{self.name} died at once: {self.log_tail()}"
+            assert time.monotonic() < until_s, f"{self.name} did not start: {self.log_tail()}"
+            await asyncio.sleep(0.01)
+        endpoints = {whom: WorkerEndpoint(**fields) for whom, fields in json.loads(self.path.read_text()).items()}
+        for whom, api in {"worker": APIS[self.kind], "host": HostApi}.items():
+            self.pools[whom] = RpcWorkerPool(self.kind, api, partial(_known, endpoints[whom]), silence_s)
 
     async def ask(self, whom: str, method: str, *args: Any, within_s: float = 20.0) -> Any:
-        async for _, value in self.envelopes(whom, method, args, within_s, within_s):
-            return value
-        raise AssertionError("a call has one answer")
+        return await self.pools[whom].call(self.name, method, *args, within_s=within_s)
 
     # ---- signals -----------------------------------------------------------------------------------------------------------
 
@@ -172,32 +124,32 @@ class Process:
             if not ended[0]:
                 self.signal(signal.SIGKILL)
                 raise AssertionError(f"{self.name} did not end: {self.log_tail()}")
-        if self._reading is not None:
-            self._reading.cancel()
+        for pool in self.pools.values():
+            await pool.close()
         os.close(self._pidfd)
 
 
+async def _known(endpoint: WorkerEndpoint, worker: str | None, within_s: float) -> WorkerEndpoint:
+    return endpoint
+
+
 class ProcessPool:
-    """The workers of one kind: a `WorkerPool` over their sockets. `silence_s`: of a stream that has lost its worker."""
+    """The workers of one kind: a `WorkerPool` over their processes. `silence_s`: of a stream that has lost its worker."""
 
     def __init__(self, silence_s: float):
         self.processes: dict[str, Process] = {}
-        self._silence_s = silence_s
+        self.silence_s = silence_s
 
     async def call(self, worker: str | None, method: str, *args: Any, within_s: float) -> Any:
-        return await self._of(worker).ask("worker", method, *args, within_s=within_s)
+        return await self._of(worker).call(worker, method, *args, within_s=within_s)
 
     async def stream(self, worker: str | None, method: str, *args: Any, within_s: float) -> AsyncGenerator[Any, None]:
-        envelopes = self._of(worker).envelopes("stream", method, args, within_s, self._silence_s)
-        try:
-            async for kind, value in envelopes:
-                if kind == "value":
-                    yield value
-        finally:
-            await envelopes.aclose()
+        async with aclosing(self._of(worker).stream(worker, method, *args, within_s=within_s)) as items:
+            async for item in items:
+                yield item
 
-    def _of(self, worker: str | None) -> Process:
+    def _of(self, worker: str | None) -> RpcWorkerPool:
         process = self.processes.get(worker) if worker is not None else next(iter(self.processes.values()), None)
         if process is None:
             raise WorkerLost(f"worker {worker} is gone")
-        return process
+        return process.pools["worker"]

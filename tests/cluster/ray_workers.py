@@ -9,12 +9,13 @@ from typing import Protocol
 from ray import serve
 
 from sparsevila_cluster.cluster.on_ray.loopback import stay_on_loopback
-from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.cluster.on_ray.replicas import Replica
+from sparsevila_cluster.core.cluster_config import build_cluster_config
 from sparsevila_cluster.core.errors import NotFound, QueueFull
 
 
 class FaultyApi(Protocol):
-    async def who(self): ...
+    async def who(self) -> tuple[str, int]: ...
 
     async def weigh(self, blob, /): ...
 
@@ -84,8 +85,11 @@ class FaultyWorker:
         return "not in the protocol"
 
 
-class FaultyReplica(RpcServer):
+class FaultyReplica(Replica):
     def __init__(self):
         stay_on_loopback()
-        name = serve.get_replica_context().replica_id.unique_id
-        super().__init__(name, FaultyWorker(name), FaultyApi, beat_s=0.2)
+        config = build_cluster_config(transport={"beat_s": 0.2}, drain_timeout_s=10.0)
+        super().__init__(config, FaultyWorker(serve.get_replica_context().replica_id.unique_id), FaultyApi)
+
+    async def __del__(self):
+        await self.leave()

@@ -86,7 +86,7 @@ def test_the_application_is_what_the_configuration_asks_for():
         config = one._deployment_config
         assert config.health_check_period_s == 3 and config.graceful_shutdown_timeout_s == 7
         assert config.request_router_config.request_router_class == "sparsevila_cluster.cluster.on_ray.replica_pinning:PinRouter"
-        assert "GRPC_MAX_MESSAGE_LENGTH" in str(one.ray_actor_options["runtime_env"])
+        assert "RUN_ROUTER_IN_SEPARATE_LOOP" in str(one.ray_actor_options["runtime_env"])
 
 
 def test_all_replicas_of_a_deployment_salt_alike_and_no_other_deployment_does():

@@ -11,11 +11,11 @@ import pytest
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
+from sparsevila_cluster.cluster.on_ray.serve_caller import worker_pool
 from sparsevila_cluster.core.cluster_config import ClusterConfig
 from sparsevila_cluster.core.errors import DeadlineExceeded, Internal, NotFound, QueueFull, WorkerLost
 from sparsevila_cluster.serve.local_ray import local_ray
-from tests.cluster.ray_workers import FaultyReplica
+from tests.cluster.ray_workers import FaultyApi, FaultyReplica
 from tests.processes import stop
 from tests.structure import ROOT
 
@@ -27,18 +27,22 @@ SILENCE_S = 1.5
 @pytest.fixture(scope="module")
 def handle():
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"  # what replicas import
-    deployment = serve.deployment(FaultyReplica, name="Faulty", num_replicas=2).options(
+    with local_ray(ClusterConfig()) as folder:
+        yield serve.run(faulty(2), name="faulty", route_prefix=None)
+    assert not folder.exists()
+    assert "ray" not in " ".join(line for line in children())
+
+
+def faulty(num_replicas):
+    deployment = serve.deployment(FaultyReplica, name="Faulty", num_replicas=num_replicas).options(
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=1,
         health_check_timeout_s=2,
-        graceful_shutdown_timeout_s=2,
+        graceful_shutdown_timeout_s=10,
         request_router_config=PIN_ROUTER,
     )
-    with local_ray(ClusterConfig()) as folder:
-        yield serve.run(deployment.bind(), name="faulty", route_prefix=None)
-    assert not folder.exists()
-    assert "ray" not in " ".join(line for line in children())
+    return deployment.bind()
 
 
 def children():
@@ -50,7 +54,11 @@ def run_with_replicas(handle, scenario):
     """Run `scenario(pool, {worker: process})` in an event loop of its own, with both replicas there."""
 
     async def run():
-        return await scenario(RayWorkerPool(handle, SILENCE_S), await replicas_of(handle))
+        pool = worker_pool(handle, FaultyApi, SILENCE_S)
+        try:
+            return await scenario(pool, await replicas_of(handle))
+        finally:
+            await pool.close()
 
     return asyncio.run(run())
 
@@ -213,6 +221,22 @@ def test_a_stopped_worker_is_lost_after_a_silence(handle):
         assert time.monotonic() - start_s < 3 * SILENCE_S
         assert (await collect(pool, None, 3, within_s=30)) == [0, 1, 2]
         await replaced(handle, victim)  # its health checks failed, and another one took its place
+
+    run_with_replicas(handle, scenario)
+
+
+def test_a_replica_that_serve_stops_lets_its_calls_end(handle):
+    async def scenario(pool, workers):
+        streams = [await begun(pool.stream(worker, "count", 60, 0.05, within_s=30)) for worker in workers]
+        await asyncio.to_thread(serve.run, faulty(1), name="faulty", route_prefix=None)
+        for stream in streams:
+            assert await stream == list(range(60))
+        (left,) = (await replicas_of(handle, num=1)).keys()
+        (stopped,) = set(workers) - {left}
+        with pytest.raises(WorkerLost):
+            await pool.call(stopped, "who", within_s=5)
+        assert (await pool.call(left, "who", within_s=5))[0] == left
+        await asyncio.to_thread(serve.run, faulty(2), name="faulty", route_prefix=None)
 
     run_with_replicas(handle, scenario)
 

@@ -9,7 +9,7 @@ import pytest
 
 from sparsevila_cluster.cluster.directory import Directory
 from sparsevila_cluster.cluster.on_ray import replicas
-from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.cluster.rpc.rpc_server import RpcServer
 from sparsevila_cluster.cluster.worker_api import (
     DecodeWorkerApi,
     DirectoryApi,
@@ -148,7 +148,7 @@ def test_reading_and_shipping_travel_as_work():
 
 def test_a_replica_that_cannot_start_reports_why_before_it_ends(monkeypatch):
     directory = Directory()
-    monkeypatch.setattr(replicas, "RayWorkerPool", lambda handle: LocalPool({"directory": directory}))
+    monkeypatch.setattr(replicas, "ServeCaller", lambda handle: LocalPool({"directory": directory}))
 
     async def main():
         with pytest.raises(BadCheckpoint, match="no weights"):

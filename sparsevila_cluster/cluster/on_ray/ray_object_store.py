@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, RayError
 
-from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
+from sparsevila_cluster.cluster.on_ray.serve_caller import ServeCaller
 from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi
-from sparsevila_cluster.cluster.worker_pool import pool_stub
+from sparsevila_cluster.cluster.worker_pool import stub
 from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.deadline import GRACE_S
 from sparsevila_cluster.core.errors import DeadlineExceeded, QueueFull, WorkerLost
@@ -19,7 +20,7 @@ from sparsevila_cluster.core.errors import DeadlineExceeded, QueueFull, WorkerLo
 class RayObjectStore:
     """A `transport.ObjectStore`. `decode` hands references on (`by_reference`), in the event loop that this is made in."""
 
-    def __init__(self, decode: RayWorkerPool):
+    def __init__(self, decode: ServeCaller):
         self._decode = decode
         self._loop = asyncio.get_running_loop()
 
@@ -43,7 +44,7 @@ class RayObjectStore:
         self, address: ReceiverAddress, lane_id: str, messages: list[tuple[str, Any]], wait_s: float
     ) -> list[tuple[str, Any]]:
         """What that receiver replies. Raises WorkerLost, DeadlineExceeded."""
-        receiver = pool_stub(DecodeWorkerApi, self._decode, address.worker, wait_s + GRACE_S)
+        receiver = stub(DecodeWorkerApi, partial(self._decode.call, address.worker, within_s=wait_s + GRACE_S))
         replies = asyncio.run_coroutine_threadsafe(receiver.exchange(lane_id, messages, wait_s), self._loop)
         try:
             return replies.result(wait_s + 2 * GRACE_S)

@@ -13,6 +13,7 @@ import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -22,13 +23,13 @@ from ray.serve.handle import DeploymentHandle
 from sparsevila_cluster.cluster.directory import Directory
 from sparsevila_cluster.cluster.on_ray.loopback import node_address, stay_on_loopback
 from sparsevila_cluster.cluster.on_ray.ray_metrics import RayMetricsSink
-from sparsevila_cluster.cluster.on_ray.ray_worker_pool import RayWorkerPool
-from sparsevila_cluster.cluster.on_ray.rpc_server import RpcServer
+from sparsevila_cluster.cluster.on_ray.serve_caller import ServeCaller, worker_pool
+from sparsevila_cluster.cluster.rpc.rpc_server import Envelope, RpcServer
 from sparsevila_cluster.cluster.worker_api import DecodeWorkerApi, DirectoryApi, PrefillWorkerApi
-from sparsevila_cluster.cluster.worker_pool import pool_stub
+from sparsevila_cluster.cluster.worker_pool import pool_stub, stub
 from sparsevila_cluster.core.addresses import ReceiverAddress
 from sparsevila_cluster.core.cluster_config import ClusterConfig
-from sparsevila_cluster.core.errors import SparseVilaError, to_failure
+from sparsevila_cluster.core.errors import SparseVilaError, Unavailable, WorkerLost, to_failure
 from sparsevila_cluster.core.json_logging import log_to_stderr
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ PREFILL, DECODE, REGISTRY, ROUTER = "Prefill", "Decode", "Registry", "Router"
 # The directory starts together with those who report to it that they cannot.
 START_FAILURE_WITHIN_S = 10.0
 STOP_WITHIN_S = 1.0
+# Of the time that a replica has to stop: to let calls end. Serve kills it at the end of that time.
+LEAVE_SHARE = 0.8
 
 
 def replica_name() -> str:
@@ -69,7 +72,7 @@ async def start_failures_reported(deployment: str, directory: DeploymentHandle) 
     try:
         yield
     except SparseVilaError as error:
-        api = pool_stub(DirectoryApi, RayWorkerPool(directory), None, START_FAILURE_WITHIN_S)
+        api = stub(DirectoryApi, partial(ServeCaller(directory).call, None, within_s=START_FAILURE_WITHIN_S))
         try:
             await api.note_start_failure(deployment, to_failure(error))
         except SparseVilaError as unheard:
@@ -77,7 +80,33 @@ async def start_failures_reported(deployment: str, directory: DeploymentHandle) 
         raise
 
 
-class DirectoryReplica(RpcServer):
+class Replica:
+    """A worker, the directory or a router as others find it, through Serve (`ServeCaller`), and then call it (`RpcWorkerPool`)."""
+
+    def __init__(self, config: ClusterConfig, worker: object, api: Callable[..., object]):
+        self.name = replica_name()
+        self._rpc = RpcServer(self.name, worker, api, config.transport.beat_s, placed(config).transport.host)
+        self._leave_s = LEAVE_SHARE * config.drain_timeout_s
+
+    async def call(self, addressee: str | None, method: str, args: tuple[Any, ...]) -> Envelope:
+        """See `RpcServer.call`."""
+        return await self._rpc.call(addressee, method, args)
+
+    async def endpoint(self, addressee: str | None) -> Envelope:
+        """Where this process answers by itself, or why it does not."""
+        if addressee not in (None, self.name):
+            return "failure", to_failure(WorkerLost(f"worker {addressee} is gone"))
+        try:
+            return "value", await self._rpc.listen()
+        except (OSError, RuntimeError) as error:
+            return "failure", to_failure(Unavailable(f"worker {self.name} cannot listen: {error}"))
+
+    async def leave(self) -> None:
+        """Let calls end and take no new ones: Serve does not know of them."""
+        await self._rpc.leave(self._leave_s)
+
+
+class DirectoryReplica(Replica):
     """The directory. There is one: Serve starts it again when it dies, and the workers' reports fill it."""
 
     def __init__(self, config: ClusterConfig, verbose: bool = False):
@@ -87,11 +116,11 @@ class DirectoryReplica(RpcServer):
         directory = Directory(
             config.report_s, router.max_conversations, config.door.max_share, conversation_idle_s=router.conversation_idle_s
         )
-        super().__init__(replica_name(), directory, DirectoryApi, beat_s=config.transport.beat_s)
+        super().__init__(config, directory, DirectoryApi)
         freeze_what_stays()
 
 
-class WorkerReplica(RpcServer):
+class WorkerReplica(Replica):
     """What prefill and decode replicas share: reports, health, the end."""
 
     def _open(self, config: ClusterConfig, directory: DeploymentHandle, verbose: bool) -> dict[str, Any]:
@@ -101,10 +130,10 @@ class WorkerReplica(RpcServer):
         stay_on_loopback()
         log_to_stderr(verbose, replica_name())
         self._config = config
-        self._directory_pool = RayWorkerPool(directory)
+        self._directory_pool = worker_pool(directory, DirectoryApi)
         decode = serve.get_deployment_handle(DECODE, app_name=serve.get_replica_context().app_name)
         return {
-            "object_store": RayObjectStore(RayWorkerPool(decode, by_reference=True)),
+            "object_store": RayObjectStore(ServeCaller(decode, by_reference=True)),
             "sink": RayMetricsSink(),
             "node": ray.get_runtime_context().get_node_id(),
         }
@@ -113,7 +142,7 @@ class WorkerReplica(RpcServer):
         return pool_stub(DirectoryApi, self._directory_pool, None, within_s or self._config.router.call_timeout_s)
 
     def _begin(self, worker: PrefillWorker | DecodeWorker, api: Callable[..., object]) -> None:
-        RpcServer.__init__(self, replica_name(), worker, api, self._config.transport.beat_s)
+        Replica.__init__(self, self._config, worker, api)
         self._hosted = worker
         freeze_what_stays()
         self._reporting = asyncio.create_task(self._report())
@@ -149,6 +178,7 @@ class WorkerReplica(RpcServer):
             await self._directory(STOP_WITHIN_S).forget_worker(self.name)
         except SparseVilaError as error:
             log.info("the directory was not told that worker %s stops: %s", self.name, error)
+        await self.leave()
         await self._hosted.close()
 
 
