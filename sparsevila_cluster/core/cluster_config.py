@@ -17,7 +17,7 @@ class TransportConfig(FrozenConfig):
 
     kind: str = Field("auto", description="How KV travels. auto: nccl between GPUs, else gloo. inproc: within one process only.")
     fallback: bool = Field(True, description="After a lane broke twice, send through Ray's object store.")
-    host: str = Field("auto", description="Address that lanes listen on. auto: that of the Ray node.")
+    host: str = Field("auto", description="Address that lanes, and calls between replicas, listen on. auto: that of the Ray node.")
     quantization: Literal["none", "int8"] = Field("none", description="KV on the wire: as it is, or int8 with scales.")
     checksum: bool = Field(True, description="One checksum per chunk, verified before a prefix may be used.")
     chunk_bytes: int = Field(16 * MIB, ge=64 * 1024, le=32 * MIB, description="Most bytes of one chunk.")

@@ -44,4 +44,4 @@ class WorkerEndpoint:
 
     def admits(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
         """Whether a call with this metadata has the token."""
-        return any(key == TOKEN_KEY and hmac.compare_digest(str(value), self.token) for key, value in metadata)
+        return any(key == TOKEN_KEY and hmac.compare_digest(str(value).encode(), self.token.encode()) for key, value in metadata)
