@@ -114,12 +114,12 @@ async def measure(target: str, keys: Sequence[str], phases: Sequence[Phase], sec
 async def one_phase(target: str, key: str, victim: Victim, phase: Phase, seconds: float) -> None:
     """A conversation without the clock comes first, so that what the phase before left behind is not of this one."""
     await victim.ask(Phase(), 1.0)
-    attacker = await _attacker(target, key, seconds, phase.attacks) if phase.attacks else None
+    attackers = [await _attacker(target, key, seconds, kind) for kind in phase.attacks]
     sleeper = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "benchmarks.lib.wake_up", str(seconds), stdout=subprocess.PIPE, start_new_session=True
     )
     before, begun_s = cpu_time.cpu_s(), time.monotonic()
-    if attacker is not None:
+    for attacker in attackers:
         attacker.stdin.write(b"go\n")
         await attacker.stdin.drain()
     await victim.ask(phase, seconds)
@@ -127,15 +127,16 @@ async def one_phase(target: str, key: str, victim: Victim, phase: Phase, seconds
     out, _ = await asyncio.wait_for(sleeper.communicate(), READY_S)
     phase.late_ms = json.loads(out)
     phase.cores = {"victim": spent.pop("client"), "server": sum(spent.values()), "attacker": 0.0}
-    if attacker is not None:
+    for kind, attacker in zip(phase.attacks, attackers, strict=True):
         out, _ = await asyncio.wait_for(attacker.communicate(), READY_S)
         outcome = json.loads(out.splitlines()[-1])
-        phase.told, phase.cores["attacker"] = outcome["told"], outcome["cores"]
+        phase.told[kind] = outcome["told"]
+        phase.cores["attacker"] += outcome["cores"]
 
 
-async def _attacker(target: str, key: str, seconds: float, kinds: Sequence[str]) -> Any:
-    """The process, which has prepared what it needs and waits for a line."""
-    command = [sys.executable, "-m", "benchmarks.lib.attackers", target, key, str(seconds), *kinds]
+async def _attacker(target: str, key: str, seconds: float, kind: str) -> Any:
+    """A process of this kind, which has prepared what it needs and waits for a line. All kinds in one would starve each other."""
+    command = [sys.executable, "-m", "benchmarks.lib.attackers", target, key, str(seconds), kind]
     pipe = subprocess.PIPE
     # In a session of its own: Linux shares cores between sessions (sched_autogroup), and the attacker's is not the victim's.
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**20, start_new_session=True)

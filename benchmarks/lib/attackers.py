@@ -1,4 +1,4 @@
-"""Those who mean harm to a server, as clients with a key: `python -m benchmarks.lib.attackers TARGET KEY SECONDS KIND ...`
+"""Those who mean harm to a server, as clients with a key: `python -m benchmarks.lib.attackers TARGET KEY SECONDS KIND`
 
     questions   as long as a message may be, four at a time
     replays     60,000 tokens that the client says it has heard, and the longest that the server takes
@@ -7,8 +7,7 @@
     resets      ten thousand calls that are taken back at once, over and over, of the method that others wait for
     watchers    five hundred that watch the server's health
 
-All kinds run at the same time in this process. The last line tells, as JSON, what they were told and how busy they were:
-{"told": {kind: {status: number}}, "cores": busy on average}.
+The last line tells, as JSON, what this process was told and how busy it was: {"told": {status: number}, "cores": on average}.
 """
 
 from __future__ import annotations
@@ -51,15 +50,15 @@ class Attacker:
     def __init__(self, target: str, key: str, until_s: float):
         self._target, self._key, self._until_s = target, key, until_s
         self._metadata = (("authorization", f"Bearer {key}"),)
-        self.told: dict[str, Counter[str]] = {}
+        self.told: Counter[str] = Counter()
         self.cores = 0.0
 
-    async def run(self, kinds: Sequence[str]) -> None:
+    async def run(self, kind: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             clip = Path(folder) / "clip.mp4"
             write_mp4(make_video(3)[1], clip)
             self._clip = clip.read_bytes()
-        if "media" in kinds:
+        if kind == "media":
             self._costly = (costly_video(), large_picture())
         async with self._channel() as channel:
             self._media_id = await self._prepared(VideoQAStub(channel), self._clip)
@@ -68,7 +67,7 @@ class Attacker:
                 return
             begun_s, spent_s = time.monotonic(), time.process_time()
             self._until_s += begun_s
-            await asyncio.gather(*(getattr(self, f"_{kind}")(Counter()) for kind in kinds))
+            await getattr(self, f"_{kind}")()
             self.cores = (time.process_time() - spent_s) / (time.monotonic() - begun_s)
 
     def _channel(self) -> grpc.aio.Channel:
@@ -82,9 +81,8 @@ class Attacker:
                 return str(status.media.media_id)
         raise RuntimeError("the attacker's own video is not ready")
 
-    async def _loop(self, kind: str, work: Callable[[VideoQAStub], Awaitable[None]], told: Counter[str], num: int) -> None:
+    async def _loop(self, work: Callable[[VideoQAStub], Awaitable[None]], num: int) -> None:
         """`num` times at once, each again and again over a channel of its own."""
-        self.told[kind] = told
 
         async def one() -> None:
             async with self._channel() as channel:
@@ -92,22 +90,22 @@ class Attacker:
                 while time.monotonic() < self._until_s:
                     try:
                         await asyncio.wait_for(work(stub), max(0.1, self._until_s - time.monotonic()))
-                        told["OK"] += 1
+                        self.told["OK"] += 1
                     except grpc.aio.AioRpcError as error:
-                        told[error.code().name] += 1
+                        self.told[error.code().name] += 1
                     except TimeoutError:
-                        told["still waiting"] += 1
+                        self.told["still waiting"] += 1
 
         await asyncio.gather(*(one() for _ in range(num)))
 
-    async def _questions(self, told: Counter[str]) -> None:
+    async def _questions(self) -> None:
         async def ask(stub: VideoQAStub) -> None:
             request = pb.AskRequest(media_id=self._media_id, question="why " * (QUESTION_BYTES // 4))
             await stub.Answer(request, metadata=self._metadata, timeout=CALL_S)
 
-        await self._loop("questions", ask, told, NUM_LOOPS)
+        await self._loop(ask, NUM_LOOPS)
 
-    async def _replays(self, told: Counter[str]) -> None:
+    async def _replays(self) -> None:
         longest = await self._longest_replay()
 
         async def ask(stub: VideoQAStub) -> None:
@@ -116,7 +114,7 @@ class Attacker:
             request.sampling.max_tokens = most
             await stub.Answer(request, metadata=self._metadata, timeout=CALL_S)
 
-        await self._loop("replays", ask, told, NUM_LOOPS)
+        await self._loop(ask, NUM_LOOPS)
 
     async def _longest_replay(self) -> int:
         """By halving: what is one token longer is refused as too long."""
@@ -132,7 +130,7 @@ class Attacker:
                     low, high = (low, middle) if error.code() == grpc.StatusCode.INVALID_ARGUMENT else (middle, high)
         return low
 
-    async def _media(self, told: Counter[str]) -> None:
+    async def _media(self) -> None:
         rng = random.Random(0)
 
         def broken() -> bytes:
@@ -148,9 +146,9 @@ class Attacker:
             async for _ in stub.PrepareMedia(request, metadata=self._metadata, timeout=CALL_S):
                 pass
 
-        await self._loop("media", prepare, told, NUM_LOOPS)
+        await self._loop(prepare, NUM_LOOPS)
 
-    async def _streams(self, told: Counter[str]) -> None:
+    async def _streams(self) -> None:
         async def ask(stub: VideoQAStub) -> None:
             request = pb.AskRequest(media_id=self._media_id, question="Describe everything.")
             request.sampling.max_tokens, request.sampling.temperature = LONG_ANSWER, 2.0  # what is guessed ends late
@@ -161,10 +159,9 @@ class Attacker:
                 await asyncio.sleep(0.5)  # a thousand at the same time, not as many as fit into the time
                 raise
 
-        await self._loop("streams", ask, told, NUM_STREAMS)
+        await self._loop(ask, NUM_STREAMS)
 
-    async def _resets(self, told: Counter[str]) -> None:
-        self.told["resets"] = told
+    async def _resets(self) -> None:
         data = pb.AskRequest(media_id=self._media_id, question="Why?").SerializeToString()
         header = ("authorization", f"Bearer {self._key}")
         reset = http2.CANCEL.to_bytes(4, "big")
@@ -176,12 +173,10 @@ class Attacker:
                         call = http2.call(stream, "Ask", data, header) + http2.frame(http2.RST_STREAM, 0, stream, reset)
                         if time.monotonic() >= self._until_s or not await connection.send(call):
                             break
-                        told["sent"] += 1
-                told["connections"] += 1
+                        self.told["sent"] += 1
+                self.told["connections"] += 1
 
-    async def _watchers(self, told: Counter[str]) -> None:
-        self.told["watchers"] = told
-
+    async def _watchers(self) -> None:
         async def watch() -> None:
             async with self._channel() as channel:
                 stub = health_pb2_grpc.HealthStub(channel)
@@ -190,11 +185,11 @@ class Attacker:
                     try:
                         async with asyncio.timeout(max(0.1, self._until_s - time.monotonic())):
                             async for reply in watching:
-                                told[health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)] += 1
+                                self.told[health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)] += 1
                     except TimeoutError:
                         watching.cancel()
                     except grpc.aio.AioRpcError as error:
-                        told[error.code().name] += 1
+                        self.told[error.code().name] += 1
                         await asyncio.sleep(0.5)
 
         await asyncio.gather(*(watch() for _ in range(NUM_WATCHERS)))
@@ -225,9 +220,9 @@ KINDS = ("questions", "replays", "media", "streams", "resets", "watchers")
 
 
 def main(argv: Sequence[str]) -> None:
-    target, key, seconds, *kinds = argv
+    target, key, seconds, kind = argv
     attacker = Attacker(target, key, float(seconds))
-    asyncio.run(attacker.run(kinds))
+    asyncio.run(attacker.run(kind))
     print(json.dumps({"told": attacker.told, "cores": attacker.cores}))
 
 

@@ -45,4 +45,8 @@ class ArrivalPace:
             return
         bucket.take(1.0)
         if wait_s > 0:
-            await asyncio.sleep(wait_s)
+            try:
+                await asyncio.sleep(wait_s)
+            except asyncio.CancelledError:
+                bucket.take(-1.0)  # who is taken back takes nobody's turn
+                raise

@@ -63,6 +63,20 @@ def test_another_ones_calls_count_for_a_moment_after_their_end():
     asyncio.run(main())
 
 
+def test_what_is_taken_back_takes_nobodys_turn():
+    async def main():
+        pace = ArrivalPace(per_s=10.0)
+        with pace.call("few"):
+            flood = [asyncio.ensure_future(pace.turn("many")) for _ in range(200)]
+            await asyncio.sleep(0.05)
+            for call in flood:
+                call.cancel()
+            await asyncio.gather(*flood, return_exceptions=True)
+            assert max(await waits_s(pace, "many", 2)) < 0.5
+
+    asyncio.run(main())
+
+
 def test_nobody_waits_longer_than_other_limits_take(monkeypatch):
     monkeypatch.setattr(arrival_pace, "MAX_WAIT_S", 0.2)
 
