@@ -11,11 +11,12 @@ from tests.cluster import worker_fixtures
 from tests.cluster.worker_fixtures import QUESTIONS, answer, events_of, prepared, request_of, tokens_of, turn_of, until
 
 
-def test_a_lost_conversation_is_made_again_and_goes_on_alike(checkpoint, clips):
+def test_a_lost_conversation_is_made_again_and_goes_on_alike(checkpoint, clips, endless):
     """On a fresh worker, on one that is behind, and on one that is ahead; a cut answer goes on at its next token."""
 
     async def main():
-        async with worker_fixtures.workers(worker_fixtures.config_of(checkpoint), decode=2) as ([prefill], [one, two]):
+        config = worker_fixtures.config_of(checkpoint)
+        async with worker_fixtures.workers(config, model=endless, decode=2) as ([prefill], [one, two]):
             handle, _ = await prepared(prefill, one, request_of(clips[0]))
             key = handle.media_id
             await prefill.ship(key, await worker_fixtures.ticket_for(two, key))
