@@ -220,6 +220,40 @@ def test_callers_at_the_same_time_look_for_a_worker_once():
     asyncio.run(main())
 
 
+def test_a_worker_that_is_looked_for_in_vain_is_lost_after_a_silence():
+    async def main():
+        async def never(name, within_s):
+            await asyncio.sleep(60)
+
+        pool = RpcWorkerPool("Echo", EchoApi, never, silence_s=0.3)
+        with pytest.raises(WorkerLost, match="worker w of Echo has not been heard of for 0.3 s"):
+            await asyncio.wait_for(anext(pool.stream("w", "count", 1, 0.0, within_s=30)), 5)
+
+    asyncio.run(main())
+
+
+def test_of_several_that_may_answer_another_one_is_looked_for_when_one_does_not():
+    """As where a machine is gone without a word: its connections do not break."""
+
+    async def main():
+        silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
+        async with served() as (_, server, _):
+            there = await server.listen()
+            found = [replace(there, port=silent.sockets[0].getsockname()[1]), there]
+
+            async def find(name, within_s):
+                return found.pop(0)
+
+            pool = RpcWorkerPool("Echo", EchoApi, find, SILENCE_S)
+            with pytest.raises(DeadlineExceeded, match="echo of a worker of Echo took longer than 0.5 s"):
+                await pool.call(None, "echo", "x", within_s=0.5)
+            assert await pool.call(None, "echo", "x", within_s=5) == "x" and not found
+            await pool.close()
+        silent.close()
+
+    asyncio.run(main())
+
+
 def test_who_leaves_finishes_what_it_has_and_takes_nothing_new():
     async def main():
         async with served() as (pool, server, worker):

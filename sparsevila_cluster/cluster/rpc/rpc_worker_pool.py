@@ -65,7 +65,12 @@ class RpcWorkerPool:
         """See `WorkerPool.stream`. Raises WorkerLost also when nothing is heard of the worker for `silence_s`."""
         who, until_s = self._name(worker), time.perf_counter() + within_s
         request, too_long = self._request(method, args), f"{method} of {who} took longer than {within_s:g} s"
-        connection = await self._connection(worker, within_s)
+        try:
+            connection = await self._connection(worker, min(within_s, self._silence_s))
+        except DeadlineExceeded as error:
+            if within_s <= self._silence_s:
+                raise
+            raise WorkerLost(f"{who} has not been heard of for {self._silence_s:g} s") from error
         left_s = until_s - time.perf_counter()
         call = connection.stream(request, timeout=left_s, metadata=connection.endpoint.metadata)
         try:
@@ -126,6 +131,8 @@ class RpcWorkerPool:
         except grpc.aio.AioRpcError as error:
             code = error.code()
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                if worker is None:  # its machine may be gone without a word, and another one in its place
+                    self._forget(worker, connection)
                 raise DeadlineExceeded(too_long) from error
             if code not in GONE:
                 raise Internal(f"{who}: {code.name}: {error.details()}") from error
