@@ -97,6 +97,7 @@ async def kill_case(
         for process in cluster.processes:
             if process.stopped:
                 process.signal(signal.SIGCONT)
+        await error_of(asyncio.ensure_future(cluster.disarm()))
 
 
 def _is_reported(cluster: ProcessCluster, clip: CheckedClip) -> bool:

@@ -453,3 +453,33 @@ def test_the_scripted_cluster_is_whole_without_poison():
             answered(await listen(cluster.routers[0], turn(key, POISON)), key, POISON)
 
     asyncio.run(main())
+
+
+def test_media_that_had_arrived_when_their_maker_died_are_not_suspected():
+    """Its last words were not heard, so only the decode worker knows."""
+
+    async def scenario(cluster, router):
+        for worker in cluster.prefill.workers.values():
+            _dies_behind_the_last_byte(cluster, worker)
+        handle = await router.prepare(video())
+        assert len(cluster.prefill.workers) == 4 and not router._clients.suspects.num_suspects
+        await router.delete_media(handle.media_id)
+        assert (await router.prepare(video())).media_id == handle.media_id
+        assert len(cluster.prefill.workers) == 3
+
+    run(scenario, num_prefill=5)
+
+
+def _dies_behind_the_last_byte(cluster, worker):
+    make = worker.make
+
+    async def deadly_make(request, key, ticket):
+        async with aclosing(make(request, key, ticket)) as items:
+            async for item in items:
+                if item[0] == "made":
+                    cluster.kill(worker.name)
+                    await asyncio.sleep(5)
+                if item[1:] != ("prefill", 1, 1):
+                    yield item
+
+    worker.make = deadly_make

@@ -196,6 +196,8 @@ class PrefixProvisioner:
         except Unavailable:
             return None
         if handle is not None:
+            # It was made, so its maker did not die of it.
+            self._clients.suspects.clear(request.key)
             within_s = request.deadline.remaining_s("preparing media")
             await self._clients.directory.note_held(handle, (attempt.target,), request.digest, within_s)
         return handle
