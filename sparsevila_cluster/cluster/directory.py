@@ -37,6 +37,9 @@ MAX_DELETED = 4_096
 MAX_REFUSED = 256
 # Turns kept of one conversation. A longer one can not be made again elsewhere.
 MAX_TURNS = 1_024
+# Routers of which it is known who has calls there, and for how long that is true after they said so.
+MAX_ROUTERS = 1_024
+OWNERS_S = 3.0
 # Workers for which it is kept what they are to close, and deployments for which it is kept why they do not start.
 MAX_STALE_WORKERS = 1_024
 MAX_DEPLOYMENTS = 16
@@ -94,6 +97,7 @@ class Directory:
         self._closed: LRUDict[None] = LRUDict(MAX_CLOSED)
         self._stale: LRUDict[LRUDict[None]] = LRUDict(MAX_STALE_WORKERS)
         self._start_failures: LRUDict[dict[str, Any]] = LRUDict(MAX_DEPLOYMENTS)
+        self._owners_at: LRUDict[tuple[frozenset[str], float]] = LRUDict(MAX_ROUTERS)
 
     # ---- workers -----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +140,16 @@ class Directory:
         """By deployment, why a replica of it could not start (for `errors.from_failure`)."""
         return dict(self._start_failures)
 
+    def exchange_owners(self, router: str, owners: frozenset[str]) -> frozenset[str]:
+        """Note who has calls at a router. Who has turns at workers, or calls at other routers."""
+        now_s = self._clock()
+        self._owners_at.put(router, (owners, now_s + OWNERS_S))
+        elsewhere = [told for name, (told, until_s) in self._owners_at.items() if name != router and until_s > now_s]
+        return self._owners_of_turns().union(*elsewhere)
+
+    def _owners_of_turns(self) -> frozenset[str]:
+        return frozenset[str]().union(*(known.report.owners for known in self._workers.values()))
+
     def _drop_silent(self) -> float:
         now_s = self._clock()
         if now_s - self._heard_s > SETTLE_REPORTS * self.report_s:  # this process stood still, or all others did
@@ -157,8 +171,7 @@ class Directory:
         if key is None:
             return PrefixLocation(settled=self.is_settled(), refused=refused)
         deleted = key in self._deleted
-        owners = frozenset[str]().union(*(known.report.owners for known in self._workers.values()))
-        settled = self.is_settled()
+        settled, owners = self.is_settled(), self._owners_of_turns()
         return PrefixLocation(key, self.media(key), self.holders(key), self.copies(key), settled, deleted, refused, owners)
 
     def holders(self, key: str) -> tuple[WorkerReport, ...]:

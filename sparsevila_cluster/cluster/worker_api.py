@@ -143,6 +143,9 @@ class DirectoryApi(Protocol):
     async def start_failures(self) -> dict[str, dict[str, Any]]:
         """By deployment, why a replica of it could not start (for `errors.from_failure`)."""
 
+    async def exchange_owners(self, router: str, owners: frozenset[str], /) -> frozenset[str]:
+        """These owners have calls at a router. Who has turns at workers, or calls at other routers."""
+
     async def find(self, digest: str | None, key: str | None, /) -> PrefixLocation:
         """Where a media prefix is, by its content key or by the digest of a request that asked for it before."""
 

@@ -129,8 +129,8 @@ class GatewayConfig(FrozenConfig):
     paced_calls_per_s: float = Field(
         50.0,
         gt=0,
-        description="Calls of one owner of keys that begin in each second at one router while others have calls there, beyond 20 "
-        "at once; the next ones wait for their turn.",
+        description="Calls of one owner of keys that begin in each second at one router while others have calls at any router, "
+        "beyond 20 at once; the next ones wait for their turn, up to 30 s.",
     )
     requests_per_s: float | None = Field(None, gt=0, description="Calls per second of one tenant at one router. None: any number.")
     visual_tokens_per_minute: int | None = Field(

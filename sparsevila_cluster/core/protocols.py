@@ -49,6 +49,10 @@ class Pipeline(Protocol):
         """Whether media can be prepared and questions answered now. Never raises."""
         ...
 
+    async def exchange_owners(self, owners: frozenset[str]) -> frozenset[str]:
+        """These owners of keys have calls at this door. Who has calls at other doors, or turns. Raises Unavailable."""
+        ...
+
     async def set_brownout(self, level: float) -> None:
         """Set the pressure, 0 (none) to 1 (most), under which turns that start from now on retrieve less."""
         ...

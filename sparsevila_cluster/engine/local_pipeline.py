@@ -113,6 +113,10 @@ class LocalPipeline:
         resident = await self.decode.call(lambda engine: engine.prefixes.get(key))
         return None if resident is None else resident.handle(reused=True)
 
+    async def exchange_owners(self, owners: frozenset[str]) -> frozenset[str]:
+        """There is no other door."""
+        return frozenset()
+
     async def delete_media(self, media_id: str, tenant: str = "") -> bool:
         """Drop a prefix. False if it is unknown, another tenant's, or a turn is using it."""
         request = self._remembered.get(media_id)

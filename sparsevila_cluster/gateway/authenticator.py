@@ -81,13 +81,6 @@ class Authenticator:
             raise Unauthenticated(f"the API key {entry.name!r} has expired on {entry.expires:%Y-%m-%d at %H:%M:%S %Z}")
         return Principal(entry.tenant, "" if self._public else entry.tenant, True, entry.name, entry.role)
 
-    def owner_of(self, authorization: Sequence[str | bytes]) -> str:
-        """Whose call this will be, "" for all whom `authenticate` refuses."""
-        try:
-            return self.authenticate(authorization).owner
-        except Unauthenticated:
-            return ""
-
     async def watch(self) -> None:
         """Follow the keys file. Never returns; to be cancelled."""
         while self._file is not None:

@@ -34,6 +34,7 @@ from sparsevila_cluster.core.errors import (
     Unavailable,
     UserError,
 )
+from sparsevila_cluster.core.fair_sharing import RECENT_S
 from sparsevila_cluster.core.lru_dict import LRUDict
 from sparsevila_cluster.core.metrics import MetricsSink, Tally
 from sparsevila_cluster.core.protocols import Pipeline
@@ -99,7 +100,8 @@ class VideoQAService:
         self._sources = MediaSources(config, engine.limits, self._spool, fetcher or UrlFetcher())
         self._fresh: LRUDict[None] = LRUDict(MAX_FRESH)
         self._lag = LoopLag(config.max_loop_lag_s)
-        self._chores = (asyncio.create_task(self._sweep()), asyncio.create_task(self._authenticator.watch()))
+        chores = (self._sweep(), self._authenticator.watch(), self._exchange_owners())
+        self._chores = tuple(map(asyncio.create_task, chores))
 
     async def close(self) -> None:
         """Delete what clients sent. To be called once no call is in progress. Idempotent."""
@@ -121,10 +123,9 @@ class VideoQAService:
         """Whether media can be prepared and questions answered now."""
         return await self._pipeline.ready()
 
-    async def arrive(self, authorization: Sequence[str | bytes]) -> None:
-        """Wait until a call with these headers may begin: see `ArrivalPace`. Calls without a key do not wait."""
-        if owner := self._authenticator.owner_of(authorization):
-            await self._arrivals.turn(owner)
+    def read_in_vain(self, call: Call, num_bytes: int) -> None:
+        """A message of this call is longer than any of its method; its owner's next calls wait for that."""
+        self._arrivals.charge(call.principal.owner, num_bytes)
 
     @asynccontextmanager
     async def call(
@@ -139,8 +140,8 @@ class VideoQAService:
             peer: where the call comes from, for the audit log.
 
         Raises:
-            Unauthenticated. QueueFull: more than `max_streams` calls, more than the owner's share or rate, or the event loop is
-            late. Unavailable: what it waited for was cancelled, though nobody cancelled the call. Whatever SparseVilaError is
+            Unauthenticated. QueueFull: more than `max_streams` calls, more than the owner's share, rate or pace, or the event loop
+            is late. Unavailable: what it waited for was cancelled, though nobody cancelled the call. Whatever SparseVilaError is
             raised inside; Internal for any other exception. What the caller can help is raised later and later where it comes
             again and again: see `RefusalPace`.
         """
@@ -149,6 +150,8 @@ class VideoQAService:
             self._lag.check()
             principal = self._authenticator.authenticate(authorization)
             call = Call(principal, client_left_s, self._config.max_deadline_s, method, peer)
+            if principal.owner:
+                await self._arrivals.turn(principal.owner)
             with self._shares.call(principal.owner), self._arrivals.call(principal.owner):
                 yield call
         except asyncio.CancelledError as error:
@@ -362,6 +365,19 @@ class VideoQAService:
                 await asyncio.to_thread(self._spool.sweep)
             except Exception:
                 log.exception("deleting expired uploads failed")
+
+    async def _exchange_owners(self) -> None:
+        while True:
+            await asyncio.sleep(RECENT_S / 2)
+            owners = self._arrivals.owners
+            if not owners:
+                continue
+            try:
+                self._arrivals.note_elsewhere(await self._pipeline.exchange_owners(owners))
+            except SparseVilaError as error:
+                log.debug("who has calls elsewhere is not known: %s", error)
+            except Exception:
+                log.exception("asking who has calls elsewhere failed")
 
 
 def _version() -> str:

@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from sparsevila_cluster.cluster.directory import MAX_DEPLOYMENTS, MAX_TURNS, MISSED_REPORTS, NOTE_REPORTS, SETTLE_REPORTS, Directory
+from sparsevila_cluster.cluster.directory import (
+    MAX_DEPLOYMENTS,
+    MAX_ROUTERS,
+    MAX_TURNS,
+    MISSED_REPORTS,
+    NOTE_REPORTS,
+    OWNERS_S,
+    SETTLE_REPORTS,
+    Directory,
+)
 from sparsevila_cluster.cluster.messages import ConversationJournal, Load, WorkerReport
 from sparsevila_cluster.core.errors import BadCheckpoint, QueueFull, from_failure, to_failure
 from sparsevila_cluster.core.requests import MediaHandle, Turn, TurnRecord
@@ -69,6 +78,19 @@ def test_it_knows_whose_turns_there_are_anywhere(directory):
     assert directory.find(None, "m").owners == {"ann", "bob", "eve"} == directory.find(None, "unknown").owners
     directory.report(report("d0"))
     assert directory.find(None, "m").owners == {"bob", "eve"}
+
+
+def test_it_knows_who_has_calls_at_other_routers(directory, clock):
+    directory.report(replace(report("d0", keys=["m"]), owners=frozenset({"eve"})))
+    assert directory.exchange_owners("r0", frozenset({"ann"})) == {"eve"}, "a router knows its own"
+    assert directory.exchange_owners("r1", frozenset({"bob"})) == {"ann", "eve"}
+    assert directory.exchange_owners("r0", frozenset()) == {"bob", "eve"}
+    directory.report(report("d0"))
+    clock.now_s += OWNERS_S
+    assert directory.exchange_owners("r1", frozenset()) == frozenset(), "what nobody repeats is forgotten"
+    for i in range(MAX_ROUTERS + 1):
+        directory.exchange_owners(f"r{i}", frozenset({f"owner {i}"}))
+    assert len(directory.exchange_owners("another", frozenset())) == MAX_ROUTERS - 1
 
 
 def test_an_unchanged_report_keeps_residents_and_a_new_list_replaces_them(directory):

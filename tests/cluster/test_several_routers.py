@@ -20,7 +20,7 @@ from sparsevila_cluster.gateway.service import VideoQAService
 from sparsevila_cluster.serve import application
 from sparsevila_cluster.serve.application import with_routers
 from sparsevila_cluster.serve.serve_cluster import _reserved_port
-from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, holders, home, listen, run, run_prepared, turn, video
+from tests.cluster.scripted_cluster import NUM, QUESTIONS, ask, holders, home, listen, run, run_prepared, turn, until, video
 from tests.cluster.scripted_workers import conversation
 
 # ---- how many, and what they share -------------------------------------------------------------------------------------
@@ -165,6 +165,32 @@ def test_a_turn_whose_conversation_nobody_knows_goes_on_in_a_new_one(heard):
         assert answer.token_ids == wanted[1]
 
     run_prepared(scenario)
+
+
+def test_calls_of_one_owner_begin_at_a_pace_while_others_have_calls_at_another_router(tmp_path):
+    async def scenario(cluster, _):
+        door = GatewayConfig(spool_dir=str(tmp_path / "spool"), api_keys={"a": "ann", "b": "bob"}, paced_calls_per_s=1.0)
+        routers = [cluster.router(f"r{i}") for i in range(2)]
+        services = [VideoQAService(router, door, cluster.config.engine) for router in routers]
+
+        def call(at, key):
+            return services[at].call("Ask", [f"Bearer {key}"], lambda: None)
+
+        async def calls(num):
+            for _ in range(num):
+                async with call(1, "b"):
+                    pass
+
+        try:
+            await asyncio.wait_for(calls(100), 1)  # nobody else has any
+            async with call(0, "a"), call(1, "b"):
+                await until(lambda: routers[0]._places.recent.has_others("ann") and routers[1]._places.recent.has_others("bob"))
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(calls(100), 1)
+        finally:
+            await asyncio.gather(*(service.close() for service in services))
+
+    run(scenario)
 
 
 # ---- and what their clients notice -------------------------------------------------------------------------------------

@@ -4,8 +4,12 @@ import asyncio
 import time
 from contextlib import ExitStack
 
+from sparsevila_cluster.core.errors import QueueFull
 from sparsevila_cluster.gateway import arrival_pace
-from sparsevila_cluster.gateway.arrival_pace import BURST, ArrivalPace
+from sparsevila_cluster.gateway.arrival_pace import BURST, MAX_OWED_S, ArrivalPace
+from sparsevila_cluster.pb import video_qa_pb2 as pb
+from tests.gateway.running_servers import refused, run
+from tests.gateway.test_bad_calls import Broken
 
 
 async def waits_s(pace, owner, num):
@@ -77,13 +81,59 @@ def test_what_is_taken_back_takes_nobodys_turn():
     asyncio.run(main())
 
 
-def test_nobody_waits_longer_than_other_limits_take(monkeypatch):
-    monkeypatch.setattr(arrival_pace, "MAX_WAIT_S", 0.2)
+def test_what_could_not_begin_soon_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(arrival_pace, "MAX_WAIT_S", 0.25)
 
     async def main():
         pace = ArrivalPace(per_s=10.0)
         with pace.call("few"):
-            waited = await waits_s(pace, "many", 100)
-        assert max(waited) < 1.0 and sum(wait > 0.05 for wait in waited) <= 3
+            told = await asyncio.gather(*(pace.turn("many") for _ in range(100)), return_exceptions=True)
+            refused = [one for one in told if one is not None]
+            assert len(told) - len(refused) == BURST + 2 and all(isinstance(one, QueueFull) for one in refused)
+            assert "paced_calls_per_s" in str(refused[0]) and refused[0].retry_after_s > 0
+            await pace.turn("few")
+        await pace.turn("many")  # a tenth of a second later, for those that were refused owe nothing
 
     asyncio.run(main())
+
+
+def test_what_was_read_in_vain_counts_for_calls_of_its_owner_up_to_a_bound():
+    now_s = [0.0]
+
+    async def main():
+        pace = ArrivalPace(per_s=10.0, clock=lambda: now_s[0])
+        with pace.call("few"):
+            for num, num_bytes in ((1, 8_000_000), (1_000, 64 * 1024)):
+                for _ in range(num):
+                    pace.charge("many", num_bytes)
+                waiting = asyncio.ensure_future(pace.turn("many"))
+                await asyncio.wait_for(pace.turn("few"), 1)
+                assert pace._bucket("many").wait_s(1.0) <= MAX_OWED_S + 0.2 and not waiting.done()
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
+            now_s[0] += MAX_OWED_S + 0.1
+            await asyncio.wait_for(pace.turn("many"), 1)
+        # Who is alone owes it to nobody.
+        now_s[0] += 5.0
+        pace.charge("many", 8_000_000)
+        await asyncio.wait_for(pace.turn("many"), 1)
+
+    asyncio.run(main())
+
+
+def test_a_question_as_long_as_a_message_makes_the_next_call_of_its_owner_wait():
+    async def work(one):
+        async def takes_s(key, method, request):
+            begun_s = time.monotonic()
+            metadata = (("authorization", f"Bearer {key}"),)
+            code, _ = await refused(getattr(one.stub, method)(request, metadata=metadata, timeout=20))
+            assert code == "INVALID_ARGUMENT"
+            return time.monotonic() - begun_s
+
+        await takes_s("b", "Abort", pb.AbortRequest())
+        await takes_s("a", "Answer", pb.AskRequest(media_id="none", question="why " * 1_900_000))
+        waits = asyncio.create_task(takes_s("a", "Abort", pb.AbortRequest()))
+        assert await takes_s("b", "Abort", pb.AbortRequest()) < 0.5
+        assert await waits > 0.8
+
+    run("tiny", work, pipeline=Broken(None), api_keys={"a": "ann", "b": "bob"})

@@ -267,6 +267,9 @@ class Broken:
     async def ready(self):
         raise self.error
 
+    async def exchange_owners(self, owners):
+        return frozenset()
+
     async def close(self):
         pass
 

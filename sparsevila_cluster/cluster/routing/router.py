@@ -212,6 +212,13 @@ class ClusterPipeline:
         cooling_down = self._clients.breaker.cooling_down(time.monotonic())
         return all(any(one.worker not in cooling_down for one in snapshot.of(pool)) for pool in POOLS)
 
+    async def exchange_owners(self, owners: frozenset[str]) -> frozenset[str]:
+        """See `Pipeline`. Turns make room for them too. Raises WorkerLost, DeadlineExceeded: the directory does not answer."""
+        self._check_open()
+        elsewhere = await self._clients.directory.once().exchange_owners(self.name, owners)
+        self._places.recent.note(elsewhere)
+        return elsewhere
+
     async def info(self) -> dict[str, Any]:
         """Pools, media, lanes and load, as plain JSON data. Raises Unavailable: the directory does not answer."""
         self._check_open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -30,9 +31,10 @@ WITH_MEDIA, WITH_QUESTION = ("UploadMedia", "PrepareMedia"), ("Ask", "Answer")
 
 @dataclass(frozen=True)
 class Malformed:
-    """Stands for a message that cannot be read, or that nobody should: why."""
+    """Stands for a message that cannot be read, or that nobody should: why, and its length where that is why."""
 
     why: str
+    overlong_bytes: int = 0
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -52,7 +54,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """gRPC's hook."""
         name = handler_call_details.method
-        await self._service.arrive(_authorization(handler_call_details.invocation_metadata))
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -68,10 +69,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             authorization = _authorization(context.invocation_metadata())
             try:
                 async with self._service.call(method, authorization, context.time_remaining, context.peer()) as call:
+                    in_vain = partial(self._service.read_in_vain, call)
                     if handler.request_streaming:
-                        arrived = _received(messages, context)
+                        arrived = _received(messages, context, in_vain)
                     else:
-                        arrived = await _request(context, min(self._config.request_timeout_s, self._config.max_deadline_s))
+                        within_s = min(self._config.request_timeout_s, self._config.max_deadline_s)
+                        arrived = await _request(context, within_s, in_vain)
                     if not handler.response_streaming:
                         return await behaviour(arrived, call)
                     async with aclosing(behaviour(arrived, call)) as answers:
@@ -134,13 +137,17 @@ def _reading(run: Callable[..., Awaitable[Any]], handler: Any, most_bytes: int) 
     )
 
 
-async def _request(context: Any, within_s: float) -> Any:
-    """The only message of a call. Raises BadRequest: none, or one that does not parse. DeadlineExceeded. Cancelled: it broke."""
+async def _request(context: Any, within_s: float, in_vain: Callable[[int], None] | None = None) -> Any:
+    """The only message of a call. in_vain: told the length of one that is too long.
+
+    Raises:
+        BadRequest: none, or one that does not parse. DeadlineExceeded. Cancelled: it broke.
+    """
     message = await wait_within(context.read(), within_s, "the request of this call")
     if message is grpc.aio.EOF:
         await _reaching(context.send_initial_metadata(()))  # a call that breaks ends in the same way
         raise BadRequest("the call brings no message")
-    return _checked(message)
+    return _checked(message, in_vain)
 
 
 async def _soon(context: Any) -> AsyncIterator[Any]:
@@ -154,7 +161,7 @@ def _lenient(deserialize: Callable[[bytes], Any], most_bytes: int) -> Callable[[
 
     def parse(data: bytes) -> Any:
         if len(data) > most_bytes:
-            return Malformed(f"a message of this method must have at most {most_bytes} bytes, got {len(data)}")
+            return Malformed(f"a message of this method must have at most {most_bytes} bytes, got {len(data)}", len(data))
         try:
             return deserialize(data)
         except DecodeError:
@@ -163,16 +170,18 @@ def _lenient(deserialize: Callable[[bytes], Any], most_bytes: int) -> Callable[[
     return parse
 
 
-def _checked(message: Any) -> Any:
+def _checked(message: Any, in_vain: Callable[[int], None] | None = None) -> Any:
     if isinstance(message, Malformed):
+        if in_vain is not None and message.overlong_bytes:
+            in_vain(message.overlong_bytes)
         raise BadRequest(message.why)
     return message
 
 
-async def _received(messages: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-    """The messages of a client's stream. Raises BadRequest: one does not parse. Cancelled: it broke."""
+async def _received(messages: AsyncIterator[Any], context: Any, in_vain: Callable[[int], None]) -> AsyncIterator[Any]:
+    """The messages of a client's stream. in_vain: see `_request`. Raises BadRequest: one does not parse. Cancelled: it broke."""
     async for message in messages:
-        yield _checked(message)
+        yield _checked(message, in_vain)
     # A stream that breaks ends as one that was sent whole; then this cannot be sent, or is cancelled meanwhile.
     await _reaching(context.send_initial_metadata(()))
 
