@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lib import cpu_time, machine, wake_up
-from benchmarks.lib.attackers import KINDS
+from benchmarks.lib.attackers import KINDS, TOGETHER
 from benchmarks.lib.report import Report, progress
 from sparsevila_cluster.client import AsyncClient
 from sparsevila_cluster.core.cluster_config import build_cluster_config
@@ -42,6 +42,7 @@ KEYS = {"victim-key": "victim", "attacker-key": "attacker"}
 NUM_QUESTIONS = 6
 TURN_S = 30.0
 READY_S = 120.0
+AFTER_S = 1.0
 
 
 @dataclass
@@ -114,7 +115,8 @@ async def measure(target: str, keys: Sequence[str], phases: Sequence[Phase], sec
 async def one_phase(target: str, key: str, victim: Victim, phase: Phase, seconds: float) -> None:
     """A conversation without the clock comes first, so that what the phase before left behind is not of this one."""
     await victim.ask(Phase(), 1.0)
-    attackers = [await _attacker(target, key, seconds, kind) for kind in phase.attacks]
+    # They go on for longer than is measured: their end is none of the attack.
+    attackers = [await _attacker(target, key, seconds + AFTER_S, kind) for kind in phase.attacks]
     sleeper = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "benchmarks.lib.wake_up", str(seconds), stdout=subprocess.PIPE, start_new_session=True
     )
@@ -180,7 +182,7 @@ HEAD = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attack", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated; all of them come once more together")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated; all but connects and flood come again together")
     parser.add_argument("--limit", type=float, default=3.0, help="the most that the victim's p99 may grow")
     parser.add_argument(
         "--autogroup", choices=("as-is", "off"), default="as-is", help="off: without Linux's sched_autogroup meanwhile; needs root"
@@ -214,7 +216,8 @@ def _main(options: argparse.Namespace) -> int:
         door={"port": 0, "api_keys": KEYS},
     )
     kinds = options.kinds
-    together = [kinds] if len(kinds) > 1 else []
+    several = tuple(kind for kind in kinds if kind in TOGETHER)
+    together = [several] if len(several) > 1 else []
     phases = [Phase(), *(Phase((kind,)) for kind in kinds), *map(Phase, together), Phase()]
     with progress() as say:
         report.show_card()

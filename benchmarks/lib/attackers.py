@@ -4,8 +4,12 @@
     replays     60,000 tokens that the client says it has heard, and the longest that the server takes
     media       videos and pictures that are small as files and large as pixels, sixteen in a request, and broken files
     streams     a thousand answers at the same time, as long as they may be
-    resets      ten thousand calls that are taken back at once, over and over, of the method that others wait for
+    resets      ten thousand calls that are taken back at once, of the method that others wait for; again every ten seconds
     watchers    five hundred that watch the server's health
+    connects    connections that are made and closed without a pause, sixteen at a time
+    flood       resets without a pause
+
+Streams and watchers have their connections when it begins: `connects` tells what making them costs.
 
 The last line tells, as JSON, what this process was told and how busy it was: {"told": {status: number}, "cores": on average}.
 """
@@ -37,6 +41,8 @@ from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 
 NUM_LOOPS = 4
 NUM_STREAMS, NUM_RESETS, NUM_WATCHERS = 1_000, 10_000, 500
+RESET_PERIOD_S = 10.0
+NUM_CONNECTS = 16
 QUESTION_BYTES = 7_900_000
 SAID_TOKENS, CONTROL_TOKEN = 60_000, 0
 NUM_SOURCES = 16
@@ -60,8 +66,13 @@ class Attacker:
             self._clip = clip.read_bytes()
         if kind == "media":
             self._costly = (costly_video(), large_picture())
-        async with self._channel() as channel:
+        async with contextlib.AsyncExitStack() as stack:
+            channel = await stack.enter_async_context(self._channel())
             self._media_id = await self._prepared(VideoQAStub(channel), self._clip)
+            num = {"streams": NUM_STREAMS, "watchers": NUM_WATCHERS}.get(kind, 0)
+            self._connected = [await stack.enter_async_context(self._channel()) for _ in range(num)]
+            for each in self._connected:
+                await asyncio.wait_for(each.channel_ready(), CALL_S)
             print("ready", flush=True)
             if not await asyncio.to_thread(sys.stdin.readline):  # whoever measures says when, or has gone
                 return
@@ -84,8 +95,8 @@ class Attacker:
     async def _loop(self, work: Callable[[VideoQAStub], Awaitable[None]], num: int) -> None:
         """`num` times at once, each again and again over a channel of its own."""
 
-        async def one() -> None:
-            async with self._channel() as channel:
+        async def one(connected: grpc.aio.Channel | None) -> None:
+            async with contextlib.nullcontext(connected) if connected else self._channel() as channel:
                 stub = VideoQAStub(channel)
                 while time.monotonic() < self._until_s:
                     try:
@@ -96,7 +107,7 @@ class Attacker:
                     except TimeoutError:
                         self.told["still waiting"] += 1
 
-        await asyncio.gather(*(one() for _ in range(num)))
+        await asyncio.gather(*map(one, self._connected or [None] * num))
 
     async def _questions(self) -> None:
         async def ask(stub: VideoQAStub) -> None:
@@ -161,11 +172,14 @@ class Attacker:
 
         await self._loop(ask, NUM_STREAMS)
 
-    async def _resets(self) -> None:
+    async def _flood(self) -> None:
+        await self._resets(period_s=0.0)
+
+    async def _resets(self, period_s: float = RESET_PERIOD_S) -> None:
         data = pb.AskRequest(media_id=self._media_id, question="Why?").SerializeToString()
         header = ("authorization", f"Bearer {self._key}")
         reset = http2.CANCEL.to_bytes(4, "big")
-        while time.monotonic() < self._until_s:
+        while (begun_s := time.monotonic()) < self._until_s:
             with contextlib.suppress(ConnectionError):
                 async with http2.connection(self._target) as connection:
                     for i in range(NUM_RESETS):
@@ -175,24 +189,33 @@ class Attacker:
                             break
                         self.told["sent"] += 1
                 self.told["connections"] += 1
+            await asyncio.sleep(max(0.0, min(begun_s + period_s, self._until_s) - time.monotonic()))
 
     async def _watchers(self) -> None:
-        async def watch() -> None:
-            async with self._channel() as channel:
-                stub = health_pb2_grpc.HealthStub(channel)
-                while time.monotonic() < self._until_s:
-                    watching = stub.Watch(health_pb2.HealthCheckRequest(service="sparsevila.v1.VideoQA"))
-                    try:
-                        async with asyncio.timeout(max(0.1, self._until_s - time.monotonic())):
-                            async for reply in watching:
-                                self.told[health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)] += 1
-                    except TimeoutError:
-                        watching.cancel()
-                    except grpc.aio.AioRpcError as error:
-                        self.told[error.code().name] += 1
-                        await asyncio.sleep(0.5)
+        async def watch(channel: grpc.aio.Channel) -> None:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while time.monotonic() < self._until_s:
+                watching = stub.Watch(health_pb2.HealthCheckRequest(service="sparsevila.v1.VideoQA"))
+                try:
+                    async with asyncio.timeout(max(0.1, self._until_s - time.monotonic())):
+                        async for reply in watching:
+                            self.told[health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)] += 1
+                except TimeoutError:
+                    watching.cancel()
+                except grpc.aio.AioRpcError as error:
+                    self.told[error.code().name] += 1
+                    await asyncio.sleep(0.5)
 
-        await asyncio.gather(*(watch() for _ in range(NUM_WATCHERS)))
+        await asyncio.gather(*map(watch, self._connected))
+
+    async def _connects(self) -> None:
+        async def connect() -> None:
+            while time.monotonic() < self._until_s:
+                with contextlib.suppress(ConnectionError):
+                    async with http2.connection(self._target):
+                        self.told["connections"] += 1
+
+        await asyncio.gather(*(connect() for _ in range(NUM_CONNECTS)))
 
 
 def costly_video(width: int = 3840, height: int = 2160, num_frames: int = 240) -> bytes:
@@ -216,7 +239,9 @@ def large_picture(side: int = 8192) -> bytes:
     return file.getvalue()
 
 
-KINDS = ("questions", "replays", "media", "streams", "resets", "watchers")
+KINDS = ("questions", "replays", "media", "streams", "resets", "watchers", "connects", "flood")
+# All but the last two, which only ask for as much of the processors as they can get.
+TOGETHER = KINDS[:-2]
 
 
 def main(argv: Sequence[str]) -> None:
