@@ -1,6 +1,6 @@
 """What quantizing costs in answers and in distance, ours beside AutoAWQ's. `python -m benchmarks.quantization`.
 
-the demo model    4-bit text model and 8-bit encoder: answers right, dense and sparse, against the float model, same papers
+the demo model    4-bit text model and 8-bit encoder: answers right, dense and sparse, against the float model, same questions
 golden originals  random Qwen2 and Qwen2.5-VL, as they are and with outliers in the activations, as trained models have them:
                   KL to the original on held-out tokens of ours, of AutoAWQ on the same tokens, and of what AutoAWQ left there
 """
@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.accuracy import DENSE, SPARSE, as_data
 from benchmarks.lib import machine
-from benchmarks.lib.accuracy_exam import Score, changed, sit, write_papers
+from benchmarks.lib.accuracy_exam import sit, write_dialogues
+from benchmarks.lib.exam_marks import Score, changed
 from benchmarks.lib.report import Report, progress
 from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.demo.calibration_examples import make_examples
@@ -42,7 +43,7 @@ Say = Callable[[str], None]
 
 
 def answers(original: Path, quantized: Path | None, num_videos: int, folder: Path, report: Report, say: Say) -> None:
-    """The demo model, float and quantized, on the same papers; and how far apart they are on dialogues that are held out."""
+    """The demo model, float and quantized, on the same questions; and how far apart they are on dialogues that are held out."""
     vocabulary, reading = read_vocabulary(original), Reading(fps=2.0)
     if quantized is None:
         quantized = folder / "demo-w4-w8a8"
@@ -50,15 +51,15 @@ def answers(original: Path, quantized: Path | None, num_videos: int, folder: Pat
         settings = Settings(vision="w8a8", reading=reading)
         quantize_checkpoint(original, quantized, make_examples(vocabulary, reading, 32), settings, device="cpu")
     say("writing videos")
-    (folder / "papers").mkdir()
-    papers = write_papers(folder / "papers", num_videos)
+    (folder / "videos").mkdir()
+    dialogues = write_dialogues(folder / "videos", num_videos)
     body = []
     models = {name: load_model(path, device="cpu") for name, path in (("float", original), ("quantized", quantized))}
     for setting, fields in (("dense", DENSE), ("sparse", SPARSE)):
         marks = {}
         for name, model in models.items():
             say(f"{name}, {setting}: {num_videos} videos")
-            marks[name] = sit(model, papers, fields)[0]
+            marks[name] = sit(model, dialogues, fields)[0]
             score = Score.of(marks[name])
             report.rows.append({"model": name, "setting": setting, "dtype": str(model.spec.dtype), **as_data(score)})
             report.figures[f"{name}_{setting}_percent"] = round(score.percent, 2)

@@ -37,6 +37,7 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
         "sparse_multiword": ("sparse, answers of several words", PERCENT),
         "sparse_turn1": ("sparse, first turns", PERCENT),
         "sparse_turn4plus": ("sparse, turns from the fourth on", PERCENT),
+        "worst_kind_gap": ("points that the kind loses most from dense to sparse, of kinds with 100 questions or more", "{:.1f}"),
         "twin_dense": ("dense, a twin that was trained on dense videos only", PERCENT),
         "twin_sparse": ("sparse, that twin", PERCENT),
     },

@@ -1,23 +1,32 @@
-"""Held-out videos and questions, put to the engines as users would: MP4 files, conversations, own earlier answers as history.
+"""Questions about videos, put to the engines as users would: files, conversations, own earlier answers as history.
 
-seed -> scene -> MP4 file -> prepare -> 8 questions in one conversation -> exact match of each answer's text
+    video file -> prepare -> questions in order -> each answer is right or wrong
+
+Protocols:
+
+    served   one conversation: every turn sees the questions before it and the model's own answers
+    paper    rounds on one visual KV: the last round's question and answer are dropped, what it did to the visual KV stays
+    single   every question has a prefix of its own, made anew
+
+Pruning that does not know the question makes `paper` and `single` the same; what selects by the first question loses in `paper`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.lib.exam_journal import ExamJournal
+from benchmarks.lib.exam_marks import Mark
+from benchmarks.lib.exam_questions import Dialogue, ExamQuestion
 from sparsevila_cluster.core.config import build_config
-from sparsevila_cluster.core.requests import Answer, MediaSource, PrepareRequest, SamplingParams, Turn
-from sparsevila_cluster.demo.world import HELD_OUT_STREAM, KINDS, Question, make_questions, make_video, write_mp4
+from sparsevila_cluster.core.requests import Answer, MediaHandle, MediaSource, PrepareRequest, SamplingParams, Turn
+from sparsevila_cluster.demo.world import HELD_OUT_STREAM, make_questions, make_video, write_mp4
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import Model
 
@@ -25,151 +34,122 @@ from sparsevila_cluster.models import Model
 FIRST_SEED = 200_000
 NUM_TURNS = 8
 MAX_TOKENS = 32
-# Kinds whose answers have several words. A one-word answer comes from the question's own rows, which see the whole prefix: only
-# these kinds can suffer from retrieval.
-SEVERAL_WORDS = ("when", "where", "at", "describe")
-SPANS = {"turn 1": range(0, 1), "turns 2-3": range(1, 3), "turns 4+": range(3, NUM_TURNS)}
+
+Protocol = Literal["served", "paper", "single"]
+PROTOCOLS: tuple[Protocol, ...] = ("served", "paper", "single")
 
 
-@dataclass(frozen=True)
-class Paper:
-    """One video and what is asked about it, in order."""
-
-    path: Path
-    questions: tuple[Question, ...]
-
-
-@dataclass(frozen=True)
-class Mark:
-    paper: int
-    turn: int  # 0 for the first question of a conversation
-    kind: str
-    right: bool
-    said: str
-    expected: str
-
-
-@dataclass(frozen=True)
-class Score:
-    right: int
-    total: int
-
-    @classmethod
-    def of(cls, marks: Iterable[Mark]) -> Score:
-        marked = [mark.right for mark in marks]
-        return cls(sum(marked), len(marked))
-
-    @property
-    def percent(self) -> float:
-        return 100.0 * self.right / self.total if self.total else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, in per cent."""
-        if not self.total:
-            return 0.0, 100.0
-        z, n, p = 1.959964, self.total, self.right / self.total
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return 100 * max(0.0, middle - reach), 100 * min(1.0, middle + reach)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.percent:.1f} ({low:.1f}-{high:.1f})"
-
-
-def write_papers(folder: Path, num_videos: int, first_seed: int = FIRST_SEED) -> list[Paper]:
-    papers = []
+def write_dialogues(folder: Path, num_videos: int, first_seed: int = FIRST_SEED) -> list[Dialogue]:
+    """Of the demo world: one MP4 file of each seed, and `NUM_TURNS` questions about it."""
+    dialogues = []
     for seed in range(first_seed, first_seed + num_videos):
         scene, frames = make_video(seed, held_out=True)
         path = folder / f"{seed}.mp4"
         write_mp4(frames, path)
         questions = make_questions(scene, np.random.default_rng((HELD_OUT_STREAM, seed, 1)), NUM_TURNS)
-        papers.append(Paper(path, tuple(questions)))
-    return papers
+        dialogues.append(Dialogue(path, tuple(ExamQuestion(one.kind, one.text, one.answer) for one in questions)))
+    return dialogues
 
 
 def sit(
     model: Model,
-    papers: Sequence[Paper],
+    dialogues: Sequence[Dialogue],
     fields: Mapping[str, Any],
     retrieve_keeps: Sequence[float | None] = (None,),
     *,
     seeds: int = 1,
+    protocol: Protocol = "served",
+    max_tokens: int | None = None,
     num_parallel: int = 16,
+    journal: ExamJournal | None = None,
 ) -> list[list[Mark]]:
-    """Marks of all papers under config `fields`, once per retrieve_keep (None = the configured one).
+    """Marks of all dialogues under config `fields`, once per retrieve_keep (None = the configured one).
 
-    With several seeds, paper i is sat with seed i % seeds: a random policy must not be judged by one draw.
+    With several seeds, dialogue i is held with seed i % seeds: a random policy must not be judged by one draw.
     """
     marks: list[list[Mark]] = [[] for _ in retrieve_keeps]
+    journal = ExamJournal(None, {}) if journal is None else journal
     for seed in range(seeds):
-        mine = [(i, paper) for i, paper in enumerate(papers) if i % seeds == seed]
-        found = asyncio.run(_sit(model, mine, {**fields, "seed": seed}, retrieve_keeps, num_parallel))
+        mine = [(i, dialogue) for i, dialogue in enumerate(dialogues) if i % seeds == seed]
+        exam = _Exam(model, {**fields, "seed": seed}, protocol, max_tokens or MAX_TOKENS, journal)
+        found = asyncio.run(exam.sit(mine, retrieve_keeps, num_parallel))
         for all_of_it, part in zip(marks, found, strict=True):
             all_of_it += part
-    return [sorted(marked, key=lambda mark: (mark.paper, mark.turn)) for marked in marks]
+    return [sorted(marked, key=lambda mark: (mark.dialogue, mark.turn)) for marked in marks]
 
 
-async def _sit(
-    model: Model,
-    papers: Sequence[tuple[int, Paper]],
-    fields: Mapping[str, Any],
-    retrieve_keeps: Sequence[float | None],
-    num_parallel: int,
-) -> list[list[Mark]]:
-    pipeline = LocalPipeline(build_config(**fields), model)
-    gate = asyncio.Semaphore(num_parallel)
+class _Exam:
+    def __init__(self, model: Model, fields: Mapping[str, Any], protocol: Protocol, max_tokens: int, journal: ExamJournal):
+        self._model, self._fields, self._protocol, self._journal = model, fields, protocol, journal
+        self._sampling = SamplingParams(max_tokens=max_tokens)
 
-    async def one(number: int, paper: Paper, retrieve_keep: float | None) -> list[Mark]:
-        async with gate:
-            return await _converse(pipeline, number, paper, retrieve_keep)
+    async def sit(
+        self, dialogues: Sequence[tuple[int, Dialogue]], retrieve_keeps: Sequence[float | None], num_parallel: int
+    ) -> list[list[Mark]]:
+        pipeline = LocalPipeline(build_config(**self._fields), self._model)
+        gate = asyncio.Semaphore(1 if self._protocol == "single" else num_parallel)
 
-    try:
-        results = []
-        for retrieve_keep in retrieve_keeps:
-            marked = await asyncio.gather(*(one(number, paper, retrieve_keep) for number, paper in papers))
-            results.append([mark for marks in marked for mark in marks])
-        return results
-    finally:
-        await pipeline.close()
+        async def one(number: int, dialogue: Dialogue, retrieve_keep: float | None) -> list[Mark]:
+            setting = {**self._fields, "asked_keep": retrieve_keep}
+            if (marks := self._journal.marks(setting, number)) is None:
+                async with gate:
+                    marks = await self._hold(pipeline, number, dialogue, retrieve_keep)
+                self._journal.keep(setting, number, marks)
+            return marks
 
+        try:
+            results = []
+            for retrieve_keep in retrieve_keeps:
+                marked = await asyncio.gather(*(one(number, dialogue, retrieve_keep) for number, dialogue in dialogues))
+                results.append([mark for marks in marked for mark in marks])
+            return results
+        finally:
+            await pipeline.close()
 
-async def _converse(pipeline: LocalPipeline, number: int, paper: Paper, retrieve_keep: float | None) -> list[Mark]:
-    """One conversation about one video."""
-    handle = await pipeline.prepare(PrepareRequest((MediaSource(str(paper.path)),)))
-    conversation, marks = uuid.uuid4().hex, []
-    for turn, question in enumerate(paper.questions):
-        events = pipeline.ask(
-            Turn(
+    async def _hold(self, pipeline: LocalPipeline, number: int, dialogue: Dialogue, retrieve_keep: float | None) -> list[Mark]:
+        """One dialogue about one video."""
+        marks, conversation, handle = [], uuid.uuid4().hex, await self._prepare(pipeline, dialogue)
+        for turn, question in enumerate(dialogue.questions):
+            if turn and self._protocol == "single":
+                await pipeline.delete_media(handle.media_id)
+                handle = await self._prepare(pipeline, dialogue)
+            asked = Turn(
                 turn_id=uuid.uuid4().hex,
                 conversation_id=conversation,
                 media_id=handle.media_id,
                 question=question.text,
-                sampling=SamplingParams(max_tokens=MAX_TOKENS),
+                sampling=self._sampling,
                 retrieve_keep=retrieve_keep,
             )
-        )
-        said = Answer.from_events([event async for event in events]).text
-        marks.append(Mark(number, turn, question.kind, said == question.answer, said, question.answer))
-    await pipeline.close_conversation(conversation)
-    return marks
+            answer = Answer.from_events([event async for event in pipeline.ask(asked)])
+            is_new = not turn or self._protocol == "single"
+            marks.append(_marked(number, turn, question, answer, handle, handle.ms.get("prefill") if is_new else None))
+            if self._protocol != "served":
+                await pipeline.close_conversation(conversation)
+                conversation = uuid.uuid4().hex
+        await pipeline.close_conversation(conversation)
+        return marks
+
+    async def _prepare(self, pipeline: LocalPipeline, dialogue: Dialogue) -> MediaHandle:
+        return await pipeline.prepare(PrepareRequest((MediaSource(str(dialogue.video)),)))
 
 
-def several_words(marks: Iterable[Mark]) -> list[Mark]:
-    return [mark for mark in marks if mark.kind in SEVERAL_WORDS]
-
-
-def by_kind(marks: Sequence[Mark]) -> dict[str, Score]:
-    return {kind: Score.of(mark for mark in marks if mark.kind == kind) for kind in KINDS}
-
-
-def by_turn(marks: Sequence[Mark]) -> dict[str, Score]:
-    return {name: Score.of(mark for mark in marks if mark.turn in turns) for name, turns in SPANS.items()}
-
-
-def changed(before: Sequence[Mark], after: Sequence[Mark]) -> tuple[int, int]:
-    """Answers that were right before and are wrong after, and the other way round; both sat the same papers."""
-    pairs = list(zip(before, after, strict=True))
-    assert all((a.paper, a.turn) == (b.paper, b.turn) for a, b in pairs)
-    return sum(a.right and not b.right for a, b in pairs), sum(b.right and not a.right for a, b in pairs)
+def _marked(number: int, turn: int, question: ExamQuestion, answer: Answer, handle: MediaHandle, prefill_ms: float | None) -> Mark:
+    usage = answer.usage
+    return Mark(
+        number,
+        turn,
+        question.kind,
+        question.is_right(answer.text),
+        answer.text,
+        question.answer,
+        group=question.group,
+        video_s=round(handle.duration_s, 3),
+        kv_bytes=handle.kv_bytes,
+        visual=usage.visual_tokens,
+        kept=usage.visual_tokens_kept,
+        retrieved=usage.visual_tokens_retrieved,
+        prefill_ms=prefill_ms,
+        question_ms=usage.ms.get("question"),
+        step_ms=usage.ms.get("step"),
+    )
