@@ -147,11 +147,23 @@ OUTLINES: dict[str, Callable[[_Pen], None]] = {
 SHAPES = tuple(OUTLINES)
 
 
+def _key(pen: _Pen) -> None:
+    pen.disc(-1, -0.55, 0.1, 0.55)
+    pen.disc(-0.72, -0.27, -0.18, 0.27, fill=0)
+    pen.polygon(
+        [(0, -0.16), (1, -0.16), (1, 0.6), (0.74, 0.6), (0.74, 0.16), (0.5, 0.16), (0.5, 0.5), (0.26, 0.5), (0.26, 0.16), (0, 0.16)]
+    )
+
+
+# What is no ordinary shape.
+RARE_OUTLINES: dict[str, Callable[[_Pen], None]] = {"key": _key}
+
+
 @cache
 def glyph_mask(shape: str, size_px: int, turn_deg: int) -> np.ndarray:
     """float32 [size, size, 1] in 0..1, drawn six times larger and averaged for smooth edges."""
     pen = _Pen(size_px * 6)
-    OUTLINES[shape](pen)
+    (OUTLINES | RARE_OUTLINES)[shape](pen)
     small = pen.image.rotate(turn_deg, resample=Image.Resampling.BICUBIC).resize((size_px, size_px), Image.Resampling.BOX)
     return np.asarray(small, np.float32)[..., None] / 255
 
@@ -172,13 +184,14 @@ def texture(number: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _noise() -> np.ndarray:
+def noise() -> np.ndarray:
+    """float32 [NOISE_PX, NOISE_PX, 3], of which every frame adds another piece."""
     rng = np.random.default_rng(1234)
     return rng.standard_normal((NOISE_PX, NOISE_PX, 3), dtype=np.float32) * NOISE_SIGMA
 
 
 @lru_cache(maxsize=1)
-def _light() -> np.ndarray:
+def light() -> np.ndarray:
     """Bright at the top, warm on the left. Without it a patch could not tell where in the frame it lies."""
     ramp = np.linspace(1, -1, FRAME_PX, dtype=np.float32)
     return ramp[:, None, None] * np.full(3, 14, np.float32) + ramp[None, :, None] * np.array([22, 0, -22], np.float32)
@@ -226,7 +239,7 @@ def render_labelled(scene: WorldScene, rng: np.random.Generator, *, held_out: bo
         for frame in range(FPS):
             number = index * FPS + frame
             top, left = np.clip(start + pan * number, 0, room)
-            picture = background[top : top + FRAME_PX, left : left + FRAME_PX] + _light()
+            picture = background[top : top + FRAME_PX, left : left + FRAME_PX] + light()
             for y, x, size, color in specks:
                 picture[y : y + size, x : x + size] = np.array(RGB[color], np.float32) * 0.8 + 20
             for sprite in sprites:
@@ -236,7 +249,7 @@ def render_labelled(scene: WorldScene, rng: np.random.Generator, *, held_out: bo
                 under = picture[y : y + size, x : x + size]
                 picture[y : y + size, x : x + size] = under * (1 - sprite.mask) + sprite.mask * sprite.rgb
             y, x = rng.integers(0, NOISE_PX - FRAME_PX, 2)
-            picture += _noise()[y : y + FRAME_PX, x : x + FRAME_PX]
+            picture += noise()[y : y + FRAME_PX, x : x + FRAME_PX]
             frames[number] = np.clip(picture, 0, 255)
     return Rendered(frames, owner)
 
