@@ -1,13 +1,14 @@
 """What a tenant notices of another one's attacks: `python -m benchmarks.attack`.
 
 A cluster of one prefill and two decode workers is served to two keys. The victim asks about a video that is there, one question
-after the other. It does so alone, then under each kind of attack (`benchmarks.lib.attackers`), then under all of them, then alone
-again. Attacker, victim and server share the cores of the machine: what the attacker itself computes is missing to the victim. Both
+after the other. It does so under each kind of attack (`benchmarks.lib.attackers`), then, three times as long, under all of them at
+once, and alone before and after each: a machine that others use too is not as fast now as it was five minutes ago. Attacker, victim
+and server share the cores of the machine: what the attacker itself computes is missing to the victim. Both
 are told beside what the server spends, and how late the system wakes a process that does nothing but sleep: no server answers
 sooner than it is woken (`benchmarks.lib.wake_up`; --autogroup off).
 
 Ends with status 1 if the victim was told an error or a wrong answer, or if its p99 under any attack is more than --limit times that
-of the quiet phases.
+of the quiet phases around it.
 """
 
 from __future__ import annotations
@@ -43,16 +44,20 @@ NUM_QUESTIONS = 6
 TURN_S = 30.0
 READY_S = 120.0
 AFTER_S = 1.0
+# How many times as long all kinds together last: one answer in a hundred is to tell of more than how they begin.
+TOGETHER_TIMES = 3
 
 
 @dataclass
 class Phase:
     """One stretch of time.
 
-    attacks: kinds; told: what the attacker heard, by kind and status; cores: busy on average, by whom; late_ms: see `wake_up`.
+    attacks: kinds; times: how many times as long as others it lasts; told: what the attacker heard, by kind and status; cores: busy
+    on average, by whom; late_ms: see `wake_up`.
     """
 
     attacks: tuple[str, ...] = ()
+    times: int = 1
     latency_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     num_wrong: int = 0
@@ -109,7 +114,7 @@ async def measure(target: str, keys: Sequence[str], phases: Sequence[Phase], sec
             await victim.learn()
             for phase in phases:
                 say(phase.name)
-                await one_phase(target, keys[1], victim, phase, seconds)
+                await one_phase(target, keys[1], victim, phase, phase.times * seconds)
 
 
 async def one_phase(target: str, key: str, victim: Victim, phase: Phase, seconds: float) -> None:
@@ -153,8 +158,8 @@ async def _attacker(target: str, key: str, seconds: float, kind: str) -> Any:
 
 
 def judge(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """One row per phase. ratio: of its p99 to that of all quiet phases together."""
-    quiet = Phase(latency_s=[each for phase in phases if not phase.attacks for each in phase.latency_s])
+    """One row per phase. ratio: of its p99 to that of the quiet phases next to it."""
+    quiet = [_around(phases, i).percentile_ms(99) for i in range(len(phases))]
     return [
         {
             "attack": phase.name,
@@ -163,13 +168,21 @@ def judge(phases: Sequence[Phase]) -> list[dict[str, Any]]:
             "wrong": phase.num_wrong,
             "p50_ms": phase.percentile_ms(50),
             "p99_ms": phase.percentile_ms(99),
-            "ratio": round(phase.percentile_ms(99) / quiet.percentile_ms(99), 2),
+            "ratio": round(phase.percentile_ms(99) / quiet_ms, 2),
             **{f"late_{which}_ms": phase.late_ms.get(which, 0.0) for which in ("p99", "max")},
             **{f"{who}_cores": round(phase.cores.get(who, 0.0), 2) for who in ("server", "attacker", "victim")},
             "told": phase.told,
         }
-        for phase in phases
+        for phase, quiet_ms in zip(phases, quiet, strict=True)
     ]
+
+
+def _around(phases: Sequence[Phase], i: int) -> Phase:
+    """What the victim saw in the last quiet phase up to this one and in the first from there on."""
+    before = next((phase for phase in reversed(phases[: i + 1]) if not phase.attacks), None)
+    after = next((phase for phase in phases[i:] if not phase.attacks), None)
+    near = [before] if before is after else [before, after]
+    return Phase(latency_s=[each for phase in near if phase is not None for each in phase.latency_s])
 
 
 HEAD = {
@@ -181,7 +194,7 @@ HEAD = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attack", description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
+    parser.add_argument("--seconds", type=float, default=20.0, help=f"of each phase; all at once: {TOGETHER_TIMES} times as many")
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated; all but connects and flood come again together")
     parser.add_argument("--limit", type=float, default=3.0, help="the most that the victim's p99 may grow")
     parser.add_argument(
@@ -217,8 +230,8 @@ def _main(options: argparse.Namespace) -> int:
     )
     kinds = options.kinds
     several = tuple(kind for kind in kinds if kind in TOGETHER)
-    together = [several] if len(several) > 1 else []
-    phases = [Phase(), *(Phase((kind,)) for kind in kinds), *map(Phase, together), Phase()]
+    attacks = [Phase((kind,)) for kind in kinds] + ([Phase(several, TOGETHER_TIMES)] if len(several) > 1 else [])
+    phases = [Phase(), *(phase for attack in attacks for phase in (attack, Phase()))]
     with progress() as say:
         report.show_card()
         fair = wake_up.without_autogroup() if options.autogroup == "off" else nullcontext()

@@ -12,15 +12,17 @@ from benchmarks.lib import wake_up
 from tests.structure import ROOT
 
 
-def test_a_row_compares_with_all_that_was_quiet():
+def test_a_row_compares_with_what_was_quiet_next_to_it():
     quiet = [Phase(latency_s=[0.01] * 99 + [0.02]), Phase(latency_s=[0.01] * 99 + [0.02])]
+    far = Phase(latency_s=[1.0] * 100)
     hit = Phase(
         ("streams",), latency_s=[0.01] * 98 + [0.06] * 2, num_wrong=1, late_ms={"p99": 1.5, "max": 9.0}, cores={"server": 1.234}
     )
-    rows = attack.judge([quiet[0], hit, Phase(("a", "b")), quiet[1]])
-    assert [row["attack"] for row in rows] == ["quiet", "streams", "all at once", "quiet"]
+    rows = attack.judge([quiet[0], hit, Phase(("a", "b")), quiet[1], Phase(("c",), latency_s=[0.5] * 10), far])
+    assert [row["attack"] for row in rows] == ["quiet", "streams", "all at once", "quiet", "c", "quiet"]
     assert rows[1]["p50_ms"] == 10.0 and rows[1]["ratio"] > 3 and rows[1]["wrong"] == 1
     assert (rows[1]["late_p99_ms"], rows[1]["late_max_ms"], rows[1]["server_cores"]) == (1.5, 9.0, 1.23)
+    assert [row["ratio"] for row in rows[3:]] == [1.0, 0.5, 1.0]
     assert rows[2]["answers"] == 0 and rows[2]["ratio"] == float("inf")  # nobody was answered: no limit holds
     assert set(attack.HEAD) <= set(rows[0])
 
