@@ -132,10 +132,12 @@ def retrieved(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, retrieve_
 class AuxiliaryHeads(nn.Module):
     """Two linear heads on the inner states, thrown away after training."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, num_steps: int = NUM_STEPS, asked_sizes: tuple[int, ...] = ASKED_SIZES) -> None:
+        """asked_sizes: number of classes of each thing that a question may name."""
         super().__init__()
-        self.slot = nn.Linear(hidden, NUM_STEPS + 2 * GRID_TOKENS)
-        self.query = nn.Linear(hidden, sum(ASKED_SIZES))
+        self.num_steps, self.asked_sizes = num_steps, asked_sizes
+        self.slot = nn.Linear(hidden, num_steps + 2 * GRID_TOKENS)
+        self.query = nn.Linear(hidden, sum(asked_sizes))
 
     def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> dict[str, Tensor]:
         """The auxiliary losses by name; `AUXILIARY_WEIGHTS` weighs them."""
@@ -151,13 +153,13 @@ class AuxiliaryHeads(nn.Module):
 
     def _slot(self, batch: Batch, inner: Tensor) -> Tensor:
         logits = self.slot(inner[:, batch.visual_rows]).float().flatten(0, 1)
-        step, row, col = logits.split((NUM_STEPS, GRID_TOKENS, GRID_TOKENS), -1)
+        step, row, col = logits.split((self.num_steps, GRID_TOKENS, GRID_TOKENS), -1)
         cells = batch.cells.flatten()
         place = F.cross_entropy(row, cells // GRID_TOKENS) + F.cross_entropy(col, cells % GRID_TOKENS)
         return F.cross_entropy(step, batch.slots.flatten()) + 0.3 * place
 
     def _query(self, rows: Tensor, asked: Tensor) -> Tensor:
-        parts = self.query(rows).float().split(ASKED_SIZES, -1)
+        parts = self.query(rows).float().split(self.asked_sizes, -1)
         losses = [F.cross_entropy(part, asked[:, i]) for i, part in enumerate(parts)]
         return sum(losses, start=torch.zeros_like(losses[0])) / len(parts)
 

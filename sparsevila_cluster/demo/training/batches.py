@@ -1,0 +1,194 @@
+"""Turns questions about windows into padded batches for the text model, with where each answer token must look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
+from sparsevila_cluster.demo.dialogue_batches import IGNORE, Batch, GroundingRows, Turns
+from sparsevila_cluster.demo.drawing import COLORS, PLACES
+from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
+from sparsevila_cluster.demo.scenes import MAX_STEPS
+from sparsevila_cluster.demo.training.scene_videos import ALL_SHAPES
+from sparsevila_cluster.demo.training.windows import EncodedVideos, Window
+
+ASKED_SIZES = (len(COLORS) + 1, len(ALL_SHAPES) + 1, MAX_STEPS + 1, len(PLACES) + 1, len(KINDS))
+PARTS = re.compile(r" and |; | to ")
+
+
+@cache
+def asked_for(kind: str, text: str) -> tuple[int, ...]:
+    """Classes of what a question names; the last class (0 for the step) means: not named."""
+    words = re.findall(r"[a-z]+", text.lower())
+    color = next((COLORS.index(word) for word in words if word in COLORS), len(COLORS))
+    shape = next((ALL_SHAPES.index(word) for word in words if word in ALL_SHAPES), len(ALL_SHAPES))
+    step = re.search(r"\bstep (\d+)", text)
+    place = next((index for index, name in enumerate(PLACES) if name in text), len(PLACES))
+    return color, shape, int(step[1]) if step else 0, place, KINDS.index(kind)
+
+
+def group_at(question: SceneQuestion) -> list[int]:
+    """For each character of the answer, the group of `looks` that it is about; -1: none.
+
+    Where an answer has as many parts that name something as there are groups, each part has its own; else all have the first.
+    """
+    answer, groups = question.answer, question.looks
+    ends = [*(found.end() for found in PARTS.finditer(answer)), len(answer)]
+    named, part_of, begin = 0, [], 0
+    for end in ends:
+        says_nothing = "nothing" in answer[begin:end]
+        part_of += [-1 if says_nothing else named] * (end - begin)
+        named += not says_nothing
+        begin = end
+    if not groups:
+        return [-1] * len(answer)
+    return part_of if named == len(groups) else [0] * len(answer)
+
+
+class BatchMaker:
+    """Makes batches with the tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoded: EncodedVideos) -> None:
+        self.tokenizer, self.encoded = tokenizer, encoded
+        self.encode = cache(self._encode)
+        self.prefix = self.encode("<|im_start|>user\n<|vision_start|>")
+        self.media_end = self.encode("<|vision_end|>")
+        self.user = self.encode("<|im_start|>user\n")
+        self.assistant = self.encode("<|im_end|>\n<|im_start|>assistant\n")
+        self.end, self.newline = self.encode("<|im_end|>"), self.encode("\n")
+        self.pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def batch(self, windows: Sequence[Window], dialogues: Sequence[list[SceneQuestion]], keep: Tensor) -> Batch:
+        """keep: ascending indices [items, num_kept] into the visual tokens of the windows, which are equally long."""
+        encoded, num_items = self.encoded, len(windows)
+        device = encoded.tokens.device
+        slots = torch.tensor([window.first for window in windows])[:, None] + keep // TOKENS_PER_STEP
+        cells = keep % TOKENS_PER_STEP
+        visual = torch.stack(
+            [encoded.tokens[window.video][slot.to(device), cell.to(device)]
+             for window, slot, cell in zip(windows, slots, cells, strict=True)]
+        ).float()  # fmt: skip
+
+        suffixes, labels, spans, asked = [], [], [], list[SceneQuestion]()
+        start = len(self.prefix) + keep.shape[1]
+        for item, questions in enumerate(dialogues):
+            ids, wanted = list(self.media_end), [IGNORE] * len(self.media_end)
+            first_row = start
+            for number, question in enumerate(questions):
+                prompt = (*(self.user if number else ()), *self.encode(question.text), *self.assistant)
+                answer = (*self.encode(question.answer), *self.end)
+                ids += prompt
+                wanted += [IGNORE] * len(prompt)
+                prompt_row = start + len(ids) - 1
+                ids += (*answer, *self.newline)
+                wanted += (*answer, *[IGNORE] * len(self.newline))
+                end_row = prompt_row + len(answer)
+                spans.append((item, first_row, prompt_row, end_row))
+                asked.append(question)
+                first_row = end_row
+            suffixes.append(ids)
+            labels.append([IGNORE] * start + wanted)
+        length = max(map(len, suffixes))
+        columns = [torch.tensor([span[i] for span in spans]).to(device) for i in range(4)]
+        looks, all_targets = self._looks(windows, spans, asked, slots, cells, device)
+        return Batch(
+            prefix_ids=torch.tensor(self.prefix).expand(num_items, -1).to(device),
+            visual=visual,
+            suffix_ids=torch.tensor([ids + [self.pad] * (length - len(ids)) for ids in suffixes]).to(device),
+            positions=self._positions(windows, slots, cells, length).to(device),
+            labels=torch.tensor([wanted + [IGNORE] * (start + length - len(wanted)) for wanted in labels]).to(device),
+            slots=slots.to(device),
+            cells=cells.to(device),
+            turns=Turns(
+                item=columns[0],
+                first_row=columns[1],
+                prompt_row=columns[2],
+                end_row=columns[3],
+                targets=all_targets,
+                asked=torch.tensor([asked_for(question.kind, question.text) for question in asked]).to(device),
+                questions=tuple(asked),  # type: ignore[arg-type]
+            ),
+            looks=looks,
+        )
+
+    def _positions(self, windows: Sequence[Window], slots: Tensor, cells: Tensor, suffix: int) -> Tensor:
+        """m-RoPE as the stock model computes it; text after the media goes on behind the largest position in it."""
+        prefix, num_items = len(self.prefix), len(slots)
+        before = torch.arange(prefix).expand(3, num_items, -1)
+        media = torch.stack([slots, cells // GRID_TOKENS, cells % GRID_TOKENS]) + prefix
+        behind = torch.tensor([max(window.steps.stop, GRID_TOKENS) for window in windows])[:, None]
+        after = (torch.arange(suffix) + prefix + behind).expand(3, num_items, -1)
+        return torch.cat([before, media, after], 2)
+
+    def _looks(
+        self,
+        windows: Sequence[Window],
+        spans: Sequence[tuple[int, int, int, int]],
+        asked: Sequence[SceneQuestion],
+        slots: Tensor,
+        cells: Tensor,
+        device: torch.device,
+    ) -> tuple[GroundingRows, Tensor]:
+        """One look per answer token that is about something, and for each turn all that it is about, bool [turns, num_kept]."""
+        kept = slots * TOKENS_PER_STEP + cells
+        found, rows, all_targets = [], [], torch.zeros(len(asked), kept.shape[1], dtype=torch.bool)
+        for turn, (question, (item, _, prompt_row, _)) in enumerate(zip(asked, spans, strict=True)):
+            groups = [
+                [[step * TOKENS_PER_STEP + cell for cell in self.encoded.cells(windows[item], (step, place))]
+                 for step, place in group]
+                for group in question.looks
+            ]  # fmt: skip
+            everything = [token for group in groups for seen in group for token in seen]
+            all_targets[turn] = _among(kept[item], everything)
+            for number, wanted in enumerate(self._wanted(question, groups, everything)):
+                target = _among(kept[item], wanted)
+                if target.any():
+                    found.append(target)
+                    rows.append((item, prompt_row + number, turn, number == 0))
+        columns = [torch.tensor(column).to(device) for column in zip(*rows, strict=True)]
+        looks = GroundingRows(columns[0], columns[1], columns[2], torch.stack(found).to(device), columns[3])
+        return looks, all_targets.to(device)
+
+    def _wanted(self, question: SceneQuestion, groups: list[list[list[int]]], everything: list[int]) -> Iterator[list[int]]:
+        """For each token of the answer, the visual tokens that it is about. groups: theirs, by phrase, then by look.
+
+        The first is about all of them, unless it is a letter: before an answer begins, everything has to be found.
+        """
+        group_of, letters = group_at(question), 0
+        said = self.tokenizer(question.answer, add_special_tokens=False, return_offsets_mapping=True)
+        for number, (begin, end) in enumerate(said["offset_mapping"]):
+            group, text = group_of[end - 1], question.answer[begin:end].strip()
+            is_letter = len(text) == 1 and text.isupper()
+            if group < 0:
+                yield []
+            elif is_letter:
+                yield groups[group][0][letters : letters + 1]
+            else:
+                yield [token for seen in groups[group] for token in seen] if number else everything
+            letters = letters + 1 if is_letter else 0
+
+
+def _among(kept: Tensor, wanted: Sequence[int]) -> Tensor:
+    """bool, one per kept token: whether it is one of those wanted."""
+    return torch.isin(kept, torch.tensor(wanted, dtype=kept.dtype))
+
+
+def keep_salient(encoded: EncodedVideos, windows: Sequence[Window], num_per_step: int) -> Tensor:
+    """The most salient tokens of every step: ascending indices [items, steps * num_per_step]."""
+    scores = torch.stack([encoded.salience[window.video, window.first : window.steps.stop] for window in windows])
+    best = scores.topk(num_per_step, -1).indices.sort(-1).values
+    return (best + torch.arange(scores.shape[1])[:, None] * TOKENS_PER_STEP).flatten(1)
+
+
+def keep_all(windows: Sequence[Window]) -> Tensor:
+    """Every token."""
+    return torch.arange(windows[0].scene.num_steps * TOKENS_PER_STEP).expand(len(windows), -1)
