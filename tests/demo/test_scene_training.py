@@ -1,5 +1,6 @@
 """What a model of scenes is trained on: windows of encoded videos, questions about them, and where each answer token must look."""
 
+import io
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import Thing
 from sparsevila_cluster.demo.training.batches import BatchMaker, asked_for, group_at, keep_all, keep_salient
 from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, CONTENTS, contents_of, sample_scene, seed_of
+from sparsevila_cluster.demo.training.text import TextStage, _mean_of_answers
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from sparsevila_cluster.demo.training.tower import TowerStage
 from sparsevila_cluster.demo.training.windows import EncodedVideos, crop
@@ -210,3 +212,38 @@ def test_a_tower_learns_and_its_projector_says_what_it_reads(tokenizer, videos):
     norms = stage.start_projector(videos)
     assert 3 < norms["held"] < 30
     assert "salience" not in TowerStage(build_model(tokenizer, SMALL).model.visual, salience=False).update(videos, 0.0, 0)
+
+
+def test_a_run_goes_on_where_an_earlier_one_was(encoded, tokenizer):
+    def stage():
+        torch.manual_seed(3)
+        return TextStage(build_model(tokenizer, SMALL), tokenizer, encoded, seed=1)
+
+    whole, cut = stage(), stage()
+    for _ in range(3):
+        whole.update(2)
+    accuracy = whole.evaluate(encoded, 2, num_windows=4)
+    assert set(accuracy) <= {*KINDS, "all"} and 0 <= accuracy["all"] <= 100
+    for _ in range(3):
+        cut.update(2)
+    cut.evaluate(encoded, 2, num_windows=4)
+    saved = io.BytesIO()
+    torch.save(cut.state(), saved)
+    saved.seek(0)
+    resumed = stage()
+    resumed.restore(torch.load(saved, weights_only=False))
+    later = [(whole.update(4), resumed.update(4)) for _ in range(2)]
+    assert all(one == other for one, other in later)
+    assert resumed.num_updates == 5 and resumed.accuracy == whole.accuracy
+
+
+def test_a_long_answer_does_not_outweigh_short_ones(encoded, tokenizer):
+    rng = np.random.default_rng(4)
+    window = encoded.window(rng, 8)
+    maker = BatchMaker(tokenizer, encoded)
+    questions = window.questions(rng, 1, ("listing",)) + window.questions(rng, 1, ("color",))
+    batch = maker.batch([window], [questions], keep_all([window]))
+    lengths = [len(tokenizer.encode(question.answer)) + 1 for question in questions]
+    losses = torch.cat([torch.full((length,), float(value)) for length, value in zip(lengths, (0, 1), strict=True)])
+    long, short = (length**0.5 for length in lengths)
+    assert _mean_of_answers(losses, batch).item() == pytest.approx(short / (long + short))

@@ -1,0 +1,165 @@
+"""The text model learns to answer questions about windows of encoded videos, short ones first.
+
+Matrices of its layers are learned by Muon (Jordan et al., 2024), everything else by AdamW: with AdamW alone the same answers were
+right after twice as many updates. Visual tokens are pruned by salience throughout; every turn sees the media and itself only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from sparsevila_cluster.demo.dialogue_batches import IGNORE, Batch
+from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
+from sparsevila_cluster.demo.scenes import MAX_STEPS
+from sparsevila_cluster.demo.training.batches import ASKED_SIZES, BatchMaker, keep_salient
+from sparsevila_cluster.demo.training.scene_videos import seed_of
+from sparsevila_cluster.demo.training.windows import EncodedVideos
+from sparsevila_cluster.demo.training_forward import AUXILIARY_WEIGHTS, AuxiliaryHeads, answer_logits, run_text, turns_apart_mask
+
+# Items of a batch by the steps of their windows: about as many rows whatever the length.
+ITEMS = {2: 12, 4: 8, 8: 6, 16: 4, 32: 2, 64: 2}
+NUM_TURNS = 10
+SHORTER_ODDS = 0.25
+TOKENS_PER_STEP_KEPT, MANY_KEPT, MANY_ODDS = (6, 8, 10, 12), 20, 0.15
+WARM_UP = 100
+# A kind of which less is right is asked about more often.
+MASTERED = 90.0
+# Which step a token is of is the slowest to be learned, and most questions need it.
+WEIGHTS = AUXILIARY_WEIGHTS | {"slot": 0.4}
+
+
+class TextStage:
+    """A text model in training. One `update` is one optimizer step; `state` and `restore` go on from where an earlier run was."""
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        encoded: EncodedVideos,
+        seed: int = 0,
+        adam_lr: float = 1e-3,
+        muon_lr: float = 5e-3,
+    ) -> None:
+        self.model, self.encoded, self.tokenizer = model, encoded, tokenizer
+        self.maker, self.rng = BatchMaker(tokenizer, encoded), seed_of("training", 2 * seed + 1)
+        self.num_updates, self.accuracy = 0, dict[str, float]()
+        model.model.visual.requires_grad_(False)
+        self.device = model.lm_head.weight.device
+        self.heads = AuxiliaryHeads(model.config.text_config.hidden_size, MAX_STEPS, ASKED_SIZES).to(self.device)
+        layers = [parameter for parameter in model.model.language_model.layers.parameters() if parameter.ndim == 2]
+        mine = set(map(id, layers))
+        others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in mine]
+        groups = [
+            {"params": [one for one in others if one.ndim > 1], "weight_decay": 0.05, "base": adam_lr},
+            {"params": [one for one in others if one.ndim == 1], "weight_decay": 0.0, "base": adam_lr},
+            {"params": list(self.heads.parameters()), "weight_decay": 0.01, "base": 0.4 * adam_lr},
+        ]
+        self.learned = layers + others
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.98)),
+            torch.optim.Muon(
+                [{"params": layers, "base": muon_lr}], lr=muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+            ),
+        ]  # fmt: skip
+
+    def update(self, num_steps: int, decay: float = 1.0) -> dict[str, float]:
+        """Losses by name, of windows of `num_steps` or, now and then, of fewer. decay: of the learning rate, 1 to 0.
+
+        num_steps: one of ITEMS.
+        """
+        scale = min(1.0, (self.num_updates + 1) / WARM_UP) * decay
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * scale
+        batch = self._batch(num_steps)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output = run_text(self.model, batch, turns_apart_mask(batch))
+            logits, wanted = answer_logits(self.model, batch, output.hidden)
+            losses = {"answer": _mean_of_answers(F.cross_entropy(logits.float(), wanted, reduction="none"), batch)}
+            losses |= self.heads.losses(self.model, batch, output.inner)
+        total = losses["answer"] + sum(weight * losses[name] for name, weight in WEIGHTS.items())
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.num_updates += 1
+        return {name: value.item() for name, value in losses.items()}
+
+    def _batch(self, num_steps: int) -> Batch:
+        rng = self.rng
+        if (shorter := [steps for steps in ITEMS if steps < num_steps]) and rng.random() < SHORTER_ODDS:
+            num_steps = int(rng.choice(shorter))
+        windows = [self.encoded.window(rng, num_steps) for _ in range(ITEMS[num_steps])]
+        hard = tuple(kind for kind in KINDS if self.accuracy.get(kind, 0.0) < MASTERED)
+        num_hard = NUM_TURNS // 2 if hard else 0
+        dialogues: list[list[SceneQuestion]] = [
+            window.questions(rng, NUM_TURNS - num_hard, KINDS) + (window.questions(rng, num_hard, hard) if hard else [])
+            for window in windows
+        ]
+        most = MANY_KEPT if rng.random() < MANY_ODDS else int(rng.choice(TOKENS_PER_STEP_KEPT))
+        return self.maker.batch(windows, dialogues, keep_salient(self.encoded, windows, most))
+
+    @torch.no_grad()
+    def evaluate(
+        self, held: EncodedVideos, num_steps: int, num_windows: int = 16, num_per_step: int = 10, seed: int = 0
+    ) -> dict[str, float]:
+        """Per cent of the answers that are right word for word, by kind and of all, about other videos. Kept for `update`."""
+        rng, maker, right = np.random.default_rng(seed), BatchMaker(self.tokenizer, held), defaultdict[str, list[bool]](list)
+        for first in range(0, num_windows, ITEMS[num_steps]):
+            windows = [held.window(rng, num_steps) for _ in range(min(ITEMS[num_steps], num_windows - first))]
+            dialogues = [window.questions(rng, len(KINDS), KINDS) for window in windows]
+            batch = maker.batch(windows, dialogues, keep_salient(held, windows, num_per_step))
+            with torch.autocast(self.device.type, torch.bfloat16):
+                predicted = self.model.lm_head(run_text(self.model, batch, turns_apart_mask(batch)).hidden).argmax(-1)
+            turns = batch.turns
+            for number, question in enumerate(turns.questions):
+                item, start, end = (int(rows[number]) for rows in (turns.item, turns.prompt_row, turns.end_row))
+                said, wanted = predicted[item, start:end], batch.labels[item, start + 1 : end + 1]
+                right[question.kind].append(torch.equal(said, wanted))
+        every = [match for matches in right.values() for match in matches]
+        self.accuracy = {kind: 100 * float(np.mean(matches)) for kind, matches in sorted(right.items())}
+        return self.accuracy | {"all": 100 * float(np.mean(every))}
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to go on as if nothing had happened."""
+        return {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": self.rng.bit_generator.state,
+            "num_updates": self.num_updates,
+            "accuracy": self.accuracy,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.rng.bit_generator.state = state["rng"]
+        self.num_updates, self.accuracy = state["num_updates"], dict(state["accuracy"])
+
+
+def _mean_of_answers(losses: Tensor, batch: Batch) -> Tensor:
+    """A mean in which an answer counts by the root of its length: a listing is not worth forty colours.
+
+    losses: one per token that is to be predicted, in the order of `answer_logits`.
+    """
+    turns = batch.turns
+    first = torch.zeros_like(batch.labels)
+    first[turns.item, turns.prompt_row] = 1
+    # In row order, turns stand as they do in `turns`.
+    turn = first.flatten().cumsum(0).reshape(first.shape)[:, :-1][batch.labels[:, 1:] != IGNORE] - 1
+    weight = (turns.end_row - turns.prompt_row)[turn].float().rsqrt()
+    return (losses * weight).sum() / weight.sum()
