@@ -46,7 +46,7 @@ class TextStage:
         encoded: EncodedVideos,
         seed: int = 0,
         adam_lr: float = 1e-3,
-        muon_lr: float = 5e-3,
+        muon_lr: float = 3e-3,
     ) -> None:
         self.model, self.encoded, self.tokenizer = model, encoded, tokenizer
         self.maker, self.rng = BatchMaker(tokenizer, encoded), seed_of("training", 2 * seed + 1)
