@@ -19,8 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
+from sparsevila_cluster.demo.questions import SceneQuestion
 from sparsevila_cluster.demo.step_dataset import ComposedVideo, StepDataset
 from sparsevila_cluster.demo.world import COLORS, KINDS, NUM_STEPS, PLACES, SHAPES, Question
+
+AnyQuestion = Question | SceneQuestion
 
 IGNORE = -100
 ASKED_SIZES = (len(COLORS) + 1, len(SHAPES) + 1, NUM_STEPS + 1, len(PLACES) + 1, len(KINDS))
@@ -36,7 +39,7 @@ class Turns:
     end_row: Tensor  # row of the answer's <|im_end|>
     targets: Tensor  # bool [turns, num_kept]: visual tokens of the glyphs asked for
     asked: Tensor  # [turns, len(ASKED_SIZES)]: what the question names, as classes
-    questions: tuple[Question, ...]
+    questions: tuple[AnyQuestion, ...]
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,17 @@ def asked_for(kind: str, text: str) -> tuple[int, ...]:
     return color, shape, step, place, KINDS.index(kind)
 
 
-class BatchBuilder:
-    """Makes batches of dialogues with the tokens of one tokenizer."""
+@dataclass(frozen=True)
+class Layout:
+    """Dialogues as tokens behind their media, padded to the same length."""
+
+    suffix_ids: Tensor  # [items, suffix]
+    labels: Tensor  # [items, rows]
+    spans: list[tuple[int, int, int, int]]  # of each turn: item, first row, prompt row, end row; see Turns
+
+
+class DialogueTokens:
+    """What dialogues consist of in the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -93,11 +105,45 @@ class BatchBuilder:
         self.user = self.encode("<|im_start|>user\n")
         self.assistant = self.encode("<|im_end|>\n<|im_start|>assistant\n")
         self.end, self.newline = self.encode("<|im_end|>"), self.encode("\n")
-        (self.conjunction,) = self.encode(" and")
         self.pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def lay_out(self, dialogues: Sequence[Sequence[AnyQuestion]], num_visual: int) -> Layout:
+        """num_visual: rows of media between the prefix and what is laid out."""
+        suffixes, labels, spans = [], [], []
+        start = len(self.prefix) + num_visual
+        for item, questions in enumerate(dialogues):
+            ids, wanted = list(self.media_end), [IGNORE] * len(self.media_end)
+            first_row = start
+            for number, question in enumerate(questions):
+                prompt = (*(self.user if number else ()), *self.encode(question.text), *self.assistant)
+                answer = (*self.encode(question.answer), *self.end)
+                ids += prompt
+                wanted += [IGNORE] * len(prompt)
+                prompt_row = start + len(ids) - 1
+                ids += (*answer, *self.newline)
+                wanted += (*answer, *[IGNORE] * len(self.newline))
+                end_row = prompt_row + len(answer)
+                spans.append((item, first_row, prompt_row, end_row))
+                first_row = end_row
+            suffixes.append(ids)
+            labels.append([IGNORE] * start + wanted)
+        length = max(map(len, suffixes))
+        return Layout(
+            torch.tensor([ids + [self.pad] * (length - len(ids)) for ids in suffixes]),
+            torch.tensor([wanted + [IGNORE] * (start + length - len(wanted)) for wanted in labels]),
+            spans,
+        )
+
+
+class BatchBuilder(DialogueTokens):
+    """Makes batches of dialogues with the tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer)
+        (self.conjunction,) = self.encode(" and")
 
     def batch(
         self,
@@ -118,28 +164,10 @@ class BatchBuilder:
         visual = everything.gather(1, keep.to(device)[..., None].expand(-1, -1, everything.shape[-1])).float()
         owner = dataset.owner[rows].reshape(num_items, -1).gather(1, keep)
 
-        suffixes, labels, spans, asked = [], [], [], list[Question]()
-        start = len(self.prefix) + keep.shape[1]
-        for item, questions in enumerate(dialogues):
-            ids, wanted = list(self.media_end), [IGNORE] * len(self.media_end)
-            first_row = start
-            for number, question in enumerate(questions):
-                prompt = (*(self.user if number else ()), *self.encode(question.text), *self.assistant)
-                answer = (*self.encode(question.answer), *self.end)
-                ids += prompt
-                wanted += [IGNORE] * len(prompt)
-                prompt_row = start + len(ids) - 1
-                ids += (*answer, *self.newline)
-                wanted += (*answer, *[IGNORE] * len(self.newline))
-                end_row = prompt_row + len(answer)
-                spans.append((item, first_row, prompt_row, end_row))
-                asked.append(question)
-                first_row = end_row
-            suffixes.append(ids)
-            labels.append([IGNORE] * start + wanted)
-        length = max(map(len, suffixes))
-        suffix_ids = torch.tensor([ids + [self.pad] * (length - len(ids)) for ids in suffixes])
-        padded = torch.tensor([wanted + [IGNORE] * (start + length - len(wanted)) for wanted in labels])
+        laid_out = self.lay_out(dialogues, keep.shape[1])
+        spans = laid_out.spans
+        asked = [question for questions in dialogues for question in questions]
+        length = laid_out.suffix_ids.shape[1]
         columns = [torch.tensor([span[i] for span in spans]) for i in range(4)]
         items = [span[0] for span in spans]
         glyphs = [self._glyphs(shown[i], question, owner[i], slots[i]) for i, question in zip(items, asked, strict=True)]
@@ -155,9 +183,9 @@ class BatchBuilder:
         return Batch(
             prefix_ids=torch.tensor(self.prefix).expand(num_items, -1).to(device),
             visual=visual,
-            suffix_ids=suffix_ids.to(device),
+            suffix_ids=laid_out.suffix_ids.to(device),
             positions=self._positions(slots, cells, length).to(device),
-            labels=padded.to(device),
+            labels=laid_out.labels.to(device),
             slots=slots.to(device),
             cells=cells.to(device),
             turns=found,

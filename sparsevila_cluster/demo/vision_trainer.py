@@ -107,6 +107,20 @@ class VisionRunner:
         return VisionOutput(tokens, salience)
 
 
+def say_readings(visual: Any, rows: Tensor, offsets: Tensor, norm: float) -> None:
+    """Rewrite the last projector layer: it puts out what linear readings of its output were, in a random orthonormal frame.
+
+    rows: [readings, hidden]; offsets: [readings]; norm: how long a reading of length one gets.
+    """
+    last = visual.merger.mlp[2]
+    num_readings, hidden = rows.shape
+    # Drawn on the CPU so that every device starts from the same frame.
+    frame = torch.linalg.qr(torch.randn(hidden, hidden))[0][:, :num_readings].to(rows.device)
+    turn = norm * frame @ rows
+    last.bias.copy_(turn @ last.bias + norm * frame @ offsets)
+    last.weight.copy_(turn @ last.weight)
+
+
 PROBES = {"color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "row": GRID_TOKENS, "col": GRID_TOKENS}
 
 
@@ -216,13 +230,7 @@ class VisionStage:
             scale = size / (centered[glyph.to(self.device)] - mean).norm(dim=-1).mean()
             rows.append(scale * center @ weight)
             offsets.append(-scale * mean)
-        hidden = tokens.shape[-1]
-        # drawn on the CPU so that every device starts from the same frame
-        frame = torch.linalg.qr(torch.randn(hidden, hidden))[0][:, : sum(PROBES.values())].to(self.device)
-        turn, shift = norm * frame @ torch.cat(rows), norm * frame @ torch.cat(offsets)
-        last = self.runner.visual.merger.mlp[2]
-        last.bias.copy_(turn @ last.bias + shift)
-        last.weight.copy_(turn @ last.weight)
+        say_readings(self.runner.visual, torch.cat(rows), torch.cat(offsets), norm)
         length = self.runner(patches).tokens.flatten(0, 1).norm(dim=-1).cpu()
         norms = {"glyph_norm": length[glyph], "other_norm": length[~glyph]}
         return {name: round(values.mean().item(), 2) for name, values in norms.items()}

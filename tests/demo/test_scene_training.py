@@ -13,7 +13,7 @@ from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import Thing
 from sparsevila_cluster.demo.training.batches import BatchMaker, asked_for, group_at, keep_all, keep_salient
 from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, CONTENTS, contents_of, sample_scene, seed_of
-from sparsevila_cluster.demo.training.text import TextStage, _mean_of_answers
+from sparsevila_cluster.demo.training.text import TextStage, mean_of_answers
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from sparsevila_cluster.demo.training.tower import TowerStage
 from sparsevila_cluster.demo.training.windows import EncodedVideos, crop
@@ -246,4 +246,4 @@ def test_a_long_answer_does_not_outweigh_short_ones(encoded, tokenizer):
     lengths = [len(tokenizer.encode(question.answer)) + 1 for question in questions]
     losses = torch.cat([torch.full((length,), float(value)) for length, value in zip(lengths, (0, 1), strict=True)])
     long, short = (length**0.5 for length in lengths)
-    assert _mean_of_answers(losses, batch).item() == pytest.approx(short / (long + short))
+    assert mean_of_answers(losses, batch).item() == pytest.approx(short / (long + short))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
-from sparsevila_cluster.demo.dialogue_batches import IGNORE, Batch, GroundingRows, Turns
+from sparsevila_cluster.demo.dialogue_batches import Batch, DialogueTokens, GroundingRows, Turns
 from sparsevila_cluster.demo.drawing import COLORS, PLACES
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import MAX_STEPS
@@ -51,21 +51,12 @@ def group_at(question: SceneQuestion) -> list[int]:
     return part_of if named == len(groups) else [0] * len(answer)
 
 
-class BatchMaker:
+class BatchMaker(DialogueTokens):
     """Makes batches with the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoded: EncodedVideos) -> None:
-        self.tokenizer, self.encoded = tokenizer, encoded
-        self.encode = cache(self._encode)
-        self.prefix = self.encode("<|im_start|>user\n<|vision_start|>")
-        self.media_end = self.encode("<|vision_end|>")
-        self.user = self.encode("<|im_start|>user\n")
-        self.assistant = self.encode("<|im_end|>\n<|im_start|>assistant\n")
-        self.end, self.newline = self.encode("<|im_end|>"), self.encode("\n")
-        self.pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        super().__init__(tokenizer)
+        self.encoded = encoded
 
     def batch(self, windows: Sequence[Window], dialogues: Sequence[list[SceneQuestion]], keep: Tensor) -> Batch:
         """keep: ascending indices [items, num_kept] into the visual tokens of the windows, which are equally long."""
@@ -78,34 +69,16 @@ class BatchMaker:
              for window, slot, cell in zip(windows, slots, cells, strict=True)]
         ).float()  # fmt: skip
 
-        suffixes, labels, spans, asked = [], [], [], list[SceneQuestion]()
-        start = len(self.prefix) + keep.shape[1]
-        for item, questions in enumerate(dialogues):
-            ids, wanted = list(self.media_end), [IGNORE] * len(self.media_end)
-            first_row = start
-            for number, question in enumerate(questions):
-                prompt = (*(self.user if number else ()), *self.encode(question.text), *self.assistant)
-                answer = (*self.encode(question.answer), *self.end)
-                ids += prompt
-                wanted += [IGNORE] * len(prompt)
-                prompt_row = start + len(ids) - 1
-                ids += (*answer, *self.newline)
-                wanted += (*answer, *[IGNORE] * len(self.newline))
-                end_row = prompt_row + len(answer)
-                spans.append((item, first_row, prompt_row, end_row))
-                asked.append(question)
-                first_row = end_row
-            suffixes.append(ids)
-            labels.append([IGNORE] * start + wanted)
-        length = max(map(len, suffixes))
+        laid_out = self.lay_out(dialogues, keep.shape[1])
+        spans, asked = laid_out.spans, [question for questions in dialogues for question in questions]
         columns = [torch.tensor([span[i] for span in spans]).to(device) for i in range(4)]
         looks, all_targets = self._looks(windows, spans, asked, slots, cells, device)
         return Batch(
             prefix_ids=torch.tensor(self.prefix).expand(num_items, -1).to(device),
             visual=visual,
-            suffix_ids=torch.tensor([ids + [self.pad] * (length - len(ids)) for ids in suffixes]).to(device),
-            positions=self._positions(windows, slots, cells, length).to(device),
-            labels=torch.tensor([wanted + [IGNORE] * (start + length - len(wanted)) for wanted in labels]).to(device),
+            suffix_ids=laid_out.suffix_ids.to(device),
+            positions=self._positions(windows, slots, cells, laid_out.suffix_ids.shape[1]).to(device),
+            labels=laid_out.labels.to(device),
             slots=slots.to(device),
             cells=cells.to(device),
             turns=Turns(
@@ -115,7 +88,7 @@ class BatchMaker:
                 end_row=columns[3],
                 targets=all_targets,
                 asked=torch.tensor([asked_for(question.kind, question.text) for question in asked]).to(device),
-                questions=tuple(asked),  # type: ignore[arg-type]
+                questions=tuple(asked),
             ),
             looks=looks,
         )

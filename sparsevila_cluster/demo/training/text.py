@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from sparsevila_cluster.demo.dialogue_batches import IGNORE, Batch
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
-from sparsevila_cluster.demo.scenes import MAX_STEPS
+from sparsevila_cluster.demo.scenes import MAX_STEPS, STREAMS
 from sparsevila_cluster.demo.training.batches import ASKED_SIZES, BatchMaker, keep_salient
-from sparsevila_cluster.demo.training.scene_videos import seed_of
 from sparsevila_cluster.demo.training.windows import EncodedVideos
 from sparsevila_cluster.demo.training_forward import AUXILIARY_WEIGHTS, AuxiliaryHeads, answer_logits, run_text, turns_apart_mask
 
@@ -49,7 +48,7 @@ class TextStage:
         muon_lr: float = 3e-3,
     ) -> None:
         self.model, self.encoded, self.tokenizer = model, encoded, tokenizer
-        self.maker, self.rng = BatchMaker(tokenizer, encoded), seed_of("training", 2 * seed + 1)
+        self.maker, self.rng = BatchMaker(tokenizer, encoded), np.random.default_rng((STREAMS["training"], seed, 9))
         self.num_updates, self.accuracy = 0, dict[str, float]()
         model.model.visual.requires_grad_(False)
         self.device = model.lm_head.weight.device
@@ -83,7 +82,7 @@ class TextStage:
         with torch.autocast(self.device.type, torch.bfloat16):
             output = run_text(self.model, batch, turns_apart_mask(batch))
             logits, wanted = answer_logits(self.model, batch, output.hidden)
-            losses = {"answer": _mean_of_answers(F.cross_entropy(logits.float(), wanted, reduction="none"), batch)}
+            losses = {"answer": mean_of_answers(F.cross_entropy(logits.float(), wanted, reduction="none"), batch)}
             losses |= self.heads.losses(self.model, batch, output.inner)
         total = losses["answer"] + sum(weight * losses[name] for name, weight in WEIGHTS.items())
         for optimizer in self.optimizers:
@@ -151,7 +150,7 @@ class TextStage:
         self.num_updates, self.accuracy = state["num_updates"], dict(state["accuracy"])
 
 
-def _mean_of_answers(losses: Tensor, batch: Batch) -> Tensor:
+def mean_of_answers(losses: Tensor, batch: Batch) -> Tensor:
     """A mean in which an answer counts by the root of its length: a listing is not worth forty colours.
 
     losses: one per token that is to be predicted, in the order of `answer_logits`.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
 from sparsevila_cluster.demo.training.scene_videos import CONTENTS, SampledScene, contents_of
-from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify, salience_target
+from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify, salience_target, say_readings
 
 SALIENCE_WEIGHT = 0.3
 PLACE_WEIGHT = 0.2
@@ -119,13 +119,7 @@ class TowerStage:
             scale = BLOCK_SIZES[name] / (centered[held] - mean).norm(dim=-1).mean()
             rows.append(scale * center @ weight)
             offsets.append(-scale * mean)
-        hidden = tokens.shape[-1]
-        # Drawn on the CPU so that every device starts from the same frame.
-        frame = torch.linalg.qr(torch.randn(hidden, hidden))[0][:, : sum(PROBES.values())].to(self.device)
-        turn, shift = norm * frame @ torch.cat(rows), norm * frame @ torch.cat(offsets)
-        last = self.runner.visual.merger.mlp[2]
-        last.bias.copy_(turn @ last.bias + shift)
-        last.weight.copy_(turn @ last.weight)
+        say_readings(self.runner.visual, torch.cat(rows), torch.cat(offsets), norm)
         length = self.runner(patches).tokens.flatten(0, 1).norm(dim=-1)
         norms = {"held": length[something], "other": length[~something]}
         return {name: round(values.mean().item(), 2) for name, values in norms.items()}
