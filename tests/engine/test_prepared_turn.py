@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import Counter
 
 import pytest
 
@@ -65,12 +66,12 @@ def test_half_a_surrogate_pair_is_no_text(question):
 
 def test_nothing_of_it_runs_in_the_threads_that_serve_others(model, monkeypatch):
     """Neither the engine's thread nor the event loop's tokenises a question or reads a replay."""
-    threads = set()
+    calls, num_said, num_new = Counter(), 150, 50
     for name in ("question_ids", "decode"):
         real = getattr(type(model.chat), name)
 
-        def seen(self, *args, real=real, **kwargs):
-            threads.add(threading.current_thread().name)
+        def seen(self, *args, name=name, real=real, **kwargs):
+            calls[name, threading.current_thread().name] += 1
             return real(self, *args, **kwargs)
 
         monkeypatch.setattr(type(model.chat), name, seen)
@@ -80,17 +81,22 @@ def test_nothing_of_it_runs_in_the_threads_that_serve_others(model, monkeypatch)
         bench.prefix([random_media("video", 2, 56, 84, seed=0)], key="m")
         engine = AsyncDecodeEngine(bench.decode, "test")
         try:
-            events = engine.ask(turn("where?", max_tokens=200, num_said=150, token=5))
+            events = engine.ask(turn("where?", max_tokens=num_said + num_new, num_said=num_said, token=5))
             async for (event,) in events:
                 if event.kind == "accepted":
-                    assert threads == {"prepare-turn_0"}
                     break
             await events.aclose()
-            threads.clear()
+            await engine.call(lambda _: None)  # the turn is aborted: nothing of it comes later
+            assert {name for name in calls if name[0] == "question_ids"} == {("question_ids", "prepare-turn_0")}
+            assert calls["decode", "prepare-turn_0"] >= num_said
+            # The engine may have come to new tokens by now, of which each takes two calls.
+            assert calls.pop(("decode", "decode"), 0) <= 2 * num_new + 2 < num_said
+            assert {thread for _, thread in calls} == {"prepare-turn_0"}
+            calls.clear()
             with pytest.raises(BadRequest):
                 async for _ in engine.ask(turn("x" * 2**20)):
                     pass
-            assert not threads, "what is too large is not looked at"
+            assert not calls, "what is too large is not looked at"
         finally:
             await engine.close(10.0)
 
