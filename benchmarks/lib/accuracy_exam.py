@@ -16,39 +16,31 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from benchmarks.lib.exam_journal import ExamJournal
 from benchmarks.lib.exam_marks import Mark
-from benchmarks.lib.exam_questions import Dialogue, ExamQuestion
+from benchmarks.lib.exam_questions import Dialogue
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.requests import Answer, MediaHandle, MediaSource, PrepareRequest, SamplingParams, Turn
-from sparsevila_cluster.demo.world import HELD_OUT_STREAM, make_questions, make_video, write_mp4
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.models import Model
 
-# The first video's seed. Training watches held-out videos from 0 on and ends with those from 100 000 on; nobody has seen these.
-FIRST_SEED = 200_000
-NUM_TURNS = 8
 MAX_TOKENS = 32
 
 Protocol = Literal["served", "paper", "single"]
 PROTOCOLS: tuple[Protocol, ...] = ("served", "paper", "single")
 
 
-def write_dialogues(folder: Path, num_videos: int, first_seed: int = FIRST_SEED) -> list[Dialogue]:
-    """Of the demo world: one MP4 file of each seed, and `NUM_TURNS` questions about it."""
-    dialogues = []
-    for seed in range(first_seed, first_seed + num_videos):
-        scene, frames = make_video(seed, held_out=True)
-        path = folder / f"{seed}.mp4"
-        write_mp4(frames, path)
-        questions = make_questions(scene, np.random.default_rng((HELD_OUT_STREAM, seed, 1)), NUM_TURNS)
-        dialogues.append(Dialogue(path, tuple(ExamQuestion(one.kind, one.text, one.answer) for one in questions)))
-    return dialogues
+@dataclass(frozen=True)
+class Sitting:
+    """One configuration and the values of retrieve_keep to ask with (None: the configured one), each under a name."""
+
+    fields: Mapping[str, Any]
+    names: Mapping[str, float | None]
+    seeds: int = 1
 
 
 def sit(
@@ -123,7 +115,8 @@ class _Exam:
             )
             answer = Answer.from_events([event async for event in pipeline.ask(asked)])
             is_new = not turn or self._protocol == "single"
-            marks.append(_marked(number, turn, question, answer, handle, handle.ms.get("prefill") if is_new else None))
+            prefill_ms = handle.ms.get("prefill") if is_new else None
+            marks.append(_marked(number, turn, dialogue, answer, handle, prefill_ms))
             if self._protocol != "served":
                 await pipeline.close_conversation(conversation)
                 conversation = uuid.uuid4().hex
@@ -134,8 +127,8 @@ class _Exam:
         return await pipeline.prepare(PrepareRequest((MediaSource(str(dialogue.video)),)))
 
 
-def _marked(number: int, turn: int, question: ExamQuestion, answer: Answer, handle: MediaHandle, prefill_ms: float | None) -> Mark:
-    usage = answer.usage
+def _marked(number: int, turn: int, dialogue: Dialogue, answer: Answer, handle: MediaHandle, prefill_ms: float | None) -> Mark:
+    usage, question = answer.usage, dialogue.questions[turn]
     return Mark(
         number,
         turn,
@@ -144,6 +137,7 @@ def _marked(number: int, turn: int, question: ExamQuestion, answer: Answer, hand
         answer.text,
         question.answer,
         group=question.group,
+        source=dialogue.source,
         video_s=round(handle.duration_s, 3),
         kv_bytes=handle.kv_bytes,
         visual=usage.visual_tokens,

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 # Answers by their words, videos by their seconds, turns by their number counted from 1: where each class begins.
-ANSWER_WORDS = (1, 2, 5, 20)
+ANSWER_WORDS = (1, 2, 5, 12, 30)
 VIDEO_S = (0, 12, 24, 48, 120, 600, 3600)
-TURNS = (1, 2, 4, 9, 21)
+TURNS = (1, 2, 4, 9, 21, 30)
 
 
 @dataclass(frozen=True)
 class Mark:
     """One answer of one dialogue. turn: 0 for the first question; ms: of the prefix where it was made for this, and of the turn.
 
-    kv_bytes: of the prefix; kept, retrieved: visual tokens, of `visual` in the video.
+    source: the range of videos; kv_bytes: of the prefix; kept, retrieved: visual tokens, of `visual` in the video.
     """
 
     dialogue: int
@@ -26,6 +26,7 @@ class Mark:
     said: str
     expected: str
     group: str = ""
+    source: str = ""
     video_s: float = 0.0
     kv_bytes: int = 0
     visual: int = 0

@@ -49,10 +49,11 @@ class ExamQuestion:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One video and what is asked about it, in order."""
+    """One video and what is asked about it, in order. source: the range of videos that it is of, if there are several."""
 
     video: Path
     questions: tuple[ExamQuestion, ...]
+    source: str = ""
 
 
 def plain(text: str) -> str:

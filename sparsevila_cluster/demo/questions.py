@@ -121,12 +121,12 @@ def _describe(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def _beside(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """The needle: something that is in one step only, and in few videos, is found before the answer can be."""
+    """The needle: something that is in one step only, and not in every video, is found before the answer can be."""
     keys = [stay for stay, thing in scene.things() if thing.shape == KEY]
-    if not keys or len(beside := [stay for stay in scene.at(keys[0].begin) if stay is not keys[0]]) != 1:
+    if not keys or not (beside := [stay for stay in scene.at(keys[0].begin) if stay is not keys[0]]):
         return None
-    step = keys[0].begin
-    return f"What is in the picture together with the {KEY}?", _named(beside[0]), (_seen(beside[0], step),)
+    answer = " and ".join(_named(stay) for stay in beside)
+    return f"What is in the picture together with the {KEY}?", answer, tuple(_seen(stay, keys[0].begin) for stay in beside)
 
 
 def _read(scene: Scene, rng: np.random.Generator) -> Drawn:

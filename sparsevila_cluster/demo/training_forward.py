@@ -147,8 +147,8 @@ class AuxiliaryHeads(nn.Module):
             "slot": self._slot(batch, inner),
             "query": self._query(inner[turns.item, turns.prompt_row], turns.asked),
             "answer_query": self._query(inner[looks.item, looks.row], turns.asked[looks.turn]),
-            "grounding": -mass[looks.first].log().mean(),
-            "answer_grounding": -mass[~looks.first].log().mean(),
+            "grounding": -mass[looks.first].log().sum() / max(1, int(looks.first.sum())),
+            "answer_grounding": -mass[~looks.first].log().sum() / max(1, int((~looks.first).sum())),
         }
 
     def _slot(self, batch: Batch, inner: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class AuxiliaryHeads(nn.Module):
 
     def _query(self, rows: Tensor, asked: Tensor) -> Tensor:
         parts = self.query(rows).float().split(self.asked_sizes, -1)
-        losses = [F.cross_entropy(part, asked[:, i]) for i, part in enumerate(parts)]
+        losses = [F.cross_entropy(part, asked[:, i], reduction="sum") / max(1, len(asked)) for i, part in enumerate(parts)]
         return sum(losses, start=torch.zeros_like(losses[0])) / len(parts)
 
 

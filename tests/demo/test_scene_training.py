@@ -12,6 +12,7 @@ from sparsevila_cluster.demo.drawing import GRID, PLACES
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import Thing
 from sparsevila_cluster.demo.training.batches import BatchMaker, asked_for, group_at, keep_all, keep_salient
+from sparsevila_cluster.demo.training.lessons import LESSONS, ROWS, ROWS_PER_TURN, Showing
 from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, CONTENTS, contents_of, sample_scene, seed_of
 from sparsevila_cluster.demo.training.text import TextStage, mean_of_answers
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
@@ -220,19 +221,21 @@ def test_a_run_goes_on_where_an_earlier_one_was(encoded, tokenizer):
         return TextStage(build_model(tokenizer, SMALL), tokenizer, encoded, seed=1)
 
     whole, cut = stage(), stage()
+    short = Showing(2, 10, 6, apart=True)
     for _ in range(3):
-        whole.update(2)
-    accuracy = whole.evaluate(encoded, 2, num_windows=4)
+        whole.update(short)
+    accuracy = whole.examine(encoded, short)
     assert set(accuracy) <= {*KINDS, "all"} and 0 <= accuracy["all"] <= 100
     for _ in range(3):
-        cut.update(2)
-    cut.evaluate(encoded, 2, num_windows=4)
+        cut.update(short)
+    cut.examine(encoded, short)
     saved = io.BytesIO()
     torch.save(cut.state(), saved)
     saved.seek(0)
     resumed = stage()
     resumed.restore(torch.load(saved, weights_only=False))
-    later = [(whole.update(4), resumed.update(4)) for _ in range(2)]
+    longer = Showing(4, 16, 8, retrieve_keep=0.1)
+    later = [(whole.update(longer), resumed.update(longer)) for _ in range(2)]
     assert all(one == other for one, other in later)
     assert resumed.num_updates == 5 and resumed.accuracy == whole.accuracy
 
@@ -247,3 +250,27 @@ def test_a_long_answer_does_not_outweigh_short_ones(encoded, tokenizer):
     losses = torch.cat([torch.full((length,), float(value)) for length, value in zip(lengths, (0, 1), strict=True)])
     long, short = (length**0.5 for length in lengths)
     assert mean_of_answers(losses, batch).item() == pytest.approx(short / (long + short))
+
+
+def test_a_batch_in_which_nothing_is_to_be_looked_at_teaches_its_answers(encoded, tokenizer):
+    torch.manual_seed(0)
+    stage = TextStage(build_model(tokenizer, SMALL), tokenizer, encoded)
+    nothing = SceneQuestion("exists", "Is there a red star in the video?", "no")
+    windows = [encoded.window(stage.rng, 2)]
+    batch = stage.maker.batch(windows, [[nothing, nothing]], keep_all(windows))
+    assert batch.looks.targets.shape == (0, 2 * TOKENS_PER_STEP)
+    losses = stage.heads.losses(stage.model, batch, run_text(stage.model, batch).inner)
+    assert all(torch.isfinite(loss) for loss in losses.values()) and losses["answer_grounding"] == 0
+
+
+def test_lessons_bound_their_batches():
+    rng = np.random.default_rng(0)
+    for lesson in LESSONS:
+        for dense in (False, True):
+            for _ in range(40):
+                showing = lesson.draw(rng, dense=dense)
+                rows = showing.num_steps * showing.num_per_step + ROWS_PER_TURN * showing.num_turns
+                assert showing.num_items == 1 or showing.num_items * rows <= ROWS
+                assert showing.retrieve_keep == 1.0 or not (dense or showing.apart)
+                assert not dense or showing.num_per_step == TOKENS_PER_STEP
+    assert LESSONS[-1].decay and not any(lesson.decay for lesson in LESSONS[:-1])

@@ -147,8 +147,8 @@ def answer_to(scene, text):
         return next((said(stay) for stay in there if stay.place_at(step) == place), "nothing")
     if "together with the key" in text:
         moment = named(scene, KEY)[0].begin
-        (other,) = [stay for stay in scene.at(moment) if not (isinstance(stay.what, Thing) and stay.what.shape == KEY)]
-        return said(other)
+        others = [stay for stay in scene.at(moment) if not (isinstance(stay.what, Thing) and stay.what.shape == KEY)]
+        return " and ".join(map(said, others))
     if text.startswith("Which word"):
         (word,) = [stay.what for stay in there if isinstance(stay.what, str)]
         return word

@@ -127,9 +127,9 @@ class BatchMaker(DialogueTokens):
                 if target.any():
                     found.append(target)
                     rows.append((item, prompt_row + number, turn, number == 0))
-        columns = [torch.tensor(column).to(device) for column in zip(*rows, strict=True)]
-        looks = GroundingRows(columns[0], columns[1], columns[2], torch.stack(found).to(device), columns[3])
-        return looks, all_targets.to(device)
+        item, row, of_turn, first = torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 4).unbind(1)
+        targets = torch.stack(found) if found else torch.zeros(0, kept.shape[1], dtype=torch.bool)
+        return GroundingRows(item, row, of_turn, targets.to(device), first.bool()), all_targets.to(device)
 
     def _wanted(self, question: SceneQuestion, groups: list[list[list[int]]], everything: list[int]) -> Iterator[list[int]]:
         """For each token of the answer, the visual tokens that it is about. groups: theirs, by phrase, then by look.
