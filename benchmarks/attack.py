@@ -36,8 +36,10 @@ from benchmarks.lib.report import Report, progress
 from sparsevila_cluster.client import AsyncClient
 from sparsevila_cluster.core.cluster_config import build_cluster_config
 from sparsevila_cluster.core.errors import SparseVilaError
+from sparsevila_cluster.demo.drawing import write_mp4
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
 from sparsevila_cluster.demo.served_cluster import serving
-from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
 
 KEYS = {"victim-key": "victim", "attacker-key": "attacker"}
 NUM_QUESTIONS = 6

@@ -33,7 +33,8 @@ from benchmarks.lib.stopwatch import Repeats
 from benchmarks.lib.timing_table import Ledger, show
 from sparsevila_cluster.core.config import EngineConfig, MediaLimits
 from sparsevila_cluster.core.requests import MediaSource
-from sparsevila_cluster.demo.world import make_video, write_mp4
+from sparsevila_cluster.demo.drawing import write_mp4
+from sparsevila_cluster.demo.scene_drawing import make_video
 from sparsevila_cluster.media import Media, open_media
 from sparsevila_cluster.models import load_model
 

@@ -5,7 +5,9 @@ import tempfile
 from pathlib import Path
 
 from sparsevila_cluster import AsyncVideoQA
-from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
+from sparsevila_cluster.demo.drawing import write_mp4
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
 
 NUM_VIDEOS = 3
 

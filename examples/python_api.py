@@ -12,7 +12,8 @@ from sparsevila_cluster import VideoQA
 
 def demo_video(folder: str) -> Path:
     """An MP4 file of the demo world, which the bundled model has never seen."""
-    from sparsevila_cluster.demo.world import make_video, write_mp4
+    from sparsevila_cluster.demo.drawing import write_mp4
+    from sparsevila_cluster.demo.scene_drawing import make_video
 
     path = Path(folder) / "clip.mp4"
     write_mp4(make_video(1)[1], path)

@@ -180,7 +180,8 @@ async def local_server():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A working directory with everything that the pages name, and the target of a server."""
-    from sparsevila_cluster.demo.world import make_video, write_mp4
+    from sparsevila_cluster.demo.drawing import write_mp4
+    from sparsevila_cluster.demo.scene_drawing import make_video
 
     folder = tmp_path_factory.mktemp("docs")
     (folder / "sparsevila-demo").mkdir()

@@ -1,4 +1,4 @@
-"""The exam of the demo world: three ranges of videos that nothing was chosen on, one for choices, and the settings that are compared.
+"""The exam of the demo world: three ranges of videos that nothing was chosen on, one for choices, and what is compared.
 
 A range is a stream of `demo.scenes`: its scenes, backgrounds and words are its own. Held-out ranges are looked at by the final
 command only; whatever is tried goes on the validation range.
@@ -18,8 +18,8 @@ from benchmarks.lib.accuracy_exam import Sitting
 from benchmarks.lib.exam_marks import Mark, Score, worst_gap
 from benchmarks.lib.exam_questions import Dialogue, ExamQuestion
 from sparsevila_cluster.demo.drawing import write_mp4
-from sparsevila_cluster.demo.questions import KINDS, SceneQuestion, make_questions
-from sparsevila_cluster.demo.scene_drawing import make_scene_video
+from sparsevila_cluster.demo.questions import pick_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
 from sparsevila_cluster.demo.scenes import STREAMS, Scene
 
 RANGES = {"validation": ("validation",), "held-out": ("held out a", "held out b", "held out c")}
@@ -91,18 +91,9 @@ def write_dialogues(
 
 def _write(wanted: tuple[str, int, int], path: Path) -> Scene:
     stream, num_steps, seed = wanted
-    scene, frames = make_scene_video(seed, num_steps, stream)
+    scene, frames = make_video(seed, num_steps, stream)
     write_mp4(frames, path)
     return scene
-
-
-def pick_questions(scene: Scene, rng: np.random.Generator, num: int) -> list[SceneQuestion]:
-    """`num` different ones in random order: of each kind that the scene can answer at least one, as far as there is room."""
-    first = [one for kind in KINDS for one in make_questions(scene, rng, 1, (kind,))]
-    known = {one.text for one in first}
-    more = [one for one in make_questions(scene, rng, num + len(first)) if one.text not in known]
-    picked = [*first, *more][:num]
-    return [picked[i] for i in rng.permutation(len(picked))]
 
 
 def figures(found: Mapping[str, Sequence[Mark]]) -> dict[str, float]:

@@ -6,7 +6,10 @@ import hashlib
 
 import numpy as np
 
-from sparsevila_cluster.demo.world import FPS, HELD_OUT_STREAM, TRAINING_STREAM, make_questions, make_video
+from sparsevila_cluster.demo.drawing import FPS
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
+from sparsevila_cluster.demo.scenes import STREAMS
 from sparsevila_cluster.media import Media
 from sparsevila_cluster.models.loading.originals import Vocabulary
 from sparsevila_cluster.quantization.calibration import Reading
@@ -24,8 +27,7 @@ def make_examples(
     """Without `media`, and for a language model, `num` times random tokens; else `num` videos and pictures in turn, as the model
     takes them, and an eighth as many (and shorter) random tokens. Held-out ones share nothing with the others of any seed.
     """
-    stream = HELD_OUT_STREAM if held_out else TRAINING_STREAM
-    rng = np.random.default_rng((stream, seed, 7))
+    rng = np.random.default_rng((STREAMS[_stream(held_out)], seed, 7))
     plain = np.array(vocabulary.plain_ids())
     kinds = vocabulary.kinds if media else ()
     num_texts, num_ids = (-(-num // 8), NUM_IDS_BESIDE_MEDIA) if kinds else (num, NUM_IDS)
@@ -39,14 +41,18 @@ def make_examples(
     return found
 
 
+def _stream(held_out: bool) -> str:
+    return "demo" if held_out else "training"
+
+
 def _scene(seed: int, kind: str, reading: Reading, held_out: bool) -> Material:
-    scene, frames = make_video(seed, held_out=held_out)
-    rng = np.random.default_rng((HELD_OUT_STREAM if held_out else TRAINING_STREAM, seed, 8))
+    scene, frames = make_video(seed, stream=_stream(held_out))
+    rng = np.random.default_rng((STREAMS[_stream(held_out)], seed, 8))
     turns = tuple((one.text, one.answer) for one in make_questions(scene, rng, NUM_TURNS))
     step = max(1, round(FPS / reading.fps)) if kind == "video" else len(frames)
     shown = frames[::step][: reading.max_frames]
     times_s = np.arange(len(frames))[::step][: reading.max_frames] / FPS
-    duration_s = scene.duration_s if kind == "video" else 0.0
+    duration_s = float(scene.num_steps) if kind == "video" else 0.0
     name = hashlib.blake2b(shown.tobytes(), digest_size=32).hexdigest()
     media = Media(shown, times_s, "video" if kind == "video" else "image", name, duration_s)
     return Material(f"{kind} of the demo world, seed {seed}", media=(media,), turns=turns)

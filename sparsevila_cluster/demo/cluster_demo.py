@@ -22,19 +22,22 @@ from sparsevila_cluster.core.requests import MediaHandle
 from sparsevila_cluster.core.summary import PREPARE_STAGES, media_summary, megabytes, summary_line
 from sparsevila_cluster.demo.local_demo import (
     FILE_WIDTH,
+    MAX_FRAMES,
+    MAX_TOKENS,
     NOTE,
+    NUM_SHOWN,
     PASS_SHARE,
-    SHOWN_SEEDS,
+    SHOWN,
     DemoVideo,
     GradedTurn,
     Report,
+    ask_about,
     new_table,
-    pick_questions,
     plain,
     write_video,
 )
 from sparsevila_cluster.demo.served_cluster import serving
-from sparsevila_cluster.demo.worker_kill import MAX_TOKENS, KillResult, kill_worker, num_prefills, show_kill
+from sparsevila_cluster.demo.worker_kill import KillResult, kill_worker, num_prefills, show_kill
 
 NUM_CLIENTS = 4
 
@@ -62,10 +65,10 @@ def run_cluster_demo(out: Path, model: str, as_json: bool, report: Report) -> in
         console.width = FILE_WIDTH
     try:
         out.mkdir(parents=True, exist_ok=True)
-        videos = [write_video(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
+        videos = [write_video(out / f"video-{number}.mp4", *video) for number, video in enumerate(SHOWN, 1)]
     except OSError as error:
         raise BadRequest(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
-    config = build_cluster_config(engine={"model": model}, decode={"replicas": 2}, door={"port": 0})
+    config = build_cluster_config(engine={"model": model, "max_frames": MAX_FRAMES}, decode={"replicas": 2}, door={"port": 0})
     started_s = time.perf_counter()
     with serving(config, report) as target:
         ready_s = time.perf_counter() - started_s
@@ -137,7 +140,7 @@ async def _run_client(target: str, number: int, video: DemoVideo) -> ClientResul
     async with AsyncClient.connect(target) as client:
         media = await client.prepare(video.path)
         result, chat = ClientResult(number, video, media), client.conversation(media)
-        for question in pick_questions(video.scene, video.seed):
+        for question in ask_about(video.scene, video.seed, NUM_SHOWN):
             result.turns.append(GradedTurn(question, await chat.ask(question.text, max_tokens=MAX_TOKENS)))
         await chat.close()
         return result

@@ -1,4 +1,4 @@
-"""Scenes of the demo world and how they look: glyphs, backgrounds, light, noise, and MP4 files.
+"""What scenes of the demo world are drawn with: glyphs, backgrounds, light, noise, and MP4 files.
 
 Glyphs are 14 to 16 px wide and sit in the cells of a 16 px grid, the cells that the demo checkpoint sees as one
 visual token each. This is a deliberate simplification: a vision tower of 0.2 M parameters learns shapes that lie
@@ -8,10 +8,8 @@ within one token in minutes, and the world is there to test what happens to toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,44 +35,8 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 GLYPH_SIZES_PX = (14, 15, 16)
 GLYPH_TURNS_DEG = (-6, 0, 6)
 
-# Backgrounds are made from their number. Training never sees the held-out ones.
-TRAINING_TEXTURES = range(0, 200)
-HELD_OUT_TEXTURES = range(10_000, 10_032)
 TEXTURE_PX = 320
 NOISE_PX, NOISE_SIGMA = 400, 9.0
-
-
-@dataclass(frozen=True)
-class Glyph:
-    """One coloured shape in one quadrant of the frame."""
-
-    color: str
-    shape: str
-    place: str  # quadrant of the frame, one of PLACES
-
-    @property
-    def phrase(self) -> str:
-        """As answers name it."""
-        return f"a {self.color} {self.shape}"
-
-
-@dataclass(frozen=True)
-class WorldScene:
-    """What a video shows: the glyphs of each step of one second."""
-
-    steps: tuple[tuple[Glyph, ...], ...]
-
-    @property
-    def duration_s(self) -> float:
-        """Length of the video."""
-        return float(len(self.steps))
-
-
-class Rendered(NamedTuple):
-    """The frames of a scene, and where its glyphs are."""
-
-    frames: np.ndarray  # uint8 [num_steps * FPS, FRAME_PX, FRAME_PX, 3]
-    owner: np.ndarray  # int8 [num_steps, GRID, GRID]: which glyph of the step lies in the cell, -1 for none
 
 
 Points = list[tuple[float, float]]
@@ -195,68 +157,6 @@ def light() -> np.ndarray:
     """Bright at the top, warm on the left. Without it a patch could not tell where in the frame it lies."""
     ramp = np.linspace(1, -1, FRAME_PX, dtype=np.float32)
     return ramp[:, None, None] * np.full(3, 14, np.float32) + ramp[None, :, None] * np.array([22, 0, -22], np.float32)
-
-
-class _Sprite(NamedTuple):
-    mask: np.ndarray
-    rgb: np.ndarray
-    row_px: int
-    col_px: int
-
-
-def _place_glyphs(step: tuple, rng: np.random.Generator, owner: np.ndarray) -> list[_Sprite]:
-    sprites = []
-    half = GRID // 2
-    for index, glyph in enumerate(step):
-        down, right = divmod(PLACES.index(glyph.place), 2)
-        row, col = down * half + int(rng.integers(half)), right * half + int(rng.integers(half))
-        owner[row, col] = index
-        size = GLYPH_SIZES_PX[rng.integers(len(GLYPH_SIZES_PX))]
-        turn = GLYPH_TURNS_DEG[rng.integers(len(GLYPH_TURNS_DEG))]
-        slack = (CELL_PX - size) / 2
-        # one pixel of margin lets later frames shake by one pixel within the picture
-        y, x = (int(np.clip(cell * CELL_PX + slack + rng.choice((-0.5, 0.5)), 1, FRAME_PX - size - 1)) for cell in (row, col))
-        rgb = np.array(RGB[glyph.color], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
-        sprites.append(_Sprite(glyph_mask(glyph.shape, size, turn), rgb, y, x))
-    return sprites
-
-
-def render_labelled(scene: WorldScene, rng: np.random.Generator, *, held_out: bool = False) -> Rendered:
-    """Frames, and for the trainer which glyph owns which cell."""
-    num_steps = len(scene.steps)
-    numbers = HELD_OUT_TEXTURES if held_out else TRAINING_TEXTURES
-    background = texture(numbers[rng.integers(len(numbers))])
-    room = TEXTURE_PX - FRAME_PX
-    start, pan = rng.integers(0, room, 2), rng.integers(-2, 3, 2)
-    owner = np.full((num_steps, GRID, GRID), -1, np.int8)
-    frames = np.empty((num_steps * FPS, FRAME_PX, FRAME_PX, 3), np.uint8)
-    for index, step in enumerate(scene.steps):
-        sprites = _place_glyphs(step, rng, owner[index])
-        specks = [
-            (*rng.integers(0, FRAME_PX - 4, 2), rng.integers(2, 5), COLORS[rng.integers(len(COLORS))])
-            for _ in range(rng.integers(2, 7))
-        ]
-        for frame in range(FPS):
-            number = index * FPS + frame
-            top, left = np.clip(start + pan * number, 0, room)
-            picture = background[top : top + FRAME_PX, left : left + FRAME_PX] + light()
-            for y, x, size, color in specks:
-                picture[y : y + size, x : x + size] = np.array(RGB[color], np.float32) * 0.8 + 20
-            for sprite in sprites:
-                # Still for half a second, then shaking: of the two frames that a model sees, the first is the steady one.
-                shake = rng.integers(-1, 2, 2) if frame >= FPS // 2 else (0, 0)
-                y, x, size = sprite.row_px + shake[0], sprite.col_px + shake[1], len(sprite.mask)
-                under = picture[y : y + size, x : x + size]
-                picture[y : y + size, x : x + size] = under * (1 - sprite.mask) + sprite.mask * sprite.rgb
-            y, x = rng.integers(0, NOISE_PX - FRAME_PX, 2)
-            picture += noise()[y : y + FRAME_PX, x : x + FRAME_PX]
-            frames[number] = np.clip(picture, 0, 255)
-    return Rendered(frames, owner)
-
-
-def render(scene: WorldScene, rng: np.random.Generator, *, held_out: bool = False) -> np.ndarray:
-    """uint8 [num_steps * FPS, 128, 128, 3]."""
-    return render_labelled(scene, rng, held_out=held_out).frames
 
 
 def write_mp4(frames: np.ndarray, path: str | Path, fps: int = FPS, crf: int = 18) -> None:

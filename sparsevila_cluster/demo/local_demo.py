@@ -26,16 +26,20 @@ from sparsevila_cluster.core.config import EngineConfig, build_config
 from sparsevila_cluster.core.errors import BadRequest
 from sparsevila_cluster.core.requests import Answer, MediaHandle
 from sparsevila_cluster.core.summary import media_summary, megabytes, resolved_sparsity, summary_line
-from sparsevila_cluster.demo.world import KINDS, Question, WorldScene, make_questions, make_video, write_mp4
+from sparsevila_cluster.demo.drawing import write_mp4
+from sparsevila_cluster.demo.questions import SceneQuestion, pick_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
+from sparsevila_cluster.demo.scenes import Scene
 
 Report = Callable[[str, int, int], None]
 
-SHOWN_SEEDS = (1, 2, 3)
-SCORED_SEEDS = tuple(range(101, 117))
+# (seed, steps) of the videos that are shown, and of those whose answers are only counted.
+SHOWN = ((1, 8), (2, 16), (3, 64))
+SCORED = tuple((seed, num_steps) for seed in range(101, 105) for num_steps in (8, 16, 32))
+NUM_SHOWN, NUM_SCORED = 10, 12
+MAX_TOKENS, MAX_FRAMES = 192, 128
 PASS_SHARE = 0.90
 FILE_WIDTH = 120  # characters in a line where no terminal says how many there are
-# Answers that take several steps; the first token alone comes from the question's own dense prefill.
-SEVERAL_WORDS = ("when", "where", "at", "describe")
 DENSE = {"prune": "keep_all", "retrieve": "retrieve_all"}
 NOTE = (
     "The demo model was trained with tokens dropped, and its encoder's salience was trained in: it shows the "
@@ -48,7 +52,7 @@ class DemoVideo(NamedTuple):
     """A video of the demo world: its file, what it shows, the seed of both."""
 
     path: Path
-    scene: WorldScene
+    scene: Scene
     seed: int
 
 
@@ -56,13 +60,18 @@ class DemoVideo(NamedTuple):
 class GradedTurn:
     """One turn: the question with its true answer, and the model's answer."""
 
-    question: Question
+    question: SceneQuestion
     answer: Answer
 
     @property
     def right(self) -> bool:
         """Whether the answer is the true one, word for word."""
         return self.answer.text.strip() == self.question.answer
+
+    @property
+    def several_words(self) -> bool:
+        """Whether retrieval can harm the answer: a first token comes from the question's own rows, which see all that was kept."""
+        return " " in self.question.answer
 
     @property
     def total_ms(self) -> float:
@@ -90,17 +99,17 @@ def run_local_demo(out: Path, model: str, as_json: bool, report: Report) -> int:
     console = Console(quiet=as_json, highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    sparse_config = build_config(model=model)
+    sparse_config = build_config(model=model, max_frames=MAX_FRAMES)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        shown = [write_video(out / f"video-{number}.mp4", seed) for number, seed in enumerate(SHOWN_SEEDS, 1)]
+        shown = [write_video(out / f"video-{number}.mp4", *video) for number, video in enumerate(SHOWN, 1)]
     except OSError as error:
         raise BadRequest(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
 
     with tempfile.TemporaryDirectory(prefix="sparsevila-demo-") as folder, _engine(sparse_config, report) as sparse:
         results = []
         for path, scene, seed in shown:
-            results.append(_ask_about(sparse, path, pick_questions(scene, seed), report))
+            results.append(_ask_about(sparse, path, ask_about(scene, seed, NUM_SHOWN), report))
             _show(console, sparse, results[-1])
         heatmap = out / "heatmap.png"
         origin = results[0].media.origin
@@ -108,11 +117,11 @@ def run_local_demo(out: Path, model: str, as_json: bool, report: Report) -> int:
         save_picture(draw_conversation(origin, [(turn.question.text, turn.answer) for turn in results[0].turns]), heatmap)
 
         scored = []
-        for number, seed in enumerate(SCORED_SEEDS):
-            report("write more videos", number, len(SCORED_SEEDS))
-            scored.append(write_video(Path(folder) / f"{seed}.mp4", seed))
+        for number, video in enumerate(SCORED):
+            report("write more videos", number, len(SCORED))
+            scored.append(write_video(Path(folder) / f"{number}.mp4", *video))
         score = {"sparse": score_of(_ask_about_all(sparse, scored, "ask the sparse engine", report))}
-        with _engine(build_config(model=model, **DENSE), report) as dense:
+        with _engine(build_config(model=model, max_frames=MAX_FRAMES, **DENSE), report) as dense:
             score["dense"] = score_of(_ask_about_all(dense, scored, "ask the dense engine", report))
 
     turns = [turn for result in results for turn in result.turns]
@@ -127,11 +136,9 @@ def run_local_demo(out: Path, model: str, as_json: bool, report: Report) -> int:
     return 0 if passed else 1
 
 
-def pick_questions(scene: WorldScene, seed: int) -> list[Question]:
-    """One question of every kind that the scene can answer, and a second description, in random order."""
-    rng = np.random.default_rng((seed, 17))
-    questions = [q for kind in KINDS for q in make_questions(scene, rng, 2 if kind == "describe" else 1, kinds=(kind,))]
-    return [questions[i] for i in rng.permutation(len(questions))]
+def ask_about(scene: Scene, seed: int, num: int) -> list[SceneQuestion]:
+    """`num` questions of as many kinds as there are, in random order."""
+    return pick_questions(scene, np.random.default_rng((seed, 17)), num)
 
 
 def has_passed(turns: Sequence[GradedTurn]) -> bool:
@@ -142,7 +149,7 @@ def has_passed(turns: Sequence[GradedTurn]) -> bool:
 def score_of(results: Sequence[VideoResult]) -> dict[str, Any]:
     """Counts of right answers, and medians of what they cost."""
     turns = [turn for result in results for turn in result.turns]
-    several = [turn for turn in turns if turn.question.kind in SEVERAL_WORDS]
+    several = [turn for turn in turns if turn.several_words]
     steps = [turn.answer.timeline["step"] for turn in turns if "step" in turn.answer.timeline]
     return {
         "right": sum(turn.right for turn in turns),
@@ -157,9 +164,9 @@ def score_of(results: Sequence[VideoResult]) -> dict[str, Any]:
     }
 
 
-def write_video(path: Path, seed: int) -> DemoVideo:
+def write_video(path: Path, seed: int, num_steps: int) -> DemoVideo:
     """Draw a scene and write its video."""
-    scene, frames = make_video(seed)
+    scene, frames = make_video(seed, num_steps)
     write_mp4(frames, path)
     return DemoVideo(path, scene, seed)
 
@@ -171,9 +178,9 @@ def _engine(config: EngineConfig, report: Report) -> VideoQA:
     return engine
 
 
-def _ask_about(qa: VideoQA, path: Path, questions: Sequence[Question], report: Report, evidence: bool = True) -> VideoResult:
+def _ask_about(qa: VideoQA, path: Path, questions: Sequence[SceneQuestion], report: Report, evidence: bool = True) -> VideoResult:
     chat = qa.conversation(qa.prepare(path, progress=report))
-    turns = tuple(GradedTurn(question, chat.ask(question.text, max_tokens=32, evidence=evidence)) for question in questions)
+    turns = tuple(GradedTurn(question, chat.ask(question.text, max_tokens=MAX_TOKENS, evidence=evidence)) for question in questions)
     chat.close()
     return VideoResult(path, chat.media, turns)
 
@@ -183,7 +190,7 @@ def _ask_about_all(qa: VideoQA, scored: Sequence[DemoVideo], stage: str, report:
     for number, (path, scene, seed) in enumerate(scored):
         report(stage, number, len(scored))
         # The progress line counts videos: the stages of each would only flicker.
-        results.append(_ask_about(qa, path, pick_questions(scene, seed), lambda *_: None, evidence=False))
+        results.append(_ask_about(qa, path, ask_about(scene, seed, NUM_SCORED), lambda *_: None, evidence=False))
     report(stage, len(scored), len(scored))
     return results
 
@@ -209,7 +216,7 @@ def _show(console: Console, qa: VideoQA, result: VideoResult) -> None:
 
 
 def _show_score(console: Console, score: dict[str, dict[str, Any]], sparsity: dict[str, Any]) -> None:
-    console.print(f"{len(SCORED_SEEDS)} more held-out videos", style="bold")
+    console.print(f"{len(SCORED)} more videos, of 8, 16 and 32 seconds", style="bold")
     table = new_table("", right=("sparse", "dense"))
     kept = f"{sparsity['prune_keep']:.0%} kept, {sparsity['retrieve_keep']:.0%} of it retrieved"
     table.add_row("visual tokens", kept, "all kept, all attended to")

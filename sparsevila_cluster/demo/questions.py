@@ -299,6 +299,16 @@ MAKERS: dict[str, Maker] = {
 KINDS = tuple(MAKERS)
 
 
+def pick_questions(scene: Scene, rng: np.random.Generator, num: int) -> list[SceneQuestion]:
+    """Up to `num` different questions in random order: of each kind that the scene can answer one, as far as there is room."""
+    first = [one for kind in KINDS for one in make_questions(scene, rng, 1, (kind,))]
+    known = {one.text for one in first}
+    more = [one for one in make_questions(scene, rng, num + len(first)) if one.text not in known]
+    first = [first[i] for i in rng.permutation(len(first))]
+    picked = [*first, *more][:num]
+    return [picked[i] for i in rng.permutation(len(picked))]
+
+
 def make_questions(scene: Scene, rng: np.random.Generator, num: int, kinds: Sequence[str] = KINDS) -> list[SceneQuestion]:
     """Up to `num` different questions in random order, each kind as likely; fewer only where the scene has no more to ask."""
     questions: dict[tuple[str, str], SceneQuestion] = {}

@@ -15,13 +15,12 @@ from rich.console import Console
 from sparsevila_cluster.client import AsyncChat, AsyncClient
 from sparsevila_cluster.core.errors import Internal, SparseVilaError
 from sparsevila_cluster.core.requests import MediaHandle
-from sparsevila_cluster.demo.local_demo import DemoVideo, GradedTurn, Report, new_table, plain
-from sparsevila_cluster.demo.world import Question, make_questions
+from sparsevila_cluster.demo.local_demo import MAX_TOKENS, DemoVideo, GradedTurn, Report, new_table, plain
+from sparsevila_cluster.demo.questions import SceneQuestion, make_questions
 
 # Streams under way when the worker dies, and how often to try when all of them ended before the signal.
 NUM_STREAMS = 6
 MAX_KILLS = 3
-MAX_TOKENS = 32
 WHOLE_AGAIN_S = 120.0
 POLL_S = 0.2
 
@@ -30,7 +29,7 @@ POLL_S = 0.2
 class ClientStream:
     """One answer while it is streamed: when its pieces arrived (s), and how many before the kill."""
 
-    question: Question
+    question: SceneQuestion
     chat: AsyncChat[MediaHandle | str]
     piece_times_s: list[float] = field(default_factory=list)
     before: int = 0
@@ -111,9 +110,9 @@ async def _read(stream: ClientStream, streams: Sequence[ClientStream], enough_st
             enough_started.set()
 
 
-def _long_questions(video: DemoVideo) -> list[Question]:
+def _long_questions(video: DemoVideo) -> list[SceneQuestion]:
     """Questions whose answers have many tokens."""
-    questions = make_questions(video.scene, np.random.default_rng((video.seed, 18)), NUM_STREAMS, kinds=("describe",))
+    questions = make_questions(video.scene, np.random.default_rng((video.seed, 18)), NUM_STREAMS, kinds=("listing", "describe"))
     return [questions[i % len(questions)] for i in range(NUM_STREAMS)]
 
 

@@ -7,58 +7,78 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from benchmarks import accuracy
-from benchmarks.lib import accuracy_exam
+from benchmarks.lib import accuracy_exam, scene_exam
 from benchmarks.lib.exam_journal import ExamJournal
 from benchmarks.lib.exam_marks import Mark
+from sparsevila_cluster.core.config import EngineConfig
 from sparsevila_cluster.core.errors import BadConfig
+from sparsevila_cluster.demo.checkpoint_builder import TextSize, build_model, save_checkpoint
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scenes import STREAMS, make_scene, make_words
+from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 from tests.media.clips import write_clip
 from tests.structure import ROOT
 
-ACCURACY_FIGURES = set(
-    "questions dense sparse random dense_multiword sparse_multiword sparse_turn1 sparse_turn4plus twin_dense twin_sparse".split()
+FIGURES = set(
+    "questions dense sparse random uniform twin_dense twin_sparse long_answers_dense long_answers_sparse "
+    "sparse_turn1 sparse_turn30 unsupervised_salience unsupervised_random".split()
 )
 
 
-def test_kinds_of_several_words_are_the_trainers():
-    from sparsevila_cluster.demo.training_monitor import SEVERAL_WORDS
-
-    assert accuracy.SEVERAL_WORDS == SEVERAL_WORDS
-
-
-def test_dialogues_are_held_out_and_repeatable(tmp_path):
-    from sparsevila_cluster.demo.train import FINAL_SEED, MONITOR_SEED
-
-    assert accuracy_exam.FIRST_SEED > FINAL_SEED > MONITOR_SEED
-    (a,), (b,) = accuracy_exam.write_dialogues(tmp_path, 1), accuracy_exam.write_dialogues(tmp_path, 1)
-    assert a == b and len(a.questions) == accuracy_exam.NUM_TURNS and a.video.stat().st_size > 1000
-    longest = max(len(q.answer.split()) for q in a.questions)
-    assert longest < accuracy_exam.MAX_TOKENS
+def test_dialogues_of_a_range_are_repeatable_and_ask_every_kind(tmp_path):
+    (a, b), (c, d) = (scene_exam.write_dialogues(tmp_path, ("held out a",), 1, (8, 16)) for _ in range(2))
+    assert (a, b) == (c, d) and all(one.video.stat().st_size > 1000 and one.source == "held out a" for one in (a, b))
+    assert len(a.questions) == len(b.questions) == scene_exam.NUM_TURNS
+    assert len({question.kind for one in (a, b) for question in one.questions}) >= 16
+    ranges = [stream for streams in scene_exam.RANGES.values() for stream in streams]
+    assert set(ranges) == set(STREAMS) - {"training", "demo"} and len(ranges) == len(set(ranges))
 
 
-def test_accuracy_of_a_model_that_knows_nothing(tmp_path, capsys, monkeypatch):
-    from sparsevila_cluster.demo.checkpoint_builder import build_model, build_tokenizer, save_checkpoint
+def test_no_right_answer_is_cut(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(EngineConfig().model_dir)
+    rng = np.random.default_rng(0)
+    scenes = [make_scene(rng, 64, make_words("validation")) for _ in range(40)]
+    answers = [one.answer for scene in scenes for one in make_questions(scene, rng, 5, ("listing",))]
+    assert max(len(tokenizer.encode(answer)) for answer in answers) < scene_exam.MAX_TOKENS
 
-    tokenizer = build_tokenizer(num_scenes=50)
-    directory = save_checkpoint(build_model(tokenizer), tokenizer, tmp_path / "checkpoint")
-    (tmp_path / "checkpoint_dense_only").symlink_to(directory, target_is_directory=True)
-    monkeypatch.setattr(accuracy_exam, "MAX_TOKENS", 2)
-    accuracy.main(["--videos", "2", "--model", str(directory), "--threads", "1"])
+
+@pytest.fixture(scope="module")
+def knows_nothing(tmp_path_factory):
+    tokenizer = build_scene_tokenizer()
+    folder = tmp_path_factory.mktemp("models")
+    directory = save_checkpoint(build_model(tokenizer, TextSize(64, 96, 2, 2, 1)), tokenizer, folder / "checkpoint")
+    for name in ("checkpoint_dense_only", "checkpoint_unsupervised"):
+        (folder / name).symlink_to(directory, target_is_directory=True)
+    return directory
+
+
+def test_accuracy_of_a_model_that_knows_nothing(knows_nothing, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scene_exam, "LENGTHS", (3,))
+    monkeypatch.setattr(scene_exam, "write_dialogues", partial(scene_exam.write_dialogues, lengths=(3,)))
+    command = ["--videos", "1", "--model", str(knows_nothing), "--max-tokens", "2", "--curve", "--plots", str(tmp_path)]
+    accuracy.main(command)
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(document["figures"]) == ACCURACY_FIGURES and document["figures"]["questions"] == 16
+    turns = {f"sparse_turn{len(document['rows'][0]['by_turn'])}"}
+    assert set(document["figures"]) - turns == FIGURES - {"sparse_turn30"} - turns and document["figures"]["questions"] == 90
     rows = {row["setting"]: row for row in document["rows"]}
     assert all(row["percent"] < 50 for row in rows.values())
-    assert rows["keep 1"]["retrieve_keep"] == 1.0 and rows["sparse"]["prune_keep"] == 0.25
+    assert rows["0.1/0.05"]["retrieve_keep"] == 0.05 and set(rows["sparse"]["by_range"]) == set(scene_exam.RANGES["held-out"])
     # with nothing but the names changed, the twin gives the same answers
     assert rows["twin sparse"]["by_kind"] == rows["sparse"]["by_kind"]
     dense, sparse = rows["dense"], rows["sparse"]
     assert dense["kept_share"] == dense["retrieved_of_all"] == 1.0 and dense["mcnemar_p"] == 1.0
     assert sparse["kv_mib"] < dense["kv_mib"] / 2 and 0 < sparse["retrieved_of_all"] < sparse["retrieved_of_kept"] <= 0.5
-    assert set(dense["by_turn"]) == {"turn 1", "turn 2-3", "turn 4+"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "accuracy_by_bytes.png", "accuracy_by_step_time.png", "accuracy_by_turn.png", "accuracy_by_kind.png",
+    }  # fmt: skip
 
 
 # ---- questions of a file -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ from ray._private.ray_constants import LOG_MONITOR_MAX_OPEN_FILES
 
 from sparsevila_cluster.client import AsyncClient
 from sparsevila_cluster.core.errors import DeadlineExceeded, NotFound, QueueFull, SparseVilaError, Unavailable
-from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
+from sparsevila_cluster.demo.drawing import write_mp4
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
 from tests.cluster.serve_process import ServeProcess
 
 NUM_CLIENTS, NUM_CLIPS, NUM_QUESTIONS = 4, 3, 5

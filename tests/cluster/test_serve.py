@@ -19,7 +19,9 @@ import pytest
 from sparsevila_cluster.api.video_qa import VideoQA
 from sparsevila_cluster.client import Client
 from sparsevila_cluster.core.config import EngineConfig
-from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
+from sparsevila_cluster.demo.drawing import write_mp4
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from sparsevila_cluster.pb.video_qa_pb2_grpc import VideoQAStub
 from tests.cluster.serve_process import START_S, ServeProcess

@@ -14,8 +14,9 @@ from sparsevila_cluster.core.requests import Answer, FinishReason, MediaHandle, 
 from sparsevila_cluster.demo import cluster_demo
 from sparsevila_cluster.demo.cluster_demo import ClientResult, DemoOutcome, _finish, run_cluster_demo
 from sparsevila_cluster.demo.local_demo import DemoVideo, GradedTurn
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
 from sparsevila_cluster.demo.worker_kill import ClientStream, KillResult, show_kill
-from sparsevila_cluster.demo.world import make_questions, make_video
 
 SCENE = make_video(1)[0]
 QUESTION = make_questions(SCENE, np.random.default_rng(0), 1)[0]

@@ -13,16 +13,9 @@ from sparsevila_cluster.cli import main as cli
 from sparsevila_cluster.core.evidence import Evidence
 from sparsevila_cluster.core.requests import Answer, FinishReason, MediaHandle, Usage
 from sparsevila_cluster.demo import local_demo
-from sparsevila_cluster.demo.local_demo import (
-    SEVERAL_WORDS,
-    SHOWN_SEEDS,
-    GradedTurn,
-    VideoResult,
-    has_passed,
-    pick_questions,
-    score_of,
-)
-from sparsevila_cluster.demo.world import KINDS, Question, make_video
+from sparsevila_cluster.demo.local_demo import NUM_SHOWN, SHOWN, GradedTurn, VideoResult, ask_about, has_passed, score_of
+from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
+from sparsevila_cluster.demo.scene_drawing import make_video
 from tests.checkpoints.tiny_qwen2_5_vl import make_qwen2_5_vl
 
 BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
@@ -31,7 +24,7 @@ BUNDLED = Path(list(demo.__path__)[0]) / "checkpoint"
 def turn(said, expected="red", kind="color", **ms):
     ms = {"ttft": 2.0, "total": 3.0, **ms}
     answer = Answer(said, (1, 2), FinishReason.STOP, Evidence(), Usage(512, 128, 13, 100, 2, 0.1, ms=ms))
-    return GradedTurn(Question(kind, "What colour?", expected, 0, ()), answer)
+    return GradedTurn(SceneQuestion(kind, "What colour?", expected), answer)
 
 
 def test_an_answer_is_right_when_it_says_exactly_that():
@@ -50,7 +43,7 @@ def test_an_exam_is_counted_by_kind_and_costs_are_medians():
         turn("red"),
         turn("x"),
         turn("at step 1", "at step 1", "when", step=1.0),
-        turn("x", kind="describe", step=3.0),
+        turn("x", "a red star at the top left", kind="describe", step=3.0),
     )
     score = score_of([VideoResult(Path("a.mp4"), media, turns)])
     assert (score["right"], score["asked"]) == (2, 4)
@@ -59,16 +52,16 @@ def test_an_exam_is_counted_by_kind_and_costs_are_medians():
     assert (score["kv_bytes"], score["visual_tokens"]) == (1000, 13)
 
 
-@pytest.mark.parametrize("seed", SHOWN_SEEDS)
-def test_conversations_are_mixed_and_repeatable(seed):
-    scene, _ = make_video(seed)
-    questions = pick_questions(scene, seed)
-    assert questions == pick_questions(scene, seed)
-    kinds = [question.kind for question in questions]
-    assert len(kinds) >= 4 and len({q.text for q in questions}) == len(questions)
-    assert set(kinds) == set(KINDS)
-    assert sum(kind in SEVERAL_WORDS for kind in kinds) >= 4
-    assert any(len(question.answer.split()) >= 6 for question in questions)
+def test_conversations_are_mixed_and_repeatable():
+    asked = []
+    for seed, num_steps in SHOWN:
+        scene, _ = make_video(seed, num_steps)
+        questions = ask_about(scene, seed, NUM_SHOWN)
+        assert questions == ask_about(scene, seed, NUM_SHOWN) and len(questions) == NUM_SHOWN
+        assert len({question.text for question in questions}) == len({question.kind for question in questions}) == NUM_SHOWN
+        asked += questions
+    assert len({question.kind for question in asked}) >= len(KINDS) - 2
+    assert any(len(question.answer.split()) >= 20 for question in asked)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +71,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(local_demo, "SCORED_SEEDS", (101,))
+    monkeypatch.setattr(local_demo, "SCORED", ((101, 8),))
     monkeypatch.setattr(local_demo, "FILE_WIDTH", 400)  # an untrained model says much
 
 
@@ -89,11 +82,11 @@ def test_the_tour_tells_everything_and_leaves_its_files(checkpoint, short, tmp_p
     assert err == "" and code == (0 if checkpoint == BUNDLED else 1)
     assert sorted(path.name for path in out.iterdir()) == ["heatmap.png", "video-1.mp4", "video-2.mp4", "video-3.mp4"]
     assert np.asarray(Image.open(out / "heatmap.png")).std() > 20
-    for seed in SHOWN_SEEDS:
-        for question in pick_questions(make_video(seed)[0], seed):
+    for seed, num_steps in SHOWN:
+        for question in ask_about(make_video(seed, num_steps)[0], seed, NUM_SHOWN):
             assert question.text in shown
     assert shown.count("expected") == 3 and shown.count("prepared once in") == shown.count(": reused in") == 3
-    assert shown.count(" packed -> ") == 3 and "dense" in shown and "24 shown answers are right" in shown
+    assert shown.count(" packed -> ") == 3 and "dense" in shown and f"{3 * NUM_SHOWN} shown answers are right" in shown
     assert (": below 90%" in shown) == (code == 1)
 
 
@@ -102,7 +95,7 @@ def test_the_tour_speaks_json(checkpoint, short, tmp_path, capsys):
     shown, err = capsys.readouterr()
     document = json.loads(shown)
     assert err == "" and document["passed"] == (code == 0) == (document["right"] >= 0.9 * document["asked"])
-    assert len(document["videos"]) == 3 and all(len(video["turns"]) == 8 for video in document["videos"])
+    assert len(document["videos"]) == 3 and all(len(video["turns"]) == NUM_SHOWN for video in document["videos"])
     first = document["videos"][0]["turns"][0]
     assert set(first) == {"kind", "question", "expected", "answer", "right", "ms"}
     assert set(document["score"]) == {"sparse", "dense"}

@@ -12,14 +12,14 @@ from sparsevila_cluster.demo.drawing import GRID, PLACES
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import Thing
 from sparsevila_cluster.demo.training.batches import BatchMaker, asked_for, group_at, keep_all, keep_salient
+from sparsevila_cluster.demo.training.forward import retrieval_mask, retrieved, run_text, turns_apart_mask
 from sparsevila_cluster.demo.training.lessons import LESSONS, ROWS, ROWS_PER_TURN, Showing
 from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, CONTENTS, contents_of, sample_scene, seed_of
 from sparsevila_cluster.demo.training.text import TextStage, mean_of_answers
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from sparsevila_cluster.demo.training.tower import TowerStage
+from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify
 from sparsevila_cluster.demo.training.windows import EncodedVideos, crop
-from sparsevila_cluster.demo.training_forward import run_text
-from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify
 
 NUM_STEPS = 12
 SMALL = TextSize(128, 256, 3, 4, 2, 2048)
@@ -202,6 +202,42 @@ def test_a_batch_is_what_the_stock_model_sees(encoded, tokenizer, model, videos)
         stock = model.model(input_ids=ids, position_ids=batch.positions, pixel_values_videos=patches, **inputs).last_hidden_state
         ours = run_text(model, batch).hidden
     torch.testing.assert_close(ours, stock, atol=0.05, rtol=0.05)  # tokens are kept in half precision
+
+
+@torch.no_grad()
+def test_dropped_tokens_leave_the_others_where_they_are(encoded, tokenizer, model):
+    rng = np.random.default_rng(6)
+    windows = [encoded.window(rng, 5) for _ in range(2)]
+    dialogues = [window.questions(rng, 4, KINDS) for window in windows]
+    maker, keep = BatchMaker(tokenizer, encoded), keep_salient(encoded, windows, 9)
+    whole, batch = maker.batch(windows, dialogues, keep_all(windows)), maker.batch(windows, dialogues, keep)
+    text, media = model.model.language_model, whole.visual_rows
+    for item, kept in enumerate(keep):
+        rows = torch.cat([torch.arange(media.start), media.start + kept, torch.arange(media.stop, whole.labels.shape[1])])
+        parts = (text.embed_tokens(whole.prefix_ids[item]), whole.visual[item], text.embed_tokens(whole.suffix_ids[item]))
+        positions = whole.positions[:, item : item + 1, rows]
+        stock = text(inputs_embeds=torch.cat(parts)[rows][None], position_ids=positions, use_cache=False).last_hidden_state
+        torch.testing.assert_close(run_text(model, batch).hidden[item], stock[0], atol=2e-5, rtol=1e-5)
+
+
+def test_masks_hide_other_turns_and_tokens_not_retrieved(encoded, tokenizer, model):
+    rng = np.random.default_rng(3)
+    windows = [encoded.window(rng, 6) for _ in range(2)]
+    dialogues = [window.questions(rng, 4, KINDS) for window in windows]
+    batch = BatchMaker(tokenizer, encoded).batch(windows, dialogues, keep_all(windows))
+    turns, media = batch.turns, batch.visual_rows
+    apart, second = turns_apart_mask(batch)[0, 0], int(turns.prompt_row[1])
+    assert apart[second, : media.stop + 1].all()
+    assert not apart[second, int(turns.prompt_row[0]) : int(turns.end_row[0])].any()
+    chosen = retrieved(model, batch, 0.1)
+    assert len(chosen) == SMALL.layers
+    assert all((layer.sum(1) == round(0.1 * 6 * TOKENS_PER_STEP)).all() for layer in chosen)
+    mask = retrieval_mask(batch, chosen[0])[:, 0]
+    for turn, item in enumerate(turns.item.tolist()):
+        prompt, end = int(turns.prompt_row[turn]), int(turns.end_row[turn])
+        assert mask[item, prompt, media].all() and mask[item, end, media].all()
+        for row in range(prompt + 1, end):
+            assert torch.equal(mask[item, row, media], chosen[0][turn])
 
 
 def test_a_tower_learns_and_its_projector_says_what_it_reads(tokenizer, videos):

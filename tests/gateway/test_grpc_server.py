@@ -8,7 +8,9 @@ import pytest
 
 import sparsevila_cluster
 from sparsevila_cluster.core.config import build_config
-from sparsevila_cluster.demo.world import make_questions, make_video, write_mp4
+from sparsevila_cluster.demo.drawing import write_mp4
+from sparsevila_cluster.demo.questions import make_questions
+from sparsevila_cluster.demo.scene_drawing import make_video
 from sparsevila_cluster.engine.local_pipeline import LocalPipeline
 from sparsevila_cluster.pb import video_qa_pb2 as pb
 from tests.gateway.running_servers import ask, locally, prepare, run, running_server, streamed, upload

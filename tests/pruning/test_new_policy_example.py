@@ -9,7 +9,7 @@ from sparsevila_cluster.cli.main import build_parser
 from sparsevila_cluster.core.config import build_config
 from sparsevila_cluster.core.errors import BadConfig
 from sparsevila_cluster.demo.drawing import write_mp4
-from sparsevila_cluster.demo.world import make_video
+from sparsevila_cluster.demo.scene_drawing import make_video
 from sparsevila_cluster.engine.config_check import check_choices
 from sparsevila_cluster.pruning import PRUNING, build_pruning
 from sparsevila_cluster.pruning.pruning_method import PruningInput

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from sparsevila_cluster.demo.training.run import RunOptions, TrainingRun
-from sparsevila_cluster.demo.training_log import TrainingLog
+from sparsevila_cluster.demo.training.training_log import TrainingLog
 
 
 def main() -> None:

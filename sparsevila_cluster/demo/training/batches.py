@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
-from sparsevila_cluster.demo.dialogue_batches import Batch, DialogueTokens, GroundingRows, Turns
 from sparsevila_cluster.demo.drawing import COLORS, PLACES
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import MAX_STEPS
+from sparsevila_cluster.demo.training.dialogues import Batch, DialogueTokens, GroundingRows, Turns
 from sparsevila_cluster.demo.training.scene_videos import ALL_SHAPES
 from sparsevila_cluster.demo.training.windows import EncodedVideos, Window
 

@@ -60,4 +60,4 @@ def scene_feed(
         try:
             yield videos()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)

@@ -15,21 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from sparsevila_cluster.demo.checkpoint_builder import TextSize, build_model, num_parameters, save_checkpoint
+from sparsevila_cluster.demo.checkpoint_builder import build_model, num_parameters, save_checkpoint
 from sparsevila_cluster.demo.scenes import MAX_STEPS
 from sparsevila_cluster.demo.training.feed import scene_feed
 from sparsevila_cluster.demo.training.lessons import LESSONS, Lesson, Showing
 from sparsevila_cluster.demo.training.text import TextStage
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from sparsevila_cluster.demo.training.tower import TowerStage
+from sparsevila_cluster.demo.training.training_log import TrainingLog
+from sparsevila_cluster.demo.training.vision_runner import VisionRunner
 from sparsevila_cluster.demo.training.windows import EncodedVideos
-from sparsevila_cluster.demo.training_log import TrainingLog
-from sparsevila_cluster.demo.vision_trainer import VisionRunner
 
-SIZE = TextSize(192, 512, 5, 6, 3, 8192)
 VISION_BATCH, VISION_STEPS = 6, 8
 SAVE_EVERY_S = 120.0
 EXAMINE_EVERY = 100
@@ -50,6 +48,7 @@ class RunOptions:
     vision_updates: int = 450
     num_videos: int = 240
     num_held: int = 16
+    num_windows: int = 32
     lessons: Sequence[Lesson] = LESSONS
 
 
@@ -61,7 +60,7 @@ class TrainingRun:
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         self.tokenizer = build_scene_tokenizer()
-        self.model = build_model(self.tokenizer, SIZE).to(options.device)
+        self.model = build_model(self.tokenizer).to(options.device)
         self.tower = TowerStage(self.model.model.visual, salience=options.salience)
         self.path = options.out / "state.pt"
         self.saved: dict[str, Any] = torch.load(self.path, weights_only=False) if self.path.exists() else {}
@@ -173,7 +172,7 @@ class TrainingRun:
         for num_steps in FINAL_LENGTHS:
             for name, per_step, retrieve_keep in (("dense", 64, 1.0), ("sparse", 16, 0.1)):
                 showing = Showing(num_steps, per_step, 30, retrieve_keep=retrieve_keep)
-                accuracy = stage.evaluate(held, showing, num_windows=32, seed=1)
+                accuracy = stage.evaluate(held, showing, num_windows=self.options.num_windows, seed=1)
                 report[f"{name} {num_steps}"] = {kind: round(percent, 1) for kind, percent in accuracy.items()}
         self.log.write(event="final", work_s=round(self.seconds), accuracy=report)
         return report

@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from sparsevila_cluster.demo.dialogue_batches import IGNORE, Batch
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import MAX_STEPS, STREAMS
 from sparsevila_cluster.demo.training.batches import ASKED_SIZES, BatchMaker, keep_salient
-from sparsevila_cluster.demo.training.lessons import Showing
-from sparsevila_cluster.demo.training.windows import EncodedVideos
-from sparsevila_cluster.demo.training_forward import (
+from sparsevila_cluster.demo.training.dialogues import IGNORE, Batch
+from sparsevila_cluster.demo.training.forward import (
     AUXILIARY_WEIGHTS,
     AuxiliaryHeads,
     answer_logits,
@@ -31,6 +29,8 @@ from sparsevila_cluster.demo.training_forward import (
     run_text,
     turns_apart_mask,
 )
+from sparsevila_cluster.demo.training.lessons import Showing
+from sparsevila_cluster.demo.training.windows import EncodedVideos
 
 WARM_UP = 100
 # A kind of which less is right is asked about more often.

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
 from sparsevila_cluster.demo.training.scene_videos import CONTENTS, SampledScene, contents_of
-from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify, salience_target, say_readings
+from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify, say_readings
 
 SALIENCE_WEIGHT = 0.3
+# Of the last full-attention block: shared by the things and letters of a step, the rest is spread evenly.
+HELD_ATTENTION = 0.6
 PLACE_WEIGHT = 0.2
 # Nearly all tokens hold nothing; unweighted they would drown the others.
 NOTHING_WEIGHT = 0.15
@@ -38,6 +40,13 @@ def contents(videos: Sequence[SampledScene], device: torch.device | str) -> dict
 def is_something(labels: dict[str, Tensor]) -> Tensor:
     """bool, of the same shape: tokens that hold a thing or a letter."""
     return (labels["shape"] < PROBES["shape"] - 1) | (labels["letter"] < PROBES["letter"] - 1)
+
+
+def salience_target(held: Tensor) -> Tensor:
+    """Where attention should go, likewise float. held: bool [steps, tokens]."""
+    on, num = held.float(), held.float().sum(-1, keepdim=True)
+    even = torch.full_like(on, 1 / on.shape[-1])
+    return torch.where(num > 0, (1 - HELD_ATTENTION) * even + HELD_ATTENTION * on / num.clamp(min=1), even)
 
 
 class TowerStage:

@@ -20,7 +20,7 @@ from sparsevila_cluster.demo.drawing import GRID, PLACES
 from sparsevila_cluster.demo.questions import Look, SceneQuestion, make_questions
 from sparsevila_cluster.demo.scenes import Scene
 from sparsevila_cluster.demo.training.scene_videos import SampledScene
-from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify
+from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify
 
 STEP_NUMBER = re.compile(r"\bstep (\d+)")
 

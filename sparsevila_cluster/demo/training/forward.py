@@ -20,8 +20,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, repeat_kv
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS
-from sparsevila_cluster.demo.dialogue_batches import ASKED_SIZES, IGNORE, Batch
-from sparsevila_cluster.demo.world import NUM_STEPS
+from sparsevila_cluster.demo.training.dialogues import IGNORE, Batch
 
 AUXILIARY_LAYER = 2
 AUXILIARY_WEIGHTS = {"slot": 0.1, "query": 0.5, "answer_query": 0.25, "grounding": 0.5, "answer_grounding": 0.5}
@@ -132,7 +131,7 @@ def retrieved(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, retrieve_
 class AuxiliaryHeads(nn.Module):
     """Two linear heads on the inner states, thrown away after training."""
 
-    def __init__(self, hidden: int, num_steps: int = NUM_STEPS, asked_sizes: tuple[int, ...] = ASKED_SIZES) -> None:
+    def __init__(self, hidden: int, num_steps: int, asked_sizes: tuple[int, ...]) -> None:
         """asked_sizes: number of classes of each thing that a question may name."""
         super().__init__()
         self.num_steps, self.asked_sizes = num_steps, asked_sizes
