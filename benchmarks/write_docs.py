@@ -29,17 +29,20 @@ SHARE = "{:.1%}"
 # Names as a benchmark's last line has them -> (what it is, how it is written). Names that end alike are of one kind.
 MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
     "accuracy": {
-        "questions": ("questions on held-out videos of the demo world", "{:.0f}"),
+        "questions": ("questions on three held-out ranges of the demo world", "{:.0f}"),
         "dense": ("right answers, everything kept", PERCENT),
-        "sparse": ("right answers, prune_keep 0.25 and retrieve_keep 0.10", PERCENT),
+        "sparse": ("right answers, our default", PERCENT),
         "random": ("right answers, the same shares chosen at random", PERCENT),
-        "dense_multiword": ("dense, answers of several words", PERCENT),
-        "sparse_multiword": ("sparse, answers of several words", PERCENT),
-        "sparse_turn1": ("sparse, first turns", PERCENT),
-        "sparse_turn4plus": ("sparse, turns from the fourth on", PERCENT),
+        "uniform": ("right answers, evenly spaced tokens kept", PERCENT),
         "worst_kind_gap": ("points that the kind loses most from dense to sparse, of kinds with 100 questions or more", "{:.1f}"),
-        "twin_dense": ("dense, a twin that was trained on dense videos only", PERCENT),
+        "long_answers_dense": ("dense, answers of twelve words and more", PERCENT),
+        "long_answers_sparse": ("sparse, answers of twelve words and more", PERCENT),
+        "sparse_turn1": ("sparse, first turns", PERCENT),
+        "sparse_turn30": ("sparse, thirtieth turns", PERCENT),
+        "twin_dense": ("dense, a twin that was always shown every token", PERCENT),
         "twin_sparse": ("sparse, that twin", PERCENT),
+        "unsupervised_salience": ("pruned by the salience of a tower that was not told where to look", PERCENT),
+        "unsupervised_random": ("that model, pruned at random", PERCENT),
     },
     "attack": {
         "p99_ratio": ("the victim's p99 under this attack / in quiet", RATIO),
