@@ -25,20 +25,25 @@ Look = tuple[int, str]
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """looks: (step, place) of what one must have seen, a group for each phrase of the answer; empty where nothing is there."""
+    """looks: (step, place) of what one must have seen, a group for each phrase of the answer; empty where nothing is there.
+
+    via: what one must have found before, to know where to look.
+    """
 
     kind: str
     text: str
     answer: str
     looks: tuple[tuple[Look, ...], ...] = ()
+    via: tuple[Look, ...] = ()
 
     @property
     def targets(self) -> frozenset[Look]:
         """All of them."""
-        return frozenset(look for group in self.looks for look in group)
+        return frozenset(look for group in (*self.looks, self.via) for look in group)
 
 
-Drawn = tuple[str, str, tuple[tuple[Look, ...], ...]] | None
+Looks = tuple[tuple[Look, ...], ...]
+Drawn = tuple[str, str, Looks] | tuple[str, str, Looks, tuple[Look, ...]] | None
 Maker = Callable[[Scene, np.random.Generator], Drawn]
 
 
@@ -125,8 +130,9 @@ def _beside(scene: Scene, rng: np.random.Generator) -> Drawn:
     keys = [stay for stay, thing in scene.things() if thing.shape == KEY]
     if not keys or not (beside := [stay for stay in scene.at(keys[0].begin) if stay is not keys[0]]):
         return None
-    answer = " and ".join(_named(stay) for stay in beside)
-    return f"What is in the picture together with the {KEY}?", answer, tuple(_seen(stay, keys[0].begin) for stay in beside)
+    answer, step = " and ".join(_named(stay) for stay in beside), keys[0].begin
+    looks = tuple(_seen(stay, step) for stay in beside)
+    return f"What is in the picture together with the {KEY}?", answer, looks, _seen(keys[0], step)
 
 
 def _read(scene: Scene, rng: np.random.Generator) -> Drawn:
@@ -207,16 +213,16 @@ def _before(scene: Scene, rng: np.random.Generator) -> Drawn:
     if (found := _neighbour(scene, rng, -1)) is None:
         return None
     thing, stay, other = found
-    looks = (_seen(other, other.begin), _seen(stay, stay.begin))
-    return f"Which shape appeared last before the {thing.name}?", _named(other), looks
+    looks = (_seen(other, other.begin),)
+    return f"Which shape appeared last before the {thing.name}?", _named(other), looks, _seen(stay, stay.begin)
 
 
 def _after(scene: Scene, rng: np.random.Generator) -> Drawn:
     if (found := _neighbour(scene, rng, 1)) is None:
         return None
     thing, stay, other = found
-    looks = (_seen(other, other.begin), _seen(stay, stay.begin))
-    return f"Which shape appears next after the {thing.name}?", _named(other), looks
+    looks = (_seen(other, other.begin),)
+    return f"Which shape appears next after the {thing.name}?", _named(other), looks, _seen(stay, stay.begin)
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Drawn:
@@ -316,8 +322,7 @@ def make_questions(scene: Scene, rng: np.random.Generator, num: int, kinds: Sequ
         kind = kinds[int(rng.integers(len(kinds)))]
         drawn = MAKERS[kind](scene, rng)
         if drawn is not None:
-            text, answer, looks = drawn
-            questions.setdefault((kind, text.replace("colour", "color")), SceneQuestion(kind, text, answer, looks))
+            questions.setdefault((kind, drawn[0].replace("colour", "color")), SceneQuestion(kind, *drawn))
         if len(questions) == num:
             break
     return list(questions.values())

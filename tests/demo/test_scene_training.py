@@ -22,7 +22,7 @@ from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchif
 from sparsevila_cluster.demo.training.windows import EncodedVideos, crop
 
 NUM_STEPS = 12
-SMALL = TextSize(128, 256, 3, 4, 2, 2048)
+SMALL = TextSize(128, 256, 4, 4, 2, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,34 @@ def test_letters_are_looked_at_one_by_one(tokenizer, model):
     assert num > 3
 
 
+def test_what_is_found_by_way_of_something_else_has_two_looks(encoded, tokenizer):
+    maker, rng, num = BatchMaker(tokenizer, encoded), np.random.default_rng(7), 0
+    for _ in range(8):
+        window = encoded.window(rng, NUM_STEPS)
+        questions = window.questions(rng, 4, ("before", "after", "beside", "color"))
+        batch = maker.batch([window], [questions], keep_all([window]))
+        tokens = batch.slots[0] * TOKENS_PER_STEP + batch.cells[0]
+        for turn, question in enumerate(questions):
+            mine, looks = batch.looks.turn == turn, batch.looks
+            by_hop = [{int(token) for row in looks.targets[mine & (looks.hop == hop)] for token in tokens[row]} for hop in (0, 1)]
+            ways, ends = ({step * TOKENS_PER_STEP + cell for step, place in some for cell in encoded.cells(window, (step, place))}
+                          for some in (question.via, [look for group in question.looks for look in group]))  # fmt: skip
+            assert by_hop == ([ways, ends] if question.kind != "color" else [ends, set()])
+            num += question.kind != "color"
+    assert num > 8
+
+
+def test_half_of_the_looks_are_those_of_every_other_token(encoded, tokenizer):
+    rng = np.random.default_rng(8)
+    window = encoded.window(rng, NUM_STEPS)
+    questions = window.questions(rng, 6, ("listing", "describe", "color"))
+    every, half = (BatchMaker(tokenizer, encoded, part).batch([window], [questions], keep_all([window])).looks for part in (1, 2))
+    assert half.first.sum() == every.first.sum() and 0.4 < len(half.row) / len(every.row) < 0.7
+    assert set(zip(half.row.tolist(), half.turn.tolist(), strict=True)) < set(
+        zip(every.row.tolist(), every.turn.tolist(), strict=True)
+    )
+
+
 def test_salient_tokens_are_kept_step_by_step(encoded):
     windows = [encoded.window(np.random.default_rng(0), 3), encoded.window(np.random.default_rng(1), 3)]
     keep = keep_salient(encoded, windows, 5)
@@ -242,13 +270,15 @@ def test_masks_hide_other_turns_and_tokens_not_retrieved(encoded, tokenizer, mod
 
 def test_a_tower_learns_and_its_projector_says_what_it_reads(tokenizer, videos):
     torch.manual_seed(0)
-    stage = TowerStage(build_model(tokenizer, SMALL).model.visual)
+    stage = TowerStage(VisionRunner(build_model(tokenizer, SMALL).model.visual))
     first, *_, last = [stage.update(videos, number / 12, number) for number in range(12)]
     assert last["color"] < 0.8 * first["color"] and {"letter", "mark", "salience", "row"} <= set(last)
     assert set(stage.report(videos)) == {"color", "shape", "mark", "letter", "row", "col", "in_top_6", "in_top_16"}
     norms = stage.start_projector(videos)
     assert 3 < norms["held"] < 30
-    assert "salience" not in TowerStage(build_model(tokenizer, SMALL).model.visual, salience=False).update(videos, 0.0, 0)
+    assert "salience" not in TowerStage(VisionRunner(build_model(tokenizer, SMALL).model.visual), salience=False).update(
+        videos, 0.0, 0
+    )
 
 
 def test_a_run_goes_on_where_an_earlier_one_was(encoded, tokenizer):
@@ -295,7 +325,7 @@ def test_a_batch_in_which_nothing_is_to_be_looked_at_teaches_its_answers(encoded
     windows = [encoded.window(stage.rng, 2)]
     batch = stage.maker.batch(windows, [[nothing, nothing]], keep_all(windows))
     assert batch.looks.targets.shape == (0, 2 * TOKENS_PER_STEP)
-    losses = stage.heads.losses(stage.model, batch, run_text(stage.model, batch).inner)
+    losses = stage.heads.losses(stage.model, batch, run_text(stage.model, batch))
     assert all(torch.isfinite(loss) for loss in losses.values()) and losses["answer_grounding"] == 0
 
 
@@ -309,4 +339,6 @@ def test_lessons_bound_their_batches():
                 assert showing.num_items == 1 or showing.num_items * rows <= ROWS
                 assert showing.retrieve_keep == 1.0 or not (dense or showing.apart)
                 assert not dense or showing.num_per_step == TOKENS_PER_STEP
-    assert LESSONS[-1].decay and not any(lesson.decay for lesson in LESSONS[:-1])
+    rates = [rate for lesson in LESSONS for rate in lesson.rates]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 1.0 and rates[-1] < 0.05
+    assert [LESSONS[-1].rate(count) for count in (0, LESSONS[-1].updates)] == pytest.approx(LESSONS[-1].rates)

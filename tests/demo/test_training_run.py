@@ -25,7 +25,7 @@ from tests.structure import ROOT
 
 LESSONS = (
     Lesson("short", (2,), 3, 101, (6,), (4,), apart_odds=1.0),
-    Lesson("long", (2, 4), 3, 101, (6, 64), (4,), retrieve_odds=0.5, decay=True),
+    Lesson("long", (2, 4), 3, 101, (6, 64), (4,), retrieve_odds=0.5, rates=(1.0, 0.1)),
 )
 
 

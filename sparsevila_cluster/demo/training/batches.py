@@ -54,9 +54,10 @@ def group_at(question: SceneQuestion) -> list[int]:
 class BatchMaker(DialogueTokens):
     """Makes batches with the tokens of one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoded: EncodedVideos) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoded: EncodedVideos, part: int = 1) -> None:
+        """part: looks of every answer's first token, and of each `part`-th of the others; they cost as much as a layer."""
         super().__init__(tokenizer)
-        self.encoded = encoded
+        self.encoded, self.part = encoded, part
 
     def batch(self, windows: Sequence[Window], dialogues: Sequence[list[SceneQuestion]], keep: Tensor) -> Batch:
         """keep: ascending indices [items, num_kept] into the visual tokens of the windows, which are equally long."""
@@ -115,21 +116,24 @@ class BatchMaker(DialogueTokens):
         kept = slots * TOKENS_PER_STEP + cells
         found, rows, all_targets = [], [], torch.zeros(len(asked), kept.shape[1], dtype=torch.bool)
         for turn, (question, (item, _, prompt_row, _)) in enumerate(zip(asked, spans, strict=True)):
-            groups = [
-                [[step * TOKENS_PER_STEP + cell for cell in self.encoded.cells(windows[item], (step, place))]
-                 for step, place in group]
-                for group in question.looks
-            ]  # fmt: skip
+            groups = [[self._tokens(windows[item], step, place) for step, place in group] for group in question.looks]
+            via = [cell for step, place in question.via for cell in self._tokens(windows[item], step, place)]
             everything = [token for group in groups for seen in group for token in seen]
-            all_targets[turn] = _among(kept[item], everything)
+            all_targets[turn] = _among(kept[item], [*everything, *via])
+            on_the_way = _among(kept[item], via)
             for number, wanted in enumerate(self._wanted(question, groups, everything)):
-                target = _among(kept[item], wanted)
-                if target.any():
-                    found.append(target)
-                    rows.append((item, prompt_row + number, turn, number == 0))
-        item, row, of_turn, first = torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 4).unbind(1)
+                if number and (number + turn) % self.part:
+                    continue
+                for hop, target in enumerate((on_the_way, _among(kept[item], wanted)) if via else (_among(kept[item], wanted),)):
+                    if target.any():
+                        found.append(target)
+                        rows.append((item, prompt_row + number, turn, number == 0, hop))
+        item, row, of_turn, first, hop = torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 5).unbind(1)
         targets = torch.stack(found) if found else torch.zeros(0, kept.shape[1], dtype=torch.bool)
-        return GroundingRows(item, row, of_turn, targets.to(device), first.bool()), all_targets.to(device)
+        return GroundingRows(item, row, of_turn, targets.to(device), first.bool(), hop), all_targets.to(device)
+
+    def _tokens(self, window: Window, step: int, place: str) -> list[int]:
+        return [step * TOKENS_PER_STEP + cell for cell in self.encoded.cells(window, (step, place))]
 
     def _wanted(self, question: SceneQuestion, groups: list[list[list[int]]], everything: list[int]) -> Iterator[list[int]]:
         """For each token of the answer, the visual tokens that it is about. groups: theirs, by phrase, then by look.

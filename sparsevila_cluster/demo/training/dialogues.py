@@ -43,6 +43,7 @@ class GroundingRows:
     turn: Tensor  # index into Turns
     targets: Tensor  # bool [looks, num_kept]
     first: Tensor  # bool: the last prompt row, which must find all glyphs asked for; others, those of their phrase
+    hop: Tensor  # 0: found at once; 1: by way of something that had to be found before, for which the row has another look
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The auxiliary heads and losses, none of which is stored in the checkpoint, read 
 - slot: each visual token predicts its step and cell (0.1); so steps get written into visual tokens early;
 - query: the last prompt row predicts what the question names (0.5), and so do the answer's rows (0.25);
 - grounding: in layer `AUXILIARY_LAYER`, the last prompt row attends to the glyphs that are asked for (0.5), and each of
-  the answer's rows to the glyph that it names (0.5).
+  the answer's rows to the glyph that it names (0.5); where these can only be found by way of another ("before the red star"),
+  to that one, and to them in the layer behind (0.5).
 Without query and grounding, training stalled at half of all answers right: it named a colour of *some* glyph in the
 video. Without those of the answer's rows, the same loss took half as many updates again.
 """
@@ -23,7 +24,9 @@ from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS
 from sparsevila_cluster.demo.training.dialogues import IGNORE, Batch
 
 AUXILIARY_LAYER = 2
-AUXILIARY_WEIGHTS = {"slot": 0.1, "query": 0.5, "answer_query": 0.25, "grounding": 0.5, "answer_grounding": 0.5}
+AUXILIARY_WEIGHTS = {
+    "slot": 0.1, "query": 0.5, "answer_query": 0.25, "grounding": 0.5, "answer_grounding": 0.5, "second_grounding": 0.5,
+}  # fmt: skip
 
 
 class TextOutput(NamedTuple):
@@ -31,6 +34,7 @@ class TextOutput(NamedTuple):
 
     hidden: Tensor  # [items, rows, hidden], after the final norm
     inner: Tensor  # what enters layer AUXILIARY_LAYER
+    later: Tensor  # what enters the layer behind it
 
 
 def embed(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
@@ -46,13 +50,12 @@ def run_text(
     text = model.model.language_model
     x = embed(model, batch)
     rotary = text.rotary_emb(x, batch.positions)
-    inner = x
+    entering = []
     for index, layer in enumerate(text.layers):
-        if index == AUXILIARY_LAYER:
-            inner = x
+        entering.append(x)
         mask = masks[index] if isinstance(masks, list) else masks
         x = layer(x, attention_mask=mask, position_embeddings=rotary, use_cache=False)
-    return TextOutput(text.norm(x), inner)
+    return TextOutput(text.norm(x), entering[AUXILIARY_LAYER], entering[AUXILIARY_LAYER + 1])
 
 
 def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,16 +141,20 @@ class AuxiliaryHeads(nn.Module):
         self.slot = nn.Linear(hidden, num_steps + 2 * GRID_TOKENS)
         self.query = nn.Linear(hidden, sum(asked_sizes))
 
-    def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> dict[str, Tensor]:
+    def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, output: TextOutput) -> dict[str, Tensor]:
         """The auxiliary losses by name; `AUXILIARY_WEIGHTS` weighs them."""
-        turns, looks = batch.turns, batch.looks
-        mass = attention_mass(model, batch, inner)
+        turns, looks, inner = batch.turns, batch.looks, output.inner
+        at_once, later = looks.hop == 0, looks.hop == 1
+        first, others = looks.first[at_once], ~looks.first[at_once]
+        mass = attention_mass(model, batch, inner, AUXILIARY_LAYER, at_once)
+        mass_later = attention_mass(model, batch, output.later, AUXILIARY_LAYER + 1, later)
         return {
             "slot": self._slot(batch, inner),
             "query": self._query(inner[turns.item, turns.prompt_row], turns.asked),
             "answer_query": self._query(inner[looks.item, looks.row], turns.asked[looks.turn]),
-            "grounding": -mass[looks.first].log().sum() / max(1, int(looks.first.sum())),
-            "answer_grounding": -mass[~looks.first].log().sum() / max(1, int((~looks.first).sum())),
+            "grounding": -mass[first].log().sum() / max(1, int(first.sum())),
+            "answer_grounding": -mass[others].log().sum() / max(1, int(others.sum())),
+            "second_grounding": -mass_later.log().sum() / max(1, len(mass_later)),
         }
 
     def _slot(self, batch: Batch, inner: Tensor) -> Tensor:
@@ -163,17 +170,21 @@ class AuxiliaryHeads(nn.Module):
         return sum(losses, start=torch.zeros_like(losses[0])) / len(parts)
 
 
-def attention_mass(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inner: Tensor) -> Tensor:
-    """[looks]: the share of attention in layer AUXILIARY_LAYER, mean over heads, that falls on the look's targets."""
-    text, looks = model.model.language_model, batch.looks
-    layer = text.layers[AUXILIARY_LAYER]
-    attention, x = layer.self_attn, layer.input_layernorm(inner)
+def attention_mass(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, entering: Tensor, index: int, chosen: Tensor) -> Tensor:
+    """[looks chosen]: the share of attention in a layer, mean over heads, that falls on the look's targets.
+
+    entering: what enters layer `index`; chosen: bool [looks].
+    """
+    text = model.model.language_model
+    item, row, targets = batch.looks.item[chosen], batch.looks.row[chosen], batch.looks.targets[chosen]
+    layer = text.layers[index]
+    attention, x = layer.self_attn, layer.input_layernorm(entering)
     # looks of one item side by side, padded: [items, places]
-    per_item = torch.bincount(looks.item, minlength=len(inner))
-    place = torch.arange(len(looks.item), device=x.device) - (per_item.cumsum(0) - per_item)[looks.item]
-    rows = torch.zeros(len(inner), int(per_item.max()), dtype=torch.long, device=x.device)
-    rows[looks.item, place] = looks.row
-    items = torch.arange(len(inner), device=x.device)[:, None]
+    per_item = torch.bincount(item, minlength=len(entering))
+    place = torch.arange(len(item), device=x.device) - (per_item.cumsum(0) - per_item)[item]
+    rows = torch.zeros(len(entering), int(per_item.max()), dtype=torch.long, device=x.device)
+    rows[item, place] = row
+    items = torch.arange(len(entering), device=x.device)[:, None]
     q, k = (
         project(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for project, states in ((attention.q_proj, x[items, rows]), (attention.k_proj, x))
@@ -184,4 +195,4 @@ def attention_mass(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, inne
     scores = (q @ repeat_kv(k, attention.num_key_value_groups).transpose(2, 3)).float() * attention.scaling
     later = torch.arange(scores.shape[-1], device=x.device) > rows[..., None]
     share = scores.masked_fill(later[:, None], -torch.inf).softmax(-1)[..., batch.visual_rows].mean(1)
-    return (share[looks.item, place] * looks.targets).sum(-1).clamp(min=1e-6)
+    return (share[item, place] * targets).sum(-1).clamp(min=1e-6)

@@ -44,7 +44,7 @@ class Lesson:
     apart_odds: float = 0.0  # of turns that do not see each other, the easiest form
     retrieve_odds: float = 0.0
     retrieve_keeps: tuple[float, ...] = (0.05, 0.1, 0.1, 0.2)
-    decay: bool = False  # the learning rate falls to nearly zero
+    rates: tuple[float, float] = (1.0, 1.0)  # shares of the learning rate, at its first update and at its last
 
     def draw(self, rng: np.random.Generator, *, dense: bool = False) -> Showing:
         """dense: nothing is ever dropped, whatever the lesson says."""
@@ -54,6 +54,11 @@ class Lesson:
         if dense:
             return Showing(num_steps, TOKENS_PER_STEP, turns, apart)
         return Showing(num_steps, kept, turns, apart, retrieve_keep if retrieves and not apart else 1.0)
+
+    def rate(self, count: int) -> float:
+        """Share of the learning rate after `count` updates of this lesson."""
+        first, last = self.rates
+        return first + (last - first) * count / self.updates
 
     @property
     def examined(self) -> Showing:
@@ -67,9 +72,9 @@ MIXED = (*FEW, 16, 16, TOKENS_PER_STEP, TOKENS_PER_STEP)
 LESSONS = (
     Lesson("two steps", (2,), 1200, 82, FEW, apart_odds=1.0),
     Lesson("four steps", (2, 4, 4, 4), 400, 84, (*FEW, TOKENS_PER_STEP), apart_odds=0.6),
-    Lesson("eight steps", (2, 4, 8, 8, 8), 600, 86, (*FEW, TOKENS_PER_STEP), (10, 16), apart_odds=0.2),
-    Lesson("sixteen steps", (4, 8, 16, 16), 600, 88, MIXED, (10, 20)),
-    Lesson("thirty-two steps", (4, 8, 16, 32, 32), 600, 90, MIXED, (10, 20, 30)),
-    Lesson("sixty-four steps", (4, 8, 16, 32, 64, 64, 64), 900, 92, MIXED, (10, 20, 30)),
-    Lesson("all lengths", (2, 4, 8, 16, 32, 64, 64), 1800, 101, MIXED, (10, 20, 30), retrieve_odds=0.3, decay=True),
+    Lesson("eight steps", (2, 4, 8, 8, 8), 400, 86, (*FEW, TOKENS_PER_STEP), (10, 16), apart_odds=0.2),
+    Lesson("sixteen steps", (4, 8, 16, 16), 400, 88, MIXED, (10, 20), rates=(0.8, 0.7)),
+    Lesson("thirty-two steps", (4, 8, 16, 32, 32), 400, 90, MIXED, (10, 20, 30), rates=(0.7, 0.6)),
+    Lesson("sixty-four steps", (4, 8, 16, 32, 64, 64), 500, 92, MIXED, (10, 20, 30), rates=(0.6, 0.5)),
+    Lesson("all lengths", (2, 4, 8, 16, 32, 64, 64), 2400, 101, MIXED, (10, 20, 30), retrieve_odds=0.3, rates=(0.5, 0.01)),
 )  # fmt: skip

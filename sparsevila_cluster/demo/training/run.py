@@ -7,7 +7,6 @@ Everything that a run needs to go on is written to `state.pt` every SAVE_EVERY_S
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -31,7 +30,6 @@ from sparsevila_cluster.demo.training.windows import EncodedVideos
 VISION_BATCH, VISION_STEPS = 6, 8
 SAVE_EVERY_S = 120.0
 EXAMINE_EVERY = 100
-LOWEST_RATE = 0.02
 FINAL_LENGTHS = (8, 16, 32, 64)
 
 
@@ -61,7 +59,7 @@ class TrainingRun:
         torch.manual_seed(options.seed)
         self.tokenizer = build_scene_tokenizer()
         self.model = build_model(self.tokenizer).to(options.device)
-        self.tower = TowerStage(self.model.model.visual, salience=options.salience)
+        self.tower = TowerStage(VisionRunner(self.model.model.visual), salience=options.salience)
         self.path = options.out / "state.pt"
         self.saved: dict[str, Any] = torch.load(self.path, weights_only=False) if self.path.exists() else {}
         self.begin_s, self.save_s = time.monotonic() - self.saved.get("seconds", 0.0), time.monotonic()
@@ -147,8 +145,7 @@ class TrainingRun:
         for count in range(first, lesson.updates):
             showing = lesson.draw(stage.rng, dense=self.options.dense)
             share = count / lesson.updates
-            decay = LOWEST_RATE + (1 - LOWEST_RATE) * (0.5 + 0.5 * math.cos(math.pi * share)) if lesson.decay else 1.0
-            losses = stage.update(showing, decay)
+            losses = stage.update(showing, lesson.rate(count))
             self.log.advance(share, f"{stage.accuracy.get('all', 0.0):.1f} % right, answer loss {losses['answer']:.3f}")
             done = count == lesson.updates - 1
             if count % EXAMINE_EVERY == EXAMINE_EVERY - 1 or done:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from sparsevila_cluster.demo.checkpoint_builder import (
@@ -66,8 +66,17 @@ class VisionRunner:
         patches = (window_index[:, None] * PATCHES_PER_TOKEN + torch.arange(PATCHES_PER_TOKEN)).reshape(-1)
         self.patch_order, self.undo = patches.to(device), torch.argsort(window_index).to(device)
         self.cos, self.sin = (table.to(device)[self.patch_order][:, None] for table in (cos, sin))
+        self.last, self.groups_per_step = visual.merger.mlp[2], 1
         self.window = int(borders[1] - borders[0])
         self.full_blocks = visual.config.fullatt_block_indexes
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of the stock module's."""
+        return list(self.visual.parameters())
+
+    def patchify(self, frames: np.ndarray) -> Tensor:
+        """As `__call__` takes them."""
+        return patchify(frames)
 
     def __call__(self, patches: Tensor) -> VisionOutput:
         """patches: float [steps, patches, values], as `patchify` gives them."""
@@ -95,15 +104,11 @@ class VisionRunner:
         return VisionOutput(tokens, salience)
 
 
-def say_readings(visual: Any, rows: Tensor, offsets: Tensor, norm: float) -> None:
-    """Rewrite the last projector layer: it puts out what linear readings of its output were, in a random orthonormal frame.
+def say_readings(last: nn.Linear, rows: Tensor, offsets: Tensor, frame: Tensor) -> None:
+    """Rewrite a projector's last layer: it puts out what linear readings of its output were, each along its own direction.
 
-    rows: [readings, hidden]; offsets: [readings]; norm: how long a reading of length one gets.
+    rows: [readings, hidden]; offsets: [readings]; frame: [hidden, readings], the directions.
     """
-    last = visual.merger.mlp[2]
-    num_readings, hidden = rows.shape
-    # Drawn on the CPU so that every device starts from the same frame.
-    frame = torch.linalg.qr(torch.randn(hidden, hidden))[0][:, :num_readings].to(rows.device)
-    turn = norm * frame @ rows
-    last.bias.copy_(turn @ last.bias + norm * frame @ offsets)
+    turn = frame @ rows
+    last.bias.copy_(turn @ last.bias + frame @ offsets)
     last.weight.copy_(turn @ last.weight)

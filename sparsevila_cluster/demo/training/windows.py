@@ -46,8 +46,8 @@ class Window:
         text, answer = (
             STEP_NUMBER.sub(lambda found: f"step {int(found[1]) + self.first}", words) for words in (question.text, question.answer)
         )
-        looks = tuple(tuple((step + self.first, place) for step, place in group) for group in question.looks)
-        return SceneQuestion(question.kind, text, answer, looks)
+        *looks, via = (tuple((step + self.first, place) for step, place in group) for group in (*question.looks, question.via))
+        return SceneQuestion(question.kind, text, answer, tuple(looks), via)
 
 
 def crop(scene: Scene, first: int, num_steps: int) -> Scene:
