@@ -257,7 +257,7 @@ def _total(scene: Scene, rng: np.random.Generator) -> Drawn:
         names = COLORS if by_color else SHAPES
         name = names[rng.integers(len(names))]
     counted = [stay for stay, thing in scene.things() if name in (thing.color, thing.shape)]
-    looks = tuple(look for stay in counted for look in _seen(stay, stay.begin))
+    looks = tuple(look for stay in sorted(counted, key=lambda stay: stay.end) for look in _seen(stay, stay.end - 1))
     what = f"{name} shapes" if by_color else f"{name}{'es' if name.endswith('s') else 's'}"
     return f"How many different {what} appear in the video?", str(len(counted)), (looks,) if looks else ()
 

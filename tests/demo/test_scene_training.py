@@ -173,6 +173,25 @@ def test_letters_are_looked_at_one_by_one(tokenizer, model):
     assert num > 3
 
 
+def test_counts_are_those_of_the_scene(encoded):
+    rng = np.random.default_rng(9)
+    for num_steps in (3, 7, NUM_STEPS):
+        window = encoded.window(rng, num_steps)
+        counts, scene = encoded.counts(window), window.scene
+        assert (counts[..., 0] >= 0).sum() == sum(len(scene.things_at(step)) for step in range(num_steps))
+        for step in range(num_steps):
+            by_token = [row.tolist() for row in counts[step] if row[0] >= 0]
+            assert sorted(row[1] for row in by_token) == list(range(1, len(by_token) + 1))
+        for stay, thing in scene.things():
+            (cell,) = encoded.cells(window, (window.first + stay.end - 1, stay.places[-1]))
+            age, _, color, shape = counts[stay.end - 1, cell].tolist()
+            seen = [other for before, other in scene.things() if before.begin < stay.end]
+            assert age == len(stay.places)
+            assert (color, shape) == tuple(
+                sum(getattr(other, name) == getattr(thing, name) for other in seen) for name in ("color", "shape")
+            )
+
+
 def test_what_is_found_by_way_of_something_else_has_two_looks(encoded, tokenizer):
     maker, rng, num = BatchMaker(tokenizer, encoded), np.random.default_rng(7), 0
     for _ in range(8):

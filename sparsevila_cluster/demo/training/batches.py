@@ -19,6 +19,8 @@ from sparsevila_cluster.demo.training.scene_videos import ALL_SHAPES
 from sparsevila_cluster.demo.training.windows import EncodedVideos, Window
 
 ASKED_SIZES = (len(COLORS) + 1, len(ALL_SHAPES) + 1, MAX_STEPS + 1, len(PLACES) + 1, len(KINDS))
+# Kinds whose answer is a number, which the last of the things that are counted knows.
+COUNTED = ("count", "how_long", "total")
 PARTS = re.compile(r" and |; | to ")
 
 
@@ -82,6 +84,7 @@ class BatchMaker(DialogueTokens):
             labels=laid_out.labels.to(device),
             slots=slots.to(device),
             cells=cells.to(device),
+            counts=self._counts(windows, slots, cells).to(device),
             turns=Turns(
                 item=columns[0],
                 first_row=columns[1],
@@ -118,6 +121,8 @@ class BatchMaker(DialogueTokens):
         for turn, (question, (item, _, prompt_row, _)) in enumerate(zip(asked, spans, strict=True)):
             groups = [[self._tokens(windows[item], step, place) for step, place in group] for group in question.looks]
             via = [cell for step, place in question.via for cell in self._tokens(windows[item], step, place)]
+            if question.kind in COUNTED:
+                groups = [[group[-1]] for group in groups]
             everything = [token for group in groups for seen in group for token in seen]
             all_targets[turn] = _among(kept[item], [*everything, *via])
             on_the_way = _among(kept[item], via)
@@ -131,6 +136,11 @@ class BatchMaker(DialogueTokens):
         item, row, of_turn, first, hop = torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 5).unbind(1)
         targets = torch.stack(found) if found else torch.zeros(0, kept.shape[1], dtype=torch.bool)
         return GroundingRows(item, row, of_turn, targets.to(device), first.bool(), hop), all_targets.to(device)
+
+    def _counts(self, windows: Sequence[Window], slots: Tensor, cells: Tensor) -> Tensor:
+        first = torch.tensor([window.first for window in windows])[:, None]
+        counts = torch.stack([self.encoded.counts(window) for window in windows])
+        return counts[torch.arange(len(windows))[:, None], slots - first, cells]
 
     def _tokens(self, window: Window, step: int, place: str) -> list[int]:
         return [step * TOKENS_PER_STEP + cell for cell in self.encoded.cells(window, (step, place))]

@@ -57,6 +57,7 @@ class Batch:
     labels: Tensor  # [items, rows]: the token that stands here, if it is to be predicted, else IGNORE
     slots: Tensor  # [items, num_kept]: step of each visual token
     cells: Tensor  # [items, num_kept]: its cell in the grid
+    counts: Tensor  # [items, num_kept, counts of a thing]: see `windows.COUNT_SIZES`; IGNORE where there is no thing
     turns: Turns
     looks: GroundingRows
 

@@ -2,6 +2,7 @@
 
 The auxiliary heads and losses, none of which is stored in the checkpoint, read the input of layer `AUXILIARY_LAYER`:
 - slot: each visual token predicts its step and cell (0.1); so steps get written into visual tokens early;
+- counts: the token of each thing predicts the numbers of `COUNT_SIZES` (0.5): counting is looked up instead of being done anew;
 - query: the last prompt row predicts what the question names (0.5), and so do the answer's rows (0.25);
 - grounding: in layer `AUXILIARY_LAYER`, the last prompt row attends to the glyphs that are asked for (0.5), and each of
   the answer's rows to the glyph that it names (0.5); where these can only be found by way of another ("before the red star"),
@@ -22,10 +23,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS
 from sparsevila_cluster.demo.training.dialogues import IGNORE, Batch
+from sparsevila_cluster.demo.training.windows import COUNT_SIZES
 
 AUXILIARY_LAYER = 2
 AUXILIARY_WEIGHTS = {
-    "slot": 0.1, "query": 0.5, "answer_query": 0.25, "grounding": 0.5, "answer_grounding": 0.5, "second_grounding": 0.5,
+    "slot": 0.1, "counts": 0.5, "query": 0.5, "answer_query": 0.25,
+    "grounding": 0.5, "answer_grounding": 0.5, "second_grounding": 0.5,
 }  # fmt: skip
 
 
@@ -132,7 +135,7 @@ def retrieved(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, retrieve_
 
 
 class AuxiliaryHeads(nn.Module):
-    """Two linear heads on the inner states, thrown away after training."""
+    """Linear heads on the inner states, thrown away after training."""
 
     def __init__(self, hidden: int, num_steps: int, asked_sizes: tuple[int, ...]) -> None:
         """asked_sizes: number of classes of each thing that a question may name."""
@@ -140,6 +143,7 @@ class AuxiliaryHeads(nn.Module):
         self.num_steps, self.asked_sizes = num_steps, asked_sizes
         self.slot = nn.Linear(hidden, num_steps + 2 * GRID_TOKENS)
         self.query = nn.Linear(hidden, sum(asked_sizes))
+        self.counts = nn.Linear(hidden, sum(COUNT_SIZES.values()))
 
     def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, output: TextOutput) -> dict[str, Tensor]:
         """The auxiliary losses by name; `AUXILIARY_WEIGHTS` weighs them."""
@@ -150,6 +154,7 @@ class AuxiliaryHeads(nn.Module):
         mass_later = attention_mass(model, batch, output.later, AUXILIARY_LAYER + 1, later)
         return {
             "slot": self._slot(batch, inner),
+            "counts": self._counts(batch, inner),
             "query": self._query(inner[turns.item, turns.prompt_row], turns.asked),
             "answer_query": self._query(inner[looks.item, looks.row], turns.asked[looks.turn]),
             "grounding": -mass[first].log().sum() / max(1, int(first.sum())),
@@ -163,6 +168,14 @@ class AuxiliaryHeads(nn.Module):
         cells = batch.cells.flatten()
         place = F.cross_entropy(row, cells // GRID_TOKENS) + F.cross_entropy(col, cells % GRID_TOKENS)
         return F.cross_entropy(step, batch.slots.flatten()) + 0.3 * place
+
+    def _counts(self, batch: Batch, inner: Tensor) -> Tensor:
+        is_thing = batch.counts[..., 0] >= 0
+        parts = self.counts(inner[:, batch.visual_rows][is_thing]).float().split([*COUNT_SIZES.values()], -1)
+        wanted = batch.counts[is_thing]
+        return torch.stack([F.cross_entropy(part, wanted[:, i], reduction="sum") for i, part in enumerate(parts)]).mean() / max(
+            1, len(wanted)
+        )
 
     def _query(self, rows: Tensor, asked: Tensor) -> Tensor:
         parts = self.query(rows).float().split(self.asked_sizes, -1)

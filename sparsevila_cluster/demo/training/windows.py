@@ -22,6 +22,9 @@ from sparsevila_cluster.demo.scenes import Scene
 from sparsevila_cluster.demo.training.scene_videos import SampledScene
 from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify
 
+# What the token of a thing is to know, and one more than it can be: for how many steps the thing has been there, the how manieth of
+# its step it is, and how many different things of its colour and of its shape there have been; itself counts.
+COUNT_SIZES = {"age": 5, "rank": 5, "color": 12, "shape": 12}
 STEP_NUMBER = re.compile(r"\bstep (\d+)")
 
 
@@ -91,6 +94,18 @@ class EncodedVideos:
             scene = crop(self.scenes[video], first, num_steps)
             if next(scene.things(), None):
                 return Window(video, first, scene)
+
+    def counts(self, window: Window) -> Tensor:
+        """int64 [steps of the window, TOKENS_PER_STEP, len(COUNT_SIZES)]; -1 where there is no thing."""
+        found = torch.full((window.scene.num_steps, TOKENS_PER_STEP, len(COUNT_SIZES)), -1)
+        things, caps = list(window.scene.things()), torch.tensor([*COUNT_SIZES.values()]) - 1
+        for step in range(window.scene.num_steps):
+            for rank, (stay, thing) in enumerate(window.scene.things_at(step), 1):
+                others = [other for before, other in things if before.begin < step and before is not stay]
+                alike = [1 + sum(getattr(other, name) == getattr(thing, name) for other in others) for name in ("color", "shape")]
+                cells = self.cells(window, (window.first + step, stay.place_at(step)))
+                found[step, cells] = torch.minimum(torch.tensor([step - stay.begin + 1, rank, *alike]), caps)
+        return found
 
     def cells(self, window: Window, look: Look) -> list[int]:
         """The cells of what is at a place at a step, from the left: of a word one for each letter."""
