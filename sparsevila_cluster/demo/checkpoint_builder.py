@@ -75,8 +75,8 @@ class TextSize:
     """How large the text model is; heads have 32 numbers each."""
 
     hidden: int = 192
-    intermediate: int = 512
-    layers: int = 5
+    intermediate: int = 384
+    layers: int = 6
     heads: int = 6
     kv_heads: int = 3
     max_positions: int = 8192

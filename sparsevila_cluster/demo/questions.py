@@ -213,16 +213,19 @@ def _before(scene: Scene, rng: np.random.Generator) -> Drawn:
     if (found := _neighbour(scene, rng, -1)) is None:
         return None
     thing, stay, other = found
-    looks = (_seen(other, other.begin),)
-    return f"Which shape appeared last before the {thing.name}?", _named(other), looks, _seen(stay, stay.begin)
+    return (
+        f"Which shape appeared last before the {thing.name}?",
+        _named(other),
+        (_seen(other, other.begin),),
+        _seen(stay, stay.begin),
+    )
 
 
 def _after(scene: Scene, rng: np.random.Generator) -> Drawn:
     if (found := _neighbour(scene, rng, 1)) is None:
         return None
     thing, stay, other = found
-    looks = (_seen(other, other.begin),)
-    return f"Which shape appears next after the {thing.name}?", _named(other), looks, _seen(stay, stay.begin)
+    return f"Which shape appears next after the {thing.name}?", _named(other), (_seen(other, other.begin),), _seen(stay, stay.begin)
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Drawn:

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from sparsevila_cluster.demo.checkpoint_builder import TOKENS_PER_STEP, TextSize, build_model
-from sparsevila_cluster.demo.drawing import GRID, PLACES
+from sparsevila_cluster.demo.drawing import COLORS, GRID, PLACES
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import Thing
 from sparsevila_cluster.demo.training.batches import BatchMaker, asked_for, group_at, keep_all, keep_salient
 from sparsevila_cluster.demo.training.forward import retrieval_mask, retrieved, run_text, turns_apart_mask
 from sparsevila_cluster.demo.training.lessons import LESSONS, ROWS, ROWS_PER_TURN, Showing
-from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, CONTENTS, contents_of, sample_scene, seed_of
+from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, ALL_SHAPES, CONTENTS, contents_of, sample_scene, seed_of
 from sparsevila_cluster.demo.training.text import TextStage, mean_of_answers
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from sparsevila_cluster.demo.training.tower import TowerStage
 from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify
-from sparsevila_cluster.demo.training.windows import EncodedVideos, crop
+from sparsevila_cluster.demo.training.windows import FACT_SIZES, EncodedVideos, crop
 
 NUM_STEPS = 12
-SMALL = TextSize(128, 256, 4, 4, 2, 2048)
+SMALL = TextSize(128, 256, 5, 4, 2, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -173,23 +173,35 @@ def test_letters_are_looked_at_one_by_one(tokenizer, model):
     assert num > 3
 
 
-def test_counts_are_those_of_the_scene(encoded):
-    rng = np.random.default_rng(9)
+def test_facts_are_those_of_the_scene(encoded):
+    rng, names = np.random.default_rng(9), list(FACT_SIZES)
     for num_steps in (3, 7, NUM_STEPS):
         window = encoded.window(rng, num_steps)
-        counts, scene = encoded.counts(window), window.scene
-        assert (counts[..., 0] >= 0).sum() == sum(len(scene.things_at(step)) for step in range(num_steps))
-        for step in range(num_steps):
-            by_token = [row.tolist() for row in counts[step] if row[0] >= 0]
-            assert sorted(row[1] for row in by_token) == list(range(1, len(by_token) + 1))
-        for stay, thing in scene.things():
-            (cell,) = encoded.cells(window, (window.first + stay.end - 1, stay.places[-1]))
-            age, _, color, shape = counts[stay.end - 1, cell].tolist()
-            seen = [other for before, other in scene.things() if before.begin < stay.end]
-            assert age == len(stay.places)
-            assert (color, shape) == tuple(
-                sum(getattr(other, name) == getattr(thing, name) for other in seen) for name in ("color", "shape")
+        scene, facts = window.scene, encoded.facts(window)
+        assert (facts < torch.tensor([*FACT_SIZES.values()])).all() and (facts[..., 0] > 0).sum() == (facts[..., 0] >= 0).sum()
+        held = sum(len(encoded.cells(window, (window.first + step, stay.place_at(step))))
+                   for step in range(num_steps) for stay in scene.at(step))  # fmt: skip
+        assert (facts[..., 0] >= 0).sum() == held
+        things = list(scene.things())
+        for number, (stay, thing) in enumerate(things):
+            last = stay.end - 1
+            (cell,) = encoded.cells(window, (window.first + last, stay.places[-1]))
+            known = dict(zip(names, facts[last, cell].tolist(), strict=True))
+            seen = [other for before, other in things if before.begin < stay.end and (before.begin < last or before is stay)]
+            assert known["age"] == len(stay.places) and PLACES[known["begin place"]] == stay.places[0]
+            assert known["rank"] == 1 + scene.at(last).index(stay) and known["things"] == 1 + scene.things_at(last).index(
+                (stay, thing)
             )
+            assert known["color count"] == sum(other.color == thing.color for other in seen)
+            assert known["shape count"] == sum(other.shape == thing.shape for other in seen)
+            before = things[number - 1][1] if number else None
+            assert [*COLORS, None][known["color before"]] == (before and before.color)
+            assert [*ALL_SHAPES, None][known["shape before"]] == (before and before.shape)
+            assert known["letter before"] == known["second letter before"] == -1
+        for stay, word in scene.words():
+            cells = encoded.cells(window, (window.first + stay.begin, stay.places[0]))
+            read = [[[*ALL_LETTERS, ""][fact] for fact in facts[stay.begin, cell, -2:]] for cell in cells]
+            assert read == [[word[i - 1] if i else "", word[i - 2] if i > 1 else ""] for i in range(len(word))]
 
 
 def test_what_is_found_by_way_of_something_else_has_two_looks(encoded, tokenizer):
@@ -204,9 +216,29 @@ def test_what_is_found_by_way_of_something_else_has_two_looks(encoded, tokenizer
             by_hop = [{int(token) for row in looks.targets[mine & (looks.hop == hop)] for token in tokens[row]} for hop in (0, 1)]
             ways, ends = ({step * TOKENS_PER_STEP + cell for step, place in some for cell in encoded.cells(window, (step, place))}
                           for some in (question.via, [look for group in question.looks for look in group]))  # fmt: skip
-            assert by_hop == ([ways, ends] if question.kind != "color" else [ends, set()])
-            num += question.kind != "color"
-    assert num > 8
+            expected = {"beside": [ways, ends], "before": [ways, set()]}
+            assert by_hop == expected.get(question.kind, [ends, set()])
+            num += question.kind in expected
+    assert num > 6
+
+
+def test_rows_of_a_description_are_told_where_they_are(encoded, tokenizer):
+    maker, rng, ranks = BatchMaker(tokenizer, encoded), np.random.default_rng(11), set()
+    for _ in range(6):
+        window = encoded.window(rng, 6)
+        batch = maker.batch([window], [window.questions(rng, 4, ("describe", "listing", "when"))], keep_all([window]))
+        looks = batch.looks
+        for turn, targets, (step, rank) in zip(looks.turn, looks.targets, looks.address.tolist(), strict=True):
+            if batch.turns.questions[int(turn)].kind == "when":
+                assert (step, rank) == (-1, -1)
+            elif step >= 0:
+                stay = window.scene.at(step - window.first)[rank - 1]
+                cells = encoded.cells(window, (step, stay.place_at(step - window.first)))
+                assert {step * TOKENS_PER_STEP + cell for cell in cells} >= {
+                    int(token) for token in (batch.slots[0] * TOKENS_PER_STEP + batch.cells[0])[targets]
+                }
+                ranks.add(rank)
+    assert ranks >= {1, 2, 3}
 
 
 def test_half_of_the_looks_are_those_of_every_other_token(encoded, tokenizer):

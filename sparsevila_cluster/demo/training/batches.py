@@ -16,11 +16,13 @@ from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import MAX_STEPS
 from sparsevila_cluster.demo.training.dialogues import Batch, DialogueTokens, GroundingRows, Turns
 from sparsevila_cluster.demo.training.scene_videos import ALL_SHAPES
-from sparsevila_cluster.demo.training.windows import EncodedVideos, Window
+from sparsevila_cluster.demo.training.windows import FACT_SIZES, EncodedVideos, Window
 
 ASKED_SIZES = (len(COLORS) + 1, len(ALL_SHAPES) + 1, MAX_STEPS + 1, len(PLACES) + 1, len(KINDS))
 # Kinds whose answer is a number, which the last of the things that are counted knows.
 COUNTED = ("count", "how_long", "total")
+# A thing knows the one before it: "before" is read off the thing that is named, "after" off the one that has this before it.
+RANK = list(FACT_SIZES).index("rank")
 PARTS = re.compile(r" and |; | to ")
 
 
@@ -75,7 +77,8 @@ class BatchMaker(DialogueTokens):
         laid_out = self.lay_out(dialogues, keep.shape[1])
         spans, asked = laid_out.spans, [question for questions in dialogues for question in questions]
         columns = [torch.tensor([span[i] for span in spans]).to(device) for i in range(4)]
-        looks, all_targets = self._looks(windows, spans, asked, slots, cells, device)
+        facts = self._facts(windows, slots, cells)
+        looks, all_targets = self._looks(windows, spans, asked, slots, cells, facts, device)
         return Batch(
             prefix_ids=torch.tensor(self.prefix).expand(num_items, -1).to(device),
             visual=visual,
@@ -84,7 +87,7 @@ class BatchMaker(DialogueTokens):
             labels=laid_out.labels.to(device),
             slots=slots.to(device),
             cells=cells.to(device),
-            counts=self._counts(windows, slots, cells).to(device),
+            facts=facts.to(device),
             turns=Turns(
                 item=columns[0],
                 first_row=columns[1],
@@ -113,6 +116,7 @@ class BatchMaker(DialogueTokens):
         asked: Sequence[SceneQuestion],
         slots: Tensor,
         cells: Tensor,
+        facts: Tensor,
         device: torch.device,
     ) -> tuple[GroundingRows, Tensor]:
         """One look per answer token that is about something, and for each turn all that it is about, bool [turns, num_kept]."""
@@ -121,6 +125,10 @@ class BatchMaker(DialogueTokens):
         for turn, (question, (item, _, prompt_row, _)) in enumerate(zip(asked, spans, strict=True)):
             groups = [[self._tokens(windows[item], step, place) for step, place in group] for group in question.looks]
             via = [cell for step, place in question.via for cell in self._tokens(windows[item], step, place)]
+            if question.kind == "before":
+                groups, via = [[via]], []
+            elif question.kind == "after":
+                via = []
             if question.kind in COUNTED:
                 groups = [[group[-1]] for group in groups]
             everything = [token for group in groups for seen in group for token in seen]
@@ -132,15 +140,20 @@ class BatchMaker(DialogueTokens):
                 for hop, target in enumerate((on_the_way, _among(kept[item], wanted)) if via else (_among(kept[item], wanted),)):
                     if target.any():
                         found.append(target)
-                        rows.append((item, prompt_row + number, turn, number == 0, hop))
-        item, row, of_turn, first, hop = torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 5).unbind(1)
+                        addressed = "step " in question.text and (number > 0 or len(groups) == 1)
+                        rows.append((item, prompt_row + number, turn, number == 0, hop, addressed))
+        columns = torch.tensor(rows, dtype=torch.long).reshape(-1, 6)
+        item, row, of_turn, first, hop, addressed = (column.to(device) for column in columns.unbind(1))
         targets = torch.stack(found) if found else torch.zeros(0, kept.shape[1], dtype=torch.bool)
-        return GroundingRows(item, row, of_turn, targets.to(device), first.bool(), hop), all_targets.to(device)
+        first_one = targets.int().argmax(1)
+        address = torch.stack([slots[columns[:, 0], first_one], facts[columns[:, 0], first_one, RANK]], 1).to(device)
+        address = address.masked_fill(addressed[:, None] == 0, -1)
+        return GroundingRows(item, row, of_turn, targets.to(device), first.bool(), address, hop), all_targets.to(device)
 
-    def _counts(self, windows: Sequence[Window], slots: Tensor, cells: Tensor) -> Tensor:
+    def _facts(self, windows: Sequence[Window], slots: Tensor, cells: Tensor) -> Tensor:
         first = torch.tensor([window.first for window in windows])[:, None]
-        counts = torch.stack([self.encoded.counts(window) for window in windows])
-        return counts[torch.arange(len(windows))[:, None], slots - first, cells]
+        facts = torch.stack([self.encoded.facts(window) for window in windows])
+        return facts[torch.arange(len(windows))[:, None], slots - first, cells]
 
     def _tokens(self, window: Window, step: int, place: str) -> list[int]:
         return [step * TOKENS_PER_STEP + cell for cell in self.encoded.cells(window, (step, place))]

@@ -43,6 +43,7 @@ class GroundingRows:
     turn: Tensor  # index into Turns
     targets: Tensor  # bool [looks, num_kept]
     first: Tensor  # bool: the last prompt row, which must find all glyphs asked for; others, those of their phrase
+    address: Tensor  # [looks, 2]: step and rank in it of what the row looks at, where the words say them; else -1
     hop: Tensor  # 0: found at once; 1: by way of something that had to be found before, for which the row has another look
 
 
@@ -57,7 +58,7 @@ class Batch:
     labels: Tensor  # [items, rows]: the token that stands here, if it is to be predicted, else IGNORE
     slots: Tensor  # [items, num_kept]: step of each visual token
     cells: Tensor  # [items, num_kept]: its cell in the grid
-    counts: Tensor  # [items, num_kept, counts of a thing]: see `windows.COUNT_SIZES`; IGNORE where there is no thing
+    facts: Tensor  # [items, num_kept, len(windows.FACT_SIZES)]: what each visual token is to know; -1 where one does not apply
     turns: Turns
     looks: GroundingRows
 

@@ -2,7 +2,9 @@
 
 The auxiliary heads and losses, none of which is stored in the checkpoint, read the input of layer `AUXILIARY_LAYER`:
 - slot: each visual token predicts its step and cell (0.1); so steps get written into visual tokens early;
-- counts: the token of each thing predicts the numbers of `COUNT_SIZES` (0.5): counting is looked up instead of being done anew;
+- facts: the tokens of things and letters predict those of `FACT_SIZES` (1.0): what was counted, or stood before or beside, is then
+  looked up by questions instead of being found out anew by each;
+- address: rows of answers predict the step, and the how manieth of it, that they are about, where a question names a step (0.25);
 - query: the last prompt row predicts what the question names (0.5), and so do the answer's rows (0.25);
 - grounding: in layer `AUXILIARY_LAYER`, the last prompt row attends to the glyphs that are asked for (0.5), and each of
   the answer's rows to the glyph that it names (0.5); where these can only be found by way of another ("before the red star"),
@@ -23,11 +25,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS
 from sparsevila_cluster.demo.training.dialogues import IGNORE, Batch
-from sparsevila_cluster.demo.training.windows import COUNT_SIZES
+from sparsevila_cluster.demo.training.windows import FACT_SIZES
 
-AUXILIARY_LAYER = 2
+AUXILIARY_LAYER = 3
 AUXILIARY_WEIGHTS = {
-    "slot": 0.1, "counts": 0.5, "query": 0.5, "answer_query": 0.25,
+    "slot": 0.1, "facts": 1.0, "query": 0.5, "answer_query": 0.25, "address": 0.25,
     "grounding": 0.5, "answer_grounding": 0.5, "second_grounding": 0.5,
 }  # fmt: skip
 
@@ -143,7 +145,8 @@ class AuxiliaryHeads(nn.Module):
         self.num_steps, self.asked_sizes = num_steps, asked_sizes
         self.slot = nn.Linear(hidden, num_steps + 2 * GRID_TOKENS)
         self.query = nn.Linear(hidden, sum(asked_sizes))
-        self.counts = nn.Linear(hidden, sum(COUNT_SIZES.values()))
+        self.address = nn.Linear(hidden, num_steps + FACT_SIZES["rank"])
+        self.facts = nn.Linear(hidden, sum(FACT_SIZES.values()))
 
     def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, output: TextOutput) -> dict[str, Tensor]:
         """The auxiliary losses by name; `AUXILIARY_WEIGHTS` weighs them."""
@@ -154,9 +157,10 @@ class AuxiliaryHeads(nn.Module):
         mass_later = attention_mass(model, batch, output.later, AUXILIARY_LAYER + 1, later)
         return {
             "slot": self._slot(batch, inner),
-            "counts": self._counts(batch, inner),
+            "facts": self._facts(batch, inner),
             "query": self._query(inner[turns.item, turns.prompt_row], turns.asked),
             "answer_query": self._query(inner[looks.item, looks.row], turns.asked[looks.turn]),
+            "address": self._address(inner[looks.item, looks.row], looks.address),
             "grounding": -mass[first].log().sum() / max(1, int(first.sum())),
             "answer_grounding": -mass[others].log().sum() / max(1, int(others.sum())),
             "second_grounding": -mass_later.log().sum() / max(1, len(mass_later)),
@@ -169,13 +173,17 @@ class AuxiliaryHeads(nn.Module):
         place = F.cross_entropy(row, cells // GRID_TOKENS) + F.cross_entropy(col, cells % GRID_TOKENS)
         return F.cross_entropy(step, batch.slots.flatten()) + 0.3 * place
 
-    def _counts(self, batch: Batch, inner: Tensor) -> Tensor:
-        is_thing = batch.counts[..., 0] >= 0
-        parts = self.counts(inner[:, batch.visual_rows][is_thing]).float().split([*COUNT_SIZES.values()], -1)
-        wanted = batch.counts[is_thing]
-        return torch.stack([F.cross_entropy(part, wanted[:, i], reduction="sum") for i, part in enumerate(parts)]).mean() / max(
-            1, len(wanted)
-        )
+    def _facts(self, batch: Batch, inner: Tensor) -> Tensor:
+        known = batch.facts[..., 0] >= 0
+        parts = self.facts(inner[:, batch.visual_rows][known]).float().split([*FACT_SIZES.values()], -1)
+        wanted = batch.facts[known]
+        losses = [F.cross_entropy(part, wanted[:, i], ignore_index=-1, reduction="sum") for i, part in enumerate(parts)]
+        return torch.stack(losses).mean() / max(1, len(wanted))
+
+    def _address(self, rows: Tensor, address: Tensor) -> Tensor:
+        step, rank = self.address(rows).float().split((self.num_steps, FACT_SIZES["rank"]), -1)
+        losses = [F.cross_entropy(part, address[:, i], ignore_index=-1, reduction="sum") for i, part in enumerate((step, rank))]
+        return (losses[0] + losses[1]) / max(1, int((address[:, 0] >= 0).sum()))
 
     def _query(self, rows: Tensor, asked: Tensor) -> Tensor:
         parts = self.query(rows).float().split(self.asked_sizes, -1)

@@ -70,11 +70,10 @@ FEW = (6, 8, 10, 12, 20)
 MIXED = (*FEW, 16, 16, TOKENS_PER_STEP, TOKENS_PER_STEP)
 # Short windows are for finding anything at all: a question about sixteen steps costs no more than one about two.
 LESSONS = (
-    Lesson("two steps", (2,), 1200, 82, FEW, apart_odds=1.0),
-    Lesson("four steps", (2, 4, 4, 4), 400, 84, (*FEW, TOKENS_PER_STEP), apart_odds=0.6),
-    Lesson("eight steps", (2, 4, 8, 8, 8), 400, 86, (*FEW, TOKENS_PER_STEP), (10, 16), apart_odds=0.2),
-    Lesson("sixteen steps", (4, 8, 16, 16), 400, 88, MIXED, (10, 20), rates=(0.8, 0.7)),
-    Lesson("thirty-two steps", (4, 8, 16, 32, 32), 400, 90, MIXED, (10, 20, 30), rates=(0.7, 0.6)),
-    Lesson("sixty-four steps", (4, 8, 16, 32, 64, 64), 500, 92, MIXED, (10, 20, 30), rates=(0.6, 0.5)),
-    Lesson("all lengths", (2, 4, 8, 16, 32, 64, 64), 2400, 101, MIXED, (10, 20, 30), retrieve_odds=0.3, rates=(0.5, 0.01)),
-)  # fmt: skip
+    Lesson("two steps", (2,), 700, 85, FEW, apart_odds=1.0),
+    Lesson("eight steps", (2, 4, 8), 500, 85, (*FEW, TOKENS_PER_STEP), (10, 16), apart_odds=0.4, rates=(1.0, 0.9)),
+    Lesson("sixteen steps", (4, 8, 16), 400, 88, MIXED, (10, 20), rates=(0.9, 0.8)),
+    Lesson("thirty-two steps", (4, 8, 16, 32), 400, 90, MIXED, (10, 20, 30), rates=(0.8, 0.7)),
+    Lesson("sixty-four steps", (4, 8, 16, 32, 64, 64), 500, 92, MIXED, (10, 20, 30), rates=(0.7, 0.6)),
+    Lesson("all lengths", (2, 4, 8, 16, 32, 64, 64), 2000, 101, MIXED, (10, 20, 30), retrieve_odds=0.3, rates=(0.6, 0.01)),
+)

@@ -16,15 +16,23 @@ import torch
 from torch import Tensor
 
 from sparsevila_cluster.demo.checkpoint_builder import TOKENS_PER_STEP
-from sparsevila_cluster.demo.drawing import GRID, PLACES
+from sparsevila_cluster.demo.drawing import COLORS, GRID, PLACES
 from sparsevila_cluster.demo.questions import Look, SceneQuestion, make_questions
 from sparsevila_cluster.demo.scenes import Scene
-from sparsevila_cluster.demo.training.scene_videos import SampledScene
+from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, ALL_SHAPES, SampledScene
 from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify
 
-# What the token of a thing is to know, and one more than it can be: for how many steps the thing has been there, the how manieth of
-# its step it is, and how many different things of its colour and of its shape there have been; itself counts.
-COUNT_SIZES = {"age": 5, "rank": 5, "color": 12, "shape": 12}
+# What the token of a thing, or of a letter of a word, is to know of its surroundings, with one more class than there are answers:
+#   age, begin place          since how many steps it has been there, and where it was at first
+#   rank, things              the how manieth of all in its step it is, and how many things of the step there have been
+#   color count, shape count  how many different things of its colour, and of its shape, there have been; itself counts
+#   color before, shape ...   the thing that appeared last before it
+#   letter before, second ... the letters to its left
+FACT_SIZES = {
+    "age": 5, "begin place": len(PLACES) + 1, "rank": 5, "things": 5, "color count": 12, "shape count": 12,
+    "color before": len(COLORS) + 1, "shape before": len(ALL_SHAPES) + 1,
+    "letter before": len(ALL_LETTERS) + 1, "second letter before": len(ALL_LETTERS) + 1,
+}  # fmt: skip
 STEP_NUMBER = re.compile(r"\bstep (\d+)")
 
 
@@ -95,16 +103,28 @@ class EncodedVideos:
             if next(scene.things(), None):
                 return Window(video, first, scene)
 
-    def counts(self, window: Window) -> Tensor:
-        """int64 [steps of the window, TOKENS_PER_STEP, len(COUNT_SIZES)]; -1 where there is no thing."""
-        found = torch.full((window.scene.num_steps, TOKENS_PER_STEP, len(COUNT_SIZES)), -1)
-        things, caps = list(window.scene.things()), torch.tensor([*COUNT_SIZES.values()]) - 1
-        for step in range(window.scene.num_steps):
-            for rank, (stay, thing) in enumerate(window.scene.things_at(step), 1):
-                others = [other for before, other in things if before.begin < step and before is not stay]
-                alike = [1 + sum(getattr(other, name) == getattr(thing, name) for other in others) for name in ("color", "shape")]
+    def facts(self, window: Window) -> Tensor:
+        """int64 [steps of the window, TOKENS_PER_STEP, len(FACT_SIZES)]; -1 where a fact does not apply."""
+        scene, found = window.scene, torch.full((window.scene.num_steps, TOKENS_PER_STEP, len(FACT_SIZES)), -1)
+        order = [thing for _, thing in scene.things()]
+        before = {thing: None if i == 0 else order[i - 1] for i, thing in enumerate(order)}
+        for step in range(scene.num_steps):
+            seen, num_things = [(stay, thing) for stay, thing in scene.things() if stay.begin < step], 0
+            for rank, stay in enumerate(scene.at(step), 1):
+                common = [step - stay.begin + 1, PLACES.index(stay.places[0]), rank]
                 cells = self.cells(window, (window.first + step, stay.place_at(step)))
-                found[step, cells] = torch.minimum(torch.tensor([step - stay.begin + 1, rank, *alike]), caps)
+                if isinstance(stay.what, str):
+                    letters = [len(ALL_LETTERS)] * 2 + [ALL_LETTERS.index(letter) for letter in stay.what]
+                    for i, cell in enumerate(cells):
+                        facts = [*common, num_things, -1, -1, -1, -1, letters[i + 1], letters[i]]
+                        found[step, cell] = torch.tensor(facts)
+                    continue
+                num_things += 1
+                thing, others = stay.what, [other for earlier, other in seen if earlier is not stay]
+                alike = [1 + sum(getattr(other, name) == getattr(thing, name) for other in others) for name in ("color", "shape")]
+                last = before[thing]
+                left = (len(COLORS), len(ALL_SHAPES)) if last is None else (COLORS.index(last.color), ALL_SHAPES.index(last.shape))
+                found[step, cells] = torch.tensor([*common, num_things, *(min(one, 11) for one in alike), *left, -1, -1])
         return found
 
     def cells(self, window: Window, look: Look) -> list[int]:
