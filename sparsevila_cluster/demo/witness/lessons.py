@@ -130,10 +130,10 @@ class SpeechStage:
         num_frames = FRAMES_PER_STEP * items[0][1].num_steps
         before, after = encode("<|im_start|>user\n"), encode("\n")
         cells = torch.stack([frames.cells[first : first + num_frames, :num_kept] for first, _, _ in items])
-        features = torch.stack([frames.features[first : first + num_frames, :num_kept] for first, _, _ in items])
+        features = torch.stack([frames.features[first : first + num_frames, :num_kept].float() for first, _, _ in items])
         place = (torch.arange(num_frames)[:, None] * TOKENS_PER_STEP + cells).flatten(1)
         order = place.argsort(1)
-        visual = self.model.model.multi_modal_projector(features.float()).mean(3).flatten(1, 2)
+        visual = self.model.model.multi_modal_projector(features).mean(3).flatten(1, 2)
         visual = visual.gather(1, order[..., None].expand(-1, -1, visual.shape[-1]))
         num_media, end = len(before) + place.shape[1] + 1, len(before) + num_frames * TOKENS_PER_STEP + 1
         rows, number = [], 0
