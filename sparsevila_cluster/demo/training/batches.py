@@ -76,7 +76,7 @@ class BatchMaker(DialogueTokens):
 
         laid_out = self.lay_out(dialogues, keep.shape[1])
         spans, asked = laid_out.spans, [question for questions in dialogues for question in questions]
-        columns = [torch.tensor([span[i] for span in spans]).to(device) for i in range(4)]
+        columns = torch.tensor(spans, dtype=torch.long, device=device).reshape(-1, 4).unbind(1)
         facts = self._facts(windows, slots, cells)
         looks, all_targets = self._looks(windows, spans, asked, slots, cells, facts, device)
         return Batch(
@@ -94,7 +94,9 @@ class BatchMaker(DialogueTokens):
                 prompt_row=columns[2],
                 end_row=columns[3],
                 targets=all_targets,
-                asked=torch.tensor([asked_for(question.kind, question.text) for question in asked]).to(device),
+                asked=torch.tensor([asked_for(question.kind, question.text) for question in asked], dtype=torch.long)
+                .reshape(-1, len(ASKED_SIZES))
+                .to(device),
                 questions=tuple(asked),
             ),
             looks=looks,

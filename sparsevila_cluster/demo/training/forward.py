@@ -63,6 +63,16 @@ def run_text(
     return TextOutput(text.norm(x), entering[AUXILIARY_LAYER], entering[AUXILIARY_LAYER + 1])
 
 
+def run_to_auxiliary_layer(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """[items, rows, hidden]: what enters layer AUXILIARY_LAYER, by the layers before it alone; causal."""
+    text = model.model.language_model
+    x = embed(model, batch)
+    rotary = text.rotary_emb(x, batch.positions)
+    for layer in text.layers[:AUXILIARY_LAYER]:
+        x = layer(x, attention_mask=None, position_embeddings=rotary, use_cache=False)
+    return x
+
+
 def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of every row that predicts an answer token, and those tokens."""
     wanted = batch.labels[:, 1:]
@@ -148,6 +158,21 @@ class AuxiliaryHeads(nn.Module):
         self.address = nn.Linear(hidden, num_steps + FACT_SIZES["rank"])
         self.facts = nn.Linear(hidden, sum(FACT_SIZES.values()))
 
+    def media_losses(self, batch: Batch, inner: Tensor) -> dict[str, Tensor]:
+        """Those of the visual tokens alone."""
+        return {"slot": self._slot(batch, inner), "facts": self._facts(batch, inner)}
+
+    def facts_read(self, batch: Batch, inner: Tensor) -> dict[str, Tensor]:
+        """By name of FACT_SIZES, and "step": for each visual token that a fact applies to, whether it is read right; bool."""
+        known = batch.facts[..., 0] >= 0
+        rows, wanted = inner[:, batch.visual_rows][known], batch.facts[known]
+        parts = self.facts(rows).split([*FACT_SIZES.values()], -1)
+        right = {
+            name: (part.argmax(-1) == wanted[:, i])[wanted[:, i] >= 0]
+            for i, (name, part) in enumerate(zip(FACT_SIZES, parts, strict=True))
+        }
+        return right | {"step": self.slot(rows)[:, : self.num_steps].argmax(-1) == batch.slots[known]}
+
     def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, output: TextOutput) -> dict[str, Tensor]:
         """The auxiliary losses by name; `AUXILIARY_WEIGHTS` weighs them."""
         turns, looks, inner = batch.turns, batch.looks, output.inner
@@ -155,9 +180,7 @@ class AuxiliaryHeads(nn.Module):
         first, others = looks.first[at_once], ~looks.first[at_once]
         mass = attention_mass(model, batch, inner, AUXILIARY_LAYER, at_once)
         mass_later = attention_mass(model, batch, output.later, AUXILIARY_LAYER + 1, later)
-        return {
-            "slot": self._slot(batch, inner),
-            "facts": self._facts(batch, inner),
+        return self.media_losses(batch, inner) | {
             "query": self._query(inner[turns.item, turns.prompt_row], turns.asked),
             "answer_query": self._query(inner[looks.item, looks.row], turns.asked[looks.turn]),
             "address": self._address(inner[looks.item, looks.row], looks.address),

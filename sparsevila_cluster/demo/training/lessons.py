@@ -13,11 +13,11 @@ import numpy as np
 from sparsevila_cluster.demo.checkpoint_builder import TOKENS_PER_STEP
 
 # A batch has about as many rows whatever the length of its windows.
-ROWS, MOST_ITEMS, ROWS_PER_TURN = 3600, 12, 24
+ROWS, MOST_ITEMS, MOST_SILENT, ROWS_PER_TURN = 3600, 12, 48, 24
 
 
 class Showing(NamedTuple):
-    """How a batch is shown. retrieve_keep: of the kept tokens, the share that answers see; 1.0: all."""
+    """How a batch is shown. num_turns 0: visual tokens alone. retrieve_keep: of the kept tokens, what answers see; 1.0: all."""
 
     num_steps: int
     num_per_step: int
@@ -28,7 +28,8 @@ class Showing(NamedTuple):
     @property
     def num_items(self) -> int:
         """Videos of a batch."""
-        return min(MOST_ITEMS, max(1, ROWS // (self.num_steps * self.num_per_step + ROWS_PER_TURN * self.num_turns)))
+        most = MOST_ITEMS if self.num_turns else MOST_SILENT
+        return min(most, max(1, ROWS // (self.num_steps * self.num_per_step + ROWS_PER_TURN * self.num_turns)))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Lesson:
     @property
     def examined(self) -> Showing:
         """What the model is examined on while it learns this."""
-        return Showing(max(self.num_steps), 10, 18, self.apart_odds >= 0.5)
+        return Showing(max(self.num_steps), 10, 18 if max(self.turns) else 0, self.apart_odds >= 0.5)
 
 
 FEW = (6, 8, 10, 12, 20)

@@ -27,6 +27,7 @@ from sparsevila_cluster.demo.training.forward import (
     retrieval_mask,
     retrieved,
     run_text,
+    run_to_auxiliary_layer,
     turns_apart_mask,
 )
 from sparsevila_cluster.demo.training.lessons import Showing
@@ -36,7 +37,7 @@ WARM_UP = 100
 MASTERED = 98.0
 LOOKS_PART = 2
 # Which step a token is of is the slowest to be learned, and most questions need it.
-WEIGHTS = AUXILIARY_WEIGHTS | {"slot": 0.4}
+WEIGHTS = AUXILIARY_WEIGHTS | {"slot": 0.4, "answer": 1.0}
 
 
 class TextStage:
@@ -81,11 +82,8 @@ class TextStage:
                 group["lr"] = group["base"] * scale
         batch = self._batch(showing)
         with torch.autocast(self.device.type, torch.bfloat16):
-            output = run_text(self.model, batch, self._masks(batch, showing))
-            logits, wanted = answer_logits(self.model, batch, output.hidden)
-            losses = {"answer": mean_of_answers(F.cross_entropy(logits.float(), wanted, reduction="none"), batch)}
-            losses |= self.heads.losses(self.model, batch, output)
-        total = losses["answer"] + sum(weight * losses[name] for name, weight in WEIGHTS.items())
+            losses = self._losses(batch, showing) if showing.num_turns else self._media_losses(batch)
+        total = sum((WEIGHTS[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         total.backward()
@@ -94,6 +92,15 @@ class TextStage:
             optimizer.step()
         self.num_updates += 1
         return {name: value.item() for name, value in losses.items()}
+
+    def _losses(self, batch: Batch, showing: Showing) -> dict[str, Tensor]:
+        output = run_text(self.model, batch, self._masks(batch, showing))
+        logits, wanted = answer_logits(self.model, batch, output.hidden)
+        answer = mean_of_answers(F.cross_entropy(logits.float(), wanted, reduction="none"), batch)
+        return {"answer": answer} | self.heads.losses(self.model, batch, output)
+
+    def _media_losses(self, batch: Batch) -> dict[str, Tensor]:
+        return self.heads.media_losses(batch, run_to_auxiliary_layer(self.model, batch))
 
     def _masks(self, batch: Batch, showing: Showing) -> Tensor | list[Tensor | None] | None:
         if showing.apart:
@@ -135,8 +142,24 @@ class TextStage:
         accuracy = {kind: 100 * float(np.mean(matches)) for kind, matches in sorted(right.items())}
         return accuracy | {"all": 100 * float(np.mean(every))}
 
+    @torch.no_grad()
+    def recall(self, held: EncodedVideos, showing: Showing, num_windows: int = 16, seed: int = 0) -> dict[str, float]:
+        """Per cent of the facts that visual tokens of other videos know, by fact and of all."""
+        rng, maker, right = np.random.default_rng(seed), BatchMaker(self.tokenizer, held), defaultdict[str, list[Tensor]](list)
+        for _ in range(num_windows):
+            windows = [held.window(rng, showing.num_steps)]
+            batch = maker.batch(windows, [[]], keep_salient(held, windows, showing.num_per_step))
+            with torch.autocast(self.device.type, torch.bfloat16):
+                read = self.heads.facts_read(batch, run_to_auxiliary_layer(self.model, batch))
+            for name, matches in read.items():
+                right[name].append(matches)
+        known = {name: 100 * torch.cat(matches).float().mean().item() for name, matches in right.items()}
+        return known | {"all": float(np.mean([*known.values()]))}
+
     def examine(self, held: EncodedVideos, showing: Showing) -> dict[str, float]:
-        """`evaluate`, and ask more from now on about kinds of which too little was right."""
+        """`evaluate`, and ask more from now on about kinds of which too little was right; or `recall`, where nothing is asked."""
+        if not showing.num_turns:
+            return self.recall(held, showing)
         self.accuracy = self.evaluate(held, showing)
         return self.accuracy
 
