@@ -24,6 +24,7 @@ from sparsevila_cluster.demo.training.training_log import TrainingLog
 from tests.structure import ROOT
 
 LESSONS = (
+    Lesson("silent", (4,), 2, 101, (6,), (0,)),
     Lesson("short", (2,), 3, 101, (6,), (4,), apart_odds=1.0),
     Lesson("long", (2, 4), 3, 101, (6, 64), (4,), retrieve_odds=0.5, rates=(1.0, 0.1)),
 )
@@ -56,7 +57,7 @@ def test_a_run_leaves_a_checkpoint_that_loads(tmp_path):
     assert tokenizer.tokenize("at step 63")[-1].endswith("63")
     stages = [json.loads(line).get("stage") for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     assert [stage for stage in dict.fromkeys(stages) if stage] == [
-        "vision", "encode training videos", "encode validation videos", "short", "long", "final evaluation",
+        "vision", "encode training videos", "encode validation videos", "silent", "short", "long", "final evaluation",
     ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_a_run_that_ended_anywhere_gives_the_same_checkpoint(tmp_path, monkeypat
 
 def test_the_twin_is_always_shown_everything():
     rng = np.random.default_rng(0)
-    assert {LESSONS[1].draw(rng, dense=True)[1:] for _ in range(20)} == {(64, 4, False, 1.0)}
+    assert {LESSONS[2].draw(rng, dense=True)[1:] for _ in range(20)} == {(64, 4, False, 1.0)}
 
 
 def test_a_feed_draws_ahead_in_order_and_ends_with_its_block():

@@ -28,6 +28,8 @@ from sparsevila_cluster.demo.training.dialogues import IGNORE, Batch
 from sparsevila_cluster.demo.training.windows import FACT_SIZES
 
 AUXILIARY_LAYER = 3
+# What a question may name, in the order of `Turns.asked`.
+ASKED = ("color", "shape", "step", "place", "kind")
 AUXILIARY_WEIGHTS = {
     "slot": 0.1, "facts": 1.0, "query": 0.5, "answer_query": 0.25, "address": 0.25,
     "grounding": 0.5, "answer_grounding": 0.5, "second_grounding": 0.5,
@@ -150,13 +152,15 @@ class AuxiliaryHeads(nn.Module):
     """Linear heads on the inner states, thrown away after training."""
 
     def __init__(self, hidden: int, num_steps: int, asked_sizes: tuple[int, ...]) -> None:
-        """asked_sizes: number of classes of each thing that a question may name."""
+        """asked_sizes: number of classes of each thing that a question may name, as in `ASKED`, and of its kind."""
         super().__init__()
-        self.num_steps, self.asked_sizes = num_steps, asked_sizes
-        self.slot = nn.Linear(hidden, num_steps + 2 * GRID_TOKENS)
-        self.query = nn.Linear(hidden, sum(asked_sizes))
-        self.address = nn.Linear(hidden, num_steps + FACT_SIZES["rank"])
-        self.facts = nn.Linear(hidden, sum(FACT_SIZES.values()))
+        self.num_steps = num_steps
+        sizes = dict(zip(ASKED, asked_sizes, strict=True))
+        self.kind = nn.Linear(hidden, sizes.pop("kind"))
+        # What a question names and what a visual token is are said in one code: a head that compares them has one thing to learn.
+        self.codes = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in (sizes | {"rank": FACT_SIZES["rank"]}).items()})
+        self.cell = nn.Linear(hidden, 2 * GRID_TOKENS)
+        self.facts = nn.Linear(hidden, sum(size for name, size in FACT_SIZES.items() if name not in self.codes))
 
     def media_losses(self, batch: Batch, inner: Tensor) -> dict[str, Tensor]:
         """Those of the visual tokens alone."""
@@ -166,12 +170,16 @@ class AuxiliaryHeads(nn.Module):
         """By name of FACT_SIZES, and "step": for each visual token that a fact applies to, whether it is read right; bool."""
         known = batch.facts[..., 0] >= 0
         rows, wanted = inner[:, batch.visual_rows][known], batch.facts[known]
-        parts = self.facts(rows).split([*FACT_SIZES.values()], -1)
         right = {
             name: (part.argmax(-1) == wanted[:, i])[wanted[:, i] >= 0]
-            for i, (name, part) in enumerate(zip(FACT_SIZES, parts, strict=True))
+            for i, (name, part) in enumerate(self._read_facts(rows).items())
         }
-        return right | {"step": self.slot(rows)[:, : self.num_steps].argmax(-1) == batch.slots[known]}
+        return right | {"step": self.codes["step"](rows).argmax(-1) - 1 == batch.slots[known]}
+
+    def _read_facts(self, rows: Tensor) -> dict[str, Tensor]:
+        own = [name for name in FACT_SIZES if name not in self.codes]
+        parts = dict(zip(own, self.facts(rows).split([FACT_SIZES[name] for name in own], -1), strict=True))
+        return {name: parts[name] if name in parts else self.codes[name](rows) for name in FACT_SIZES}
 
     def losses(self, model: Qwen2_5_VLForConditionalGeneration, batch: Batch, output: TextOutput) -> dict[str, Tensor]:
         """The auxiliary losses by name; `AUXILIARY_WEIGHTS` weighs them."""
@@ -190,27 +198,26 @@ class AuxiliaryHeads(nn.Module):
         }
 
     def _slot(self, batch: Batch, inner: Tensor) -> Tensor:
-        logits = self.slot(inner[:, batch.visual_rows]).float().flatten(0, 1)
-        step, row, col = logits.split((self.num_steps, GRID_TOKENS, GRID_TOKENS), -1)
-        cells = batch.cells.flatten()
+        rows, cells = inner[:, batch.visual_rows].flatten(0, 1), batch.cells.flatten()
+        row, col = self.cell(rows).float().split(GRID_TOKENS, -1)
         place = F.cross_entropy(row, cells // GRID_TOKENS) + F.cross_entropy(col, cells % GRID_TOKENS)
-        return F.cross_entropy(step, batch.slots.flatten()) + 0.3 * place
+        return F.cross_entropy(self.codes["step"](rows).float(), batch.slots.flatten() + 1) + 0.3 * place
 
     def _facts(self, batch: Batch, inner: Tensor) -> Tensor:
         known = batch.facts[..., 0] >= 0
-        parts = self.facts(inner[:, batch.visual_rows][known]).float().split([*FACT_SIZES.values()], -1)
-        wanted = batch.facts[known]
-        losses = [F.cross_entropy(part, wanted[:, i], ignore_index=-1, reduction="sum") for i, part in enumerate(parts)]
+        parts, wanted = self._read_facts(inner[:, batch.visual_rows][known]).values(), batch.facts[known]
+        losses = [F.cross_entropy(part.float(), wanted[:, i], ignore_index=-1, reduction="sum") for i, part in enumerate(parts)]
         return torch.stack(losses).mean() / max(1, len(wanted))
 
     def _address(self, rows: Tensor, address: Tensor) -> Tensor:
-        step, rank = self.address(rows).float().split((self.num_steps, FACT_SIZES["rank"]), -1)
-        losses = [F.cross_entropy(part, address[:, i], ignore_index=-1, reduction="sum") for i, part in enumerate((step, rank))]
-        return (losses[0] + losses[1]) / max(1, int((address[:, 0] >= 0).sum()))
+        said = address[:, 0] >= 0
+        step = F.cross_entropy(self.codes["step"](rows[said]).float(), address[said, 0] + 1, reduction="sum")
+        rank = F.cross_entropy(self.codes["rank"](rows[said]).float(), address[said, 1], reduction="sum")
+        return (step + rank) / max(1, int(said.sum()))
 
     def _query(self, rows: Tensor, asked: Tensor) -> Tensor:
-        parts = self.query(rows).float().split(self.asked_sizes, -1)
-        losses = [F.cross_entropy(part, asked[:, i], reduction="sum") / max(1, len(asked)) for i, part in enumerate(parts)]
+        parts = [self.kind(rows) if name == "kind" else self.codes[name](rows) for name in ASKED]
+        losses = [F.cross_entropy(part.float(), asked[:, i], reduction="sum") / max(1, len(asked)) for i, part in enumerate(parts)]
         return sum(losses, start=torch.zeros_like(losses[0])) / len(parts)
 
 

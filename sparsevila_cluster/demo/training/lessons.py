@@ -69,8 +69,11 @@ class Lesson:
 
 FEW = (6, 8, 10, 12, 20)
 MIXED = (*FEW, 16, 16, TOKENS_PER_STEP, TOKENS_PER_STEP)
-# Short windows are for finding anything at all: a question about sixteen steps costs no more than one about two.
+# Visual tokens first learn what questions look up, at a fifth of an update's price. Then short windows are for finding anything at
+# all: eight steps at once took longer than two steps and then eight.
 LESSONS = (
+    Lesson("what there is", (4,), 300, 90, FEW, (0,)),
+    Lesson("what there was", (8, 16, 32, 64), 500, 90, FEW, (0,)),
     Lesson("two steps", (2,), 700, 85, FEW, apart_odds=1.0),
     Lesson("eight steps", (2, 4, 8), 500, 85, (*FEW, TOKENS_PER_STEP), (10, 16), apart_odds=0.4, rates=(1.0, 0.9)),
     Lesson("sixteen steps", (4, 8, 16), 400, 88, MIXED, (10, 20), rates=(0.9, 0.8)),

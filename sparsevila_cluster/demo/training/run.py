@@ -146,7 +146,8 @@ class TrainingRun:
             showing = lesson.draw(stage.rng, dense=self.options.dense)
             share = count / lesson.updates
             losses = stage.update(showing, lesson.rate(count))
-            self.log.advance(share, f"{stage.accuracy.get('all', 0.0):.1f} % right, answer loss {losses['answer']:.3f}")
+            name = "answer" if "answer" in losses else "facts"
+            self.log.advance(share, f"{stage.accuracy.get('all', 0.0):.1f} % right, loss of {name} {losses[name]:.3f}")
             done = count == lesson.updates - 1
             if count % EXAMINE_EVERY == EXAMINE_EVERY - 1 or done:
                 shown = examined._replace(num_per_step=64) if self.options.dense else examined

@@ -18,17 +18,19 @@ from torch import Tensor
 from sparsevila_cluster.demo.checkpoint_builder import TOKENS_PER_STEP
 from sparsevila_cluster.demo.drawing import COLORS, GRID, PLACES
 from sparsevila_cluster.demo.questions import Look, SceneQuestion, make_questions
-from sparsevila_cluster.demo.scenes import Scene
+from sparsevila_cluster.demo.scenes import Scene, Thing
 from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, ALL_SHAPES, SampledScene
 from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify
 
 # What the token of a thing, or of a letter of a word, is to know of its surroundings, with one more class than there are answers:
+#   color, shape, place       what it is, with "none of them" as questions have it, and where
 #   age, begin place          since how many steps it has been there, and where it was at first
 #   rank, things              the how manieth of all in its step it is, and how many things of the step there have been
 #   color count, shape count  how many different things of its colour, and of its shape, there have been; itself counts
 #   color before, shape ...   the thing that appeared last before it
 #   letter before, second ... the letters to its left
 FACT_SIZES = {
+    "color": len(COLORS) + 1, "shape": len(ALL_SHAPES) + 1, "place": len(PLACES) + 1,
     "age": 5, "begin place": len(PLACES) + 1, "rank": 5, "things": 5, "color count": 12, "shape count": 12,
     "color before": len(COLORS) + 1, "shape before": len(ALL_SHAPES) + 1,
     "letter before": len(ALL_LETTERS) + 1, "second letter before": len(ALL_LETTERS) + 1,
@@ -111,7 +113,18 @@ class EncodedVideos:
         for step in range(scene.num_steps):
             seen, num_things = [(stay, thing) for stay, thing in scene.things() if stay.begin < step], 0
             for rank, stay in enumerate(scene.at(step), 1):
-                common = [step - stay.begin + 1, PLACES.index(stay.places[0]), rank]
+                thing = stay.what if isinstance(stay.what, Thing) else None
+                color, shape = (
+                    (COLORS.index(thing.color), ALL_SHAPES.index(thing.shape)) if thing else (len(COLORS), len(ALL_SHAPES))
+                )
+                common = [
+                    color,
+                    shape,
+                    PLACES.index(stay.place_at(step)),
+                    step - stay.begin + 1,
+                    PLACES.index(stay.places[0]),
+                    rank,
+                ]
                 cells = self.cells(window, (window.first + step, stay.place_at(step)))
                 if isinstance(stay.what, str):
                     letters = [len(ALL_LETTERS)] * 2 + [ALL_LETTERS.index(letter) for letter in stay.what]
@@ -120,7 +133,8 @@ class EncodedVideos:
                         found[step, cell] = torch.tensor(facts)
                     continue
                 num_things += 1
-                thing, others = stay.what, [other for earlier, other in seen if earlier is not stay]
+                assert thing is not None
+                others = [other for earlier, other in seen if earlier is not stay]
                 alike = [1 + sum(getattr(other, name) == getattr(thing, name) for other in others) for name in ("color", "shape")]
                 last = before[thing]
                 left = (len(COLORS), len(ALL_SHAPES)) if last is None else (COLORS.index(last.color), ALL_SHAPES.index(last.shape))
