@@ -75,8 +75,10 @@ class Exam:
             keeps, names, fields = list(sitting.names.values()), list(sitting.names), {**self.fields, **sitting.fields}
             self.say(f"{', '.join(names)}: {len(self.dialogues)} videos")
             start_s = time.perf_counter()
-            options = {"protocol": self.protocol, "max_tokens": self.max_tokens, "journal": self.journal, "seeds": sitting.seeds}
-            results = sit(self.model, self.dialogues, fields, keeps, **options)
+            results = sit(
+                self.model, self.dialogues, fields, keeps, seeds=sitting.seeds, protocol=self.protocol,
+                max_tokens=self.max_tokens, journal=self.journal,
+            )  # fmt: skip
             each_s = (time.perf_counter() - start_s) / len(names)
             for name, keep, marks in zip(names, keeps, results, strict=True):
                 found[name] = marks

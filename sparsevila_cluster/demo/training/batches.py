@@ -145,12 +145,19 @@ class BatchMaker(DialogueTokens):
                         addressed = "step " in question.text and (number > 0 or len(groups) == 1)
                         rows.append((item, prompt_row + number, turn, number == 0, hop, addressed))
         columns = torch.tensor(rows, dtype=torch.long).reshape(-1, 6)
-        item, row, of_turn, first, hop, addressed = (column.to(device) for column in columns.unbind(1))
         targets = torch.stack(found) if found else torch.zeros(0, kept.shape[1], dtype=torch.bool)
-        first_one = targets.int().argmax(1)
-        address = torch.stack([slots[columns[:, 0], first_one], facts[columns[:, 0], first_one, RANK]], 1).to(device)
-        address = address.masked_fill(addressed[:, None] == 0, -1)
-        return GroundingRows(item, row, of_turn, targets.to(device), first.bool(), address, hop), all_targets.to(device)
+        items, one = columns[:, 0], targets.int().argmax(1)
+        address = torch.stack([slots[items, one], facts[items, one, RANK]], 1).masked_fill(columns[:, 5:] == 0, -1)
+        looks = GroundingRows(
+            item=items.to(device),
+            row=columns[:, 1].to(device),
+            turn=columns[:, 2].to(device),
+            targets=targets.to(device),
+            first=columns[:, 3].bool().to(device),
+            address=address.to(device),
+            hop=columns[:, 4].to(device),
+        )
+        return looks, all_targets.to(device)
 
     def _facts(self, windows: Sequence[Window], slots: Tensor, cells: Tensor) -> Tensor:
         first = torch.tensor([window.first for window in windows])[:, None]

@@ -138,23 +138,19 @@ class SpeechStage:
         num_media, end = len(before) + place.shape[1] + 1, len(before) + num_frames * TOKENS_PER_STEP + 1
         rows, number = [], 0
         for _, _, questions in items:
-            ids, turn, position, labels = (
-                list(after),
-                [-1] * len(after),
-                [end + i for i in range(len(after))],
-                [IGNORE] * len(after),
-            )
+            ids, of_turns, places = list(after), [-1] * len(after), [end + i for i in range(len(after))]
+            expected = [IGNORE] * len(after)
             for i, question in enumerate(questions):
                 head = "" if i == 0 else "<|im_end|>\n<|im_start|>user\n"
                 asked = encode(f"{head}{question.text}<|im_end|>\n<|im_start|>assistant\n")
                 said = encode(f"{question.answer}<|im_end|>")
                 ids += asked + said
-                labels += [IGNORE] * len(asked) + said
-                turn += [number] * (len(asked) + len(said))
+                expected += [IGNORE] * len(asked) + said
+                of_turns += [number] * (len(asked) + len(said))
                 # Each turn stands where the first would stand.
-                position += [end + len(after) + j for j in range(len(asked) + len(said))]
+                places += [end + len(after) + j for j in range(len(asked) + len(said))]
                 number += 1
-            rows.append((ids, turn, position, labels))
+            rows.append((ids, of_turns, places, expected))
         length = max(len(ids) for ids, *_ in rows)
 
         def padded(part: int, value: int) -> Tensor:
