@@ -12,11 +12,11 @@ from sparsevila_cluster.demo.scenes import KEY, Thing, make_scene, make_words
 from sparsevila_cluster.demo.training.scene_videos import sample_scene, seed_of
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from sparsevila_cluster.demo.training.tower import PROBES, TowerStage
-from sparsevila_cluster.demo.witness import checkpoint, language_model
-from sparsevila_cluster.demo.witness.checkpoint import assemble, build_witness, save_our_part
-from sparsevila_cluster.demo.witness.lessons import MOST_KEPT, Frames, SpeechStage
+from sparsevila_cluster.demo.witness import language_model, witness_checkpoint
 from sparsevila_cluster.demo.witness.sentences import SENTENCE_KINDS, make_sentences
 from sparsevila_cluster.demo.witness.siglip_runner import SiglipRunner
+from sparsevila_cluster.demo.witness.speech import MOST_KEPT, SeenFrames, SpeechStage
+from sparsevila_cluster.demo.witness.witness_checkpoint import assemble, build_witness, save_our_part
 
 NUM_STEPS = 6
 
@@ -133,7 +133,7 @@ def test_it_learns_what_lies_under_its_tokens_and_says_it_in_words(tokenizer, vi
 def test_the_language_model_reads_what_the_stock_model_would(model, tokenizer, videos):
     """All that is kept, where it stands in the whole prompt, one turn: the stock text model on the same rows."""
     runner = SiglipRunner(model.model)
-    frames = Frames.encode(videos, len(videos), runner)
+    frames = SeenFrames.encode(videos, len(videos), runner)
     stage = SpeechStage(model, tokenizer, frames)
     rng = np.random.default_rng(1)
     scene = videos[1].scene
@@ -166,7 +166,7 @@ def test_only_our_part_learns_and_goes_on_where_it_was(tokenizer, videos):
     def stage():
         torch.manual_seed(2)
         model = build_witness(small_llama(tokenizer), tokenizer)
-        return SpeechStage(model, tokenizer, Frames.encode(videos, 3, SiglipRunner(model.model)), seed=1)
+        return SpeechStage(model, tokenizer, SeenFrames.encode(videos, 3, SiglipRunner(model.model)), seed=1)
 
     whole, cut, resumed = stage(), stage(), stage()
     text = {name: value.clone() for name, value in whole.model.model.language_model.state_dict().items()}
@@ -184,8 +184,8 @@ def test_only_our_part_learns_and_goes_on_where_it_was(tokenizer, videos):
 
 
 def test_a_checkpoint_is_put_together_once(tokenizer, model, videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "load_smollm", lambda: small_llama(tokenizer))
-    monkeypatch.setattr(checkpoint, "load_smollm_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(witness_checkpoint, "load_smollm", lambda: small_llama(tokenizer))
+    monkeypatch.setattr(witness_checkpoint, "load_smollm_tokenizer", lambda: tokenizer)
     save_our_part(model, tmp_path / "ours.safetensors")
     directory = assemble(tmp_path / "cache" / "demo-smollm", tmp_path / "ours.safetensors")
     written = (directory / "config.json").stat().st_mtime_ns

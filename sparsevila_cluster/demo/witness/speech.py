@@ -33,7 +33,7 @@ MASTERED = 90.0
 
 
 @dataclass(frozen=True)
-class Frames:
+class SeenFrames:
     """The most salient tokens of encoded videos, as features of their patches. features: half [frames, MOST_KEPT, 4, hidden]."""
 
     scenes: tuple[Scene, ...]
@@ -43,7 +43,7 @@ class Frames:
 
     @staticmethod
     @torch.no_grad()
-    def encode(videos: Iterable[SampledScene], num_videos: int, runner: SiglipRunner) -> Frames:
+    def encode(videos: Iterable[SampledScene], num_videos: int, runner: SiglipRunner) -> SeenFrames:
         """The first `num_videos` of them."""
         scenes, firsts, features, cells, first = [], [], [], [], 0
         for video in islice(videos, num_videos):
@@ -57,7 +57,7 @@ class Frames:
             features.append(square.gather(1, best[..., None, None].expand(-1, -1, *square.shape[2:])).half())
             cells.append(best)
             first += len(best)
-        return Frames(tuple(scenes), tuple(firsts), torch.cat(features), torch.cat(cells))
+        return SeenFrames(tuple(scenes), tuple(firsts), torch.cat(features), torch.cat(cells))
 
 
 class SpeechStage:
@@ -67,7 +67,7 @@ class SpeechStage:
         self,
         model: LlavaOnevisionForConditionalGeneration,
         tokenizer: PreTrainedTokenizerFast,
-        frames: Frames,
+        frames: SeenFrames,
         seed: int = 0,
         lr: float = 1e-3,
     ) -> None:
@@ -94,7 +94,7 @@ class SpeechStage:
         return loss.item()
 
     @torch.no_grad()
-    def examine(self, held: Frames, num_steps: int, num_items: int = 24, num_kept: int = MOST_KEPT) -> dict[str, float]:
+    def examine(self, held: SeenFrames, num_steps: int, num_items: int = 24, num_kept: int = MOST_KEPT) -> dict[str, float]:
         """Per cent of answers that are right word for word, by kind and of all, about other videos."""
         rng, right = np.random.default_rng(0), defaultdict[str, list[bool]](list)
         for _ in range(0, num_items, 4):
@@ -110,7 +110,7 @@ class SpeechStage:
 
     @staticmethod
     def _item(
-        frames: Frames, rng: np.random.Generator, num_steps: int, num_turns: int, kinds: Sequence[str]
+        frames: SeenFrames, rng: np.random.Generator, num_steps: int, num_turns: int, kinds: Sequence[str]
     ) -> tuple[int, Scene, list[SceneQuestion]]:
         while True:
             video = int(rng.integers(len(frames.scenes)))
@@ -123,7 +123,7 @@ class SpeechStage:
                 return frames.firsts[video] + FRAMES_PER_STEP * first, scene, asked
 
     def _predict(
-        self, frames: Frames, items: Sequence[tuple[int, Scene, list[SceneQuestion]]], num_kept: int
+        self, frames: SeenFrames, items: Sequence[tuple[int, Scene, list[SceneQuestion]]], num_kept: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the rows that predict an answer token, those tokens, and which turn each is of. Turns do not see each other."""
         text, encode = self.model.model.language_model, self._encode
