@@ -17,9 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsevila_cluster.demo.checkpoint_builder import CHAT_TEMPLATE, IMAGE_MEAN, IMAGE_STD, SPECIAL_TOKENS, SPLIT
+from sparsevila_cluster.demo.checkpoint_builder import CHAT_TEMPLATE, IMAGE_MEAN, IMAGE_STD, SPECIAL_TOKENS
 from sparsevila_cluster.media import Media
 
+# The split pattern of Qwen2: words with their leading space, digits one by one.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LAYOUT = 2  # change it whenever other files would be written for the same recipe
 FPS = 2.0
 

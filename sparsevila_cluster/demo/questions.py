@@ -25,20 +25,25 @@ Look = tuple[int, str]
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """looks: (step, place) of what one must have seen, a group for each phrase of the answer; empty where nothing is there."""
+    """looks: (step, place) of what one must have seen, a group for each phrase of the answer; empty where nothing is there.
+
+    via: what one must have found before, to know where to look.
+    """
 
     kind: str
     text: str
     answer: str
     looks: tuple[tuple[Look, ...], ...] = ()
+    via: tuple[Look, ...] = ()
 
     @property
     def targets(self) -> frozenset[Look]:
         """All of them."""
-        return frozenset(look for group in self.looks for look in group)
+        return frozenset(look for group in (*self.looks, self.via) for look in group)
 
 
-Drawn = tuple[str, str, tuple[tuple[Look, ...], ...]] | None
+Looks = tuple[tuple[Look, ...], ...]
+Drawn = tuple[str, str, Looks] | tuple[str, str, Looks, tuple[Look, ...]] | None
 Maker = Callable[[Scene, np.random.Generator], Drawn]
 
 
@@ -121,12 +126,13 @@ def _describe(scene: Scene, rng: np.random.Generator) -> Drawn:
 
 
 def _beside(scene: Scene, rng: np.random.Generator) -> Drawn:
-    """The needle: something that is in one step only, and in few videos, is found before the answer can be."""
+    """The needle: something that is in one step only, and not in every video, is found before the answer can be."""
     keys = [stay for stay, thing in scene.things() if thing.shape == KEY]
-    if not keys or len(beside := [stay for stay in scene.at(keys[0].begin) if stay is not keys[0]]) != 1:
+    if not keys or not (beside := [stay for stay in scene.at(keys[0].begin) if stay is not keys[0]]):
         return None
-    step = keys[0].begin
-    return f"What is in the picture together with the {KEY}?", _named(beside[0]), (_seen(beside[0], step),)
+    answer, step = " and ".join(_named(stay) for stay in beside), keys[0].begin
+    looks = tuple(_seen(stay, step) for stay in beside)
+    return f"What is in the picture together with the {KEY}?", answer, looks, _seen(keys[0], step)
 
 
 def _read(scene: Scene, rng: np.random.Generator) -> Drawn:
@@ -207,16 +213,19 @@ def _before(scene: Scene, rng: np.random.Generator) -> Drawn:
     if (found := _neighbour(scene, rng, -1)) is None:
         return None
     thing, stay, other = found
-    looks = (_seen(other, other.begin), _seen(stay, stay.begin))
-    return f"Which shape appeared last before the {thing.name}?", _named(other), looks
+    return (
+        f"Which shape appeared last before the {thing.name}?",
+        _named(other),
+        (_seen(other, other.begin),),
+        _seen(stay, stay.begin),
+    )
 
 
 def _after(scene: Scene, rng: np.random.Generator) -> Drawn:
     if (found := _neighbour(scene, rng, 1)) is None:
         return None
     thing, stay, other = found
-    looks = (_seen(other, other.begin), _seen(stay, stay.begin))
-    return f"Which shape appears next after the {thing.name}?", _named(other), looks
+    return f"Which shape appears next after the {thing.name}?", _named(other), (_seen(other, other.begin),), _seen(stay, stay.begin)
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Drawn:
@@ -251,7 +260,7 @@ def _total(scene: Scene, rng: np.random.Generator) -> Drawn:
         names = COLORS if by_color else SHAPES
         name = names[rng.integers(len(names))]
     counted = [stay for stay, thing in scene.things() if name in (thing.color, thing.shape)]
-    looks = tuple(look for stay in counted for look in _seen(stay, stay.begin))
+    looks = tuple(look for stay in sorted(counted, key=lambda stay: stay.end) for look in _seen(stay, stay.end - 1))
     what = f"{name} shapes" if by_color else f"{name}{'es' if name.endswith('s') else 's'}"
     return f"How many different {what} appear in the video?", str(len(counted)), (looks,) if looks else ()
 
@@ -299,6 +308,16 @@ MAKERS: dict[str, Maker] = {
 KINDS = tuple(MAKERS)
 
 
+def pick_questions(scene: Scene, rng: np.random.Generator, num: int) -> list[SceneQuestion]:
+    """Up to `num` different questions in random order: of each kind that the scene can answer one, as far as there is room."""
+    first = [one for kind in KINDS for one in make_questions(scene, rng, 1, (kind,))]
+    known = {one.text for one in first}
+    more = [one for one in make_questions(scene, rng, num + len(first)) if one.text not in known]
+    first = [first[i] for i in rng.permutation(len(first))]
+    picked = [*first, *more][:num]
+    return [picked[i] for i in rng.permutation(len(picked))]
+
+
 def make_questions(scene: Scene, rng: np.random.Generator, num: int, kinds: Sequence[str] = KINDS) -> list[SceneQuestion]:
     """Up to `num` different questions in random order, each kind as likely; fewer only where the scene has no more to ask."""
     questions: dict[tuple[str, str], SceneQuestion] = {}
@@ -306,8 +325,7 @@ def make_questions(scene: Scene, rng: np.random.Generator, num: int, kinds: Sequ
         kind = kinds[int(rng.integers(len(kinds)))]
         drawn = MAKERS[kind](scene, rng)
         if drawn is not None:
-            text, answer, looks = drawn
-            questions.setdefault((kind, text.replace("colour", "color")), SceneQuestion(kind, text, answer, looks))
+            questions.setdefault((kind, drawn[0].replace("colour", "color")), SceneQuestion(kind, *drawn))
         if len(questions) == num:
             break
     return list(questions.values())

@@ -160,7 +160,7 @@ def _thing(thing: Thing, row: int, col: int, rng: np.random.Generator) -> list[_
     return patches
 
 
-def make_scene_video(seed: int, num_steps: int, stream: str) -> tuple[Scene, np.ndarray]:
+def make_video(seed: int, num_steps: int = 8, stream: str = "demo") -> tuple[Scene, np.ndarray]:
     """Scene and frames of one seed of a stream, the same every time."""
     rng = np.random.default_rng((STREAMS[stream], num_steps, seed))
     scene = make_scene(rng, num_steps, make_words(stream))

@@ -18,7 +18,7 @@ import numpy as np
 from sparsevila_cluster.demo.drawing import COLORS, PLACES, SHAPES
 
 # Seeds of each use are drawn from a stream of its own, and its backgrounds and words are seen nowhere else.
-STREAMS = {"training": 11, "validation": 12, "held out a": 13, "held out b": 14, "held out c": 15}
+STREAMS = {"training": 11, "validation": 12, "held out a": 13, "held out b": 14, "held out c": 15, "demo": 16}
 KEY = "key"
 MARKS = ("dot", "bar")
 MAX_STEPS = 64

@@ -24,16 +24,7 @@ ACCURACY_FIGURES = set(
 )
 
 
-def test_kinds_of_several_words_are_the_trainers():
-    from sparsevila_cluster.demo.training_monitor import SEVERAL_WORDS
-
-    assert accuracy.SEVERAL_WORDS == SEVERAL_WORDS
-
-
 def test_dialogues_are_held_out_and_repeatable(tmp_path):
-    from sparsevila_cluster.demo.train import FINAL_SEED, MONITOR_SEED
-
-    assert accuracy_exam.FIRST_SEED > FINAL_SEED > MONITOR_SEED
     (a,), (b,) = accuracy_exam.write_dialogues(tmp_path, 1), accuracy_exam.write_dialogues(tmp_path, 1)
     assert a == b and len(a.questions) == accuracy_exam.NUM_TURNS and a.video.stat().st_size > 1000
     longest = max(len(q.answer.split()) for q in a.questions)
@@ -41,9 +32,10 @@ def test_dialogues_are_held_out_and_repeatable(tmp_path):
 
 
 def test_accuracy_of_a_model_that_knows_nothing(tmp_path, capsys, monkeypatch):
-    from sparsevila_cluster.demo.checkpoint_builder import build_model, build_tokenizer, save_checkpoint
+    from sparsevila_cluster.demo.checkpoint_builder import build_model, save_checkpoint
+    from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 
-    tokenizer = build_tokenizer(num_scenes=50)
+    tokenizer = build_scene_tokenizer()
     directory = save_checkpoint(build_model(tokenizer), tokenizer, tmp_path / "checkpoint")
     (tmp_path / "checkpoint_dense_only").symlink_to(directory, target_is_directory=True)
     monkeypatch.setattr(accuracy_exam, "MAX_TOKENS", 2)

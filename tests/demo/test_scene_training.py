@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from sparsevila_cluster.demo.checkpoint_builder import TOKENS_PER_STEP, TextSize, build_model
-from sparsevila_cluster.demo.drawing import GRID, PLACES
+from sparsevila_cluster.demo.drawing import COLORS, GRID, PLACES
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import Thing
 from sparsevila_cluster.demo.training.batches import BatchMaker, asked_for, group_at, keep_all, keep_salient
-from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, CONTENTS, contents_of, sample_scene, seed_of
+from sparsevila_cluster.demo.training.forward import retrieval_mask, retrieved, run_text, turns_apart_mask
+from sparsevila_cluster.demo.training.lessons import LESSONS, ROWS, ROWS_PER_TURN, Showing
+from sparsevila_cluster.demo.training.scene_videos import ALL_LETTERS, ALL_SHAPES, CONTENTS, contents_of, sample_scene, seed_of
 from sparsevila_cluster.demo.training.text import TextStage, mean_of_answers
 from sparsevila_cluster.demo.training.text_tokens import build_scene_tokenizer
 from sparsevila_cluster.demo.training.tower import TowerStage
-from sparsevila_cluster.demo.training.windows import EncodedVideos, crop
-from sparsevila_cluster.demo.training_forward import run_text
-from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify
+from sparsevila_cluster.demo.training.vision_runner import VisionRunner, patchify
+from sparsevila_cluster.demo.training.windows import FACT_SIZES, EncodedVideos, crop
 
 NUM_STEPS = 12
-SMALL = TextSize(128, 256, 3, 4, 2, 2048)
+SMALL = TextSize(128, 256, 5, 4, 2, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,87 @@ def test_letters_are_looked_at_one_by_one(tokenizer, model):
     assert num > 3
 
 
+def test_facts_are_those_of_the_scene(encoded):
+    rng, names = np.random.default_rng(9), list(FACT_SIZES)
+    for num_steps in (3, 7, NUM_STEPS):
+        window = encoded.window(rng, num_steps)
+        scene, facts = window.scene, encoded.facts(window)
+        assert (facts < torch.tensor([*FACT_SIZES.values()])).all()
+        held = sum(len(encoded.cells(window, (window.first + step, stay.place_at(step))))
+                   for step in range(num_steps) for stay in scene.at(step))  # fmt: skip
+        assert (facts[..., 0] >= 0).sum() == held
+        things = list(scene.things())
+        for number, (stay, thing) in enumerate(things):
+            last = stay.end - 1
+            (cell,) = encoded.cells(window, (window.first + last, stay.places[-1]))
+            known = dict(zip(names, facts[last, cell].tolist(), strict=True))
+            seen = [other for before, other in things if before.begin < stay.end and (before.begin < last or before is stay)]
+            assert (COLORS[known["color"]], ALL_SHAPES[known["shape"]]) == (thing.color, thing.shape)
+            assert PLACES[known["place"]] == stay.places[-1] and known["age"] == len(stay.places)
+            assert PLACES[known["begin place"]] == stay.places[0]
+            assert known["rank"] == 1 + scene.at(last).index(stay) and known["things"] == 1 + scene.things_at(last).index(
+                (stay, thing)
+            )
+            assert known["color count"] == sum(other.color == thing.color for other in seen)
+            assert known["shape count"] == sum(other.shape == thing.shape for other in seen)
+            before = things[number - 1][1] if number else None
+            assert [*COLORS, None][known["color before"]] == (before and before.color)
+            assert [*ALL_SHAPES, None][known["shape before"]] == (before and before.shape)
+            assert known["letter before"] == known["second letter before"] == -1
+        for stay, word in scene.words():
+            cells = encoded.cells(window, (window.first + stay.begin, stay.places[0]))
+            read = [[[*ALL_LETTERS, ""][fact] for fact in facts[stay.begin, cell, -2:]] for cell in cells]
+            assert read == [[word[i - 1] if i else "", word[i - 2] if i > 1 else ""] for i in range(len(word))]
+
+
+def test_what_is_found_by_way_of_something_else_has_two_looks(encoded, tokenizer):
+    maker, rng, num = BatchMaker(tokenizer, encoded), np.random.default_rng(7), 0
+    for _ in range(8):
+        window = encoded.window(rng, NUM_STEPS)
+        questions = window.questions(rng, 4, ("before", "after", "beside", "color"))
+        batch = maker.batch([window], [questions], keep_all([window]))
+        tokens = batch.slots[0] * TOKENS_PER_STEP + batch.cells[0]
+        for turn, question in enumerate(questions):
+            mine, looks = batch.looks.turn == turn, batch.looks
+            by_hop = [{int(token) for row in looks.targets[mine & (looks.hop == hop)] for token in tokens[row]} for hop in (0, 1)]
+            ways, ends = ({step * TOKENS_PER_STEP + cell for step, place in some for cell in encoded.cells(window, (step, place))}
+                          for some in (question.via, [look for group in question.looks for look in group]))  # fmt: skip
+            expected = {"beside": [ways, ends], "before": [ways, set()]}
+            assert by_hop == expected.get(question.kind, [ends, set()])
+            num += question.kind in expected
+    assert num > 6
+
+
+def test_rows_of_a_description_are_told_where_they_are(encoded, tokenizer):
+    maker, rng, ranks = BatchMaker(tokenizer, encoded), np.random.default_rng(11), set()
+    for _ in range(6):
+        window = encoded.window(rng, 6)
+        batch = maker.batch([window], [window.questions(rng, 4, ("describe", "listing", "when"))], keep_all([window]))
+        looks = batch.looks
+        for turn, targets, (step, rank) in zip(looks.turn, looks.targets, looks.address.tolist(), strict=True):
+            if batch.turns.questions[int(turn)].kind == "when":
+                assert (step, rank) == (-1, -1)
+            elif step >= 0:
+                stay = window.scene.at(step - window.first)[rank - 1]
+                cells = encoded.cells(window, (step, stay.place_at(step - window.first)))
+                assert {step * TOKENS_PER_STEP + cell for cell in cells} >= {
+                    int(token) for token in (batch.slots[0] * TOKENS_PER_STEP + batch.cells[0])[targets]
+                }
+                ranks.add(rank)
+    assert ranks >= {1, 2, 3}
+
+
+def test_half_of_the_looks_are_those_of_every_other_token(encoded, tokenizer):
+    rng = np.random.default_rng(8)
+    window = encoded.window(rng, NUM_STEPS)
+    questions = window.questions(rng, 6, ("listing", "describe", "color"))
+    every, half = (BatchMaker(tokenizer, encoded, part).batch([window], [questions], keep_all([window])).looks for part in (1, 2))
+    assert half.first.sum() == every.first.sum() and 0.4 < len(half.row) / len(every.row) < 0.7
+    assert set(zip(half.row.tolist(), half.turn.tolist(), strict=True)) < set(
+        zip(every.row.tolist(), every.turn.tolist(), strict=True)
+    )
+
+
 def test_salient_tokens_are_kept_step_by_step(encoded):
     windows = [encoded.window(np.random.default_rng(0), 3), encoded.window(np.random.default_rng(1), 3)]
     keep = keep_salient(encoded, windows, 5)
@@ -203,15 +285,53 @@ def test_a_batch_is_what_the_stock_model_sees(encoded, tokenizer, model, videos)
     torch.testing.assert_close(ours, stock, atol=0.05, rtol=0.05)  # tokens are kept in half precision
 
 
+@torch.no_grad()
+def test_dropped_tokens_leave_the_others_where_they_are(encoded, tokenizer, model):
+    rng = np.random.default_rng(6)
+    windows = [encoded.window(rng, 5) for _ in range(2)]
+    dialogues = [window.questions(rng, 4, KINDS) for window in windows]
+    maker, keep = BatchMaker(tokenizer, encoded), keep_salient(encoded, windows, 9)
+    whole, batch = maker.batch(windows, dialogues, keep_all(windows)), maker.batch(windows, dialogues, keep)
+    text, media = model.model.language_model, whole.visual_rows
+    for item, kept in enumerate(keep):
+        rows = torch.cat([torch.arange(media.start), media.start + kept, torch.arange(media.stop, whole.labels.shape[1])])
+        parts = (text.embed_tokens(whole.prefix_ids[item]), whole.visual[item], text.embed_tokens(whole.suffix_ids[item]))
+        positions = whole.positions[:, item : item + 1, rows]
+        stock = text(inputs_embeds=torch.cat(parts)[rows][None], position_ids=positions, use_cache=False).last_hidden_state
+        torch.testing.assert_close(run_text(model, batch).hidden[item], stock[0], atol=2e-5, rtol=1e-5)
+
+
+def test_masks_hide_other_turns_and_tokens_not_retrieved(encoded, tokenizer, model):
+    rng = np.random.default_rng(3)
+    windows = [encoded.window(rng, 6) for _ in range(2)]
+    dialogues = [window.questions(rng, 4, KINDS) for window in windows]
+    batch = BatchMaker(tokenizer, encoded).batch(windows, dialogues, keep_all(windows))
+    turns, media = batch.turns, batch.visual_rows
+    apart, second = turns_apart_mask(batch)[0, 0], int(turns.prompt_row[1])
+    assert apart[second, : media.stop + 1].all()
+    assert not apart[second, int(turns.prompt_row[0]) : int(turns.end_row[0])].any()
+    chosen = retrieved(model, batch, 0.1)
+    assert len(chosen) == SMALL.layers
+    assert all((layer.sum(1) == round(0.1 * 6 * TOKENS_PER_STEP)).all() for layer in chosen)
+    mask = retrieval_mask(batch, chosen[0])[:, 0]
+    for turn, item in enumerate(turns.item.tolist()):
+        prompt, end = int(turns.prompt_row[turn]), int(turns.end_row[turn])
+        assert mask[item, prompt, media].all() and mask[item, end, media].all()
+        for row in range(prompt + 1, end):
+            assert torch.equal(mask[item, row, media], chosen[0][turn])
+
+
 def test_a_tower_learns_and_its_projector_says_what_it_reads(tokenizer, videos):
     torch.manual_seed(0)
-    stage = TowerStage(build_model(tokenizer, SMALL).model.visual)
+    stage = TowerStage(VisionRunner(build_model(tokenizer, SMALL).model.visual))
     first, *_, last = [stage.update(videos, number / 12, number) for number in range(12)]
     assert last["color"] < 0.8 * first["color"] and {"letter", "mark", "salience", "row"} <= set(last)
     assert set(stage.report(videos)) == {"color", "shape", "mark", "letter", "row", "col", "in_top_6", "in_top_16"}
     norms = stage.start_projector(videos)
     assert 3 < norms["held"] < 30
-    assert "salience" not in TowerStage(build_model(tokenizer, SMALL).model.visual, salience=False).update(videos, 0.0, 0)
+    assert "salience" not in TowerStage(VisionRunner(build_model(tokenizer, SMALL).model.visual), salience=False).update(
+        videos, 0.0, 0
+    )
 
 
 def test_a_run_goes_on_where_an_earlier_one_was(encoded, tokenizer):
@@ -220,19 +340,21 @@ def test_a_run_goes_on_where_an_earlier_one_was(encoded, tokenizer):
         return TextStage(build_model(tokenizer, SMALL), tokenizer, encoded, seed=1)
 
     whole, cut = stage(), stage()
+    short = Showing(2, 10, 6, apart=True)
     for _ in range(3):
-        whole.update(2)
-    accuracy = whole.evaluate(encoded, 2, num_windows=4)
+        whole.update(short)
+    accuracy = whole.examine(encoded, short)
     assert set(accuracy) <= {*KINDS, "all"} and 0 <= accuracy["all"] <= 100
     for _ in range(3):
-        cut.update(2)
-    cut.evaluate(encoded, 2, num_windows=4)
+        cut.update(short)
+    cut.examine(encoded, short)
     saved = io.BytesIO()
     torch.save(cut.state(), saved)
     saved.seek(0)
     resumed = stage()
     resumed.restore(torch.load(saved, weights_only=False))
-    later = [(whole.update(4), resumed.update(4)) for _ in range(2)]
+    longer = Showing(4, 16, 8, retrieve_keep=0.1)
+    later = [(whole.update(longer), resumed.update(longer)) for _ in range(2)]
     assert all(one == other for one, other in later)
     assert resumed.num_updates == 5 and resumed.accuracy == whole.accuracy
 
@@ -247,3 +369,29 @@ def test_a_long_answer_does_not_outweigh_short_ones(encoded, tokenizer):
     losses = torch.cat([torch.full((length,), float(value)) for length, value in zip(lengths, (0, 1), strict=True)])
     long, short = (length**0.5 for length in lengths)
     assert mean_of_answers(losses, batch).item() == pytest.approx(short / (long + short))
+
+
+def test_a_batch_in_which_nothing_is_to_be_looked_at_teaches_its_answers(encoded, tokenizer):
+    torch.manual_seed(0)
+    stage = TextStage(build_model(tokenizer, SMALL), tokenizer, encoded)
+    nothing = SceneQuestion("exists", "Is there a red star in the video?", "no")
+    windows = [encoded.window(stage.rng, 2)]
+    batch = stage.maker.batch(windows, [[nothing, nothing]], keep_all(windows))
+    assert batch.looks.targets.shape == (0, 2 * TOKENS_PER_STEP)
+    losses = stage.heads.losses(stage.model, batch, run_text(stage.model, batch))
+    assert all(torch.isfinite(loss) for loss in losses.values()) and losses["answer_grounding"] == 0
+
+
+def test_lessons_bound_their_batches():
+    rng = np.random.default_rng(0)
+    for lesson in LESSONS:
+        for dense in (False, True):
+            for _ in range(40):
+                showing = lesson.draw(rng, dense=dense)
+                rows = showing.num_steps * showing.num_per_step + ROWS_PER_TURN * showing.num_turns
+                assert showing.num_items == 1 or showing.num_items * rows <= ROWS
+                assert showing.retrieve_keep == 1.0 or not (dense or showing.apart)
+                assert not dense or showing.num_per_step == TOKENS_PER_STEP
+    rates = [rate for lesson in LESSONS for rate in lesson.rates]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 1.0 and rates[-1] < 0.05
+    assert [LESSONS[-1].rate(count) for count in (0, LESSONS[-1].updates)] == pytest.approx(LESSONS[-1].rates)

@@ -8,7 +8,7 @@ import pytest
 
 from sparsevila_cluster.demo.drawing import CELL_PX, COLORS, FPS, FRAME_PX, GRID, PLACES, RGB, SHAPES, texture
 from sparsevila_cluster.demo.questions import KINDS, MAKERS, make_questions
-from sparsevila_cluster.demo.scene_drawing import LETTERS, TEXTURES, draw_scene, letter_mask, make_scene_video, mark_mask
+from sparsevila_cluster.demo.scene_drawing import LETTERS, TEXTURES, draw_scene, letter_mask, make_video, mark_mask
 from sparsevila_cluster.demo.scenes import KEY, MARKS, STREAMS, Scene, Stay, Thing, make_scene, make_words
 
 LENGTHS = (1, 2, 8, 16, 32, 64)
@@ -60,9 +60,9 @@ def test_streams_have_nothing_in_common():
     assert min(map(len, words.values())) > 200 and set("".join(words["training"])) == set(LETTERS)
     numbers = [number for textures in TEXTURES.values() for number in textures]
     assert len(set(numbers)) == len(numbers)
-    scenes = {name: make_scene_video(0, 8, name) for name in STREAMS}
+    scenes = {name: make_video(0, 8, name) for name in STREAMS}
     assert len({repr(scene) for scene, _ in scenes.values()}) == len(STREAMS)
-    again, frames = make_scene_video(0, 8, "validation")
+    again, frames = make_video(0, 8, "validation")
     assert again == scenes["validation"][0] and np.array_equal(frames, scenes["validation"][1])
 
 
@@ -147,8 +147,8 @@ def answer_to(scene, text):
         return next((said(stay) for stay in there if stay.place_at(step) == place), "nothing")
     if "together with the key" in text:
         moment = named(scene, KEY)[0].begin
-        (other,) = [stay for stay in scene.at(moment) if not (isinstance(stay.what, Thing) and stay.what.shape == KEY)]
-        return said(other)
+        others = [stay for stay in scene.at(moment) if not (isinstance(stay.what, Thing) and stay.what.shape == KEY)]
+        return " and ".join(map(said, others))
     if text.startswith("Which word"):
         (word,) = [stay.what for stay in there if isinstance(stay.what, str)]
         return word

@@ -11,14 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
-from sparsevila_cluster.demo.dialogue_batches import Batch, DialogueTokens, GroundingRows, Turns
 from sparsevila_cluster.demo.drawing import COLORS, PLACES
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import MAX_STEPS
+from sparsevila_cluster.demo.training.dialogues import Batch, DialogueTokens, GroundingRows, Turns
 from sparsevila_cluster.demo.training.scene_videos import ALL_SHAPES
-from sparsevila_cluster.demo.training.windows import EncodedVideos, Window
+from sparsevila_cluster.demo.training.windows import FACT_SIZES, EncodedVideos, Window
 
 ASKED_SIZES = (len(COLORS) + 1, len(ALL_SHAPES) + 1, MAX_STEPS + 1, len(PLACES) + 1, len(KINDS))
+# Kinds whose answer is a number, which the last of the things that are counted knows.
+COUNTED = ("count", "how_long", "total")
+# A thing knows the one before it: "before" is read off the thing that is named, "after" off the one that has this before it.
+RANK = list(FACT_SIZES).index("rank")
 PARTS = re.compile(r" and |; | to ")
 
 
@@ -54,9 +58,10 @@ def group_at(question: SceneQuestion) -> list[int]:
 class BatchMaker(DialogueTokens):
     """Makes batches with the tokens of one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoded: EncodedVideos) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoded: EncodedVideos, part: int = 1) -> None:
+        """part: looks of every answer's first token, and of each `part`-th of the others; they cost as much as a layer."""
         super().__init__(tokenizer)
-        self.encoded = encoded
+        self.encoded, self.part = encoded, part
 
     def batch(self, windows: Sequence[Window], dialogues: Sequence[list[SceneQuestion]], keep: Tensor) -> Batch:
         """keep: ascending indices [items, num_kept] into the visual tokens of the windows, which are equally long."""
@@ -71,8 +76,9 @@ class BatchMaker(DialogueTokens):
 
         laid_out = self.lay_out(dialogues, keep.shape[1])
         spans, asked = laid_out.spans, [question for questions in dialogues for question in questions]
-        columns = [torch.tensor([span[i] for span in spans]).to(device) for i in range(4)]
-        looks, all_targets = self._looks(windows, spans, asked, slots, cells, device)
+        columns = torch.tensor(spans, dtype=torch.long, device=device).reshape(-1, 4).unbind(1)
+        facts = self._facts(windows, slots, cells)
+        looks, all_targets = self._looks(windows, spans, asked, slots, cells, facts, device)
         return Batch(
             prefix_ids=torch.tensor(self.prefix).expand(num_items, -1).to(device),
             visual=visual,
@@ -81,13 +87,16 @@ class BatchMaker(DialogueTokens):
             labels=laid_out.labels.to(device),
             slots=slots.to(device),
             cells=cells.to(device),
+            facts=facts.to(device),
             turns=Turns(
                 item=columns[0],
                 first_row=columns[1],
                 prompt_row=columns[2],
                 end_row=columns[3],
                 targets=all_targets,
-                asked=torch.tensor([asked_for(question.kind, question.text) for question in asked]).to(device),
+                asked=torch.tensor([asked_for(question.kind, question.text) for question in asked], dtype=torch.long)
+                .reshape(-1, len(ASKED_SIZES))
+                .to(device),
                 questions=tuple(asked),
             ),
             looks=looks,
@@ -109,27 +118,54 @@ class BatchMaker(DialogueTokens):
         asked: Sequence[SceneQuestion],
         slots: Tensor,
         cells: Tensor,
+        facts: Tensor,
         device: torch.device,
     ) -> tuple[GroundingRows, Tensor]:
         """One look per answer token that is about something, and for each turn all that it is about, bool [turns, num_kept]."""
         kept = slots * TOKENS_PER_STEP + cells
         found, rows, all_targets = [], [], torch.zeros(len(asked), kept.shape[1], dtype=torch.bool)
         for turn, (question, (item, _, prompt_row, _)) in enumerate(zip(asked, spans, strict=True)):
-            groups = [
-                [[step * TOKENS_PER_STEP + cell for cell in self.encoded.cells(windows[item], (step, place))]
-                 for step, place in group]
-                for group in question.looks
-            ]  # fmt: skip
+            groups = [[self._tokens(windows[item], step, place) for step, place in group] for group in question.looks]
+            via = [cell for step, place in question.via for cell in self._tokens(windows[item], step, place)]
+            if question.kind == "before":
+                groups, via = [[via]], []
+            elif question.kind == "after":
+                via = []
+            if question.kind in COUNTED:
+                groups = [[group[-1]] for group in groups]
             everything = [token for group in groups for seen in group for token in seen]
-            all_targets[turn] = _among(kept[item], everything)
+            all_targets[turn] = _among(kept[item], [*everything, *via])
+            on_the_way = _among(kept[item], via)
             for number, wanted in enumerate(self._wanted(question, groups, everything)):
-                target = _among(kept[item], wanted)
-                if target.any():
-                    found.append(target)
-                    rows.append((item, prompt_row + number, turn, number == 0))
-        columns = [torch.tensor(column).to(device) for column in zip(*rows, strict=True)]
-        looks = GroundingRows(columns[0], columns[1], columns[2], torch.stack(found).to(device), columns[3])
+                if number and (number + turn) % self.part:
+                    continue
+                for hop, target in enumerate((on_the_way, _among(kept[item], wanted)) if via else (_among(kept[item], wanted),)):
+                    if target.any():
+                        found.append(target)
+                        addressed = "step " in question.text and (number > 0 or len(groups) == 1)
+                        rows.append((item, prompt_row + number, turn, number == 0, hop, addressed))
+        columns = torch.tensor(rows, dtype=torch.long).reshape(-1, 6)
+        targets = torch.stack(found) if found else torch.zeros(0, kept.shape[1], dtype=torch.bool)
+        items, one = columns[:, 0], targets.int().argmax(1)
+        address = torch.stack([slots[items, one], facts[items, one, RANK]], 1).masked_fill(columns[:, 5:] == 0, -1)
+        looks = GroundingRows(
+            item=items.to(device),
+            row=columns[:, 1].to(device),
+            turn=columns[:, 2].to(device),
+            targets=targets.to(device),
+            first=columns[:, 3].bool().to(device),
+            address=address.to(device),
+            hop=columns[:, 4].to(device),
+        )
         return looks, all_targets.to(device)
+
+    def _facts(self, windows: Sequence[Window], slots: Tensor, cells: Tensor) -> Tensor:
+        first = torch.tensor([window.first for window in windows])[:, None]
+        facts = torch.stack([self.encoded.facts(window) for window in windows])
+        return facts[torch.arange(len(windows))[:, None], slots - first, cells]
+
+    def _tokens(self, window: Window, step: int, place: str) -> list[int]:
+        return [step * TOKENS_PER_STEP + cell for cell in self.encoded.cells(window, (step, place))]
 
     def _wanted(self, question: SceneQuestion, groups: list[list[list[int]]], everything: list[int]) -> Iterator[list[int]]:
         """For each token of the answer, the visual tokens that it is about. groups: theirs, by phrase, then by look.

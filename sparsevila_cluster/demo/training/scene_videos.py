@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsevila_cluster.demo.drawing import COLORS, GRID, SHAPES, through_codec
+from sparsevila_cluster.demo.drawing import COLORS, FPS, GRID, SHAPES, through_codec
 from sparsevila_cluster.demo.scene_drawing import LETTERS, draw_scene
 from sparsevila_cluster.demo.scenes import KEY, MARKS, STREAMS, Scene, Thing, make_scene, make_words
-from sparsevila_cluster.demo.video_feed import CODEC_SHARE, SAMPLED
 
 ALL_SHAPES = (*SHAPES, KEY)
 ALL_LETTERS = tuple(LETTERS)
+# What an engine samples: 2 frames per second, each from the middle of its interval.
+SAMPLED = slice(FPS // 4, None, FPS // 2)
+CODEC_SHARE = 0.6
 # What a token may hold, by name; the class behind the last one is "none of them".
 NUM_CELLS = GRID * GRID
 CONTENTS = {"color": COLORS, "shape": ALL_SHAPES, "mark": MARKS, "letter": ALL_LETTERS}

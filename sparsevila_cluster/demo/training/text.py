@@ -1,7 +1,7 @@
-"""The text model learns to answer questions about windows of encoded videos, short ones first.
+"""The text model learns to answer questions about windows of encoded videos, as its lessons show them.
 
 Matrices of its layers are learned by Muon (Jordan et al., 2024), everything else by AdamW: with AdamW alone the same answers were
-right after twice as many updates. Visual tokens are pruned by salience throughout; every turn sees the media and itself only.
+right after twice as many updates.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from sparsevila_cluster.demo.dialogue_batches import IGNORE, Batch
 from sparsevila_cluster.demo.questions import KINDS, SceneQuestion
 from sparsevila_cluster.demo.scenes import MAX_STEPS, STREAMS
 from sparsevila_cluster.demo.training.batches import ASKED_SIZES, BatchMaker, keep_salient
+from sparsevila_cluster.demo.training.dialogues import IGNORE, Batch
+from sparsevila_cluster.demo.training.forward import (
+    AUXILIARY_WEIGHTS,
+    AuxiliaryHeads,
+    answer_logits,
+    retrieval_mask,
+    retrieved,
+    run_text,
+    run_to_auxiliary_layer,
+    turns_apart_mask,
+)
+from sparsevila_cluster.demo.training.lessons import Showing
 from sparsevila_cluster.demo.training.windows import EncodedVideos
-from sparsevila_cluster.demo.training_forward import AUXILIARY_WEIGHTS, AuxiliaryHeads, answer_logits, run_text, turns_apart_mask
 
-# Items of a batch by the steps of their windows: about as many rows whatever the length.
-ITEMS = {2: 12, 4: 8, 8: 6, 16: 4, 32: 2, 64: 2}
-NUM_TURNS = 10
-SHORTER_ODDS = 0.25
-TOKENS_PER_STEP_KEPT, MANY_KEPT, MANY_ODDS = (6, 8, 10, 12), 20, 0.15
 WARM_UP = 100
-# A kind of which less is right is asked about more often.
-MASTERED = 90.0
+MASTERED = 98.0
+LOOKS_PART = 2
 # Which step a token is of is the slowest to be learned, and most questions need it.
-WEIGHTS = AUXILIARY_WEIGHTS | {"slot": 0.4}
+WEIGHTS = AUXILIARY_WEIGHTS | {"slot": 0.4, "answer": 1.0}
 
 
 class TextStage:
@@ -48,7 +53,7 @@ class TextStage:
         muon_lr: float = 3e-3,
     ) -> None:
         self.model, self.encoded, self.tokenizer = model, encoded, tokenizer
-        self.maker, self.rng = BatchMaker(tokenizer, encoded), np.random.default_rng((STREAMS["training"], seed, 9))
+        self.maker, self.rng = BatchMaker(tokenizer, encoded, LOOKS_PART), np.random.default_rng((STREAMS["training"], seed, 9))
         self.num_updates, self.accuracy = 0, dict[str, float]()
         model.model.visual.requires_grad_(False)
         self.device = model.lm_head.weight.device
@@ -69,22 +74,16 @@ class TextStage:
             ),
         ]  # fmt: skip
 
-    def update(self, num_steps: int, decay: float = 1.0) -> dict[str, float]:
-        """Losses by name, of windows of `num_steps` or, now and then, of fewer. decay: of the learning rate, 1 to 0.
-
-        num_steps: one of ITEMS.
-        """
+    def update(self, showing: Showing, decay: float = 1.0) -> dict[str, float]:
+        """Losses by name. decay: of the learning rate, 1 to 0."""
         scale = min(1.0, (self.num_updates + 1) / WARM_UP) * decay
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * scale
-        batch = self._batch(num_steps)
+        batch = self._batch(showing)
         with torch.autocast(self.device.type, torch.bfloat16):
-            output = run_text(self.model, batch, turns_apart_mask(batch))
-            logits, wanted = answer_logits(self.model, batch, output.hidden)
-            losses = {"answer": mean_of_answers(F.cross_entropy(logits.float(), wanted, reduction="none"), batch)}
-            losses |= self.heads.losses(self.model, batch, output.inner)
-        total = losses["answer"] + sum(weight * losses[name] for name, weight in WEIGHTS.items())
+            losses = self._losses(batch, showing) if showing.num_turns else self._media_losses(batch)
+        total = sum((WEIGHTS[name] * loss for name, loss in losses.items()), start=torch.zeros((), device=self.device))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         total.backward()
@@ -94,40 +93,75 @@ class TextStage:
         self.num_updates += 1
         return {name: value.item() for name, value in losses.items()}
 
-    def _batch(self, num_steps: int) -> Batch:
+    def _losses(self, batch: Batch, showing: Showing) -> dict[str, Tensor]:
+        output = run_text(self.model, batch, self._masks(batch, showing))
+        logits, wanted = answer_logits(self.model, batch, output.hidden)
+        answer = mean_of_answers(F.cross_entropy(logits.float(), wanted, reduction="none"), batch)
+        return {"answer": answer} | self.heads.losses(self.model, batch, output)
+
+    def _media_losses(self, batch: Batch) -> dict[str, Tensor]:
+        return self.heads.media_losses(batch, run_to_auxiliary_layer(self.model, batch))
+
+    def _masks(self, batch: Batch, showing: Showing) -> Tensor | list[Tensor | None] | None:
+        if showing.apart:
+            return turns_apart_mask(batch)
+        if showing.retrieve_keep < 1.0:
+            return [retrieval_mask(batch, chosen) for chosen in retrieved(self.model, batch, showing.retrieve_keep)]
+        return None
+
+    def _batch(self, showing: Showing) -> Batch:
         rng = self.rng
-        if (shorter := [steps for steps in ITEMS if steps < num_steps]) and rng.random() < SHORTER_ODDS:
-            num_steps = int(rng.choice(shorter))
-        windows = [self.encoded.window(rng, num_steps) for _ in range(ITEMS[num_steps])]
-        hard = tuple(kind for kind in KINDS if self.accuracy.get(kind, 0.0) < MASTERED)
-        num_hard = NUM_TURNS // 2 if hard else 0
-        dialogues: list[list[SceneQuestion]] = [
-            window.questions(rng, NUM_TURNS - num_hard, KINDS) + (window.questions(rng, num_hard, hard) if hard else [])
-            for window in windows
-        ]
-        most = MANY_KEPT if rng.random() < MANY_ODDS else int(rng.choice(TOKENS_PER_STEP_KEPT))
-        return self.maker.batch(windows, dialogues, keep_salient(self.encoded, windows, most))
+        windows = [self.encoded.window(rng, showing.num_steps) for _ in range(showing.num_items)]
+        # The less is right, the more often it is asked about.
+        hard = tuple(kind for kind in KINDS for _ in range(round((MASTERED - self.accuracy.get(kind, 0.0)) / 10)))
+        num_hard = showing.num_turns // 2 if hard else 0
+        dialogues: list[list[SceneQuestion]] = []
+        for window in windows:
+            asked = window.questions(rng, showing.num_turns - num_hard, KINDS)
+            asked += window.questions(rng, num_hard, hard) if hard else []
+            dialogues.append([asked[i] for i in rng.permutation(len(asked))])
+        return self.maker.batch(windows, dialogues, keep_salient(self.encoded, windows, showing.num_per_step))
 
     @torch.no_grad()
-    def evaluate(
-        self, held: EncodedVideos, num_steps: int, num_windows: int = 16, num_per_step: int = 10, seed: int = 0
-    ) -> dict[str, float]:
-        """Per cent of the answers that are right word for word, by kind and of all, about other videos. Kept for `update`."""
+    def evaluate(self, held: EncodedVideos, showing: Showing, num_windows: int = 16, seed: int = 0) -> dict[str, float]:
+        """Per cent of the answers that are right word for word, by kind and of all, about other videos."""
         rng, maker, right = np.random.default_rng(seed), BatchMaker(self.tokenizer, held), defaultdict[str, list[bool]](list)
-        for first in range(0, num_windows, ITEMS[num_steps]):
-            windows = [held.window(rng, num_steps) for _ in range(min(ITEMS[num_steps], num_windows - first))]
-            dialogues = [window.questions(rng, len(KINDS), KINDS) for window in windows]
-            batch = maker.batch(windows, dialogues, keep_salient(held, windows, num_per_step))
+        for first in range(0, num_windows, showing.num_items):
+            windows = [held.window(rng, showing.num_steps) for _ in range(min(showing.num_items, num_windows - first))]
+            dialogues = [window.questions(rng, showing.num_turns, KINDS) for window in windows]
+            batch = maker.batch(windows, dialogues, keep_salient(held, windows, showing.num_per_step))
             with torch.autocast(self.device.type, torch.bfloat16):
-                predicted = self.model.lm_head(run_text(self.model, batch, turns_apart_mask(batch)).hidden).argmax(-1)
+                hidden = run_text(self.model, batch, self._masks(batch, showing)).hidden
+                predicted = self.model.lm_head(hidden).argmax(-1)
             turns = batch.turns
             for number, question in enumerate(turns.questions):
                 item, start, end = (int(rows[number]) for rows in (turns.item, turns.prompt_row, turns.end_row))
                 said, wanted = predicted[item, start:end], batch.labels[item, start + 1 : end + 1]
                 right[question.kind].append(torch.equal(said, wanted))
         every = [match for matches in right.values() for match in matches]
-        self.accuracy = {kind: 100 * float(np.mean(matches)) for kind, matches in sorted(right.items())}
-        return self.accuracy | {"all": 100 * float(np.mean(every))}
+        accuracy = {kind: 100 * float(np.mean(matches)) for kind, matches in sorted(right.items())}
+        return accuracy | {"all": 100 * float(np.mean(every))}
+
+    @torch.no_grad()
+    def recall(self, held: EncodedVideos, showing: Showing, num_windows: int = 16, seed: int = 0) -> dict[str, float]:
+        """Per cent of the facts that visual tokens of other videos know, by fact and of all."""
+        rng, maker, right = np.random.default_rng(seed), BatchMaker(self.tokenizer, held), defaultdict[str, list[Tensor]](list)
+        for _ in range(num_windows):
+            windows = [held.window(rng, showing.num_steps)]
+            batch = maker.batch(windows, [[]], keep_salient(held, windows, showing.num_per_step))
+            with torch.autocast(self.device.type, torch.bfloat16):
+                read = self.heads.facts_read(batch, run_to_auxiliary_layer(self.model, batch))
+            for name, matches in read.items():
+                right[name].append(matches)
+        known = {name: 100 * torch.cat(matches).float().mean().item() for name, matches in right.items()}
+        return known | {"all": float(np.mean([*known.values()]))}
+
+    def examine(self, held: EncodedVideos, showing: Showing) -> dict[str, float]:
+        """`evaluate`, and ask more from now on about kinds of which too little was right; or `recall`, where nothing is asked."""
+        if not showing.num_turns:
+            return self.recall(held, showing)
+        self.accuracy = self.evaluate(held, showing)
+        return self.accuracy
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on as if nothing had happened."""

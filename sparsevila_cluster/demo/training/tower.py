@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from sparsevila_cluster.demo.checkpoint_builder import GRID_TOKENS, TOKENS_PER_STEP
 from sparsevila_cluster.demo.training.scene_videos import CONTENTS, SampledScene, contents_of
-from sparsevila_cluster.demo.vision_trainer import VisionRunner, patchify, salience_target, say_readings
+from sparsevila_cluster.demo.training.vision_runner import VisionOutput, say_readings
 
 SALIENCE_WEIGHT = 0.3
+# Of the last full-attention block: shared by the things and letters of a step, the rest is spread evenly.
+HELD_ATTENTION = 0.6
 PLACE_WEIGHT = 0.2
 # Nearly all tokens hold nothing; unweighted they would drown the others.
 NOTHING_WEIGHT = 0.15
@@ -40,15 +42,44 @@ def is_something(labels: dict[str, Tensor]) -> Tensor:
     return (labels["shape"] < PROBES["shape"] - 1) | (labels["letter"] < PROBES["letter"] - 1)
 
 
+def salience_target(held: Tensor) -> Tensor:
+    """Where attention should go, likewise float. held: bool [steps, tokens]."""
+    on, num = held.float(), held.float().sum(-1, keepdim=True)
+    even = torch.full_like(on, 1 / on.shape[-1])
+    return torch.where(num > 0, (1 - HELD_ATTENTION) * even + HELD_ATTENTION * on / num.clamp(min=1), even)
+
+
+class Tower(Protocol):
+    """A vision tower with its projector, for whole batches of steps at once.
+
+    last: the projector's last layer. groups_per_step: how often a step of two frames is seen, each time as TOKENS_PER_STEP tokens.
+    """
+
+    last: nn.Linear
+    groups_per_step: int
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that it learns."""
+        ...
+
+    def patchify(self, frames: np.ndarray) -> Tensor:
+        """uint8 [videos, 2 * steps, px, px, 3] -> what `__call__` takes."""
+        ...
+
+    def __call__(self, patches: Tensor) -> VisionOutput:
+        """All groups of all videos."""
+        ...
+
+
 class TowerStage:
     """Owns the probes, which are thrown away, and their losses. One `update` is one optimizer step."""
 
-    def __init__(self, visual: Any, lr: float = 3e-3, *, salience: bool = True) -> None:
-        """visual: the stock vision module. salience: whether attention is trained as well."""
-        self.runner, self.lr, self.salience = VisionRunner(visual), lr, salience
-        self.device = visual.patch_embed.proj.weight.device
-        self.probe = nn.Linear(visual.config.out_hidden_size, sum(PROBES.values())).to(self.device)
-        parameters = [*visual.parameters(), *self.probe.parameters()]
+    def __init__(self, tower: Tower, lr: float = 3e-3, *, salience: bool = True) -> None:
+        """salience: whether attention is trained as well."""
+        self.tower, self.lr, self.salience = tower, lr, salience
+        self.device = tower.last.weight.device
+        self.probe = nn.Linear(tower.last.out_features, sum(PROBES.values())).to(self.device)
+        parameters = [*tower.parameters(), *self.probe.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         cell = torch.arange(TOKENS_PER_STEP, device=self.device)
         self.place = {"row": cell // GRID_TOKENS, "col": cell % GRID_TOKENS}
@@ -58,8 +89,8 @@ class TowerStage:
         scale = min(1, (count + 1) / WARM_UP) * (0.525 + 0.475 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * scale
-        labels = contents(videos, self.device)
-        seen = self.runner(patchify(np.stack([video.frames for video in videos])))
+        labels = self._labels(videos)
+        seen = self._see(videos)
         losses = {}
         for name, logits in self._readings(seen.tokens).items():
             flat = logits.float().flatten(0, 1)
@@ -75,9 +106,16 @@ class TowerStage:
             losses["salience"] = SALIENCE_WEIGHT * (target * (target.log() - share.log())).sum(-1).mean()
         self.optimizer.zero_grad()
         sum(losses.values(), start=torch.zeros((), device=self.device)).backward()
-        nn.utils.clip_grad_norm_(self.runner.visual.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.tower.parameters(), 1.0)
         self.optimizer.step()
         return {name: round(value.item(), 4) for name, value in losses.items()}
+
+    def _labels(self, videos: Sequence[SampledScene]) -> dict[str, Tensor]:
+        found = contents(videos, self.device)
+        return {name: labels.repeat_interleave(self.tower.groups_per_step, 0) for name, labels in found.items()}
+
+    def _see(self, videos: Sequence[SampledScene]) -> VisionOutput:
+        return self.tower(self.tower.patchify(np.stack([video.frames for video in videos])))
 
     def _readings(self, tokens: Tensor) -> dict[str, Tensor]:
         return dict(zip(PROBES, self.probe(tokens).split(list(PROBES.values()), -1), strict=True))
@@ -85,8 +123,8 @@ class TowerStage:
     @torch.no_grad()
     def report(self, videos: Sequence[SampledScene]) -> dict[str, float]:
         """Of the tokens that hold something, the share that each probe reads right, and that is among the most salient 6 and 16."""
-        labels = contents(videos, self.device)
-        seen = self.runner(patchify(np.stack([video.frames for video in videos])))
+        labels = self._labels(videos)
+        seen = self._see(videos)
         right = {}
         for name, logits in self._readings(seen.tokens).items():
             wanted = labels[name] if name in CONTENTS else self.place[name].expand(len(logits), -1)
@@ -99,17 +137,19 @@ class TowerStage:
         return {name: round(matches.float().mean().item(), 4) for name, matches in right.items()}
 
     @torch.no_grad()
-    def start_projector(self, videos: Sequence[SampledScene], norm: float = 6.0) -> dict[str, float]:
+    def start_projector(
+        self, videos: Sequence[SampledScene], norm: float = 6.0, words: dict[str, Tensor] | None = None
+    ) -> dict[str, float]:
         """Rewrite the last projector layer so that its output says what the probes read, at a size that text can use.
 
-        Each probe's centred logits become one block of a random orthonormal frame, as long as BLOCK_SIZES says. Tokens that hold
-        something end up several times longer than word embeddings: much longer, and the text layers could not write into them;
-        much shorter, and the first layers would drown them. Either way training stalls.
+        Each probe's centred logits become one block, as long as BLOCK_SIZES says, of a random orthonormal frame; or, where `words`
+        gives them, of the embeddings [classes, hidden] that a language model has for each reading. Tokens that hold something are
+        then several times longer than word embeddings: much longer, and text layers could not write into them; much shorter, and
+        the first layers would drown them. Either way training stalls.
         """
-        labels = contents(videos, self.device)
-        patches = patchify(np.stack([video.frames for video in videos]))
+        labels = self._labels(videos)
         something = is_something(labels).flatten()
-        tokens = self.runner(patches).tokens.flatten(0, 1)
+        tokens = self._see(videos).tokens.flatten(0, 1)
         rows, offsets = [], []
         for name, weight in zip(PROBES, self.probe.weight.split(list(PROBES.values())), strict=True):
             held = labels[name].flatten() < PROBES[name] - 1 if name in CONTENTS else torch.ones_like(something)
@@ -119,7 +159,13 @@ class TowerStage:
             scale = BLOCK_SIZES[name] / (centered[held] - mean).norm(dim=-1).mean()
             rows.append(scale * center @ weight)
             offsets.append(-scale * mean)
-        say_readings(self.runner.visual, torch.cat(rows), torch.cat(offsets), norm)
-        length = self.runner(patches).tokens.flatten(0, 1).norm(dim=-1)
+        hidden = self.tower.last.out_features
+        if words is None:
+            # Drawn on the CPU so that every device starts from the same frame.
+            frame = torch.linalg.qr(torch.randn(hidden, hidden))[0][:, : sum(PROBES.values())]
+        else:
+            frame = torch.cat([F.normalize(words[name], dim=-1) for name in PROBES]).T
+        say_readings(self.tower.last, torch.cat(rows), torch.cat(offsets), norm * frame.to(self.device))
+        length = self._see(videos).tokens.flatten(0, 1).norm(dim=-1)
         norms = {"held": length[something], "other": length[~something]}
         return {name: round(values.mean().item(), 2) for name, values in norms.items()}

@@ -16,7 +16,7 @@ class TrainingLog:
 
     def __init__(self, path: Path, console: Console | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w")
+        self.file = path.open("a")
         self.start_s = time.monotonic()
         self.progress = Progress(
             TextColumn("[bold]{task.description:<22}"),
