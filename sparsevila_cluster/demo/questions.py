@@ -116,7 +116,7 @@ def _at(scene: Scene, rng: np.random.Generator) -> Drawn:
         place = PLACES[rng.integers(len(PLACES))]
     text = f"What is at the {place} {_at_step(step)}?"
     there = next((stay for stay in scene.at(step) if stay.place_at(step) == place), None)
-    return (text, "nothing", ()) if there is None else (text, _named(there), (_seen(there, step),))
+    return (text, "nothing", ()) if there is None else (text, named(there), (_seen(there, step),))
 
 
 def _describe(scene: Scene, rng: np.random.Generator) -> Drawn:
@@ -130,7 +130,7 @@ def _beside(scene: Scene, rng: np.random.Generator) -> Drawn:
     keys = [stay for stay, thing in scene.things() if thing.shape == KEY]
     if not keys or not (beside := [stay for stay in scene.at(keys[0].begin) if stay is not keys[0]]):
         return None
-    answer, step = " and ".join(_named(stay) for stay in beside), keys[0].begin
+    answer, step = " and ".join(named(stay) for stay in beside), keys[0].begin
     looks = tuple(_seen(stay, step) for stay in beside)
     return f"What is in the picture together with the {KEY}?", answer, looks, _seen(keys[0], step)
 
@@ -146,13 +146,14 @@ def _read(scene: Scene, rng: np.random.Generator) -> Drawn:
     return f"Which word is written {_at_step(step)}?", word, (_seen(stay, step),)
 
 
-def _named(stay: Stay) -> str:
+def named(stay: Stay) -> str:
+    """As answers name it."""
     return stay.what.phrase if isinstance(stay.what, Thing) else f"the word {stay.what}"
 
 
 def _described(scene: Scene, step: int) -> tuple[str, tuple[tuple[Look, ...], ...]]:
     there = scene.at(step)
-    answer = " and ".join(f"{_named(stay)} at the {stay.place_at(step)}" for stay in there)
+    answer = " and ".join(f"{named(stay)} at the {stay.place_at(step)}" for stay in there)
     return answer or "nothing", tuple(_seen(stay, step) for stay in there)
 
 
@@ -195,7 +196,7 @@ def _moves(scene: Scene, rng: np.random.Generator) -> Drawn:
     return f"Where does the {thing.name} move?", answer, looks
 
 
-def _neighbour(scene: Scene, rng: np.random.Generator, offset: int) -> tuple[Thing, Stay, Stay] | None:
+def neighbour(scene: Scene, rng: np.random.Generator, offset: int) -> tuple[Thing, Stay, Stay] | None:
     """A thing, its stay, and that of the thing that began just before or after it, where nothing else began with either."""
     things = list(scene.things())
     begins = [stay.begin for stay, _ in things]
@@ -210,22 +211,22 @@ def _neighbour(scene: Scene, rng: np.random.Generator, offset: int) -> tuple[Thi
 
 
 def _before(scene: Scene, rng: np.random.Generator) -> Drawn:
-    if (found := _neighbour(scene, rng, -1)) is None:
+    if (found := neighbour(scene, rng, -1)) is None:
         return None
     thing, stay, other = found
     return (
         f"Which shape appeared last before the {thing.name}?",
-        _named(other),
+        named(other),
         (_seen(other, other.begin),),
         _seen(stay, stay.begin),
     )
 
 
 def _after(scene: Scene, rng: np.random.Generator) -> Drawn:
-    if (found := _neighbour(scene, rng, 1)) is None:
+    if (found := neighbour(scene, rng, 1)) is None:
         return None
     thing, stay, other = found
-    return f"Which shape appears next after the {thing.name}?", _named(other), (_seen(other, other.begin),), _seen(stay, stay.begin)
+    return f"Which shape appears next after the {thing.name}?", named(other), (_seen(other, other.begin),), _seen(stay, stay.begin)
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Drawn:

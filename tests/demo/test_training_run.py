@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from sparsevila_cluster.core.errors import Unavailable
+from sparsevila_cluster.core.errors import BadConfig, Unavailable
 from sparsevila_cluster.demo.checkpoint_builder import num_parameters
 from sparsevila_cluster.demo.training import run
 from sparsevila_cluster.demo.training.feed import numbered_scene, scene_feed
@@ -79,6 +79,13 @@ def test_a_run_that_ended_anywhere_gives_the_same_checkpoint(tmp_path, monkeypat
     train(options_for(tmp_path / "cut"))
     whole, cut = (torch.load(tmp_path / name / "state.pt", weights_only=False)["state"]["model"] for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_run_does_not_go_on_with_another_ones_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
+    train(options_for(tmp_path, lessons=()))
+    with pytest.raises(BadConfig, match="'dense': False.*not.*'dense': True"):
+        train(options_for(tmp_path, dense=True))
 
 
 def test_the_twin_is_always_shown_everything():

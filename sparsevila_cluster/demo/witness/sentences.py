@@ -12,16 +12,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sparsevila_cluster.demo.drawing import COLORS, SHAPES
-from sparsevila_cluster.demo.questions import SceneQuestion
+from sparsevila_cluster.demo.questions import SceneQuestion, named, neighbour
 from sparsevila_cluster.demo.scenes import KEY, Scene, Stay, Thing, article
 
 Said = tuple[str, str] | None
 MOST_LISTED = 10
 TRIES = 40
-
-
-def _named(stay: Stay) -> str:
-    return stay.what.phrase if isinstance(stay.what, Thing) else f"the word {stay.what}"
 
 
 def _first_upper(text: str) -> str:
@@ -86,35 +82,22 @@ def _beside(scene: Scene, rng: np.random.Generator) -> Said:
     keys = [stay for stay, thing in scene.things() if thing.shape == KEY]
     if not keys or not (beside := [stay for stay in scene.at(keys[0].begin) if stay is not keys[0]]):
         return None
-    what = " and ".join(_named(stay) for stay in beside)
+    what = " and ".join(named(stay) for stay in beside)
     return f"What is in the picture together with the {KEY}?", f"Together with the {KEY} there is {what}."
 
 
-def _neighbour(scene: Scene, rng: np.random.Generator, offset: int) -> tuple[Thing, Stay] | None:
-    things = list(scene.things())
-    begins = [stay.begin for stay, _ in things]
-    alone = [
-        i for i in range(max(0, -offset), len(things) - max(0, offset))
-        if begins.count(begins[i]) == begins.count(begins[i + offset]) == 1
-    ]  # fmt: skip
-    if not alone:
-        return None
-    i = alone[int(rng.integers(len(alone)))]
-    return things[i][1], things[i + offset][0]
-
-
 def _before(scene: Scene, rng: np.random.Generator) -> Said:
-    if (found := _neighbour(scene, rng, -1)) is None:
+    if (found := neighbour(scene, rng, -1)) is None:
         return None
-    thing, other = found
-    return f"Which shape appeared last before the {thing.name}?", f"{_first_upper(_named(other))} appeared before the {thing.name}."
+    thing, _, other = found
+    return f"Which shape appeared last before the {thing.name}?", f"{_first_upper(named(other))} appeared before the {thing.name}."
 
 
 def _after(scene: Scene, rng: np.random.Generator) -> Said:
-    if (found := _neighbour(scene, rng, 1)) is None:
+    if (found := neighbour(scene, rng, 1)) is None:
         return None
-    thing, other = found
-    return f"Which shape appears next after the {thing.name}?", f"{_first_upper(_named(other))} appears after the {thing.name}."
+    thing, _, other = found
+    return f"Which shape appears next after the {thing.name}?", f"{_first_upper(named(other))} appears after the {thing.name}."
 
 
 def _total(scene: Scene, rng: np.random.Generator) -> Said:
@@ -134,7 +117,7 @@ def _read(scene: Scene, rng: np.random.Generator) -> Said:
 def _listing(scene: Scene, rng: np.random.Generator) -> Said:
     if not 2 <= len(scene.stays) <= MOST_LISTED:
         return None
-    parts = [f"{_named(stay)} at the {stay.places[0]}" for stay in scene.stays]
+    parts = [f"{named(stay)} at the {stay.places[0]}" for stay in scene.stays]
     return "Describe everything in the order in which it appears.", f"First there is {', then '.join(parts)}."
 
 
